@@ -1,0 +1,79 @@
+// One row of a sampler's table, applied to one element: the only C++ copy of the formula, host and device.
+//
+//   fhat = u + g*(f - u)
+//   m0   = clamp(d_x*x + d_f*fhat, -clip, clip)
+//   x'   = c_x*x + c_f*fhat + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_grad*s^2*grad + c_noise*s*z
+//   s    = exp((frac*logvar_max + (1 - frac)*logvar_min)/2), frac = (v + 1)/2; 1 without v
+//
+// float32, every operation rounded once, left to right, never fused. A term is left out, not multiplied by zero, where its
+// tensor is absent or its coefficient idle (zero; for g, one; for v, both bounds zero).
+// Mirrors epskernels/step_reference.py::step_reference.
+#pragma once
+
+#include "philox.h"
+
+namespace epskernels {
+
+// The order of the columns; epskernels/table.py::COLUMNS is the same list.
+struct StepRow {
+  float d_x, d_f, clip, g;
+  float c_x, c_f, c_m0, c_m1, c_m2, c_grad, c_noise;
+  float logvar_min, logvar_max;
+  float draw;     // an integer: the noise of this row, wherever the row stands
+  float t, c_in;  // what the caller feeds the model; the kernel does not use them
+};
+constexpr int ROW_COLUMNS = 16;
+static_assert(sizeof(StepRow) == ROW_COLUMNS * sizeof(float));
+
+enum StepTerm : unsigned {
+  TERM_GUIDANCE = 1,
+  TERM_M1 = 2,
+  TERM_M2 = 4,
+  TERM_VARIANCE = 8,
+  TERM_GRAD = 16,
+  TERM_NOISE = 32,
+};
+constexpr unsigned TERM_COMBINATIONS = 64;
+
+// The terms that the row asks for; a term is computed where its tensor is present as well.
+HOST_DEVICE unsigned row_terms(const StepRow& row) {
+  unsigned terms = 0;
+  if (row.g != 1.0f) terms |= TERM_GUIDANCE;
+  if (row.c_m1 != 0.0f) terms |= TERM_M1;
+  if (row.c_m2 != 0.0f) terms |= TERM_M2;
+  if (row.logvar_min != 0.0f || row.logvar_max != 0.0f) terms |= TERM_VARIANCE;
+  if (row.c_grad != 0.0f) terms |= TERM_GRAD;
+  if (row.c_noise != 0.0f) terms |= TERM_NOISE;
+  return terms;
+}
+
+struct StepInputs {
+  float x, f, u, m1, m2, v, grad, z;
+};
+
+HOST_DEVICE float step_value(const StepRow& row, unsigned terms, const StepInputs& in, float& m0) {
+  float fhat = in.f;
+  if (terms & TERM_GUIDANCE) fhat = in.u + row.g * (in.f - in.u);
+
+  m0 = row.d_x * in.x + row.d_f * fhat;
+  m0 = select(m0 < -row.clip, -row.clip, m0);
+  m0 = select(m0 > row.clip, row.clip, m0);
+
+  float next = row.c_x * in.x + row.c_f * fhat + row.c_m0 * m0;
+  if (terms & TERM_M1) next = next + row.c_m1 * in.m1;
+  if (terms & TERM_M2) next = next + row.c_m2 * in.m2;
+
+  float c_grad = row.c_grad, c_noise = row.c_noise;
+  if (terms & TERM_VARIANCE) {
+    const float frac = (in.v + 1.0f) * 0.5f;
+    const float logvar = frac * row.logvar_max + (1.0f - frac) * row.logvar_min;
+    const float s = exp_poly(0.5f * logvar);
+    c_grad = c_grad * (s * s);
+    c_noise = c_noise * s;
+  }
+  if (terms & TERM_GRAD) next = next + c_grad * in.grad;
+  if (terms & TERM_NOISE) next = next + c_noise * in.z;
+  return next;
+}
+
+}  // namespace epskernels

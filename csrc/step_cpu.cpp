@@ -1,0 +1,205 @@
+// The step on the CPU, tile by tile: widen to float32, step_value on every element, round at the store.
+// Compiled once per instruction set, with EPSKERNELS_CAPABILITY naming it; the arithmetic is the same in all of them.
+#include "step_cpu.h"
+
+#include <utility>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace epskernels::EPSKERNELS_CAPABILITY {
+namespace {
+
+static_assert(TILE % 64 == 0);
+
+// ---- float16 and bfloat16, rounded to nearest even, subnormals kept ----
+
+inline float widen_float16(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fffu, sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const float value = float_from_bits(magnitude << 13) * 0x1p112f;  // moves the exponent's bias; exact
+  const uint32_t infinite = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+  return float_from_bits(bits_from_float(value) | infinite | sign);
+}
+
+inline uint16_t round_float16(float value) {
+  const uint32_t bits = bits_from_float(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14: adding 1/2 leaves the half's subnormal, rounded by the addition, in the low bits.
+  const uint32_t subnormal = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return static_cast<uint16_t>(sign | half);
+}
+
+inline float widen_bfloat16(uint16_t value) { return float_from_bits(static_cast<uint32_t>(value) << 16); }
+
+inline uint16_t round_bfloat16(float value) {
+  const uint32_t bits = bits_from_float(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+void widen_tile_float16(const uint16_t* source, float* tile, int64_t count) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(tile + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+#endif
+  for (; i < count; ++i) tile[i] = widen_float16(source[i]);
+}
+
+void round_tile_float16(const float* tile, uint16_t* target, int64_t count) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(tile + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < count; ++i) target[i] = round_float16(tile[i]);
+}
+
+// The tile's values as float32: the tensor's own memory where it is float32, else `buffer`.
+const float* widen_tile(Dtype dtype, const char* sample, int64_t begin, int64_t count, float* buffer) {
+  if (dtype == Dtype::float32) return reinterpret_cast<const float*>(sample) + begin;
+  const uint16_t* source = reinterpret_cast<const uint16_t*>(sample) + begin;
+  if (dtype == Dtype::float16) {
+    widen_tile_float16(source, buffer, count);
+  } else {
+    for (int64_t i = 0; i < count; ++i) buffer[i] = widen_bfloat16(source[i]);
+  }
+  return buffer;
+}
+
+void round_tile(Dtype dtype, const float* tile, char* sample, int64_t begin, int64_t count) {
+  uint16_t* target = reinterpret_cast<uint16_t*>(sample) + begin;
+  if (dtype == Dtype::float16) {
+    round_tile_float16(tile, target, count);
+  } else {
+    for (int64_t i = 0; i < count; ++i) target[i] = round_bfloat16(tile[i]);
+  }
+}
+
+// ---- noise ----
+
+// Normals of elements [begin, begin + count), begin a multiple of 4; writes count rounded up to a multiple of 64.
+void normal_tile(uint64_t seed, uint32_t draw, uint32_t stream, int64_t begin, int64_t count, float* z) {
+  constexpr int LANES = 16;
+  const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  for (int64_t first = begin; first < begin + count; first += 4 * LANES, z += 4 * LANES) {
+    uint32_t words[4][LANES];
+    for (int lane = 0; lane < LANES; ++lane) {
+      const uint64_t group = static_cast<uint64_t>(first) / 4 + lane;
+      const PhiloxWords w =
+          philox({static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), draw, stream}, key0, key1);
+      words[0][lane] = w.w0;
+      words[1][lane] = w.w1;
+      words[2][lane] = w.w2;
+      words[3][lane] = w.w3;
+    }
+    float normals[4][LANES];
+    for (int lane = 0; lane < LANES; ++lane) {
+      box_muller(words[0][lane], words[1][lane], normals[0][lane], normals[1][lane]);
+      box_muller(words[2][lane], words[3][lane], normals[2][lane], normals[3][lane]);
+    }
+    for (int lane = 0; lane < LANES; ++lane)
+      for (int part = 0; part < 4; ++part) z[4 * lane + part] = normals[part][lane];
+  }
+}
+
+void normal(uint64_t seed, uint32_t draw, uint32_t stream, Dtype dtype, void* out, int64_t begin, int64_t end) {
+  alignas(64) float z[TILE];
+  for (; begin < end; begin += TILE) {
+    const int64_t count = end - begin < TILE ? end - begin : TILE;
+    normal_tile(seed, draw, stream, begin, count, z);
+    if (dtype == Dtype::float32) {
+      std::memcpy(static_cast<float*>(out) + begin, z, count * sizeof(float));
+    } else {
+      round_tile(dtype, z, static_cast<char*>(out), begin, count);
+    }
+  }
+}
+
+// ---- the step ----
+
+struct TileInputs {
+  const float *x, *f, *u, *m1, *m2, *v, *grad, *z;
+};
+
+constexpr unsigned KEEP_M0 = TERM_COMBINATIONS;  // one more bit than the terms
+
+// One combination of terms, so that the loop over the tile has no branch. `out` may be `x`, and `m0` any other input.
+template <unsigned variant>
+void step_tile(const StepRow& row_in_memory, const TileInputs& in, float* out, float* m0_out, int64_t count) {
+  constexpr unsigned terms = variant & (TERM_COMBINATIONS - 1);
+  const StepRow row = row_in_memory;
+  const float *x = in.x, *f = in.f, *u = in.u, *m1 = in.m1, *m2 = in.m2, *v = in.v, *grad = in.grad, *z = in.z;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    StepInputs element{};
+    element.x = x[i];
+    element.f = f[i];
+    if constexpr ((terms & TERM_GUIDANCE) != 0) element.u = u[i];
+    if constexpr ((terms & TERM_M1) != 0) element.m1 = m1[i];
+    if constexpr ((terms & TERM_M2) != 0) element.m2 = m2[i];
+    if constexpr ((terms & TERM_VARIANCE) != 0) element.v = v[i];
+    if constexpr ((terms & TERM_GRAD) != 0) element.grad = grad[i];
+    if constexpr ((terms & TERM_NOISE) != 0) element.z = z[i];
+    float m0;
+    const float next = step_value(row, terms, element, m0);
+    if constexpr ((variant & KEEP_M0) != 0) m0_out[i] = m0;
+    out[i] = next;
+  }
+}
+
+struct StepTiles {
+  void (*of[2 * TERM_COMBINATIONS])(const StepRow&, const TileInputs&, float*, float*, int64_t);
+};
+template <unsigned... variants>
+constexpr StepTiles step_tiles(std::integer_sequence<unsigned, variants...>) {
+  return {{&step_tile<variants>...}};
+}
+constexpr StepTiles STEP_TILES = step_tiles(std::make_integer_sequence<unsigned, 2 * TERM_COMBINATIONS>{});
+
+void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
+  const Sample& sample = call.samples[index];
+  const unsigned terms = sample.terms;
+  const auto at = [index](const Batch& batch) { return batch.data + index * batch.stride; };
+  const bool keep_m0 = call.m0.data != nullptr;
+  alignas(64) float buffers[10][TILE];
+  for (; begin < end; begin += TILE) {
+    const int64_t count = end - begin < TILE ? end - begin : TILE;
+    TileInputs in{};
+    in.x = widen_tile(call.x_dtype, at(call.x), begin, count, buffers[0]);
+    in.f = widen_tile(call.f_dtype, at(call.f), begin, count, buffers[1]);
+    if (terms & TERM_GUIDANCE) in.u = widen_tile(call.f_dtype, at(call.u), begin, count, buffers[2]);
+    if (terms & TERM_M1) in.m1 = widen_tile(call.x_dtype, at(call.m1), begin, count, buffers[3]);
+    if (terms & TERM_M2) in.m2 = widen_tile(call.x_dtype, at(call.m2), begin, count, buffers[4]);
+    if (terms & TERM_VARIANCE) in.v = widen_tile(call.f_dtype, at(call.v), begin, count, buffers[5]);
+    if (terms & TERM_GRAD) in.grad = widen_tile(call.x_dtype, at(call.grad), begin, count, buffers[6]);
+    if ((terms & TERM_NOISE) && call.noise.data != nullptr) {
+      in.z = widen_tile(call.x_dtype, at(call.noise), begin, count, buffers[7]);
+    } else if (terms & TERM_NOISE) {
+      normal_tile(sample.seed, static_cast<uint32_t>(sample.row->draw), STREAM_STEP, begin, count, buffers[7]);
+      in.z = buffers[7];
+    }
+    const bool direct = call.x_dtype == Dtype::float32;
+    float* out = direct ? reinterpret_cast<float*>(at(call.out)) + begin : buffers[8];
+    float* m0 = direct && keep_m0 ? reinterpret_cast<float*>(at(call.m0)) + begin : buffers[9];
+    STEP_TILES.of[terms | (keep_m0 ? KEEP_M0 : 0u)](*sample.row, in, out, m0, count);
+    if (!direct) {
+      round_tile(call.x_dtype, out, at(call.out), begin, count);
+      if (keep_m0) round_tile(call.x_dtype, m0, at(call.m0), begin, count);
+    }
+  }
+}
+
+#define EPSKERNELS_TEXT(name) #name
+#define EPSKERNELS_NAME(name) EPSKERNELS_TEXT(name)
+
+}  // namespace
+
+extern const CpuKernels kernels{EPSKERNELS_NAME(EPSKERNELS_CAPABILITY), &step, &normal};
+
+}  // namespace epskernels::EPSKERNELS_CAPABILITY

@@ -1,0 +1,13 @@
+"""Fused sampling steps for diffusion models, with Epsilon Scaling (arXiv 2308.15321): one pass over memory, the same bits on
+every backend. See README.md and docs/architecture.md."""
+
+from . import samplers, scaling, schedule
+from .ops import as_seeds, normal, step, use_backend
+from .scaling import EpsilonScaling, published
+from .table import Table, concat
+
+__version__ = "0.1.0"
+__all__ = [
+    "EpsilonScaling", "Table", "as_seeds", "concat", "normal", "published", "samplers", "scaling", "schedule", "step",
+    "use_backend",
+]  # fmt: skip

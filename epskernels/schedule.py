@@ -1,0 +1,250 @@
+"""Noise schedules in float64: x_t = alpha_t*x_0 + sigma_t*eps, and the grids of points at which a sampler calls the model.
+
+DiscreteSchedule: DDPM betas (variance preserving). KarrasSchedule: EDM's noise levels (alpha = 1). FlowSchedule: rectified
+flow (alpha = 1 - sigma). None of them knows a sampler, a model or lambda.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """N model calls, the noisiest first, and the point where the last step ends.
+
+    t, alpha, sigma, c_in: float64 (N,). t is what the model is told; c_in scales its input. discrete: t counts timesteps.
+    initial_sigma: standard deviation of the latent to start from.
+    """
+
+    t: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    c_in: np.ndarray
+    initial_sigma: float
+    alpha_end: float = 1.0
+    sigma_end: float = 0.0
+    discrete: bool = True
+
+    @property
+    def alpha_next(self):
+        return np.append(self.alpha[1:], self.alpha_end)
+
+    @property
+    def sigma_next(self):
+        return np.append(self.sigma[1:], self.sigma_end)
+
+    def __len__(self):
+        return len(self.t)
+
+
+def _readonly(values):
+    values = np.array(values, dtype=np.float64)
+    values.setflags(write=False)
+    return values
+
+
+def _positive_int(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return int(value)
+
+
+# ---- DDPM betas ----
+
+
+class DiscreteSchedule:
+    """T timesteps with alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t), abar_t = prod(1 - beta).
+
+    betas: (T,) in [0, 1]. Raises ValueError for others. Source: Ho et al., arXiv 2006.11239, eq. 4.
+    """
+
+    def __init__(self, betas, name="betas"):
+        betas = _readonly(betas)
+        if betas.ndim != 1 or betas.size == 0:
+            raise ValueError(f"betas: expected shape (T,) with T >= 1, got {betas.shape}")
+        if not ((betas >= 0) & (betas <= 1)).all():
+            bad = int(np.flatnonzero(~((betas >= 0) & (betas <= 1)))[0])
+            raise ValueError(f"betas: expected values in [0, 1], got {betas[bad]} at {bad}")
+        self.betas, self.name = betas, name
+        self.abar = _readonly(np.cumprod(1 - betas))
+        self.alpha, self.sigma = _readonly(np.sqrt(self.abar)), _readonly(np.sqrt(1 - self.abar))
+
+    def __len__(self):
+        return len(self.betas)
+
+    def __repr__(self):
+        return f"DiscreteSchedule({self.name}, T={len(self)})"
+
+    def zero_terminal_snr(self):
+        """The schedule shifted and scaled so that alpha is 0 at the last timestep (Lin et al., arXiv 2305.08891, alg. 1)."""
+        alpha = (self.alpha - self.alpha[-1]) * self.alpha[0] / (self.alpha[0] - self.alpha[-1])
+        abar = alpha**2
+        return DiscreteSchedule(1 - np.append(abar[0], abar[1:] / abar[:-1]), f"{self.name}, zero terminal SNR")
+
+    def timesteps(self, steps, spacing="leading", steps_offset=0):
+        """The timesteps of `steps` model calls, the noisiest first: int64 (N,).
+
+        steps: a count, spaced by `spacing` ("leading", "trailing" or "linspace", as in diffusers; steps_offset is added to
+        "leading"); ADM's section counts as a string ("100", "10,10,20" from the cleanest section up, "ddim25"); or the
+        timesteps themselves, strictly decreasing. Raises ValueError for anything else.
+        """
+        T = len(self)
+        if isinstance(steps, str):
+            t = _section_timesteps(T, steps)[::-1]
+        elif np.ndim(steps) == 1:
+            t = np.asarray(steps)
+            if not np.issubdtype(t.dtype, np.integer):
+                raise ValueError(f"steps: expected integer timesteps, got dtype {t.dtype}")
+        else:
+            n = _positive_int("steps", steps)
+            if n > T:
+                raise ValueError(f"steps: expected at most T = {T}, got {n}")
+            if spacing == "leading":
+                t = np.arange(n)[::-1] * (T // n) + steps_offset
+            elif spacing == "trailing":
+                t = np.round(T - np.arange(n) * (T / n)) - 1
+            elif spacing == "linspace":
+                t = np.round(np.linspace(0, T - 1, n))[::-1]
+            else:
+                raise ValueError(f"spacing: expected 'leading', 'trailing' or 'linspace', got {spacing!r}")
+        t = np.asarray(t).astype(np.int64)
+        if t.size == 0 or t.min() < 0 or t.max() >= T or (np.diff(t) >= 0).any():
+            raise ValueError(f"steps: expected strictly decreasing timesteps in [0, {T}), got {t.tolist()}")
+        return t
+
+    def grid(self, steps, spacing="leading", steps_offset=0, final="clean"):
+        """The grid of those timesteps. final: where the last step ends, "clean" (alpha 1) or "first" (timestep 0: LDM, and
+        diffusers' set_alpha_to_one=False)."""
+        t = self.timesteps(steps, spacing, steps_offset)
+        if final not in ("clean", "first"):
+            raise ValueError(f"final: expected 'clean' or 'first', got {final!r}")
+        end = (1.0, 0.0) if final == "clean" else (self.alpha[0], self.sigma[0])
+        return Grid(t.astype(np.float64), self.alpha[t], self.sigma[t], np.ones(len(t)), 1.0, *end)
+
+
+def linear(T=1000, beta_start=1e-4, beta_end=0.02):
+    """Betas rising linearly (DDPM, ADM's "linear" at T = 1000)."""
+    return DiscreteSchedule(np.linspace(beta_start, beta_end, _positive_int("T", T)), "linear")
+
+
+def scaled_linear(T=1000, beta_start=0.00085, beta_end=0.012):
+    """Square roots of betas rising linearly (latent diffusion)."""
+    return DiscreteSchedule(
+        np.linspace(beta_start**0.5, beta_end**0.5, _positive_int("T", T)) ** 2, "scaled_linear"
+    )
+
+
+def cosine(T=1000, max_beta=0.999):
+    """diffusers' squaredcos_cap_v2 (Nichol and Dhariwal, arXiv 2102.09672, eq. 17, s = 0.008)."""
+
+    def abar(u):
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    T = _positive_int("T", T)
+    return DiscreteSchedule([min(1 - abar((i + 1) / T) / abar(i / T), max_beta) for i in range(T)], "cosine")
+
+
+def from_betas(betas):
+    """Any betas, (T,) in [0, 1]."""
+    return DiscreteSchedule(betas)
+
+
+def _section_timesteps(T, counts):
+    """ADM's respacing: T cut into equal sections, each with its own count, evenly spaced and rounded; ascending."""
+    if counts.startswith("ddim"):
+        wanted = _parse_counts(counts[4:], counts)[0]
+        for stride in range(1, T):
+            if len(range(0, T, stride)) == wanted:
+                return np.arange(0, T, stride)
+        raise ValueError(f"steps: no integer stride through T = {T} gives {wanted} timesteps ({counts!r})")
+    sections = _parse_counts(counts, counts)
+    chosen, start = [], 0
+    for i, count in enumerate(sections):
+        size = T // len(sections) + (1 if i < T % len(sections) else 0)
+        if count > size:
+            raise ValueError(f"steps: section {i} of {counts!r} has {size} timesteps, expected at least {count}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        chosen += [start + round(stride * j) for j in range(count)]
+        start += size
+    return np.array(chosen)
+
+
+def _parse_counts(text, whole):
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise ValueError(f"steps: expected counts such as '100', '10,20' or 'ddim25', got {whole!r}")
+    return counts
+
+
+# ---- EDM noise levels ----
+
+
+def karras_sigmas(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """(steps,) noise levels from sigma_max down to sigma_min (Karras et al., arXiv 2206.00364, eq. 5)."""
+    n = _positive_int("steps", steps)
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"sigma_min, sigma_max: expected 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho: expected a value above 0, got {rho}")
+    ramp = np.linspace(0, 1, n) if n > 1 else np.zeros(1)
+    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+
+
+class KarrasSchedule:
+    """EDM's path: alpha = 1, sigma from sigma_max to sigma_min by eq. 5 of arXiv 2206.00364, then 0.
+
+    Without `model`, the network is a denoiser that is told sigma itself (EDM's own; prediction "sample").
+    model: a DiscreteSchedule, for a network trained on its timesteps: it is fed x/sqrt(1 + sigma^2) and the timestep whose
+    noise-to-signal ratio is sigma (interpolated in log sigma); sigma_max and sigma_min default to the ratios at its ends.
+    """
+
+    def __init__(self, sigma_min=None, sigma_max=None, rho=7.0, model=None):
+        if model is not None and model.abar[-1] == 0:
+            raise ValueError("model: expected a schedule with alpha > 0, got one with zero terminal SNR")
+        ratios = None if model is None else model.sigma / model.alpha
+        self.sigma_min = sigma_min if sigma_min is not None else 0.002 if model is None else float(ratios[0])
+        self.sigma_max = sigma_max if sigma_max is not None else 80.0 if model is None else float(ratios[-1])
+        self.rho, self.model = rho, model
+        karras_sigmas(2, self.sigma_min, self.sigma_max, rho)
+
+    def __repr__(self):
+        return f"KarrasSchedule({self.sigma_min:.4g}..{self.sigma_max:.4g}, rho={self.rho})"
+
+    def grid(self, steps):
+        """The grid of `steps` noise levels."""
+        return self.grid_at(karras_sigmas(steps, self.sigma_min, self.sigma_max, self.rho))
+
+    def grid_at(self, sigma):
+        """The grid of given noise levels, (N,) decreasing."""
+        sigma = np.asarray(sigma, dtype=np.float64)
+        if self.model is None:
+            return Grid(sigma, np.ones_like(sigma), sigma, np.ones_like(sigma), sigma[0], discrete=False)
+        log_ratios = np.log(self.model.sigma / self.model.alpha)
+        t = np.interp(np.log(sigma), log_ratios, np.arange(len(self.model)))
+        return Grid(t, np.ones_like(sigma), sigma, 1 / np.sqrt(1 + sigma**2), sigma[0], discrete=False)
+
+
+class FlowSchedule:
+    """Rectified flow: alpha = 1 - sigma, sigma = shift*s/(1 + (shift - 1)*s) for s from 1 down to 0; the model is told T*sigma.
+
+    Source: Esser et al., arXiv 2403.03206, eq. 23.
+    """
+
+    def __init__(self, shift=1.0, T=1000):
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift: expected a value above 0, got {shift}")
+        self.shift, self.T = shift, _positive_int("T", T)
+
+    def __repr__(self):
+        return f"FlowSchedule(shift={self.shift}, T={self.T})"
+
+    def grid(self, steps):
+        """The grid of `steps` evenly spaced s, from 1 to 1/steps."""
+        s = np.linspace(1, 0, _positive_int("steps", steps) + 1)[:-1]
+        sigma = self.shift * s / (1 + (self.shift - 1) * s)
+        return Grid(self.T * sigma, 1 - sigma, sigma, np.ones_like(sigma), sigma[0], discrete=False)

@@ -1,0 +1,158 @@
+"""The specification: one row of a table applied to a batch, in eager PyTorch, float32, one rounding per operation.
+
+    fhat = u + g*(f - u)
+    m0   = clamp(d_x*x + d_f*fhat, -clip, clip)
+    x'   = c_x*x + c_f*fhat + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_grad*s^2*grad + c_noise*s*z
+
+Every other backend returns these bits. Mirrors csrc/step.h::step_value and csrc/philox.h. It does not check its arguments:
+epskernels/ops.py does.
+"""
+
+import torch
+
+from .table import COLUMNS
+
+STREAM_STEP, STREAM_INITIAL = 0, 1
+_WORD = 0xFFFFFFFF
+
+
+def _hex(*digits):
+    return [float.fromhex(d) for d in digits]
+
+
+# Coefficients of csrc/polynomials.h, highest power first.
+LOG = _hex(
+    "-0x1.9dfa74p-4", "0x1.4c3d0ap-3", "-0x1.614c08p-3", "0x1.978e2ep-3",
+    "-0x1.ff623cp-3", "0x1.5559dcp-2", "-0x1.00007ap-1", "0x1.fffffep-1",
+)  # fmt: skip
+SIN = _hex("-0x1.9943e0p-13", "0x1.11073ap-7", "-0x1.555546p-3", "0x1.0p+0")
+COS = _hex("-0x1.644d62p-10", "0x1.553e80p-5", "-0x1.ffffb2p-2", "0x1.0p+0")
+EXP = _hex("0x1.0fa834p-7", "0x1.573a54p-5", "0x1.555a6ap-3", "0x1.fffdc6p-2", "0x1.fffff6p-1", "0x1.0p+0")
+LN2, LOG2_E, TURN = _hex("0x1.62e430p-1", "0x1.715476p+0", "0x1.921fb6p-30")
+LN2_HIGH, LN2_LOW, MAGIC = _hex("0x1.62e400p-1", "0x1.7f7d1cp-20", "0x1.8p+23")
+
+
+def _horner(coefficients, x):
+    p = torch.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        p = p * x + c
+    return p
+
+
+def sqrt_rounded(x):
+    """Correctly rounded float32 square root: PyTorch's own goes through a vector library on the CPU."""
+    return x.double().sqrt().float()
+
+
+def log_poly(u):
+    """ln(u), u float32 normal in (0, 1]."""
+    bits = u.view(torch.int32)
+    e = (bits - 0x3F3504F3) >> 23
+    f = (bits - (e << 23)).view(torch.float32) - 1.0
+    return e.float() * LN2 + _horner(LOG, f) * f
+
+
+def cos_sin_poly(turn):
+    """cos and sin of 2*pi*turn/2^32, turn int64 in [0, 2^32)."""
+    shifted = (turn + 0x20000000) & _WORD
+    quadrant = shifted >> 30
+    a = ((shifted & 0x3FFFFFFF) - 0x20000000).float() * TURN
+    a2 = a * a
+    s = _horner(SIN, a2) * a
+    c = _horner(COS, a2)
+    odd = (quadrant & 1) != 0
+    cosine, sine = torch.where(odd, s, c), torch.where(odd, c, s)
+    cosine = torch.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
+    sine = torch.where((quadrant & 2) != 0, -sine, sine)
+    return cosine, sine
+
+
+def exp_poly(y):
+    """exp(y), y float32 held to [-87, 88]; exp(0) is 1 exactly; NaN passes through."""
+    y = torch.where(y < -87.0, -87.0, y)
+    y = torch.where(y > 88.0, 88.0, y)
+    rounded = y * LOG2_E + MAGIC
+    k = rounded - MAGIC
+    r = (y - k * LN2_HIGH) - k * LN2_LOW
+    scale = torch.where(y.isnan(), 0, k).to(torch.int32)
+    return _horner(EXP, r) * ((scale + 127) << 23).view(torch.float32)
+
+
+def philox(counter, key):
+    """Philox4x32-10: four int64 tensors of words and two of keys (all in [0, 2^32)) to four words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # their low 64 bits, which is all of them
+        c0, c1, c2, c3 = (
+            (product1 >> 32) & _WORD ^ c1 ^ k0,
+            product1 & _WORD,
+            (product0 >> 32) & _WORD ^ c3 ^ k1,
+            product0 & _WORD,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def box_muller(radius_word, angle_word):
+    u = radius_word.float() * 2.0**-32 + 2.0**-33
+    radius = sqrt_rounded(log_poly(u) * -2.0)
+    cosine, sine = cos_sin_poly(angle_word)
+    return radius * cosine, radius * sine
+
+
+def normal_reference(seeds, shape, draw, stream):
+    """Standard normals (B, *shape), float32: element e of a sample is normal e % 4 of the counter (e // 4, draw, stream).
+
+    seeds: (B,) int64, the 64-bit keys. draw: an integer in [0, 2^32), or a (B,) int64 tensor of them.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    group = torch.arange((count + 3) // 4, device=seeds.device)
+    seeds = seeds.reshape(-1, 1)
+    draw = torch.as_tensor(draw, dtype=torch.int64, device=seeds.device).reshape(-1, 1)
+    counter = (group & _WORD, group >> 32, draw, torch.full_like(draw, stream))
+    words = philox(counter, (seeds & _WORD, (seeds >> 32) & _WORD))
+    normals = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
+    return torch.stack(normals, dim=-1).reshape(len(seeds), -1)[:, :count].reshape(-1, *shape)
+
+
+def step_reference(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None):
+    """(x', m0), both in x's shape and dtype. Arguments as in epskernels.ops.step, already checked."""
+    dtype, shape = x.dtype, x.shape
+    row = rows[index] if index.dim() else rows[index].reshape(1, -1)
+    row = dict(zip(COLUMNS, row.reshape(-1, len(COLUMNS), *[1] * (x.dim() - 1)).unbind(1), strict=True))
+    x, f, u, m1, m2, v, grad = (t if t is None else t.float() for t in (x, f, u, m1, m2, v, grad))
+
+    def term(total, coefficient, value, wanted):
+        return torch.where(wanted, total + coefficient * value, total)
+
+    fhat = f
+    if u is not None:
+        fhat = torch.where(row["g"] != 1, u + row["g"] * (f - u), f)
+    m0 = row["d_x"] * x + row["d_f"] * fhat
+    m0 = torch.where(m0 < -row["clip"], -row["clip"], m0)
+    m0 = torch.where(m0 > row["clip"], row["clip"], m0)
+
+    total = row["c_x"] * x + row["c_f"] * fhat + row["c_m0"] * m0
+    if m1 is not None:
+        total = term(total, row["c_m1"], m1, row["c_m1"] != 0)
+    if m2 is not None:
+        total = term(total, row["c_m2"], m2, row["c_m2"] != 0)
+
+    c_grad, c_noise = row["c_grad"], row["c_noise"]
+    if v is not None:
+        frac = (v + 1.0) * 0.5
+        logvar = frac * row["logvar_max"] + (1.0 - frac) * row["logvar_min"]
+        s = exp_poly(0.5 * logvar)
+        s = torch.where((row["logvar_min"] != 0) | (row["logvar_max"] != 0), s, 1.0)
+        c_grad, c_noise = c_grad * (s * s), c_noise * s
+    if grad is not None:
+        total = term(total, c_grad, grad, row["c_grad"] != 0)
+    if seeds is not None:
+        draw = row["draw"].reshape(-1).to(torch.int64)
+        noise = normal_reference(seeds, shape[1:], draw, STREAM_STEP)
+    if noise is not None:
+        total = term(total, c_noise, noise.float(), row["c_noise"] != 0)
+    return total.to(dtype), m0.to(dtype)

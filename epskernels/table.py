@@ -1,0 +1,190 @@
+"""A sampler's table: one row of coefficients per model call, float64 until it becomes the kernel's float32 rows.
+
+    mean      c_x*alpha_in + c_f*f_x0 + c_m0 + c_m1 + c_m2 = alpha_out
+    variance  (c_x*sigma_in + c_f*f_eps)^2 + (c_noise*s_min)^2 = sigma_out^2 + excess,  s_min^2 = exp(logvar_min)
+
+hold for every row of every sampler (x_t = alpha_t*x_0 + sigma_t*eps; the model's output f = f_x0*x_0 + f_eps*eps), whatever
+lambda: the constructor checks them, so a table that breaks them cannot exist. A wrong split between c_m0 and c_m1 passes.
+"""
+
+import numpy as np
+import torch
+
+# The order of csrc/step.h::StepRow.
+COLUMNS = (
+    "d_x", "d_f", "clip", "g",
+    "c_x", "c_f", "c_m0", "c_m1", "c_m2", "c_grad", "c_noise",
+    "logvar_min", "logvar_max", "draw", "t", "c_in",
+)  # fmt: skip
+# Where a row comes from: the path's two ends, lambda_t, what the model's output is made of, and the variance that the
+# sampler adds on purpose beyond sigma_out^2 (fixed_large, S_noise).
+PROVENANCE = ("alpha_in", "sigma_in", "alpha_out", "sigma_out", "lambda_t", "f_x0", "f_eps", "excess")
+_DEFAULTS = {"clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0}
+_TOLERANCE = 1e-9
+
+
+class Table:
+    """An immutable table of R rows.
+
+    values: for each name of COLUMNS and PROVENANCE, R numbers or one for all (absent: 0; clip inf; g, c_in, lambda_t 1).
+    name: what repr shows. initial_sigma: standard deviation of the initial latent, which starts at row 0.
+    discrete: the model's t is an integer timestep, not a noise level.
+
+    Raises ValueError naming the column: unknown, not of length R, not finite (clip may be inf), clip <= 0, a draw that is no
+    integer in [0, 2^24), lambda_t <= 0, or rows that break the mean or the variance above.
+
+    Attributes: rows, float32 (R, 16) on the table's device; index, int64 (R,), so that index[i] is a ready row index;
+    parts, a (name, first row, rows, initial_sigma) for each table that this one was concatenated from.
+    """
+
+    __slots__ = ("_values", "rows", "index", "parts", "discrete")
+
+    def __init__(self, values, *, name="table", initial_sigma=1.0, discrete=False, parts=None, device="cpu"):
+        if unknown := set(values) - set(COLUMNS) - set(PROVENANCE):
+            raise ValueError(f"values: unknown columns {sorted(unknown)}, expected some of {COLUMNS + PROVENANCE}")
+        length = max((np.size(column) for column in values.values()), default=0)
+        if length == 0:
+            raise ValueError("values: expected at least one row, got none")
+        columns = {}
+        for key in COLUMNS + PROVENANCE:
+            column = np.asarray(values.get(key, _DEFAULTS.get(key, 0.0)), dtype=np.float64)
+            if column.ndim > 1 or column.size not in (1, length):
+                raise ValueError(f"{key}: expected {length} values or one, got shape {column.shape}")
+            columns[key] = np.broadcast_to(column.reshape(-1), (length,)) + 0.0  # a copy, without -0
+            columns[key].setflags(write=False)
+        if not (np.isfinite(initial_sigma) and initial_sigma >= 0):
+            raise ValueError(f"initial_sigma: expected a finite value >= 0, got {initial_sigma}")
+        parts = tuple(parts) if parts else ((name, 0, length, float(initial_sigma)),)
+        _check(columns, parts)
+
+        rows = torch.from_numpy(np.stack([columns[key] for key in COLUMNS], axis=1).astype(np.float32))
+        for attribute, value in (
+            ("_values", columns),
+            ("rows", rows.to(device)),
+            ("index", torch.arange(length, device=device)),
+            ("parts", parts),
+            ("discrete", bool(discrete)),
+        ):
+            object.__setattr__(self, attribute, value)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"a Table is immutable: cannot set {name}")
+
+    __delattr__ = __setattr__
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, column):
+        """A column or provenance as a read-only float64 array of R values."""
+        if column not in self._values:
+            raise KeyError(f"{column!r}: expected one of {COLUMNS + PROVENANCE}")
+        return self._values[column]
+
+    @property
+    def device(self):
+        return self.rows.device
+
+    @property
+    def name(self):
+        return " + ".join(part[0] for part in self.parts)
+
+    @property
+    def initial_sigma(self):
+        """Standard deviation of the initial latent of the first part."""
+        return self.parts[0][3]
+
+    @property
+    def history(self):
+        """How many earlier m0 the rows read: 0, 1 or 2."""
+        return 2 if self["c_m2"].any() else 1 if self["c_m1"].any() else 0
+
+    @property
+    def needs_noise(self):
+        return bool(self["c_noise"].any())
+
+    @property
+    def learned_variance(self):
+        return bool(self["logvar_min"].any() or self["logvar_max"].any())
+
+    @property
+    def guided(self):
+        """Some row has g != 1, and so needs the unconditional output u."""
+        return bool((self["g"] != 1).any())
+
+    @property
+    def takes_grad(self):
+        """Some row can shift its mean by a classifier's gradient."""
+        return bool(self["c_grad"].any())
+
+    def to(self, device):
+        """The same table with its rows on `device`."""
+        if torch.device(device) == self.device:
+            return self
+        return Table(self._values, discrete=self.discrete, parts=self.parts, device=device)
+
+    def __repr__(self):
+        shown = ["t", "lambda_t", "d_x", "d_f", "c_x", "c_m0"]
+        shown += [key for key in ("c_f", "c_m1", "c_m2", "c_noise", "c_grad") if self[key].any()]
+        head = "  row" + "".join(f"{key:>12}" for key in shown)
+        picked = range(len(self)) if len(self) <= 8 else [0, 1, 2, None, len(self) - 2, len(self) - 1]
+        lines = ["  ..." if i is None else f"{i:>5}" + "".join(f"{self[k][i]:>12.6g}" for k in shown) for i in picked]
+        traits = [word for word, on in (("guided", self.guided), ("learned variance", self.learned_variance)) if on]
+        title = ", ".join([f"Table {self.name}", f"{len(self)} rows", str(self.device), *traits])
+        return "\n".join([title, head, *lines])
+
+
+def concat(tables):
+    """One table with the rows of all, in order: row i of table k is row parts[...] first + i of the result.
+
+    A batch may then mix samplers, each sample with its own row index. Raises ValueError: no table, different devices, or
+    discrete and continuous timesteps mixed.
+    """
+    tables = list(tables)
+    if not tables:
+        raise ValueError("tables: expected at least one, got none")
+    if len({table.device for table in tables}) > 1:
+        raise ValueError(f"tables: expected one device, got {sorted({str(table.device) for table in tables})}")
+    if len({table.discrete for table in tables}) > 1:
+        raise ValueError("tables: expected all with discrete timesteps or all with noise levels, got both")
+    values = {key: np.concatenate([table[key] for table in tables]) for key in COLUMNS + PROVENANCE}
+    parts, first = [], 0
+    for table in tables:
+        parts += [(name, first + start, length, sigma) for name, start, length, sigma in table.parts]
+        first += len(table)
+    return Table(values, discrete=tables[0].discrete, parts=parts, device=tables[0].device)
+
+
+def _check(columns, parts):
+    names = "+".join(part[0] for part in parts)
+
+    def refuse(key, bad, expected):
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise ValueError(f"{key}: expected {expected}, got {columns[key][row]} in row {row} of {names}")
+
+    with np.errstate(over="ignore"):
+        for key, column in columns.items():
+            if key == "clip":
+                refuse(key, ~(column > 0), "a value above 0, or inf for none")
+            else:
+                refuse(key, ~np.isfinite(column), "a finite value")
+                refuse(key, ~np.isfinite(column.astype(np.float32)), "a value within float32")
+    draw = columns["draw"]
+    refuse("draw", (draw < 0) | (draw >= 2**24) | (draw != np.floor(draw)), "an integer in [0, 2^24)")
+    refuse("lambda_t", columns["lambda_t"] <= 0, "a value above 0")
+
+    c = columns
+    mean = c["c_x"] * c["alpha_in"] + c["c_f"] * c["f_x0"] + c["c_m0"] + c["c_m1"] + c["c_m2"]
+    scale = 1 + np.abs(c["c_x"] * c["alpha_in"]) + np.abs(c["c_m0"]) + np.abs(c["c_m1"]) + np.abs(c["c_m2"])
+    _agree("mean", mean, c["alpha_out"], scale, names)
+    drift = c["c_x"] * c["sigma_in"] + c["c_f"] * c["f_eps"]
+    variance = drift**2 + c["c_noise"] ** 2 * np.exp(c["logvar_min"])
+    _agree("variance", variance, c["sigma_out"] ** 2 + c["excess"], 1 + c["sigma_in"] ** 2, names)
+
+
+def _agree(what, got, expected, scale, names):
+    bad = np.flatnonzero(np.abs(got - expected) > _TOLERANCE * scale)
+    if bad.size:
+        row = int(bad[0])
+        raise ValueError(f"{what} of row {row} of {names}: the coefficients give {got[row]}, the path {expected[row]}")
