@@ -291,7 +291,6 @@ build.load_kernels()
 _step = torch.ops.epskernels.step.default
 _step_m0 = torch.ops.epskernels.step_m0.default
 _step_out = torch.ops.epskernels.step_out.default
-_step_in_place = torch.ops.epskernels.step_.default
 _normal = torch.ops.epskernels.normal.default
 
 
@@ -332,6 +331,12 @@ def _runs_reference(x):
     return name == "reference"
 
 
+def _step_ops(x):
+    if _runs_reference(x):
+        return reference_step, reference_step_m0, reference_step_out
+    return _step, _step_m0, _step_out
+
+
 # ---- the public functions ----
 
 
@@ -367,34 +372,27 @@ def step(
     Returns x', or (x', m0), in x's shape and dtype; the tensors given as out and m0 where they were.
     Raises RuntimeError, naming the argument, before anything is written.
     """
-    rows = table.rows if isinstance(table, Table) else table
-    if type(index) is int:
-        index = _row_index(table, index, x.device)
-    inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    if _runs_reference(x):
-        run, run_m0, run_out = reference_step, reference_step_m0, reference_step_out
+    if type(table) is Table:
+        rows = table.rows
+        if type(index) is int and 0 <= index < len(table.row_index):
+            index = table.row_index[index]
     else:
+        rows = table
+    if type(index) is int:
+        index = torch.tensor(index, device=x.device)
+    inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
+    if _forced.get() is None and _DEFAULT_BACKEND is None:
         run, run_m0, run_out = _step, _step_m0, _step_out
+    else:
+        run, run_m0, run_out = _step_ops(x)
     if out is None and m0 is None:
         return run_m0(*inputs) if return_m0 else run(*inputs)
-    if out is None:
-        out = torch.empty_like(x)
-    elif out is x and run is _step:
-        if return_m0 and m0 is None:
-            m0 = torch.empty_like(x)
-        _step_in_place(*inputs, m0=m0)
-        return (x, m0) if return_m0 else x
     if return_m0 and m0 is None:
         m0 = torch.empty_like(x)
+    if out is None:
+        out = torch.empty_like(x)
     run_out(*inputs, out=out, m0=m0)
     return (out, m0) if return_m0 else out
-
-
-def _row_index(table, index, device):
-    length = len(table)
-    if not 0 <= index < length:
-        _fail(f"index: expected values in [0, {length}), got {index}")
-    return table.index[index] if isinstance(table, Table) else torch.tensor(index, device=device)
 
 
 def as_seeds(seeds, device="cpu"):

@@ -2,7 +2,7 @@
 
     fhat = u + g*(f - u)
     m0   = clamp(d_x*x + d_f*fhat, -clip, clip)
-    x'   = c_x*x + c_f*fhat + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_grad*s^2*grad + c_noise*s*z
+    x'   = c_x*x + c_f*fhat + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_grad*(s^2*grad) + c_noise*(s*z)
 
 Every other backend returns these bits. Mirrors csrc/step.h::step_value and csrc/philox.h. It does not check its arguments:
 epskernels/ops.py does.
@@ -123,10 +123,14 @@ def step_reference(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=Non
     dtype, shape = x.dtype, x.shape
     row = rows[index] if index.dim() else rows[index].reshape(1, -1)
     row = dict(zip(COLUMNS, row.reshape(-1, len(COLUMNS), *[1] * (x.dim() - 1)).unbind(1), strict=True))
-    x, f, u, m1, m2, v, grad = (t if t is None else t.float() for t in (x, f, u, m1, m2, v, grad))
+    tensors = (x, f, u, m1, m2, v, grad, noise)
+    x, f, u, m1, m2, v, grad, noise = (t if t is None else t.float() for t in tensors)
 
-    def term(total, coefficient, value, wanted):
-        return torch.where(wanted, total + coefficient * value, total)
+    def term(total, name, value):
+        """total + coefficient*value, where the coefficient is not zero and the tensor is there."""
+        if value is None:
+            return total
+        return torch.where(row[name] != 0, total + row[name] * value, total)
 
     fhat = f
     if u is not None:
@@ -135,24 +139,22 @@ def step_reference(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=Non
     m0 = torch.where(m0 < -row["clip"], -row["clip"], m0)
     m0 = torch.where(m0 > row["clip"], row["clip"], m0)
 
-    total = row["c_x"] * x + row["c_f"] * fhat + row["c_m0"] * m0
-    if m1 is not None:
-        total = term(total, row["c_m1"], m1, row["c_m1"] != 0)
-    if m2 is not None:
-        total = term(total, row["c_m2"], m2, row["c_m2"] != 0)
-
-    c_grad, c_noise = row["c_grad"], row["c_noise"]
+    z = noise
+    if seeds is not None:
+        draw = row["draw"].reshape(-1).to(torch.int64)
+        z = normal_reference(seeds, shape[1:], draw, STREAM_STEP)
     if v is not None:
         frac = (v + 1.0) * 0.5
         logvar = frac * row["logvar_max"] + (1.0 - frac) * row["logvar_min"]
         s = exp_poly(0.5 * logvar)
         s = torch.where((row["logvar_min"] != 0) | (row["logvar_max"] != 0), s, 1.0)
-        c_grad, c_noise = c_grad * (s * s), c_noise * s
-    if grad is not None:
-        total = term(total, c_grad, grad, row["c_grad"] != 0)
-    if seeds is not None:
-        draw = row["draw"].reshape(-1).to(torch.int64)
-        noise = normal_reference(seeds, shape[1:], draw, STREAM_STEP)
-    if noise is not None:
-        total = term(total, c_noise, noise.float(), row["c_noise"] != 0)
+        z = z if z is None else s * z
+        grad = grad if grad is None else (s * s) * grad
+
+    total = term(row["c_x"] * x, "c_f", fhat)
+    total = total + row["c_m0"] * m0
+    total = term(total, "c_m1", m1)
+    total = term(total, "c_m2", m2)
+    total = term(total, "c_grad", grad)
+    total = term(total, "c_noise", z)
     return total.to(dtype), m0.to(dtype)

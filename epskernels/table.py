@@ -33,11 +33,11 @@ class Table:
     Raises ValueError naming the column: unknown, not of length R, not finite (clip may be inf), clip <= 0, a draw that is no
     integer in [0, 2^24), lambda_t <= 0, or rows that break the mean or the variance above.
 
-    Attributes: rows, float32 (R, 16) on the table's device; index, int64 (R,), so that index[i] is a ready row index;
-    parts, a (name, first row, rows, initial_sigma) for each table that this one was concatenated from.
+    Attributes: rows, float32 (R, 16) on the table's device; index, int64 (R,), 0 to R - 1, there too; row_index, the same as
+    a tuple of R scalar tensors, ready to pass to the ops; parts, a (name, first row, rows, initial_sigma) for each table that this one was concatenated from.
     """
 
-    __slots__ = ("_values", "rows", "index", "parts", "discrete")
+    __slots__ = ("_values", "rows", "index", "row_index", "parts", "discrete")
 
     def __init__(self, values, *, name="table", initial_sigma=1.0, discrete=False, parts=None, device="cpu"):
         if unknown := set(values) - set(COLUMNS) - set(PROVENANCE):
@@ -58,10 +58,12 @@ class Table:
         _check(columns, parts)
 
         rows = torch.from_numpy(np.stack([columns[key] for key in COLUMNS], axis=1).astype(np.float32))
+        index = torch.arange(length, device=device)
         for attribute, value in (
             ("_values", columns),
             ("rows", rows.to(device)),
-            ("index", torch.arange(length, device=device)),
+            ("index", index),
+            ("row_index", index.unbind()),
             ("parts", parts),
             ("discrete", bool(discrete)),
         ):
