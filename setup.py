@@ -13,6 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
+NOTE = "not_built.txt"  # why the compiled kernels are missing: epskernels/build.py reads it
 
 
 def find_torch():
@@ -42,7 +43,9 @@ def missing_tools():
 
 class CMakeBuild(build_ext):
     def run(self):
-        (note := self.note_path()).unlink(missing_ok=True)
+        package, note = self.package_path(), self.package_path() / NOTE
+        for stale in [note, *package.glob("*.so")]:  # of an earlier build into the same folder
+            stale.unlink(missing_ok=True)
         wanted = os.environ.get("EPSKERNELS_BUILD", "auto")
         if wanted not in ("auto", "0", "1"):
             raise SystemExit(f"EPSKERNELS_BUILD: expected auto, 0 or 1, got {wanted!r}")
@@ -53,17 +56,13 @@ class CMakeBuild(build_ext):
                 raise SystemExit(f"EPSKERNELS_BUILD=1, but {reason}")
         if reason:
             print(f"epskernels: compiled kernels left out: {reason}", file=sys.stderr)
-            note.parent.mkdir(parents=True, exist_ok=True)
+            package.mkdir(parents=True, exist_ok=True)
             note.write_text(reason + "\n")
             return
         self.build_with_cmake()
 
     def package_path(self):
         return ROOT / "epskernels" if self.editable_mode else pathlib.Path(self.build_lib).resolve() / "epskernels"
-
-    def note_path(self):
-        """Why the compiled kernels are missing: read by epskernels at import."""
-        return self.package_path() / "not_built.txt"
 
     def build_with_cmake(self):
         import pybind11

@@ -63,19 +63,21 @@ std::atomic<const CpuKernels*>& chosen_kernels() {
 // ---- reading and checking the arguments ----
 
 const char* dtype_name(int32_t dtype) {
-  if (dtype == aoti_torch_dtype_float32()) return "float32";
-  if (dtype == aoti_torch_dtype_float16()) return "float16";
-  if (dtype == aoti_torch_dtype_bfloat16()) return "bfloat16";
-  if (dtype == aoti_torch_dtype_float64()) return "float64";
-  if (dtype == aoti_torch_dtype_int64()) return "int64";
-  if (dtype == aoti_torch_dtype_int32()) return "int32";
-  if (dtype == aoti_torch_dtype_bool()) return "bool";
+  const std::pair<int32_t, const char*> names[] = {
+      {aoti_torch_dtype_float32(), "float32"},     {aoti_torch_dtype_float16(), "float16"},
+      {aoti_torch_dtype_bfloat16(), "bfloat16"},   {aoti_torch_dtype_float64(), "float64"},
+      {aoti_torch_dtype_int64(), "int64"},         {aoti_torch_dtype_int32(), "int32"},
+      {aoti_torch_dtype_int16(), "int16"},         {aoti_torch_dtype_int8(), "int8"},
+      {aoti_torch_dtype_uint8(), "uint8"},         {aoti_torch_dtype_bool(), "bool"},
+      {aoti_torch_dtype_complex64(), "complex64"}, {aoti_torch_dtype_complex128(), "complex128"}};
+  for (const auto& [known, name] : names)
+    if (dtype == known) return name;
   return "another dtype";
 }
 
 // A tensor's description, read once.
 struct View {
-  const char* name = "";
+  const char* name = nullptr;  // without one, the argument is absent
   char* data = nullptr;
   int64_t dim = 0;
   const int64_t *sizes = nullptr, *strides = nullptr;
@@ -89,15 +91,19 @@ struct View {
     strides = tensor.strides().data();
     aoti_torch_get_dtype(tensor.get(), &dtype);
     if (!tensor.is_cpu()) fail(name, ": expected a tensor on the CPU, as x is, got one on another device");
+    if (!data && numel() > 0) fail(name, ": expected a tensor with memory, got one whose storage was freed");
   }
-  explicit operator bool() const { return data != nullptr; }
+  // Not by its data: a tensor without elements has none, and is there all the same.
+  explicit operator bool() const { return name != nullptr; }
 
   int64_t numel() const {
     int64_t count = 1;
     for (int64_t d = 0; d < dim; ++d) count *= sizes[d];
     return count;
   }
-  int64_t element_size() const { return dtype == aoti_torch_dtype_float32() ? 4 : 2; }
+  int64_t element_size() const {
+    return dtype == aoti_torch_dtype_int64() ? 8 : dtype == aoti_torch_dtype_float32() ? 4 : 2;
+  }
   int64_t batch_stride() const { return strides[0] * element_size(); }
   bool samples_contiguous() const {
     int64_t expected = 1;
@@ -127,7 +133,7 @@ void check_same_shape(const View& view, const View& other) {
 }
 
 void check_like(const View& view, const View& other) {
-  if (!view) return;
+  if (!view) return;  // an optional argument
   check_same_shape(view, other);
   if (view.dtype != other.dtype)
     fail(view.name, ": expected dtype ", dtype_name(other.dtype), " as ", other.name, " has, got ",
@@ -146,32 +152,36 @@ int64_t integer_at(const View& view, int64_t i) {
   return reinterpret_cast<const int64_t*>(view.data)[view.dim == 0 ? 0 : i * view.strides[0]];
 }
 
-// First and last byte of a tensor.
+// A tensor's first byte, and the one after its last.
 std::pair<const char*, const char*> extent(const View& view) {
   int64_t last = 0;
   for (int64_t d = 0; d < view.dim; ++d) last += (view.sizes[d] - 1) * view.strides[d];
   return {view.data, view.data + (last + 1) * view.element_size()};
 }
 
-// An output may be an input (same memory, same layout) or lie apart from it; anything between is refused.
-void check_overlap(const View& out, const View& other) {
+bool same_memory(const View& a, const View& b) {
+  return a.data == b.data && a.dtype == b.dtype && a.dim == b.dim && std::equal(a.strides, a.strides + a.dim, b.strides);
+}
+
+// Samples of two tensors that take turns in one buffer, as channel halves do.
+bool interleaved(const View& a, const View& b) {
+  if (a.dim != b.dim || !a.samples_contiguous() || !b.samples_contiguous()) return false;
+  const int64_t stride = a.batch_stride();
+  if (stride != b.batch_stride() || stride == 0) return false;
+  const int64_t distance = ((b.data - a.data) % stride + stride) % stride;
+  return distance >= a.numel() / a.sizes[0] * a.element_size() &&
+         distance + b.numel() / b.sizes[0] * b.element_size() <= stride;
+}
+
+// An output may be a tensor read element by element (same memory, same layout) or lie apart from it; anything between is
+// refused.
+void check_overlap(const View& out, const View& other, bool may_be_same) {
   if (!other) return;
   const auto [out_begin, out_end] = extent(out);
   const auto [begin, end] = extent(other);
-  if (out_end <= begin || end <= out_begin) return;
-  const bool same_layout = out.dtype == other.dtype && std::equal(out.strides, out.strides + out.dim, other.strides);
-  if (same_layout && out.data == other.data) return;
-  if (out.samples_contiguous() && other.samples_contiguous() && out.batch_stride() == other.batch_stride()) {
-    // Interleaved samples, as the channel halves of one buffer.
-    const int64_t stride = out.batch_stride(), batch = out.sizes[0];
-    const int64_t out_bytes = out.numel() / batch * out.element_size();
-    const int64_t bytes = other.numel() / batch * other.element_size();
-    if (stride > 0) {
-      const int64_t distance = ((other.data - out.data) % stride + stride) % stride;
-      if (distance >= out_bytes && distance + bytes <= stride) return;
-    }
-  }
-  fail(out.name, ": overlaps the memory of ", other.name, " without being the same tensor");
+  if (out_end <= begin || end <= out_begin || interleaved(out, other)) return;
+  if (may_be_same && same_memory(out, other)) return;
+  fail(out.name, ": overlaps the memory of ", other.name, may_be_same ? " without being the same tensor" : "");
 }
 
 void check_output(const View& out, const View& x) {
@@ -249,10 +259,11 @@ void run(const StepCall& call, const CpuKernels& kernels, int64_t batch, bool dr
   });
 }
 
-// `make_out` and `make_m0`: allocate the outputs once all inputs are known to be good.
+// Those that are absent are allocated (m0 where `make_m0` says so), once all inputs are known to be good.
 struct Outputs {
   OptionalTensor out, m0;
   bool make_m0 = false;
+  const char* out_name = "out";
 };
 
 void step_into(const StepArguments& a, Outputs& outputs) {
@@ -306,22 +317,14 @@ void step_into(const StepArguments& a, Outputs& outputs) {
   call.sample_numel = x.numel() / batch;
 
   // ---- the outputs ----
-  for (const OptionalTensor* output : {&outputs.out, &outputs.m0}) {
+  const View out = optional_view(outputs.out_name, outputs.out), m0 = optional_view("m0", outputs.m0);
+  for (const View* output : {&out, &m0}) {
     if (!*output) continue;
-    const View view(output == &outputs.out ? "out" : "m0", **output);
-    check_output(view, x);
-    for (const View* input : {&x, &f, &u, &m1, &m2, &v, &grad, &noise}) check_overlap(view, *input);
-    for (const View* input : {&rows, &index, &seeds}) {
-      if (!*input) continue;
-      const auto [begin, end] = extent(view);
-      if (input->data >= begin && input->data < end) fail(view.name, ": overlaps the memory of ", input->name);
-    }
+    check_output(*output, x);
+    for (const View* input : {&x, &f, &u, &m1, &m2, &v, &grad, &noise}) check_overlap(*output, *input, true);
+    for (const View* input : {&rows, &index, &seeds}) check_overlap(*output, *input, false);
   }
-  if (outputs.out && outputs.m0) {
-    const auto [begin, end] = extent(View("out", *outputs.out));
-    const auto [m0_begin, m0_end] = extent(View("m0", *outputs.m0));
-    if (m0_begin < end && begin < m0_end) fail("m0: overlaps the memory of out");
-  }
+  if (m0) check_overlap(m0, out, false);
   if (!outputs.out) outputs.out = allocate_like(a.x);
   if (outputs.make_m0) outputs.m0 = allocate_like(a.x);
 
@@ -377,7 +380,7 @@ void step_out(STEP_PARAMETERS, Tensor out, OptionalTensor m0) {
 }
 
 void step_(STEP_PARAMETERS, OptionalTensor m0) {
-  Outputs outputs{x, std::move(m0)};
+  Outputs outputs{x, std::move(m0), false, "x"};
   step_into(STEP_ARGUMENTS, outputs);
 }
 
@@ -396,7 +399,7 @@ Tensor normal(Tensor seeds_tensor, std::vector<int64_t> shape, ScalarType dtype,
   if (draw < 0 || draw >> 32) fail("draw: expected a value in [0, 2^32), got ", draw);
   if (stream < 0 || stream >> 32) fail("stream: expected a value in [0, 2^32), got ", stream);
   if (dtype != ScalarType::Float && dtype != ScalarType::Half && dtype != ScalarType::BFloat16)
-    fail("dtype: expected float32, float16 or bfloat16");
+    fail("dtype: expected float32, float16 or bfloat16, got ", dtype_name(static_cast<int32_t>(dtype)));
 
   shape.insert(shape.begin(), batch);
   Tensor out = torch::stable::new_empty(seeds_tensor, shape, dtype);

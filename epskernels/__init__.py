@@ -3,11 +3,12 @@ every backend. See README.md and docs/architecture.md."""
 
 from . import samplers, scaling, schedule
 from .ops import as_seeds, normal, step, use_backend
+from .sample import sample
 from .scaling import EpsilonScaling, published
 from .table import Table, concat
 
 __version__ = "0.1.0"
 __all__ = [
-    "EpsilonScaling", "Table", "as_seeds", "concat", "normal", "published", "samplers", "scaling", "schedule", "step",
-    "use_backend",
+    "EpsilonScaling", "Table", "as_seeds", "concat", "normal", "published", "sample", "samplers", "scaling", "schedule",
+    "step", "use_backend",
 ]  # fmt: skip

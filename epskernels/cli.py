@@ -1,0 +1,239 @@
+"""The command line: `epskernels sample` and `epskernels info`."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import pathlib
+import platform
+import sys
+import time
+
+import numpy as np
+import torch
+
+from . import __version__, build, models, ops, samplers, scaling, schedule
+from .sample import sample
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class UsageError(Exception):
+    """Bad arguments: one line, exit status 2."""
+
+
+def parse_seeds(text):
+    """ "0-3,7" -> [0, 1, 2, 3, 7]"""
+    seeds = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            seeds += range(int(first), int(last or first) + 1)
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"expected seeds such as 0-63 or 1,2,5-9, got {text!r}")
+    if max(seeds) >= 2**64:
+        raise argparse.ArgumentTypeError("expected seeds below 2^64")
+    return seeds
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        prog="epskernels", description="Fused sampling steps for diffusion models, with Epsilon Scaling."
+    )
+    parser.add_argument("--version", action="version", version=f"epskernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("info", help="versions, compiled parts, backends, and why one is missing")
+
+    run = commands.add_parser(
+        "sample",
+        help="sample images from a trained model",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Sample images from a trained model.",
+        epilog="examples:\n"
+        "  epskernels sample --out digits.png\n"
+        "  epskernels sample --sampler ddim --steps 20 --lambda 1.004 --compare --out both.png\n"
+        "  epskernels sample --published ADM CIFAR-10 20 linear --steps 20 --seeds 0-255 --out samples.npz",
+    )
+    run.add_argument("--model", type=pathlib.Path, default=models.DIGITS, metavar="DIR",
+                     help="a diffusers pipeline directory (unet/, scheduler/); default: the digits that ship with the package")
+    run.add_argument("--sampler", choices=sorted(samplers.SAMPLERS), default="ddpm", help="default: %(default)s")
+    run.add_argument("--steps", type=int, default=50, help="sampler steps; default: %(default)s")
+    which = run.add_mutually_exclusive_group()
+    which.add_argument("--lambda", type=float, dest="lambda_", default=None, metavar="B",
+                       help="Epsilon Scaling, eps/B at every step; default: 1, none")
+    which.add_argument("--lambda-linear", type=float, nargs=2, metavar=("K", "B"),
+                       help="lambda = K*i + B, i = 0 at the cleanest step")
+    which.add_argument("--published", nargs="+", metavar="SETTING",
+                       help="SYSTEM DATASET STEPS [KIND], as in the paper: ADM CIFAR-10 20 linear")
+    run.add_argument("--eta", type=float, help="DDIM's eta; default: 0")
+    run.add_argument("--direction", choices=("scaled", "unscaled"), help="DDIM's direction term; default: scaled")
+    run.add_argument("--variance", choices=("fixed_small", "fixed_large", "learned_range"),
+                     help="DDPM's variance; default: learned_range where the model has learned one, else fixed_small")
+    run.add_argument("--class", type=int, dest="label", metavar="N", help="class, for a model with classes")
+    run.add_argument("--guidance", type=float, default=1.0, metavar="G", help="classifier-free guidance; default: 1, none")
+    run.add_argument("--seeds", type=parse_seeds, default="0-63", help="such as 0-63 or 1,2,5-9; default: %(default)s")
+    run.add_argument("--batch", type=int, default=64, help="samples per model call; default: %(default)s")
+    run.add_argument("--dtype", choices=DTYPES, default="float32", help="of the state; default: %(default)s")
+    run.add_argument("--backend", choices=ops.BACKENDS, default="auto", help="default: %(default)s")
+    run.add_argument("--device", default="cpu", help="default: %(default)s")
+    run.add_argument("--compare", action="store_true", help="also sample the same seeds without scaling, shown on the left")
+    run.add_argument("--out", type=pathlib.Path, action="append", metavar="FILE",
+                     help=".png for a grid of images, .npz for the samples and seeds; may be given twice")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser  # fmt: skip
+
+
+def _scaling(args):
+    if args.lambda_linear:
+        return scaling.linear(*args.lambda_linear, origin="cleanest")
+    if args.published:
+        if len(args.published) not in (3, 4) or not args.published[2].isdigit():
+            raise UsageError(f"--published: expected SYSTEM DATASET STEPS [KIND], got {' '.join(args.published)}")
+        system, dataset, steps, *kind = args.published
+        return scaling.published(system, dataset, int(steps), *kind)
+    return scaling.constant(1.0 if args.lambda_ is None else args.lambda_)
+
+
+def make_table(args, model, scaling_):
+    """The table of the sampler that the arguments name, for this model."""
+    options = {"scaling": scaling_, "prediction": model.prediction, "guidance": args.guidance, "clip": model.clip}
+    given = {name: getattr(args, name) for name in ("eta", "direction", "variance") if getattr(args, name) is not None}
+    allowed = {"ddpm": {"variance"}, "ddim": {"eta", "direction"}}.get(args.sampler, set())
+    if wrong := set(given) - allowed:
+        raise UsageError(f"--{sorted(wrong)[0]}: not an option of --sampler {args.sampler}")
+    path = model.schedule
+    if args.sampler == "ddpm":
+        given.setdefault("variance", "learned_range" if model.learned_variance else "fixed_small")
+    if args.sampler.startswith("edm_"):
+        path = schedule.KarrasSchedule(model=model.schedule)
+    elif isinstance(path, schedule.DiscreteSchedule):
+        given["spacing"] = "trailing" if args.sampler == "dpmpp_2m" else "leading"
+    return samplers.SAMPLERS[args.sampler](path, args.steps, **options, **given)
+
+
+def image_grid(batches):
+    """Batches (N, C, H, W) in [-1, 1] side by side, each as a square grid: uint8 (H', W', C)."""
+    columns = []
+    for batch in batches:
+        images = np.clip(np.nan_to_num(batch) * 127.5 + 127.5, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        n, h, w, c = images.shape
+        side = int(np.ceil(np.sqrt(n)))
+        cells = np.full((side * side, h + 2, w + 2, c), 96, np.uint8)
+        cells[:n, 1:-1, 1:-1] = images
+        rows = cells.reshape(side, side, h + 2, w + 2, c)[: -(-n // side)]
+        columns += [rows.transpose(0, 2, 1, 3, 4).reshape(-1, side * (w + 2), c), None]
+    gap = np.full((len(columns[0]), 12, columns[0].shape[2]), 255, np.uint8)
+    return np.concatenate([gap if column is None else column for column in columns[:-1]], axis=1)
+
+
+def _write(path, runs, args):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+        from PIL import Image
+
+        grid = image_grid([samples.float().numpy() for samples in runs.values()])
+        if grid.shape[2] not in (1, 3):
+            raise UsageError(f"--out: expected images of 1 or 3 channels for a .png, got {grid.shape[2]}")
+        Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid).save(path)
+    else:
+        arrays = {name: samples.float().numpy() for name, samples in runs.items()}
+        np.savez(path, seeds=np.array(args.seeds, dtype=np.uint64), **arrays)
+    print(f"wrote {path}")
+
+
+def _sha256(tensor):
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def run_sample(args):
+    if args.steps < 1 or args.batch < 1:
+        raise UsageError("--steps, --batch: expected at least 1")
+    for path in args.out or ():
+        if path.suffix not in (".png", ".npz"):
+            raise UsageError(f"--out: expected a .png or .npz file, got {path}")
+    if args.compare and not (args.lambda_ or args.lambda_linear or args.published):
+        raise UsageError("--compare: expected a scaling to compare with none: --lambda, --lambda-linear or --published")
+    try:
+        model = models.load(args.model, args.device)
+        call = model.callable(args.label, args.guidance)
+        tables = {"scaled": make_table(args, model, _scaling(args)).to(args.device)}
+        if args.compare:
+            tables = {"baseline": make_table(args, model, scaling.constant(1.0)).to(args.device)} | tables
+    except ImportError as error:
+        raise UsageError(f"{error.name} is missing: pip install 'epskernels[models]'") from error
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
+
+    model_seconds = 0.0
+
+    def timed(x, t):
+        nonlocal model_seconds
+        start = time.perf_counter()
+        output = call(x, t)
+        _wait(args.device)
+        model_seconds += time.perf_counter() - start
+        return output
+
+    with ops.use_backend(args.backend):
+        runs, started = {}, time.perf_counter()
+        for name, table in tables.items():
+            batches = [args.seeds[i : i + args.batch] for i in range(0, len(args.seeds), args.batch)]
+            options = {"dtype": DTYPES[args.dtype], "progress": not args.quiet}
+            runs[name] = torch.cat([sample(timed, table, seeds, model.shape, **options).cpu() for seeds in batches])
+        _wait(args.device)
+        total = time.perf_counter() - started
+        noise = ops.normal(args.seeds, model.shape, device=args.device).cpu()
+    if not all(samples.isfinite().all() for samples in runs.values()):
+        print("warning: some samples are not finite", file=sys.stderr)
+    print(f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {_scaling(args)}")
+    print(f"time in the model {model_seconds:.2f} s, in everything else {total - model_seconds:.2f} s")
+    print(f"sha256 of the initial noise {_sha256(noise)}")
+    for name, samples in runs.items():
+        print(f"sha256 of the samples, {name} {_sha256(samples)}")
+    for path in args.out or ():
+        _write(path, runs, args)
+
+
+def _wait(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run_info(args):
+    del args
+    print(f"epskernels {__version__}, in {pathlib.Path(__file__).parent}")
+    names = ("torch", "numpy", "triton", "diffusers")
+    print(f"python {platform.python_version()}, " + ", ".join(f"{name} {_version(name)}" for name in names))
+    extension = build.extension()
+    if extension:
+        details = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
+        print(f"compiled: {extension.__file__}\n  {details}")
+        print(f"cpu capability: {extension.cpu_capability()} of {', '.join(extension.cpu_capabilities())}, ", end="")
+        print(f"{torch.get_num_threads()} threads")
+    print("backends:")
+    print(f"  cpu        {'the default on the CPU' if extension else build.why_missing()}")
+    print("  cuda       not in this version: CUDA tensors run on the reference")
+    print("  triton     not in this version")
+    print("  reference  pure PyTorch, any device: the specification")
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        {"info": run_info, "sample": run_sample}[args.command](args)
+    except UsageError as error:
+        print(f"epskernels {args.command}: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"epskernels {args.command}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    return 0

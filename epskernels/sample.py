@@ -1,0 +1,61 @@
+"""The sampling loop: one model call and one step per row of a table. It knows no sampler by name."""
+
+import torch
+from tqdm.auto import tqdm
+
+from .ops import as_seeds, normal, step
+
+
+@torch.no_grad()
+def sample(
+    model, table, seeds, shape, *, dtype=torch.float32, device=None, cond_fn=None, progress=False, callback=None
+):
+    """Samples (B, *shape) from a table, one for each seed; a seed gives the same noise in any batch, on any device.
+
+    model: any callable (x, t) -> f, or -> (f, u) for guidance, u the unconditional output. x is c_in times the state, t a
+    tensor (B,), int64 timesteps or float32 noise levels. f has x's shape, or twice its channels where the variance is
+    learned: the second half is then v, which tables without learned variance ignore.
+    table: one sampler's Table. seeds: int64 (B,), or a list or range of integers. shape: of one sample. dtype: of the state.
+    device: default the table's. cond_fn: (x, t) -> gradient of log p(y | x), for tables with classifier guidance.
+    progress: show a bar. callback: called as callback(i, x, m0) after row i.
+    Raises ValueError for a table of several samplers, a model output without the second half that the table needs, or a
+    cond_fn that the table cannot use; RuntimeError from the step for other mismatches.
+    """
+    if len(table.parts) != 1:
+        raise ValueError(f"table: expected one sampler's, got {len(table.parts)} concatenated: {table.name}")
+    if cond_fn is not None and not table.takes_grad:
+        raise ValueError(f"cond_fn: {table.name} has no classifier guidance (c_grad is 0)")
+    table = table.to(device or table.device)
+    seeds = as_seeds(seeds, table.device)
+    timesteps = torch.tensor(table["t"], dtype=torch.int64 if table.discrete else torch.float32, device=table.device)
+
+    x = (table.initial_sigma * normal(seeds, shape)).to(dtype)
+    m0 = m1 = m2 = None
+    for i in tqdm(range(len(table)), desc=table.name, disable=not progress):
+        t, c_in = timesteps[i].expand(len(x)), table["c_in"][i]
+        f, u, v = _outputs(model(x if c_in == 1 else c_in * x, t), x, table)
+        grad = None if cond_fn is None else cond_fn(x, t).to(dtype)
+        if table.history < 2:
+            m2 = None
+        m0, m1, m2 = None, m0, m1
+        x, m0 = step(
+            x, f, table, i, u=u, v=v, grad=grad, m1=m1, m2=m2, seeds=seeds if table.needs_noise else None, return_m0=True
+        )
+        if callback is not None:
+            callback(i, x, m0)
+    return x
+
+
+def _outputs(output, x, table):
+    """f, u and v of what the model returned."""
+    f, u = output if isinstance(output, tuple) else (output, None)
+    doubled = f.dim() > 1 and x.dim() > 1 and f.shape[1] == 2 * x.shape[1]
+    if table.learned_variance and not doubled:
+        raise ValueError(
+            f"model: {table.name} needs the learned variance, twice the channels of x {tuple(x.shape)}, "
+            f"got {tuple(f.shape)}"
+        )
+    if not doubled:
+        return f, u, None
+    f, v = f.chunk(2, dim=1)
+    return f, u if u is None else u.chunk(2, dim=1)[0], v if table.learned_variance else None

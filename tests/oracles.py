@@ -1,0 +1,282 @@
+"""Independent float64 oracles: each sampler as its paper or its code base writes it, lambda included, in plain numpy.
+
+Nothing here knows a table. An oracle returns the states that its loop passes through, one for each step, the last one clean.
+model(x, t) takes and returns float64 arrays. lam[j] is lambda at the j-th step visited, the noisiest first, as is noise[j].
+keep rounds what a sampler stores between two model calls (states, kept estimates, gradients); the identity is the oracle.
+"""
+
+import numpy as np
+
+
+def exact(values):
+    return values
+
+
+# ---- schedules ----
+
+
+def linear_betas(T=1000):
+    """Ho et al., arXiv 2006.11239, section 4."""
+    return np.linspace(1e-4, 0.02, T)
+
+
+def scaled_linear_betas(T=1000):
+    """Latent diffusion: the square roots are linear."""
+    return np.linspace(0.00085**0.5, 0.012**0.5, T) ** 2
+
+
+def cosine_betas(T=1000):
+    """Nichol and Dhariwal, arXiv 2102.09672, eq. 17."""
+    abar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+
+
+def zero_snr_betas(betas):
+    """Lin et al., arXiv 2305.08891, algorithm 1."""
+    root = np.sqrt(np.cumprod(1 - betas))
+    first, last = root[0], root[-1]
+    root = (root - last) * first / (first - last)
+    alphas = np.append(root[0] ** 2, root[1:] ** 2 / root[:-1] ** 2)
+    return 1 - alphas
+
+
+def adm_timesteps(T, count):
+    """ADM's space_timesteps for one section: ascending. The position is a running sum, so its rounding is part of it."""
+    position, taken = 0.0, []
+    for _ in range(count):
+        taken.append(round(position))
+        position += (T - 1) / (count - 1)
+    return np.array(taken)
+
+
+def edm_sigmas(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """Karras et al., arXiv 2206.00364, eq. 5, with the final 0."""
+    i = np.arange(steps)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return np.append((high + i / (steps - 1) * (low - high)) ** rho, 0.0)
+
+
+# ---- ADM ----
+
+
+class Adm:
+    """GaussianDiffusion's constants for the betas of the timesteps kept; index 0 is the cleanest step."""
+
+    def __init__(self, betas, timesteps):
+        base, last, respaced = np.cumprod(1 - betas), 1.0, []
+        for t in timesteps:
+            respaced.append(1 - base[t] / last)
+            last = base[t]
+        self.timesteps, self.betas = timesteps, np.array(respaced)
+        self.abar = np.cumprod(1 - self.betas)
+        self.abar_prev = np.append(1.0, self.abar[:-1])
+        self.posterior_variance = self.betas * (1 - self.abar_prev) / (1 - self.abar)
+        self.posterior_variance_clipped = np.append(self.posterior_variance[1], self.posterior_variance[1:])
+        self.coef1 = self.betas * np.sqrt(self.abar_prev) / (1 - self.abar)
+        self.coef2 = (1 - self.abar_prev) * np.sqrt(1 - self.betas) / (1 - self.abar)
+
+    def x0_from_eps(self, x, i, eps):
+        return np.sqrt(1 / self.abar[i]) * x - np.sqrt(1 / self.abar[i] - 1) * eps
+
+    def eps_from_x0(self, x, i, x0):
+        return (np.sqrt(1 / self.abar[i]) * x - x0) / np.sqrt(1 / self.abar[i] - 1)
+
+    def variance(self, kind, i, v):
+        """(variance, log variance) of p(x_{i-1} | x_i)."""
+        small, clipped = self.posterior_variance, self.posterior_variance_clipped
+        if kind == "fixed_small":
+            return small[i], np.log(clipped[i])
+        if kind == "fixed_large":
+            large = np.append(small[1], self.betas[1:])
+            return large[i], np.log(large[i])
+        frac = (v + 1) / 2
+        log_variance = frac * np.log(self.betas[i]) + (1 - frac) * np.log(clipped[i])
+        return np.exp(log_variance), log_variance
+
+
+def adm_p_sample(model, x, betas, timesteps, lam, noise, *, variance, clip=1.0, cond_fn=None, keep=exact):
+    """ADM-ES's p_sample_loop: eps/lambda, x0 clamped, the posterior's mean; a classifier shifts it by variance*grad."""
+    adm, states = Adm(betas, timesteps), []
+    for j, i in enumerate(reversed(range(len(timesteps)))):
+        out = model(x, timesteps[i])
+        eps, v = np.split(out, 2, axis=1) if variance == "learned_range" else (out, None)
+        x0 = np.clip(adm.x0_from_eps(x, i, eps / lam[j]), -clip, clip)
+        mean = adm.coef1[i] * x0 + adm.coef2[i] * x
+        model_variance, log_variance = adm.variance(variance, i, v)
+        if cond_fn is not None:
+            mean = mean + model_variance * keep(cond_fn(x, timesteps[i]))
+        nonzero_mask = float(i != 0)
+        x = keep(mean + nonzero_mask * np.exp(0.5 * log_variance) * noise[j])
+        states.append(x)
+    return states
+
+
+def adm_ddim_sample(model, x, betas, timesteps, lam, noise, *, eta, clip=1.0, cond_fn=None, keep=exact):
+    """ADM-ES's ddim_sample_loop: eps derived again from the clamped x0; a classifier shifts that eps (condition_score)."""
+    adm, states = Adm(betas, timesteps), []
+    for j, i in enumerate(reversed(range(len(timesteps)))):
+        x0 = np.clip(adm.x0_from_eps(x, i, model(x, timesteps[i]) / lam[j]), -clip, clip)
+        eps = adm.eps_from_x0(x, i, x0)
+        if cond_fn is not None:
+            eps = eps - np.sqrt(1 - adm.abar[i]) * keep(cond_fn(x, timesteps[i]))
+            x0 = adm.x0_from_eps(x, i, eps)
+        abar, abar_prev = adm.abar[i], adm.abar_prev[i]
+        sigma = eta * np.sqrt((1 - abar_prev) / (1 - abar)) * np.sqrt(1 - abar / abar_prev)
+        mean = x0 * np.sqrt(abar_prev) + np.sqrt(1 - abar_prev - sigma**2) * eps
+        x = keep(mean + float(i != 0) * sigma * noise[j])
+        states.append(x)
+    return states
+
+
+# ---- DDIM ----
+
+
+def ddim_es(model, x, betas, timesteps, lam, noise, *, eta, keep=exact):
+    """The authors' DDIM code (Song et al., arXiv 2010.02502, eq. 12): eps/lambda in x0 and in the direction, no clamp."""
+    abar = np.append(1.0, np.cumprod(1 - betas))  # at t + 1, so that the step before timestep 0 is t = -1
+    following, states = np.append(-1, timesteps[:-1]), []
+    for j, (t, s) in enumerate(zip(timesteps[::-1], following[::-1], strict=True)):
+        at, at_next = abar[t + 1], abar[s + 1]
+        et = model(x, t) / lam[j]
+        x0_t = (x - et * np.sqrt(1 - at)) / np.sqrt(at)
+        c1 = eta * np.sqrt((1 - at / at_next) * (1 - at_next) / (1 - at))
+        c2 = np.sqrt((1 - at_next) - c1**2)
+        x = keep(np.sqrt(at_next) * x0_t + c1 * noise[j] + c2 * et)
+        states.append(x)
+    return states
+
+
+def ldm_ddim(model, uncond, x, betas, steps, lam, noise, *, eta, scale, keep=exact):
+    """LDM-ES's DDIM: guidance, then x0 from eps/lambda, but the direction from the eps that was not scaled."""
+    abar = np.cumprod(1 - betas)
+    timesteps = np.arange(0, len(betas), len(betas) // steps) + 1
+    alphas, alphas_prev = abar[timesteps], np.append(abar[0], abar[timesteps[:-1]])
+    sigmas = eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev))
+    states = []
+    for j, i in enumerate(reversed(range(steps))):
+        e_t = model(x, timesteps[i])
+        if uncond is not None:
+            e_t_uncond = uncond(x, timesteps[i])
+            e_t = e_t_uncond + scale * (e_t - e_t_uncond)
+        pred_x0 = (x - np.sqrt(1 - alphas[i]) * e_t / lam[j]) / np.sqrt(alphas[i])
+        dir_xt = np.sqrt(1 - alphas_prev[i] - sigmas[i] ** 2) * e_t
+        x = keep(np.sqrt(alphas_prev[i]) * pred_x0 + dir_xt + sigmas[i] * noise[j])
+        states.append(x)
+    return states
+
+
+def ddim_v(model, x, betas, timesteps, lam, *, keep=exact):
+    """Deterministic DDIM of a v-predicting network in angles: v = alpha*eps - sigma*x0 (arXiv 2202.00512, appendix D)."""
+    abar = np.cumprod(1 - betas)
+    following, states = np.append(-1, timesteps[:-1]), []
+    for j, (t, s) in enumerate(zip(timesteps[::-1], following[::-1], strict=True)):
+        alpha, sigma = np.sqrt(abar[t]), np.sqrt(1 - abar[t])
+        alpha_s, sigma_s = (1.0, 0.0) if s < 0 else (np.sqrt(abar[s]), np.sqrt(1 - abar[s]))
+        v = model(x, t)
+        x0, eps = alpha * x - sigma * v, (sigma * x + alpha * v) / lam[j]
+        if lam[j] != 1:
+            x0 = (x - sigma * eps) / alpha
+        x = keep(alpha_s * x0 + sigma_s * eps)
+        states.append(x)
+    return states
+
+
+# ---- EDM ----
+
+
+def edm_sampler(
+    denoise, x_hat, sigmas, lam, noise, *, heun, S_churn=0.0, S_min=0.0, S_max=np.inf, S_noise=1.0, keep=exact
+):
+    """edm_sampler (arXiv 2206.00364, alg. 2) with eps = (x - D)/sigma divided by lambda at both evaluations.
+
+    Starts from x_hat of step 0, its churn already in; noise[j] is the churn of step j >= 1. Returns x_hat of the steps 1, 2,
+    ..., and the final x: the states at which the network is called first.
+    """
+    n, states = len(sigmas) - 1, []
+    for i in range(n):
+        t_cur, t_next = sigmas[i], sigmas[i + 1]
+        gamma = min(S_churn / n, np.sqrt(2) - 1) if S_min <= t_cur <= S_max else 0.0
+        t_hat = t_cur + gamma * t_cur
+        if i > 0:
+            x_hat = keep(x_next + np.sqrt(t_hat**2 - t_cur**2) * S_noise * noise[i])
+            states.append(x_hat)
+        # Euler step
+        eps = (x_hat - denoise(x_hat, t_hat)) / t_hat / lam[i]
+        denoised = keep(x_hat - t_hat * eps)
+        d_cur = (x_hat - denoised) / t_hat
+        x_next = x_hat + (t_next - t_hat) * d_cur
+        # second order correction
+        if heun and i < n - 1:
+            x_euler = keep(x_next)
+            eps = (x_euler - denoise(x_euler, t_next)) / t_next / lam[i]
+            d_prime = (x_euler - (x_euler - t_next * eps)) / t_next
+            x_next = x_hat + (t_next - t_hat) * (0.5 * d_cur + 0.5 * d_prime)
+    return [*states, keep(x_next)]
+
+
+def edm_initial_std(sigmas, S_churn=0.0, S_min=0.0, S_max=np.inf, S_noise=1.0):
+    """Standard deviation of x_hat at step 0: latents*t_0 with the first churn added."""
+    gamma = min(S_churn / (len(sigmas) - 1), np.sqrt(2) - 1) if S_min <= sigmas[0] <= S_max else 0.0
+    t_hat = sigmas[0] + gamma * sigmas[0]
+    return np.sqrt(sigmas[0] ** 2 + S_noise**2 * (t_hat**2 - sigmas[0] ** 2))
+
+
+# ---- DPM-Solver++ ----
+
+
+def dpmpp_2m(denoise, x, alpha, sigma, *, lower_order_final, keep=exact):
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, alg. 2, data prediction); log-SNR steps h, first order into sigma = 0.
+
+    alpha, sigma: (N + 1,), the last where the trajectory ends. denoise(x, j): the estimate x_theta of model call j.
+    """
+    with np.errstate(divide="ignore"):
+        log_snr = np.log(alpha) - np.log(sigma)
+    n, before, states = len(alpha) - 1, None, []
+    for j in range(n):
+        h = log_snr[j + 1] - log_snr[j]
+        x_theta = keep(denoise(x, j))
+        first_order = before is None or sigma[j + 1] == 0 or (lower_order_final and j == n - 1)
+        D = x_theta
+        if not first_order:
+            r = (log_snr[j] - log_snr[j - 1]) / h
+            D = (1 + 1 / (2 * r)) * x_theta - 1 / (2 * r) * before
+        x = keep(sigma[j + 1] / sigma[j] * x - alpha[j + 1] * np.expm1(-h) * D)
+        before = x_theta
+        states.append(x)
+    return states
+
+
+# ---- rectified flow ----
+
+
+def flow_euler(velocity, x, sigma, lam, *, keep=exact):
+    """Euler of dx/dsigma = eps - x0 from sigma[0] to sigma[-1]; eps = x + (1 - sigma)*v is divided by lambda, x0 follows it."""
+    states = []
+    for j in range(len(sigma) - 1):
+        s, v = sigma[j], velocity(x, sigma[j])
+        if lam[j] != 1:  # at sigma = 1 only lambda = 1 has a meaning
+            eps = (x + (1 - s) * v) / lam[j]
+            v = eps - (x - s * eps) / (1 - s)
+        x = keep(x + (sigma[j + 1] - s) * v)
+        states.append(x)
+    return states
+
+
+def bayes_ancestral(denoise, x, alpha, sigma, noise, *, keep=exact):
+    """x_s ~ q(x_s | x_t, x0) for any alpha, sigma, by Bayes' rule: the product of q(x_s | x0) and q(x_t | x_s).
+
+    denoise(x, j): the estimate of x0 at step j. The last step, to sigma = 0, is x0.
+    """
+    states = []
+    for j in range(len(alpha) - 1):
+        x0 = denoise(x, j)
+        if sigma[j + 1] == 0:
+            x = keep(alpha[j + 1] * x0)
+        else:
+            a = alpha[j] / alpha[j + 1]
+            transition = sigma[j] ** 2 - a**2 * sigma[j + 1] ** 2
+            precision = 1 / sigma[j + 1] ** 2 + a**2 / transition
+            mean = (alpha[j + 1] * x0 / sigma[j + 1] ** 2 + a * x / transition) / precision
+            x = keep(mean + noise[j] / np.sqrt(precision))
+        states.append(x)
+    return states

@@ -1,0 +1,150 @@
+"""The command line: what it writes, what it prints, how it refuses."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from epskernels import cli, models
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Directories of small untrained models: without classes (learned variance), and with."""
+
+    def build(name, **config):
+        directory = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        network = UNet2DModel(
+            sample_size=8, in_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **config,
+        )  # fmt: skip
+        network.save_pretrained(directory / "unet")
+        DDPMScheduler().save_pretrained(directory / "scheduler")
+        return str(directory)
+
+    return {
+        "plain": build("plain", out_channels=2),
+        "classes": build("classes", out_channels=1, num_class_embeds=4),
+    }
+
+
+def run(*arguments):
+    return cli.main(["sample", "--quiet", *arguments])
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "edm_euler", "edm_heun", "dpmpp_2m"])
+def test_writes_samples_and_grid(tiny, sampler, tmp_path, capsys):
+    npz, png = tmp_path / "new" / "samples.npz", tmp_path / "grid.png"
+    arguments = ["--model", tiny["plain"], "--sampler", sampler, "--steps", "4", "--seeds", "0-4,9", "--batch", "4"]
+    assert run(*arguments, "--lambda", "1.01", "--compare", "--out", str(npz), "--out", str(png)) == 0
+    saved = np.load(npz)
+    assert saved["seeds"].tolist() == [0, 1, 2, 3, 4, 9]
+    assert saved["scaled"].shape == saved["baseline"].shape == (6, 1, 8, 8)
+    assert not np.array_equal(saved["scaled"], saved["baseline"])
+    assert Image.open(png).size == (2 * 3 * 10 + 12, 2 * 10)
+    printed = capsys.readouterr().out
+    assert re.search(r"time in the model \d+\.\d+ s, in everything else \d+\.\d+ s", printed)
+    assert len(re.findall(r"sha256 of the (?:initial noise|samples, \w+) [0-9a-f]{64}", printed)) == 3
+
+
+def test_backends_print_the_same_hashes(tiny, capsys):
+    printed = []
+    for backend in ("cpu", "reference"):
+        arguments = ["--model", tiny["plain"], "--steps", "3", "--seeds", "0-2", "--dtype", "bfloat16"]
+        assert run(*arguments, "--backend", backend) == 0
+        printed.append([line for line in capsys.readouterr().out.splitlines() if "sha256" in line])
+    assert printed[0] == printed[1] and len(printed[0]) == 2
+
+
+def test_guidance_with_classes(tiny, tmp_path):
+    outputs = []
+    for guidance in ("1", "4"):
+        path = tmp_path / f"{guidance}.npz"
+        arguments = ["--model", tiny["classes"], "--steps", "3", "--seeds", "0", "--class", "2", "--out", str(path)]
+        assert run(*arguments, "--guidance", guidance) == 0
+        outputs.append(np.load(path)["scaled"])
+    assert not np.array_equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [["--lambda-linear", "0.0025", "1.0"], ["--published", "ADM", "CIFAR-10", "20", "linear"],
+     ["--published", "EDM", "CIFAR-10", "21"], ["--lambda", "0.9985"]],
+    ids=["linear", "published linear", "published EDM", "below one"],
+)  # fmt: skip
+def test_scalings(tiny, setting):
+    assert run("--model", tiny["plain"], "--steps", "3", "--seeds", "0", *setting) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--steps", "0"], "--steps, --batch: expected at least 1"),
+        (["--steps", "2000"], "steps: expected at most T = 1000"),
+        (["--sampler", "nope"], "invalid choice: 'nope'"),
+        (["--seeds", "a-b"], "expected seeds such as"),
+        (["--seeds", "18446744073709551616"], r"expected seeds below 2\^64"),
+        (["--lambda", "0"], "lambda: expected a value above 0"),
+        (["--lambda", "1.1", "--lambda-linear", "0", "1"], "not allowed with argument"),
+        (["--published", "ADM"], "--published: expected SYSTEM DATASET STEPS"),
+        (["--published", "ADM", "MNIST", "20"], "no published setting.*CIFAR-10"),
+        (["--out", "x.jpg"], "--out: expected a .png or .npz file"),
+        (["--compare"], "--compare: expected a scaling"),
+        (["--eta", "1"], "--eta: not an option of --sampler ddpm"),
+        (["--guidance", "2"], "guidance and class need a network with classes"),
+        (["--model", "/nonexistent"], "model: expected unet/config.json"),
+        ([], "required: COMMAND"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_usage_is_one_line_and_status_2(tiny, arguments, message, capsys):
+    command = ["sample", "--quiet", "--model", tiny["plain"], "--seeds", "0", *arguments] if arguments else []
+    try:
+        status = cli.main(command)
+    except SystemExit as error:
+        status = error.code
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == ""
+    assert re.search(message, captured.err.strip().splitlines()[-1])
+
+
+def test_info_names_versions_and_backends():
+    result = subprocess.run([sys.executable, "-m", "epskernels", "info"], capture_output=True, text=True, check=True)
+    for word in ("epskernels 0.", f"torch {torch.__version__}", "cpu capability: ", "backends:", "reference"):
+        assert word in result.stdout
+    assert result.stderr == ""
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", "--help"])
+    assert stop.value.code == 0 and "--lambda-linear K B" in capsys.readouterr().out
+
+
+def test_seeds_are_parsed():
+    assert cli.parse_seeds("0-3,7,9-10") == [0, 1, 2, 3, 7, 9, 10]
+
+
+def test_grid_of_three_images():
+    grid = cli.image_grid([np.stack([np.full((1, 2, 2), value) for value in (-1.0, 0.0, 2.0)])])
+    assert grid.shape == (8, 8, 1)
+    assert grid[1, 1] == 0 and grid[1, 5] == 127 and grid[5, 1] == 255 and grid[0, 0] == 96
+
+
+def test_bundled_digits_load_as_a_diffusers_pipeline():
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(models.DIGITS)
+    model = models.load()
+    assert pipeline.scheduler.config.variance_type == "learned_range" and model.learned_variance
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([3, 500])
+    with torch.no_grad():
+        assert torch.equal(pipeline.unet(x, t).sample, model.callable()(x, t))
+    alphas = torch.from_numpy(model.schedule.abar.copy())
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod.double(), alphas, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,75 @@
+"""Wheels: compiled and not, installed in an environment of their own, away from the source tree."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import sysconfig
+import venv
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+USE = (
+    "import sys, warnings, torch, epskernels\n"
+    "from epskernels import build, models, samplers, schedule\n"
+    "assert 'site-packages' in epskernels.__file__, epskernels.__file__\n"
+    "table = samplers.ddpm(schedule.linear(), 20)\n"
+    "x = torch.ones(2, 3)\n"
+    "y = epskernels.step(x, x, table, 3, seeds=torch.arange(2))\n"
+    "with epskernels.use_backend('reference'):\n"
+    "    assert torch.equal(y, epskernels.step(x, x, table, 3, seeds=torch.arange(2)))\n"
+    "assert (models.DIGITS / 'unet' / 'diffusion_pytorch_model.safetensors').exists()\n"
+    "print('why', build.why_missing())\n"
+)
+
+
+def make_wheel(folder, **environment):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), str(ROOT)]
+    tools = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(command, env={**os.environ, "PATH": tools, **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A fresh environment that finds torch where this one has it, but not the checkout."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "outside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder, site
+
+
+def install_and_use(environment, wheel, tmp_path):
+    folder, site = environment
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(site)]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    python = [str(folder / "bin" / "python"), "-c", USE]
+    return subprocess.run(python, cwd=tmp_path, capture_output=True, text=True)
+
+
+def test_wheel_works_away_from_the_source_tree(environment, tmp_path):
+    made = make_wheel(tmp_path, EPSKERNELS_BUILD="1")
+    assert made.returncode == 0, made.stdout + made.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    result = install_and_use(environment, wheel, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "why None" in result.stdout and "UserWarning" not in result.stderr
+
+
+def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment, tmp_path):
+    assert make_wheel(tmp_path, EPSKERNELS_BUILD="0").returncode == 0
+    (wheel,) = tmp_path.glob("*.whl")
+    result = install_and_use(environment, wheel, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "EPSKERNELS_BUILD=0 was set when it was installed" in result.stdout
+    assert result.stderr.count("runs its pure PyTorch reference") == 1
+    assert "pip install --force-reinstall" in result.stderr
+
+
+@pytest.mark.parametrize("wanted", ["1", "yes"])
+def test_build_1_makes_a_missing_tool_an_error_and_other_values_are_refused(wanted, tmp_path):
+    made = make_wheel(tmp_path, EPSKERNELS_BUILD=wanted, PATH=str(tmp_path))
+    assert made.returncode != 0
+    message = made.stdout + made.stderr
+    assert "EPSKERNELS_BUILD=1, but the build found no cmake" in message if wanted == "1" else "expected auto, 0 or 1" in message

@@ -1,0 +1,147 @@
+"""The loop: seeds, history, guidance, learned variance, classifier guidance, callbacks, errors."""
+
+import pytest
+import torch
+
+import epskernels
+from epskernels import samplers, schedule
+
+LINEAR = schedule.linear()
+SHAPE = (2, 5, 3)
+TABLES = {
+    "ddpm": samplers.ddpm(LINEAR, 6, scaling=1.01),
+    "ddpm-learned": samplers.ddpm(LINEAR, 6, scaling=1.01, variance="learned_range"),
+    "ddim": samplers.ddim(LINEAR, 6, scaling=1.01),
+    "ddim-eta": samplers.ddim(LINEAR, 6, scaling=1.01, eta=0.7),
+    "edm_heun": samplers.edm_heun(schedule.KarrasSchedule(), 4, S_churn=3.0, S_max=50.0),
+    "dpmpp_2m": samplers.dpmpp_2m(LINEAR, 6, scaling=1.01),
+    "flow": samplers.ddim(schedule.FlowSchedule(shift=3.0), 5, prediction="flow"),
+}
+
+
+def model(x, t):
+    return torch.tanh(0.3 * x) * (1 + 1e-4 * t.reshape(-1, 1, 1, 1))
+
+
+def learned_model(x, t):
+    return torch.cat([model(x, t), torch.sin(x)], dim=1)
+
+
+def model_for(name):
+    return learned_model if "learned" in name else model
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_seed_gives_the_same_sample_in_any_batch(name):
+    table, run = TABLES[name], model_for(name)
+    together = epskernels.sample(run, table, range(7), SHAPE)
+    assert together.shape == (7, *SHAPE) and together.isfinite().all()
+    alone = [epskernels.sample(run, table, [seed], SHAPE) for seed in range(7)]
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_reference_gives_the_same_samples(name, dtype):
+    compiled = epskernels.sample(model_for(name), TABLES[name], range(3), SHAPE, dtype=dtype)
+    with epskernels.use_backend("reference"):
+        reference = epskernels.sample(model_for(name), TABLES[name], range(3), SHAPE, dtype=dtype)
+    assert compiled.dtype == dtype
+    assert torch.equal(compiled, reference)
+
+
+def test_the_loop_is_the_steps_by_hand():
+    table = TABLES["dpmpp_2m"]
+    x, m1 = epskernels.normal([3, 4], SHAPE), None
+    for i in range(len(table)):
+        t = torch.full((2,), int(table["t"][i]))
+        x, m1 = epskernels.step(x, model(x, t), table, i, m1=torch.zeros_like(x) if m1 is None else m1, return_m0=True)
+    assert torch.equal(epskernels.sample(model, table, [3, 4], SHAPE), x)
+
+
+def test_discrete_timesteps_are_integers_and_noise_levels_floats():
+    seen = []
+
+    def spy(x, t):
+        seen.append(t)
+        return model(x, t)
+
+    epskernels.sample(spy, TABLES["ddim"], [0, 1], SHAPE)
+    assert [int(t[0]) for t in seen] == TABLES["ddim"]["t"].tolist() and seen[0].dtype == torch.int64
+    seen.clear()
+    epskernels.sample(spy, TABLES["edm_heun"], [0, 1], SHAPE)
+    assert seen[0].dtype == torch.float32 and seen[0].shape == (2,) and len(seen) == 7
+
+
+def test_input_is_scaled_by_c_in():
+    table = samplers.edm_euler(schedule.KarrasSchedule(model=LINEAR), 4, prediction="epsilon")
+    norms = []
+
+    def spy(x, t):
+        norms.append(x.std().item())
+        return x  # the noise, were the data zero
+
+    epskernels.sample(spy, table, range(64), SHAPE)
+    assert norms[0] == pytest.approx(1, abs=0.1)
+
+
+def test_guidance_uses_the_second_output():
+    table = samplers.ddim(LINEAR, 6, guidance=3.0)
+    guided = epskernels.sample(lambda x, t: (model(x, t), torch.zeros_like(x)), table, [1, 2], SHAPE)
+    tripled = epskernels.sample(lambda x, t: 3 * model(x, t), samplers.ddim(LINEAR, 6), [1, 2], SHAPE)
+    torch.testing.assert_close(guided, tripled, rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_without_learned_variance_ignores_the_second_half():
+    plain = epskernels.sample(model, TABLES["ddim"], [1], SHAPE)
+    assert torch.equal(epskernels.sample(learned_model, TABLES["ddim"], [1], SHAPE), plain)
+
+
+def test_classifier_guidance_shifts_the_samples():
+    table = TABLES["ddpm"]
+    plain = epskernels.sample(model, table, [1], SHAPE)
+    shifted = epskernels.sample(model, table, [1], SHAPE, cond_fn=lambda x, t: torch.ones_like(x))
+    assert (shifted > plain).float().mean() > 0.9
+
+
+def test_callback_sees_every_row():
+    rows = []
+    final = epskernels.sample(
+        model, TABLES["ddim"], [1], SHAPE, callback=lambda i, x, m0: rows.append((i, x.clone(), m0.clone()))
+    )
+    assert [i for i, _, _ in rows] == list(range(6))
+    assert torch.equal(rows[-1][1], final) and torch.equal(rows[-1][2], final)
+
+
+def test_no_gradient_is_recorded():
+    weight = torch.ones(1, requires_grad=True)
+    assert not epskernels.sample(lambda x, t: weight * x, TABLES["ddim"], [1], SHAPE).requires_grad
+
+
+def test_progress_bar_goes_to_stderr(capsys):
+    epskernels.sample(model, TABLES["ddim"], [1], SHAPE, progress=True)
+    captured = capsys.readouterr()
+    assert "ddim[6]" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"table": epskernels.concat([TABLES["ddim"], TABLES["ddpm"]])}, "table: expected one sampler's, got 2"),
+        ({"table": TABLES["ddpm-learned"]}, "model: ddpm.*needs the learned variance"),
+        ({"cond_fn": lambda x, t: x, "table": TABLES["dpmpp_2m"]}, "cond_fn: dpmpp_2m"),
+        ({"seeds": [2**64]}, "seeds: expected integers of 64 bits"),
+        ({"seeds": torch.zeros(2)}, "seeds: expected an int64 tensor"),
+    ],
+    ids=["several samplers", "no learned variance", "no classifier guidance", "large seed", "float seeds"],
+)
+def test_refused(kwargs, message):
+    arguments = {"model": model, "table": TABLES["ddim"], "seeds": [1], "shape": SHAPE} | kwargs
+    with pytest.raises(ValueError, match=message):
+        epskernels.sample(**arguments)
+
+
+def test_guided_table_without_unconditional_output_is_refused():
+    with pytest.raises(RuntimeError, match="u: missing"):
+        epskernels.sample(model, samplers.ddim(LINEAR, 6, guidance=3.0), [1], SHAPE)

@@ -1,0 +1,760 @@
+"""The compiled step against the reference, bit for bit, on every instruction set of this machine.
+
+Where the reference has NaN the kernel has NaN, of any payload; every other value has the same bits, the sign of zero
+included.
+"""
+
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+import epskernels
+from epskernels import _C, samplers, schedule
+from epskernels.ops import DTYPES, REFERENCE
+from epskernels.table import COLUMNS
+
+CAPABILITIES = _C.cpu_capabilities()
+OPTIONAL = ("u", "m1", "m2", "v", "grad", "noise", "seeds")
+LIKE_F = ("f", "u", "v")  # in the model's dtype; the rest are in the state's
+INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+SPECIAL = torch.tensor(
+    [
+        0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), -float("inf"),
+        2.0**-149, -(2.0**-149), 2.0**-127, 2.0**-126, 1e-30, -1e-40, 3.4e38, -3.4028234663852886e38,
+        65504.0, 65519.996, 65520.0, -70000.0, 2.0**-14, 2.0**-15, 2.0**-24, 2.0**-25, -(2.0**-26), 6.1e-5,
+    ]
+)  # fmt: skip
+
+
+def name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name)
+each_dtype_pair = pytest.mark.parametrize(
+    "x_dtype, f_dtype", DTYPE_PAIRS, ids=[f"x_{name(x)}-f_{name(f)}" for x, f in DTYPE_PAIRS]
+)
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request):
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)
+
+
+@pytest.fixture(params=["reference", *CAPABILITIES])
+def backend(request):
+    """epskernels.step runs on the reference, or on the kernel with one instruction set."""
+    before = _C.cpu_capability()
+    if request.param == "reference":
+        with epskernels.use_backend("reference"):
+            yield request.param
+    else:
+        _C.set_cpu_capability(request.param)
+        with epskernels.use_backend("cpu"):
+            yield request.param
+    _C.set_cpu_capability(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_same_bits(got, expected, what):
+    assert got.dtype == expected.dtype and got.shape == expected.shape, what
+    got, expected = got.contiguous(), expected.contiguous()
+    integers = INTEGERS[got.dtype]
+    differ = (got.view(integers) != expected.view(integers)) & ~(got.isnan() & expected.isnan())
+    if differ.any():
+        first = tuple(differ.nonzero()[0].tolist())
+        error = (got.double() - expected.double())[differ].abs().max().item()
+        pytest.fail(
+            f"{what}: {int(differ.sum())} of {differ.numel()} differ, max |difference| {error}; "
+            f"first at {first}: got {got[first].item()!r}, expected {expected[first].item()!r}"
+        )
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_row(**columns):
+    """One row, every column idle but those given."""
+    values = {"clip": float("inf"), "g": 1.0} | columns
+    assert set(values) <= set(COLUMNS)
+    return torch.tensor([[values.get(column, 0.0) for column in COLUMNS]])
+
+
+def random_rows(count, names, seed, idle=0.25):
+    """Rows that need no optional input but those named; of their coefficients, this fraction is idle."""
+    g = generator(seed)
+    rows = torch.randn(count, len(COLUMNS), generator=g) * 10.0 ** torch.empty(count, len(COLUMNS)).uniform_(-2, 1, generator=g)
+    off = torch.rand(count, len(COLUMNS), generator=g) < idle
+    has_noise = "noise" in names or "seeds" in names
+    absent = {"c_m1": "m1" not in names, "c_m2": "m2" not in names, "c_noise": not has_noise}
+    absent |= {"g": "u" not in names, "logvar_min": "v" not in names, "logvar_max": "v" not in names}
+    for i, column in enumerate(COLUMNS):
+        off[:, i] |= absent.get(column, False)
+        rows[off[:, i], i] = 1.0 if column == "g" else float("inf") if column == "clip" else 0.0
+    rows[:, COLUMNS.index("clip")].abs_()
+    rows[:, COLUMNS.index("draw")] = torch.randint(0, 2**24, (count,), generator=g).float()
+    return rows
+
+
+def make_inputs(shape, names, seed, x_dtype=torch.float32, f_dtype=torch.float32, special=0.05):
+    """x, f and the named optional inputs; this fraction of the elements is NaN, infinite, subnormal and the like."""
+    g = generator(seed)
+    inputs = {}
+    for key in ("x", "f", *names):
+        if key == "seeds":
+            inputs[key] = torch.randint(-(2**63), 2**63 - 1, (shape[0],), generator=g)
+            continue
+        value = torch.randn(shape, generator=g)
+        picked = SPECIAL[torch.randint(len(SPECIAL), shape, generator=g)]
+        value = torch.where(torch.rand(shape, generator=g) < special, picked, value)
+        inputs[key] = value.to(f_dtype if key in LIKE_F else x_dtype)
+    return inputs
+
+
+def reference(rows, index, inputs):
+    """(x', m0) of the reference, from contiguous copies."""
+    return REFERENCE["step_m0"](rows=rows, index=index, **{k: v.clone(memory_format=torch.contiguous_format) for k, v in inputs.items()})
+
+
+def compiled(rows, index, inputs, **kwargs):
+    inputs = dict(inputs)
+    with epskernels.use_backend("cpu"):
+        return epskernels.step(inputs.pop("x"), inputs.pop("f"), rows, index, **inputs, **kwargs)
+
+
+def check(rows, index, inputs):
+    got, expected = compiled(rows, index, inputs, return_m0=True), reference(rows, index, inputs)
+    assert_same_bits(got[1], expected[1], "m0")
+    assert_same_bits(got[0], expected[0], "x'")
+
+
+@pytest.mark.parametrize("op", REFERENCE)
+def test_a_compiled_kernel_is_registered(op):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"epskernels::{op}", "CPU")
+
+
+# ---- every dtype, size, batch and set of inputs ----
+
+INPUT_SETS = {
+    "bare": (),
+    "guidance_history": ("u", "m1", "m2"),
+    "grad_noise": ("grad", "noise"),
+    "seeds": ("seeds",),
+    "learned_variance": ("v", "grad", "seeds"),
+    "all_with_noise": ("u", "m1", "m2", "v", "grad", "noise"),
+}
+each_input_set = pytest.mark.parametrize("names", INPUT_SETS.values(), ids=list(INPUT_SETS))
+
+
+@each_input_set
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("size", [1, 3, 63, 1000])
+@each_dtype_pair
+def test_step(capability, x_dtype, f_dtype, size, batch, names):
+    inputs = make_inputs((batch, size), names, size * 10 + batch, x_dtype, f_dtype)
+    rows = random_rows(5, names, size + batch)
+    check(rows, torch.tensor(3), inputs)
+    check(rows, torch.arange(batch) * 3 % 5, inputs)
+
+
+@pytest.mark.parametrize("index", ["one_row", "row_each"])
+@each_dtype_pair
+def test_step_of_many_tiles(capability, x_dtype, f_dtype, index):
+    names = ("u", "m1", "m2", "v", "grad", "seeds")
+    inputs = make_inputs((2, 65537), names, 0, x_dtype, f_dtype)
+    rows = random_rows(2, names, 11, idle=0)
+    check(rows, torch.tensor(1) if index == "one_row" else torch.tensor([1, 0]), inputs)
+
+
+@pytest.mark.parametrize("noise", ["no_noise", "noise", "seeds"])
+@pytest.mark.parametrize("present", itertools.product([False, True], repeat=5), ids=lambda present: "-".join(itertools.compress(OPTIONAL, present)) or "none")
+def test_step_with_every_subset_of_inputs(capability, present, noise):
+    names = (*itertools.compress(OPTIONAL, present), *({noise} & set(OPTIONAL)))
+    for x_dtype, f_dtype in ((torch.float32, torch.float32), (torch.float16, torch.bfloat16)):
+        inputs = make_inputs((6, 21), names, 5, x_dtype, f_dtype)
+        check(random_rows(6, names, len(names)), torch.arange(6), inputs)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1,), (3, 5), (2, 1, 1, 1), (2, 3, 1, 5, 2, 2)], ids=str)
+def test_step_of_any_rank(capability, shape):
+    names = ("u", "m1", "m2", "v", "grad", "seeds")
+    check(random_rows(shape[0], names, 3), torch.arange(shape[0]), make_inputs(shape, names, 4))
+
+
+@pytest.mark.parametrize("c_f", [0.0, 0.7], ids=["c_f_zero", "c_f"])
+@pytest.mark.parametrize("clip", [0.0, 2.0**-130, 0.5, 3.0, float("inf")])
+@each_dtype
+def test_step_clamps(capability, dtype, clip, c_f):
+    row = make_row(d_x=1.25, d_f=-0.75, clip=clip, c_x=0.3, c_f=c_f, c_m0=1.5)
+    check(row, torch.tensor(0), make_inputs((3, 1000), (), 8, dtype, dtype, special=0.3))
+
+
+@pytest.mark.parametrize("scale", [1e-8, 6e-8, 1e-6, 6.1e-5, 1e4, 65504.0, 1e38])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+def test_step_rounds_tiny_and_huge_results(capability, dtype, scale):
+    row = make_row(d_x=scale, d_f=0.3 * scale, c_x=0.9 * scale, c_f=0.2 * scale, c_m0=1e-3)
+    check(row, torch.tensor(0), make_inputs((3, 4001), (), 9, dtype, torch.float32))
+
+
+@pytest.mark.parametrize("special", [0.5, 1.0])
+@each_dtype_pair
+def test_step_of_special_values(capability, x_dtype, f_dtype, special):
+    names = ("u", "m1", "m2", "v", "grad", "noise")
+    inputs = make_inputs((8, 1000), names, 21, x_dtype, f_dtype, special)
+    check(random_rows(8, names, 22), torch.arange(8), inputs)
+
+
+@pytest.mark.parametrize("v", [-1e30, -300.0, -3.0, -1.0, 0.0, 1.0, 3.0, 300.0, 1e30, float("inf"), float("nan")])
+def test_learned_variance_far_outside_its_range(capability, v):
+    inputs = make_inputs((2, 63), ("grad", "noise"), 2, special=0)
+    inputs["v"] = torch.full((2, 63), v)
+    rows = torch.cat([make_row(c_noise=1, c_grad=0.1, logvar_min=low, logvar_max=high) for low, high in ((-9, -2), (-200, 200))])
+    check(rows, torch.arange(2), inputs)
+
+
+# ---- rows: whose, and from where ----
+
+
+def _tables():
+    vp = schedule.linear()
+    discrete = [
+        samplers.ddpm(vp, 5, scaling=1.017, variance="learned_range", guidance=1.5),
+        samplers.ddpm(vp, 7, variance="fixed_large"),
+        samplers.ddim(vp, 4, scaling=1.0012, eta=0.5, direction="unscaled", guidance=7.5),
+        samplers.dpmpp_2m(vp, 6, scaling=1.005, clip=1.0),
+    ]
+    edm = [
+        samplers.edm_heun(schedule.KarrasSchedule(), 6, scaling=0.9985, S_churn=20, S_noise=1.003),
+        samplers.edm_euler(schedule.KarrasSchedule(), 9, scaling=1.0043),
+        samplers.dpmpp_2m(schedule.KarrasSchedule(), 5, prediction="sample", scaling=1.003),
+    ]
+    return {"discrete": epskernels.concat(discrete), "edm": epskernels.concat(edm)}
+
+
+@pytest.mark.parametrize("kind", ["discrete", "edm"])
+@each_dtype
+def test_batch_of_mixed_samplers(capability, dtype, kind):
+    table = _tables()[kind]
+    batch = len(table)
+    inputs = make_inputs((batch, 3, 7, 5), ("u", "m1", "m2", "v", "grad", "seeds"), 31, dtype, dtype)
+    permuted = torch.randperm(batch, generator=generator(1))
+    check(table.rows, permuted, inputs)
+    for i in range(batch):
+        check(table.rows, table.row_index[i], {key: value[:2] for key, value in inputs.items()})
+
+
+@pytest.mark.parametrize("layout", ["wider", "strided_rows", "offset"])
+def test_rows_in_other_layouts(capability, layout):
+    names = ("u", "m1", "m2", "v", "grad", "seeds")
+    inputs, rows, columns = make_inputs((4, 63), names, 1), random_rows(4, names, 2), len(COLUMNS)
+    if layout == "wider":
+        view = torch.full((4, columns + 3), float("nan"))[:, 1 : columns + 1]
+    elif layout == "strided_rows":
+        view = torch.full((8, columns), float("nan"))[1::2]
+    else:
+        view = torch.full((4 * columns + 1,), float("nan"))[1:].view(4, columns)
+    view.copy_(rows)
+    got = compiled(view, torch.arange(4), inputs)
+    assert_same_bits(got, reference(rows, torch.arange(4), inputs)[0], "x'")
+
+
+def test_strided_and_expanded_index_and_seeds(capability):
+    names = ("noise",)
+    rows = random_rows(3, names, 2, idle=0)
+    inputs = make_inputs((6, 63), (), 1)
+    strided = torch.tensor([2, 9, 0, 9, 1, 9, 1, 9, 2, 9, 0, 9])[::2]
+    seeds = torch.randint(-(2**63), 2**63 - 1, (6, 3), generator=generator(4))
+    for index, used in ((strided, seeds[:, 1]), (torch.tensor(1).expand(6), seeds[0, :1].expand(6))):
+        expected = reference(rows, index.contiguous(), inputs | {"seeds": used.contiguous()})[0]
+        assert_same_bits(compiled(rows, index, inputs | {"seeds": used}), expected, "x'")
+
+
+# ---- layouts ----
+
+
+def _filled(tensor, *shape):
+    """A buffer of NaN: what lies between a view's elements must neither be read nor written."""
+    return torch.full(shape, float("nan"), dtype=tensor.dtype)
+
+
+def _copied(view, tensor):
+    view.copy_(tensor)
+    return view
+
+
+def _sliced(tensor):
+    b, c, h, w = tensor.shape
+    return _copied(_filled(tensor, b, 2 * c, 3 * h, 2 * w)[:, ::2, 1::3, ::2], tensor)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: _copied(_filled(t, *t.shape), t),
+    "first_half_of_batch": lambda t: _copied(_filled(t, 2 * len(t), *t.shape[1:])[: len(t)], t),
+    "second_half_of_batch": lambda t: _copied(_filled(t, 2 * len(t), *t.shape[1:])[len(t) :], t),
+    "every_other_sample": lambda t: _copied(_filled(t, 2 * len(t), *t.shape[1:])[1::2], t),
+    "first_channel_half": lambda t: _copied(_filled(t, len(t), 2 * t.shape[1], *t.shape[2:])[:, : t.shape[1]], t),
+    "second_channel_half": lambda t: _copied(_filled(t, len(t), 2 * t.shape[1], *t.shape[2:])[:, t.shape[1] :], t),
+    "odd_batch_stride": lambda t: _copied(_filled(t, len(t), t[0].numel() + 3)[:, :-3].unflatten(1, t.shape[1:]), t),
+    "offset_by_one": lambda t: _copied(_filled(t, t.numel() + 1)[1:].view(t.shape), t),
+    "channels_last": lambda t: t.clone(memory_format=torch.channels_last),
+    "transposed": lambda t: _copied(_filled(t, *t.transpose(1, 3).shape).transpose(1, 3), t),
+    "batch_last": lambda t: _copied(_filled(t, *t.permute(1, 2, 3, 0).shape).permute(3, 0, 1, 2), t),
+    "sliced": _sliced,
+    "reversed_dims": lambda t: _copied(_filled(t, *t.shape[::-1]).permute(3, 2, 1, 0), t),
+}  # fmt: skip
+READ_LAYOUTS = LAYOUTS | {
+    "expanded_batch": lambda t: t[:1].expand_as(t),
+    "expanded_channels": lambda t: t[:, :1].expand_as(t),
+    "one_value": lambda t: t[:1, :1, :1, :1].expand_as(t),
+}
+ALL_TENSORS = ("u", "m1", "m2", "v", "grad", "noise")
+SHAPE = (4, 6, 5, 7)
+
+
+@pytest.mark.parametrize("layout", READ_LAYOUTS)
+@each_dtype
+def test_layout_of_all_inputs(capability, dtype, layout):
+    inputs = {key: READ_LAYOUTS[layout](value) for key, value in make_inputs(SHAPE, ALL_TENSORS, 41, dtype, dtype).items()}
+    check(random_rows(4, ALL_TENSORS, 42, idle=0), torch.arange(4), inputs)
+    del inputs["noise"]
+    check(random_rows(4, ALL_TENSORS, 42, idle=0), torch.tensor(2), inputs | {"seeds": torch.arange(4)})
+
+
+@pytest.mark.parametrize("key", ("x", "f", *ALL_TENSORS))
+@pytest.mark.parametrize("layout", ["second_channel_half", "channels_last", "sliced", "expanded_batch", "offset_by_one"])
+def test_layout_of_one_input(capability, layout, key):
+    inputs = make_inputs(SHAPE, ALL_TENSORS, 43, torch.bfloat16, torch.float16)
+    inputs[key] = READ_LAYOUTS[layout](inputs[key])
+    check(random_rows(4, ALL_TENSORS, 44, idle=0), torch.arange(4), inputs)
+
+
+def test_guidance_and_learned_variance_from_one_model_output(capability):
+    """The model's output of a doubled batch, each half with v in its second half of channels: four views of one buffer."""
+    output = make_inputs((8, 6, 5, 5), (), 1)["f"]
+    unconditional, conditional = output.chunk(2)
+    (u, _), (f, v) = unconditional.chunk(2, dim=1), conditional.chunk(2, dim=1)
+    inputs = make_inputs((4, 3, 5, 5), ("seeds",), 2) | {"f": f, "u": u, "v": v}
+    check(random_rows(4, ("u", "v", "seeds"), 3, idle=0), torch.arange(4), inputs)
+
+
+def _assert_nothing_written_around(view):
+    base = view if view._base is None else view._base
+    written = torch.zeros_like(base, dtype=torch.bool)
+    written.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+    assert base[~written].isnan().all()
+
+
+@pytest.mark.parametrize("m0_layout", ["contiguous", "second_channel_half", "channels_last"])
+@pytest.mark.parametrize("out_layout", LAYOUTS)
+@each_dtype
+def test_layout_of_outputs(capability, dtype, out_layout, m0_layout):
+    inputs = make_inputs(SHAPE, ALL_TENSORS, 45, dtype, dtype)
+    rows, index = random_rows(4, ALL_TENSORS, 46, idle=0), torch.arange(4)
+    expected = reference(rows, index, inputs)
+    out, m0 = LAYOUTS[out_layout](inputs["x"] * 0), LAYOUTS[m0_layout](inputs["x"] * 0)
+    strides = out.stride(), m0.stride()
+    assert compiled(rows, index, inputs, out=out, m0=m0) is out
+    assert_same_bits(out, expected[0], "x'")
+    assert_same_bits(m0, expected[1], "m0")
+    assert (out.stride(), m0.stride()) == strides
+    _assert_nothing_written_around(out)
+    _assert_nothing_written_around(m0)
+
+
+# ---- forms of the call ----
+
+
+def _form_step_(x, rows, index, rest):
+    torch.ops.epskernels.step_(x, rest.pop("f"), rows, index, **rest)
+    return x, None
+
+
+def _form_step_m0_over_m1(x, rows, index, rest):
+    torch.ops.epskernels.step_(x, rest.pop("f"), rows, index, **rest, m0=rest["m1"])
+    return x, rest["m1"]
+
+
+# Each takes the inputs and returns (x', m0), m0 None where the form does not give it.
+FORMS = {
+    "functional": lambda x, rows, index, rest: (epskernels.step(x, rest.pop("f"), rows, index, **rest), None),
+    "return_m0": lambda x, rows, index, rest: epskernels.step(x, rest.pop("f"), rows, index, **rest, return_m0=True),
+    "m0": lambda x, rows, index, rest: (epskernels.step(x, rest.pop("f"), rows, index, **rest, m0=(m0 := torch.empty_like(x))), m0),
+    "out": lambda x, rows, index, rest: (epskernels.step(x, rest.pop("f"), rows, index, **rest, out=torch.empty_like(x)), None),
+    "out_and_return_m0": lambda x, rows, index, rest: epskernels.step(
+        x, rest.pop("f"), rows, index, **rest, out=torch.empty_like(x), return_m0=True
+    ),
+    "in_place": lambda x, rows, index, rest: (epskernels.step(x, rest.pop("f"), rows, index, **rest, out=x), None),
+    "in_place_m0_over_m1": lambda x, rows, index, rest: epskernels.step(
+        x, rest.pop("f"), rows, index, **rest, out=x, m0=rest["m1"], return_m0=True
+    ),
+    "m0_over_m2": lambda x, rows, index, rest: epskernels.step(
+        x, rest.pop("f"), rows, index, **rest, m0=rest["m2"], return_m0=True
+    ),
+    "step_": _form_step_,
+    "step_with_m0_over_m1": _form_step_m0_over_m1,
+}
+WRITES = {
+    "in_place": {"x"}, "step_": {"x"}, "in_place_m0_over_m1": {"x", "m1"}, "step_with_m0_over_m1": {"x", "m1"},
+    "m0_over_m2": {"m2"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "second_channel_half", "channels_last", "sliced"])
+@pytest.mark.parametrize("form", FORMS)
+@each_dtype
+def test_form(capability, dtype, form, layout):
+    inputs = make_inputs(SHAPE, ALL_TENSORS, 51, dtype, torch.float32)
+    rows, index = random_rows(4, ALL_TENSORS, 52, idle=0), torch.arange(4)
+    expected = reference(rows, index, inputs)
+    given = {key: LAYOUTS[layout](value) for key, value in inputs.items()}
+    arguments = dict(given)
+    next_x, m0 = FORMS[form](arguments.pop("x"), rows, index, arguments)
+    assert_same_bits(next_x, expected[0], "x'")
+    if m0 is not None:
+        assert_same_bits(m0, expected[1], "m0")
+    for key in set(inputs) - WRITES.get(form, set()):
+        assert_same_bits(given[key], inputs[key], key)
+    for key in WRITES.get(form, set()):
+        _assert_nothing_written_around(given[key])
+
+
+@pytest.mark.parametrize("m0", [None, "x", "f", *ALL_TENSORS])
+@pytest.mark.parametrize("out", [None, "x", "f", *ALL_TENSORS])
+def test_any_input_may_be_overwritten(capability, out, m0):
+    if out is not None and out == m0:
+        pytest.skip("x' and m0 need memory of their own")
+    for dtype in (torch.float32, torch.float16):
+        inputs = make_inputs((2, 2500), ALL_TENSORS, 53, dtype, dtype)
+        rows, index = random_rows(2, ALL_TENSORS, 54, idle=0), torch.arange(2)
+        expected = reference(rows, index, inputs)
+        got = compiled(rows, index, inputs, out=inputs.get(out), m0=inputs.get(m0), return_m0=True)
+        assert_same_bits(got[0], expected[0], "x'")
+        assert_same_bits(got[1], expected[1], "m0")
+
+
+@each_dtype
+def test_threads_do_not_change_bits(capability, threads, dtype):
+    names = ("u", "m1", "m2", "v", "grad", "seeds")
+    inputs = make_inputs((3, 65537), names, 61, dtype, dtype)
+    rows = random_rows(3, names, 62, idle=0)
+    results = []
+    for count in (1, 2):
+        threads(count)
+        results.append(compiled(rows, torch.arange(3), inputs, return_m0=True))
+    assert_same_bits(results[1][0], results[0][0], "x'")
+    assert_same_bits(results[1][1], results[0][1], "m0")
+
+
+# ---- properties ----
+
+_wide = st.floats(width=32, allow_nan=False, allow_infinity=False)
+_coefficient = st.one_of(st.just(0.0), st.sampled_from([1.0, -1.0, 0.5]), st.floats(-4, 4, width=32), _wide)
+
+
+@st.composite
+def _random_row(draw, names):
+    row = dict.fromkeys(COLUMNS, 0.0) | {"g": 1.0}
+    row["clip"] = draw(st.one_of(st.just(float("inf")), st.just(0.0), st.floats(0, 3, width=32), _wide.map(abs)))
+    for column, needs in (
+        ("d_x", ()), ("d_f", ()), ("c_x", ()), ("c_f", ()), ("c_m0", ()), ("c_grad", ()), ("c_m1", ("m1",)),
+        ("c_m2", ("m2",)), ("c_noise", ("noise", "seeds")), ("logvar_min", ("v",)), ("logvar_max", ("v",)),
+    ):  # fmt: skip
+        if not needs or set(needs) & set(names):
+            row[column] = draw(_coefficient)
+    if "u" in names:
+        row["g"] = draw(st.one_of(st.just(1.0), _coefficient))
+    row["draw"] = float(draw(st.integers(0, 2**24 - 1)))
+    return [row[column] for column in COLUMNS]
+
+
+@st.composite
+def _random_call(draw):
+    names = draw(st.sets(st.sampled_from(OPTIONAL[:5]))) | draw(st.sampled_from([set(), {"noise"}, {"seeds"}]))
+    names = tuple(key for key in OPTIONAL if key in names)
+    batch, size = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 8, 15, 16, 17, 31, 33, 65]))
+    rows = torch.tensor(draw(st.lists(_random_row(names), min_size=1, max_size=3)))
+    last = len(rows) - 1
+    index = draw(st.one_of(st.integers(0, last), st.lists(st.integers(0, last), min_size=batch, max_size=batch)))
+    x_dtype, f_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    kind, seed = draw(st.sampled_from(["normal", "special", "bits"])), draw(st.integers(0, 2**32))
+    inputs = make_inputs((batch, size), names, seed, x_dtype, f_dtype, special=0.5 if kind == "special" else 0.0)
+    if kind == "bits":
+        for key, value in inputs.items():
+            if value.dtype.is_floating_point:
+                bits = torch.randint(-(2**31), 2**31, value.shape, generator=generator(seed), dtype=torch.int64)
+                inputs[key] = bits.to(INTEGERS[value.dtype]).view(value.dtype)
+                seed += 1
+    return rows, torch.tensor(index), inputs
+
+
+@hypothesis.settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@hypothesis.given(call=_random_call())
+def _check_random_call(call):
+    check(*call)
+
+
+def test_step_of_random_rows_and_inputs(capability):
+    _check_random_call()
+
+
+# ---- the order of the columns, and idle terms ----
+
+MINUS_ZERO = torch.full((2, 63), -0.0)  # added, or multiplied by 0 and added, it changes no bit of the others
+
+
+def _distinct():
+    """Every tensor another number, so that a term taken for another shows."""
+    inputs = {key: torch.full((2, 63), 2.0 + i) for i, key in enumerate(("x", "f", *ALL_TENSORS))}
+    return inputs | {"v": torch.full((2, 63), -1.0)}
+
+
+# column, the other columns that it shows through, and what x' and m0 then are.
+ONE_HOT = {
+    "d_x": ({"d_x": 1}, None, "x"),
+    "d_f": ({"d_f": 1}, None, "f"),
+    "d_f_guided": ({"d_f": 1, "g": 0}, None, "u"),
+    "c_x": ({"c_x": 1}, "x", None),
+    "c_f": ({"c_f": 1}, "f", None),
+    "c_f_guided": ({"c_f": 1, "g": 0}, "u", None),
+    "c_m0_of_x": ({"c_m0": 1, "d_x": 1}, "x", "x"),
+    "c_m0_of_f": ({"c_m0": 1, "d_f": 1}, "f", "f"),
+    "c_m1": ({"c_m1": 1}, "m1", None),
+    "c_m2": ({"c_m2": 1}, "m2", None),
+    "c_grad": ({"c_grad": 1}, "grad", None),
+    "c_noise": ({"c_noise": 1}, "noise", None),
+}
+
+
+@pytest.mark.parametrize("case", ONE_HOT)
+@each_dtype
+def test_one_hot(backend, dtype, case):
+    columns, next_x, m0 = ONE_HOT[case]
+    inputs = {key: value.to(dtype) for key, value in _distinct().items()}
+    zero = torch.zeros(2, 63, dtype=dtype)
+    rest = dict(inputs)
+    got = epskernels.step(rest.pop("x"), rest.pop("f"), make_row(**columns), 0, **rest, return_m0=True)
+    assert torch.equal(got[0], zero if next_x is None else inputs[next_x])
+    assert torch.equal(got[1], zero if m0 is None else inputs[m0])
+
+
+def test_guidance_column(backend):
+    inputs = _distinct()
+    row = make_row(d_f=1, g=3)
+    _, m0 = epskernels.step(inputs["x"], inputs["f"], row, 0, u=inputs["u"], return_m0=True)
+    assert torch.equal(m0, inputs["u"] + 3 * (inputs["f"] - inputs["u"]))
+
+
+@pytest.mark.parametrize("x, clamped", [(-9.0, -0.5), (-0.25, -0.25), (0.25, 0.25), (9.0, 0.5)])
+def test_clip_column(backend, x, clamped):
+    x = torch.full((2, 63), x)
+    got, m0 = epskernels.step(x, MINUS_ZERO, make_row(d_x=1, c_m0=1, clip=0.5), 0, return_m0=True)
+    assert (m0 == clamped).all() and (got == clamped).all()
+
+
+@pytest.mark.parametrize("column, v", [("logvar_min", -1.0), ("logvar_max", 1.0)])
+@pytest.mark.parametrize("term", ["noise", "grad"])
+def test_learned_variance_columns(backend, column, v, term):
+    """At v = -1 the variance is exp(logvar_min), at v = 1 exp(logvar_max), and the other bound has no weight."""
+    row = make_row(**{f"c_{term}": 1, column: np.log(0.04), ({"logvar_min", "logvar_max"} - {column}).pop(): 50.0})
+    got = epskernels.step(MINUS_ZERO, MINUS_ZERO, row, 0, v=torch.full((2, 63), v), **{term: torch.ones(2, 63)})
+    assert got.sub(0.2 if term == "noise" else 0.04).abs().max() < 1e-6
+
+
+def test_draw_column(backend):
+    rows = torch.cat([make_row(c_noise=1, draw=draw) for draw in (0, 1, 2**24 - 1)])
+    got = epskernels.step(MINUS_ZERO, MINUS_ZERO, rows, torch.tensor([2, 1]), seeds=torch.tensor([7, 8]))
+    expected = [epskernels.normal([seed], (63,), draw=draw, stream=0) for seed, draw in ((7, 2**24 - 1), (8, 1))]
+    assert torch.equal(got, torch.cat(expected))
+
+
+@pytest.mark.parametrize("column", ["t", "c_in"])
+def test_columns_for_the_model_do_not_enter(backend, column):
+    inputs = _distinct()
+    rows = random_rows(1, ("u", "m1", "m2", "v", "grad", "noise"), 5, idle=0)
+    other = rows.clone()
+    other[0, COLUMNS.index(column)] = 1e30
+    x, f = inputs.pop("x"), inputs.pop("f")
+    assert torch.equal(epskernels.step(x, f, rows, 0, **inputs), epskernels.step(x, f, other, 0, **inputs))
+
+
+IDLE = {
+    "u": {"g": 1.0}, "m1": {"c_m1": 0.0}, "m2": {"c_m2": 0.0}, "grad": {"c_grad": 0.0}, "noise": {"c_noise": 0.0},
+    "v": {"logvar_min": 0.0, "logvar_max": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", IDLE)
+@each_dtype
+def test_idle_term_is_left_out(backend, dtype, key, poison):
+    """In a batch whose other sample uses the term."""
+    inputs = make_inputs((2, 63), ALL_TENSORS, 71, dtype, dtype, special=0)
+    rows = random_rows(2, ALL_TENSORS, 72, idle=0)
+    for column, value in IDLE[key].items():
+        rows[1, COLUMNS.index(column)] = value
+    inputs[key][1] = poison
+    alone = {k: value[1:] for k, value in inputs.items() if k != key}
+    got = epskernels.step(inputs.pop("x"), inputs.pop("f"), rows, torch.arange(2), **inputs, return_m0=True)
+    expected = epskernels.step(alone.pop("x"), alone.pop("f"), rows, 1, **alone, return_m0=True)
+    assert_same_bits(got[0][1:], expected[0], "x'")
+    assert_same_bits(got[1][1:], expected[1], "m0")
+    assert expected[0].isfinite().all()
+
+
+def test_all_idle_terms_at_once(backend):
+    inputs = make_inputs((2, 1000), (), 73, special=0)
+    nan = torch.full((2, 1000), float("nan"))
+    row = make_row(d_x=1.5, d_f=-0.5, c_x=0.25, c_m0=0.5, clip=1)
+    got = epskernels.step(**inputs, table=row, index=0, u=nan, m1=nan, m2=nan, v=nan, grad=nan, noise=nan)
+    assert_same_bits(got, epskernels.step(**inputs, table=row, index=0), "x'")
+    assert got.isfinite().all()
+
+
+def test_absent_grad_is_left_out_of_rows_that_take_one(backend):
+    inputs = make_inputs((2, 63), (), 74)
+    row = make_row(d_x=1.5, d_f=-0.5, c_x=0.25, c_m0=0.5)
+    with_grad = row.clone()
+    with_grad[0, COLUMNS.index("c_grad")] = 3.0
+    got = epskernels.step(**inputs, table=with_grad, index=0)
+    assert_same_bits(got, epskernels.step(**inputs, table=row, index=0), "x'")
+
+
+# ---- conversions ----
+
+
+def _every_pattern(dtype, width):
+    """All 2^16 bit patterns as samples of this many elements: 4 never fill a vector, 65536 nearly always do."""
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(-1, width)
+
+
+# One input passed on; 0 times the others, or times a clamped value, is a zero whose sign changes nothing.
+PASSED = {
+    "x": {"c_x": 1, "d_x": 1, "clip": 1},
+    "f": {"c_f": 1, "d_f": 1, "clip": 1},
+    "u": {"c_f": 1, "g": 0, "d_f": 1, "clip": 1},
+    "m1": {"c_m1": 1}, "m2": {"c_m2": 1}, "grad": {"c_grad": 1}, "noise": {"c_noise": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [4, 65536])
+@pytest.mark.parametrize("key", PASSED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+def test_every_half_precision_number_passes_through(backend, dtype, key, width):
+    every = _every_pattern(dtype, width)
+    if key == "u":  # u + 0*(f - u) is NaN for an infinite u
+        every = torch.where(every.isinf(), 0, every)
+    zero = torch.full_like(every, -0.0)
+    inputs = {"x": zero, "f": zero} | {key: every}
+    got = epskernels.step(inputs.pop("x"), inputs.pop("f"), make_row(**PASSED[key]), 0, **inputs)
+    assert_same_bits(got, every, "x'")
+
+
+@pytest.mark.parametrize("key", ["x", "f"])
+@pytest.mark.parametrize("state", DTYPES, ids=lambda dtype: f"to_{name(dtype)}")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+def test_every_half_precision_number_as_m0(backend, dtype, state, key):
+    """Into any state dtype, by way of m0, which is not clamped here and so keeps infinities."""
+    if key == "x" and state != dtype:
+        pytest.skip("m0 has x's dtype")
+    every = _every_pattern(dtype, 65536)
+    x = every if key == "x" else torch.full(every.shape, -0.0, dtype=state)
+    f = torch.full_like(every, -0.0) if key == "x" else every
+    _, m0 = epskernels.step(x, f, make_row(**{f"d_{key}": 1}), 0, return_m0=True)
+    assert_same_bits(m0, every.to(state), "m0")
+
+
+def _dense_float32():
+    """Every top 19 bits with low bits at, just below and just above the ties of both half precisions, and all ties."""
+    top = torch.arange(-(2**18), 2**18).to(torch.int32) << 13
+    dense = torch.cat([top | low for low in (0, 0x0FFF, 0x1000, 0x1001, 0x1FFF)]).view(torch.float32)
+    half = torch.arange(0x7C00).to(torch.int16).view(torch.float16).double()
+    ties = ((half[1:] + half[:-1]) / 2).float()
+    near = torch.cat([ties, ties.nextafter(ties * 2), ties.nextafter(ties * 0)])
+    return torch.cat([dense, near, -near])
+
+
+@pytest.mark.parametrize("width", [7, None], ids=["short_samples", "one_sample"])
+@pytest.mark.parametrize("output", ["x'", "m0"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+def test_results_are_rounded_as_torch_rounds(capability, dtype, output, width):
+    f = _dense_float32()
+    if width:
+        f = f[:: 3 if f.numel() % 3 else 5]
+        f = f[: f.numel() // width * width]
+    f = f.reshape(-1, width or f.numel())
+    x = torch.full(f.shape, -0.0, dtype=dtype)
+    got = compiled(make_row(c_f=1, d_f=1, clip=1) if output == "x'" else make_row(d_f=1), 0, {"x": x, "f": f}, return_m0=True)
+    assert_same_bits(got[output == "m0"], f.to(dtype), output)
+
+
+# ---- what torch.compile is told ----
+
+OPCHECK_SETS = {"bare": (), "history": ("m1", "m2"), "seeds": ("u", "seeds"), "noise": ("u", "m1", "m2", "v", "grad", "noise")}
+
+
+@pytest.mark.parametrize("index", ["one_row", "row_each"])
+@pytest.mark.parametrize("names", OPCHECK_SETS.values(), ids=list(OPCHECK_SETS))
+@pytest.mark.parametrize("op", ["step", "step_m0", "step_out", "step_out_m0", "step_", "step_with_m0"])
+def test_opcheck_step(op, names, index):
+    inputs = make_inputs((2, 3, 5), names, 81, special=0)
+    rows = random_rows(2, names, 82)
+    arguments = (inputs.pop("x"), inputs.pop("f"), rows, torch.tensor(1) if index == "one_row" else torch.arange(2))
+    if op.startswith("step_out"):
+        inputs["out"] = torch.zeros(2, 3, 5)
+    if op in ("step_out_m0", "step_with_m0"):
+        inputs["m0"] = torch.zeros(2, 3, 5)
+    op = {"step_out_m0": "step_out", "step_with_m0": "step_"}.get(op, op)
+    overload = getattr(torch.ops.epskernels, op).default
+    torch.library.opcheck(overload, arguments, inputs, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("shape", [[], [5], [3, 4, 5]], ids=str)
+@each_dtype
+def test_opcheck_normal(dtype, shape):
+    arguments, kwargs = (torch.tensor([1, -2]), shape), {"dtype": dtype, "draw": 3, "stream": 0}
+    overload = torch.ops.epskernels.normal.default
+    torch.library.opcheck(overload, arguments, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+FAKE_LAYOUTS = {key: READ_LAYOUTS[key] for key in READ_LAYOUTS} | {
+    "first_sample_of_channel_half": lambda t: READ_LAYOUTS["first_channel_half"](t)[:1],
+    "single_channel": lambda t: t[:, :1],
+    "every_other_element": lambda t: t.flatten()[::2],
+}
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+@pytest.mark.parametrize("layout", FAKE_LAYOUTS)
+def test_outputs_are_laid_out_as_foretold(capability, layout, kind):
+    x = FAKE_LAYOUTS[layout](torch.randn(SHAPE, generator=generator(1)))
+    arguments = [x, x.clone(), make_row(c_x=1), torch.tensor(0)]
+    mode = torch._subclasses.FakeTensorMode()
+    for op in (torch.ops.epskernels.step, torch.ops.epskernels.step_m0):
+        real = op(*arguments)
+        if kind == "fake":
+            with mode:
+                told = op(*(mode.from_tensor(tensor) for tensor in arguments))
+        else:
+            told = op(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in arguments))
+        with epskernels.use_backend("reference"):
+            standing_in = epskernels.step(*arguments, return_m0=not isinstance(real, torch.Tensor))
+        for a, b, c in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (real, told, standing_in)), strict=True):
+            assert a.shape == b.shape == c.shape == x.shape and a.dtype == b.dtype == c.dtype
+            # A dimension of one element may have any stride, and torch.empty_like itself tells another than it makes.
+            long = [d for d in range(x.dim()) if x.shape[d] > 1]
+            assert [a.stride(d) for d in long] == [b.stride(d) for d in long] == [c.stride(d) for d in long]
