@@ -71,7 +71,6 @@ class CMakeBuild(build_ext):
         torch_dir = find_torch()
         configure = [
             "cmake", "-S", ROOT, "-B", build_dir, "-G", "Ninja",
-            f"-DCMAKE_INSTALL_PREFIX={self.package_path()}",
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -80,7 +79,8 @@ class CMakeBuild(build_ext):
             f"-DEPSKERNELS_TORCH_VERSION={torch_version(torch_dir)}",
         ]  # fmt: skip
         subprocess.run([str(part) for part in configure], check=True)
-        subprocess.run(["cmake", "--build", str(build_dir), "--target", "install"], check=True)
+        subprocess.run(["cmake", "--build", str(build_dir)], check=True)
+        subprocess.run(["cmake", "--install", str(build_dir), "--prefix", str(self.package_path())], check=True)
 
     # The files are in place already: nothing for setuptools to copy or to name.
     def get_outputs(self):

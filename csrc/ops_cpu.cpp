@@ -90,7 +90,7 @@ struct View {
     sizes = tensor_sizes.data();
     strides = tensor.strides().data();
     aoti_torch_get_dtype(tensor.get(), &dtype);
-    if (!tensor.is_cpu()) fail(name, ": expected a tensor on the CPU, as x is, got one on another device");
+    if (!tensor.is_cpu()) fail(name, ": expected a tensor on cpu, as x is, got one on another device");
     if (!data && numel() > 0) fail(name, ": expected a tensor with memory, got one whose storage was freed");
   }
   // Not by its data: a tensor without elements has none, and is there all the same.

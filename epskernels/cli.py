@@ -187,7 +187,7 @@ def run_sample(args):
     if not all(samples.isfinite().all() for samples in runs.values()):
         print("warning: some samples are not finite", file=sys.stderr)
     print(f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {_scaling(args)}")
-    print(f"time in the model {model_seconds:.2f} s, in everything else {total - model_seconds:.2f} s")
+    print(f"time in the model {model_seconds:.2f} s, in the step and the loop around it {total - model_seconds:.2f} s")
     print(f"sha256 of the initial noise {_sha256(noise)}")
     for name, samples in runs.items():
         print(f"sha256 of the samples, {name} {_sha256(samples)}")

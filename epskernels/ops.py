@@ -11,9 +11,11 @@ The compiled CPU kernel registers itself for CPU tensors; the reference stands i
 
 import contextlib
 import contextvars
+import operator
 import os
 import warnings
 
+import numpy as np
 import torch
 
 from . import build
@@ -42,7 +44,6 @@ for _schema in SCHEMAS:
 # ---- checks: the same as in csrc/ops_cpu.cpp, for the backends written in Python ----
 
 
-
 def _fail(message):
     raise RuntimeError(f"epskernels: {message}")
 
@@ -53,6 +54,18 @@ def _shape(tensor):
 
 def _dtype(tensor):
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _check_type(name, value, kind, expected):
+    """What the dispatcher checks first, in its words."""
+    if not isinstance(value, kind):
+        _fail(f"expected a value of type '{expected}' for argument '{name}' but instead found type '{type(value).__name__}'")
+
+
+def _check_dense(name, tensor):
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "a nested tensor" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        _fail(f"{name}: expected a dense tensor, got {layout}")
 
 
 def _check_like(name, tensor, other_name, other, dtype=True):
@@ -77,6 +90,11 @@ def _check_integers(name, tensor, may_be_scalar, x):
 
 def check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds):
     """Everything that can be known without reading values. Raises RuntimeError naming the argument."""
+    optional = {"u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": noise, "seeds": seeds}
+    for name, tensor in {"x": x, "f": f, "rows": rows, "index": index, **optional}.items():
+        if tensor is not None or name not in optional:
+            _check_type(name, tensor, torch.Tensor, "Optional[Tensor]" if name in optional else "Tensor")
+            _check_dense(name, tensor)
     for name, tensor in (("x", x), ("f", f)):
         if tensor.dtype not in DTYPES:
             _fail(f"{name}: expected dtype float32, float16 or bfloat16, got {_dtype(tensor)}")
@@ -131,21 +149,35 @@ def _extent(tensor):
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _check_output(name, out, x, inputs):
-    _check_like(name, out, "x", x)
+def _check_outputs_like(x, **outputs):
+    """What can be known of the outputs without looking at their memory."""
+    for name, output in outputs.items():
+        if output is not None:
+            _check_type(name, output, torch.Tensor, "Tensor")
+            _check_dense(name, output)
+            _check_like(name, output, "x", x)
+
+
+def _check_output(name, out, inputs):
     reach = 1
     for stride, size in sorted((s, n) for s, n in zip(out.stride(), out.shape, strict=True) if n > 1):
         if stride < reach:
             _fail(f"{name}: expected every element at its own address, got overlapping strides")
         reach += stride * (size - 1)
-    begin, end = _extent(out)
     for other_name, other in inputs.items():
-        if other is None or (other.data_ptr() == begin and other.stride() == out.stride() and other.dtype == out.dtype):
-            continue
-        other_begin, other_end = _extent(other)
-        if other_begin >= end or other_end <= begin or _interleaved(out, other):
-            continue
-        _fail(f"{name}: overlaps the memory of {other_name} without being the same tensor")
+        _check_overlap(name, out, other_name, other, other_name not in ("rows", "index", "seeds"))
+
+
+def _check_overlap(name, out, other_name, other, may_be_same):
+    """An output may be a tensor read element by element (same memory, same layout) or lie apart from it."""
+    if other is None:
+        return
+    (begin, end), (other_begin, other_end) = _extent(out), _extent(other)
+    if other_begin >= end or other_end <= begin or _interleaved(out, other):
+        return
+    if may_be_same and other_begin == begin and other.stride() == out.stride() and other.dtype == out.dtype:
+        return
+    _fail(f"{name}: overlaps the memory of {other_name}{' without being the same tensor' if may_be_same else ''}")
 
 
 def _interleaved(a, b):
@@ -182,42 +214,52 @@ def reference_step_m0(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=
     return _like(next_x, x), _like(m0, x)
 
 
-def reference_step_out(
-    x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, *, out, m0=None
-):
+def _reference_into(outputs, x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None):
     next_x, next_m0 = _reference(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
     inputs = {"x": x, "f": f, "u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": noise}
     inputs |= {"rows": rows, "index": index, "seeds": seeds}
-    for name, output in (("out", out), ("m0", m0)):
-        if output is not None:
-            _check_output(name, output, x, inputs)
+    _check_outputs_like(x, **outputs)
+    (out_name, out), (_, m0) = outputs.items()
+    _check_output(out_name, out, inputs)
     if m0 is not None:
-        (begin, end), (m0_begin, m0_end) = _extent(out), _extent(m0)
-        if m0_begin < end and begin < m0_end:
-            _fail("m0: overlaps the memory of out")
+        _check_output("m0", m0, inputs)
+        _check_overlap("m0", m0, out_name, out, False)
         m0.copy_(next_m0)
     out.copy_(next_x)
 
 
+def reference_step_out(*inputs, out, m0=None, **named):
+    _reference_into({"out": out, "m0": m0}, *inputs, **named)
+
+
 def reference_step_(x, *inputs, m0=None, **named):
-    reference_step_out(x, *inputs, **named, out=x, m0=m0)
+    _reference_into({"x": x, "m0": m0}, x, *inputs, **named)
 
 
 def check_normal(seeds, shape, dtype, draw, stream):
+    _check_type("seeds", seeds, torch.Tensor, "Tensor")
+    _check_dense("seeds", seeds)
+    integers = (int, np.integer, torch.SymInt)
+    for name, value in (*(("shape", size) for size in shape), ("draw", draw), ("stream", stream)):
+        _check_type(name, value, integers, "List[int]" if name == "shape" else "int")
     if seeds.dtype != torch.int64:
         _fail(f"seeds: expected dtype int64, got {_dtype(seeds)}")
     if seeds.dim() != 1:
         _fail(f"seeds: expected shape (B,), got {_shape(seeds)}")
     if len(seeds) == 0:
         _fail("seeds: expected at least one seed, got none")
+    numel = len(seeds)
     for size in shape:
         if size < 1:
             _fail(f"shape: expected sizes of at least 1, got {size}")
+        numel = numel * size
+        if numel > 2**62:
+            _fail("shape: too many elements for a tensor")
     for name, value in (("draw", draw), ("stream", stream)):
         if not 0 <= value < 2**32:
             _fail(f"{name}: expected a value in [0, 2^32), got {value}")
     if dtype not in DTYPES:
-        _fail("dtype: expected float32, float16 or bfloat16")
+        _fail(f"dtype: expected float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}")
 
 
 def reference_normal(seeds, shape, *, dtype, draw=0, stream=STREAM_INITIAL):
@@ -275,15 +317,18 @@ def _(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None
 @torch.library.register_fake("epskernels::step_out", lib=_library)
 def _(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, *, out, m0=None):
     check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
+    _check_outputs_like(x, out=out, m0=m0)
 
 
 @torch.library.register_fake("epskernels::step_", lib=_library)
 def _(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, *, m0=None):
     check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
+    _check_outputs_like(x, m0=m0)
 
 
 @torch.library.register_fake("epskernels::normal", lib=_library)
 def _(seeds, shape, *, dtype, draw=0, stream=STREAM_INITIAL):
+    check_normal(seeds, shape, dtype, draw, stream)
     return torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
 
 
@@ -326,8 +371,8 @@ def use_backend(name):
 
 def _runs_reference(x):
     name = _forced.get() or _DEFAULT_BACKEND
-    if name == "cpu" and x.device.type != "cpu":
-        _fail(f"backend 'cpu' was asked for, and x is on {x.device}")
+    if name == "cpu" and isinstance(x, torch.Tensor) and x.device.type != "cpu":
+        _fail(f"backend 'cpu' was asked for, and the tensors are on {x.device}")
     return name == "reference"
 
 
@@ -379,7 +424,9 @@ def step(
     else:
         rows = table
     if type(index) is int:
-        index = torch.tensor(index, device=x.device)
+        if not -(2**63) <= index < 2**63:
+            _fail(f"index: expected an integer of 64 bits, got {index}")
+        index = torch.tensor(index, device=getattr(x, "device", None))
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
     if _forced.get() is None and _DEFAULT_BACKEND is None:
         run, run_m0, run_out = _step, _step_m0, _step_out
@@ -404,7 +451,10 @@ def as_seeds(seeds, device="cpu"):
         if seeds.dtype != torch.int64 or seeds.dim() != 1:
             raise ValueError(f"seeds: expected an int64 tensor (B,), got {_dtype(seeds)} {_shape(seeds)}")
         return seeds.to(device)
-    values = [int(seed) for seed in seeds]
+    try:
+        values = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise ValueError(f"seeds: expected an int64 tensor (B,), or a list or range of integers, got {seeds!r}") from None
     for value in values:
         if not -(2**63) <= value < 2**64:
             raise ValueError(f"seeds: expected integers of 64 bits, got {value}")
@@ -416,8 +466,11 @@ def normal(seeds, shape, *, dtype=torch.float32, draw=0, stream=STREAM_INITIAL, 
 
     seeds: int64 (B,), or a list or range of integers. shape: of one sample. dtype: float32, float16 or bfloat16, rounded once
     from float32. draw, stream: integers in [0, 2^32); stream 1 is the initial latent, stream 0 the noise of the steps.
-    The same on every backend and device (Philox4x32-10, Salmon et al., SC 2011; Box-Muller). Raises RuntimeError.
+    The same on every backend and device (Philox4x32-10, Salmon et al., SC 2011; Box-Muller).
+    Raises RuntimeError, ValueError for the seeds.
     """
     seeds = as_seeds(seeds, device or getattr(seeds, "device", "cpu"))
+    if not isinstance(shape, (tuple, list)):
+        _fail(f"shape: expected a list or tuple of sizes, got {shape!r}")
     run = reference_normal if _runs_reference(seeds) else _normal
     return run(seeds, list(shape), dtype=dtype, draw=draw, stream=stream)

@@ -199,18 +199,20 @@ class KarrasSchedule:
     """EDM's path: alpha = 1, sigma from sigma_max to sigma_min by eq. 5 of arXiv 2206.00364, then 0.
 
     Without `model`, the network is a denoiser that is told sigma itself (EDM's own; prediction "sample").
+    sigma_min, sigma_max default to EDM's 0.002 and 80.
     model: a DiscreteSchedule, for a network trained on its timesteps: it is fed x/sqrt(1 + sigma^2) and the timestep whose
-    noise-to-signal ratio is sigma (interpolated in log sigma); sigma_max and sigma_min default to the ratios at its ends.
+    noise-to-signal ratio is sigma (interpolated in log sigma); the defaults are then held to the ratios that it has seen.
+    Raises ValueError for noise levels outside of those.
     """
 
     def __init__(self, sigma_min=None, sigma_max=None, rho=7.0, model=None):
         if model is not None and model.abar[-1] == 0:
             raise ValueError("model: expected a schedule with alpha > 0, got one with zero terminal SNR")
-        ratios = None if model is None else model.sigma / model.alpha
-        self.sigma_min = sigma_min if sigma_min is not None else 0.002 if model is None else float(ratios[0])
-        self.sigma_max = sigma_max if sigma_max is not None else 80.0 if model is None else float(ratios[-1])
-        self.rho, self.model = rho, model
-        karras_sigmas(2, self.sigma_min, self.sigma_max, rho)
+        self.model, self.rho = model, rho
+        self._ratios = np.array([0.0, np.inf]) if model is None else model.sigma / model.alpha
+        self.sigma_min = float(max(0.002, self._ratios[0]) if sigma_min is None else sigma_min)
+        self.sigma_max = float(min(80.0, self._ratios[-1]) if sigma_max is None else sigma_max)
+        self.grid(2)
 
     def __repr__(self):
         return f"KarrasSchedule({self.sigma_min:.4g}..{self.sigma_max:.4g}, rho={self.rho})"
@@ -222,10 +224,13 @@ class KarrasSchedule:
     def grid_at(self, sigma):
         """The grid of given noise levels, (N,) decreasing."""
         sigma = np.asarray(sigma, dtype=np.float64)
+        low, high = self._ratios[0], self._ratios[-1]
+        outside = (sigma < low * (1 - 1e-9)) | (sigma > high * (1 + 1e-9))
+        if outside.any():
+            raise ValueError(f"sigma: expected values in [{low:.6g}, {high:.6g}], got {sigma[outside][0]:.6g}")
         if self.model is None:
             return Grid(sigma, np.ones_like(sigma), sigma, np.ones_like(sigma), sigma[0], discrete=False)
-        log_ratios = np.log(self.model.sigma / self.model.alpha)
-        t = np.interp(np.log(sigma), log_ratios, np.arange(len(self.model)))
+        t = np.interp(np.log(sigma), np.log(self._ratios), np.arange(len(self.model)))
         return Grid(t, np.ones_like(sigma), sigma, 1 / np.sqrt(1 + sigma**2), sigma[0], discrete=False)
 
 

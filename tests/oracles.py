@@ -201,15 +201,17 @@ def edm_sampler(
             x_hat = keep(x_next + np.sqrt(t_hat**2 - t_cur**2) * S_noise * noise[i])
             states.append(x_hat)
         # Euler step
-        eps = (x_hat - denoise(x_hat, t_hat)) / t_hat / lam[i]
-        denoised = keep(x_hat - t_hat * eps)
+        eps = (x_hat - denoise(x_hat, t_hat)) / t_hat
+        denoised = x_hat - t_hat * (eps / lam[i])
         d_cur = (x_hat - denoised) / t_hat
         x_next = x_hat + (t_next - t_hat) * d_cur
         # second order correction
         if heun and i < n - 1:
             x_euler = keep(x_next)
-            eps = (x_euler - denoise(x_euler, t_next)) / t_next / lam[i]
-            d_prime = (x_euler - (x_euler - t_next * eps)) / t_next
+            if keep is not exact:  # one stored state: x_hat is overwritten, and follows from x_euler and the estimate kept
+                d_cur = (x_euler - keep(denoised)) / t_next
+                x_hat = keep(denoised) + t_hat * d_cur
+            d_prime = (x_euler - denoise(x_euler, t_next)) / t_next / lam[i]
             x_next = x_hat + (t_next - t_hat) * (0.5 * d_cur + 0.5 * d_prime)
     return [*states, keep(x_next)]
 
@@ -219,6 +221,24 @@ def edm_initial_std(sigmas, S_churn=0.0, S_min=0.0, S_max=np.inf, S_noise=1.0):
     gamma = min(S_churn / (len(sigmas) - 1), np.sqrt(2) - 1) if S_min <= sigmas[0] <= S_max else 0.0
     t_hat = sigmas[0] + gamma * sigmas[0]
     return np.sqrt(sigmas[0] ** 2 + S_noise**2 * (t_hat**2 - sigmas[0] ** 2))
+
+
+def sigma_to_t(sigma, betas):
+    """The fractional timestep of a VP network whose noise-to-signal ratio is sigma, linear in log sigma (k-diffusion)."""
+    abar = np.cumprod(1 - betas)
+    log_sigmas = 0.5 * np.log((1 - abar) / abar)
+    low = np.clip(np.searchsorted(log_sigmas, np.log(sigma)) - 1, 0, len(betas) - 2)
+    w = (np.log(sigma) - log_sigmas[low]) / (log_sigmas[low + 1] - log_sigmas[low])
+    return low + np.clip(w, 0, 1)
+
+
+def vp_denoiser(model, betas):
+    """D(x; sigma) of an eps-predicting VP network: it is fed x/sqrt(1 + sigma^2) and sigma's timestep."""
+
+    def denoise(x, sigma):
+        return x - sigma * model(x / np.sqrt(1 + sigma**2), sigma_to_t(sigma, betas))
+
+    return denoise
 
 
 # ---- DPM-Solver++ ----
@@ -234,14 +254,14 @@ def dpmpp_2m(denoise, x, alpha, sigma, *, lower_order_final, keep=exact):
     n, before, states = len(alpha) - 1, None, []
     for j in range(n):
         h = log_snr[j + 1] - log_snr[j]
-        x_theta = keep(denoise(x, j))
+        x_theta = denoise(x, j)
         first_order = before is None or sigma[j + 1] == 0 or (lower_order_final and j == n - 1)
         D = x_theta
         if not first_order:
             r = (log_snr[j] - log_snr[j - 1]) / h
             D = (1 + 1 / (2 * r)) * x_theta - 1 / (2 * r) * before
         x = keep(sigma[j + 1] / sigma[j] * x - alpha[j + 1] * np.expm1(-h) * D)
-        before = x_theta
+        before = keep(x_theta)
         states.append(x)
     return states
 

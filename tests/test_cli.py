@@ -49,7 +49,7 @@ def test_writes_samples_and_grid(tiny, sampler, tmp_path, capsys):
     assert not np.array_equal(saved["scaled"], saved["baseline"])
     assert Image.open(png).size == (2 * 3 * 10 + 12, 2 * 10)
     printed = capsys.readouterr().out
-    assert re.search(r"time in the model \d+\.\d+ s, in everything else \d+\.\d+ s", printed)
+    assert re.search(r"time in the model \d+\.\d+ s, in the step and the loop around it \d+\.\d+ s", printed)
     assert len(re.findall(r"sha256 of the (?:initial noise|samples, \w+) [0-9a-f]{64}", printed)) == 3
 
 

@@ -92,7 +92,7 @@ def make_row(**columns):
     """One row, every column idle but those given."""
     values = {"clip": float("inf"), "g": 1.0} | columns
     assert set(values) <= set(COLUMNS)
-    return torch.tensor([[values.get(column, 0.0) for column in COLUMNS]])
+    return torch.tensor([[values.get(column, 0.0) for column in COLUMNS]], dtype=torch.float32)
 
 
 def random_rows(count, names, seed, idle=0.25):
@@ -182,7 +182,7 @@ def test_step_of_many_tiles(capability, x_dtype, f_dtype, index):
 
 
 @pytest.mark.parametrize("noise", ["no_noise", "noise", "seeds"])
-@pytest.mark.parametrize("present", itertools.product([False, True], repeat=5), ids=lambda present: "-".join(itertools.compress(OPTIONAL, present)) or "none")
+@pytest.mark.parametrize("present", list(itertools.product([False, True], repeat=5)), ids=lambda present: "-".join(itertools.compress(OPTIONAL, present)) or "none")
 def test_step_with_every_subset_of_inputs(capability, present, noise):
     names = (*itertools.compress(OPTIONAL, present), *({noise} & set(OPTIONAL)))
     for x_dtype, f_dtype in ((torch.float32, torch.float32), (torch.float16, torch.bfloat16)):
@@ -656,8 +656,8 @@ PASSED = {
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
 def test_every_half_precision_number_passes_through(backend, dtype, key, width):
     every = _every_pattern(dtype, width)
-    if key == "u":  # u + 0*(f - u) is NaN for an infinite u
-        every = torch.where(every.isinf(), 0, every)
+    if key == "u":  # u + 0*(f - u) is NaN for an infinite u, and 0 for -0
+        every = torch.where(every.isinf() | (every == 0), 0, every)
     zero = torch.full_like(every, -0.0)
     inputs = {"x": zero, "f": zero} | {key: every}
     got = epskernels.step(inputs.pop("x"), inputs.pop("f"), make_row(**PASSED[key]), 0, **inputs)

@@ -1,0 +1,113 @@
+"""Convergence orders of the deterministic samplers, in float64 on the tables' own columns, against the exact trajectory.
+
+A table's constructor checks each row's mean and variance, which a wrong split between c_m0 and c_m1 passes: the order tells.
+With y = x/alpha and r = sigma/alpha every sampler here solves dy/dr = eps(y, r)/lambda (arXiv 2206.00364, eq. 4 with s = 1).
+"""
+
+import functools
+
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+from epskernels import samplers, schedule
+
+# Data: a mixture of Gaussians on the line, so that the denoiser is exact and nonlinear.
+WEIGHTS, MEANS, STDS = np.array([0.5, 0.3, 0.2]), np.array([-0.7, 0.4, 1.1]), np.array([0.35, 0.25, 0.45])
+STARTS = np.linspace(-1.5, 1.5, 9)  # in units of the first noise level
+
+
+def denoise(y, r):
+    """E[x_0 | y], y = x_0 + r*eps, for the mixture."""
+    y = y[:, None]
+    variances = STDS**2 + r**2
+    log_density = np.log(WEIGHTS) - 0.5 * np.log(variances) - 0.5 * (y - MEANS) ** 2 / variances
+    posterior = np.exp(log_density - log_density.max(axis=1, keepdims=True))
+    posterior /= posterior.sum(axis=1, keepdims=True)
+    return (posterior * (MEANS + STDS**2 / variances * (y - MEANS))).sum(axis=1)
+
+
+@functools.cache
+def exact(start, end, lam):
+    """y at r = end of the trajectories that start at r = start."""
+
+    def slope(log_r, y):  # dy/dlog(r)
+        return (y - denoise(y, np.exp(log_r))) / lam
+
+    ends = np.log(start), np.log(end)
+    return solve_ivp(slope, ends, STARTS * start, method="DOP853", rtol=1e-12, atol=1e-12).y[:, -1]
+
+
+def network(prediction, x, alpha, sigma):
+    x0 = denoise(x / alpha, sigma / alpha)
+    eps = (x - alpha * x0) / sigma
+    return {"epsilon": eps, "sample": x0, "flow": eps - x0}[prediction]
+
+
+def run(table, prediction, rows):
+    """The state after `rows` rows of the table, each applied by its float64 columns."""
+    x, m1 = STARTS * table["sigma_in"][0], np.zeros_like(STARTS)
+    for i in range(rows):
+        f = network(prediction, x, table["alpha_in"][i], table["sigma_in"][i])
+        m0 = table["d_x"][i] * x + table["d_f"][i] * f
+        x = table["c_x"][i] * x + table["c_f"][i] * f + table["c_m0"][i] * m0 + table["c_m1"][i] * m1
+        m1 = m0
+    return x
+
+
+# ---- grids whose points lie on one curve, whatever their number: n steps between fixed ends, and one more to the end ----
+
+
+def karras(n):
+    return schedule.KarrasSchedule(0.02, 80.0), n + 1
+
+
+def vp(n):
+    """Every timestep of this schedule counts 8192nds of the beta integral of the linear betas at T = 1000."""
+    betas = schedule.linear(8192, 1e-4 * 1000 / 8192, 0.02 * 1000 / 8192)
+    return betas, 8191 - np.arange(n + 1) * (8064 // n)
+
+
+def rectified_flow(n):
+    """From sigma = 0.99, since alpha > 0 is needed for lambda != 1, to 0.02."""
+    sigma = np.linspace(0.99, 0.02, n + 1)
+    return schedule.Grid(1000 * sigma, 1 - sigma, sigma, np.ones(n + 1), 0.99, discrete=False), n + 1
+
+
+def errors(sampler, grid, prediction, lam, counts):
+    """Largest error over the starts where the last n-step point is reached; the row after that, to sigma = 0, is left out."""
+    found = []
+    for n in counts:
+        points, steps = grid(n)
+        table = sampler(points, steps, scaling=lam, prediction=prediction)
+        rows = len(table) - 1
+        alpha, sigma = table["alpha_in"], table["sigma_in"]
+        reference = exact(sigma[0] / alpha[0], sigma[rows] / alpha[rows], lam) * alpha[rows]
+        start = STARTS * sigma[0] / alpha[0]
+        assert np.array_equal(start * alpha[0], STARTS * sigma[0]) or np.allclose(start * alpha[0], STARTS * sigma[0])
+        found.append(np.abs(run(table, prediction, rows) - reference).max())
+    return np.array(found)
+
+
+def order(counts, found):
+    return -np.polyfit(np.log(counts), np.log(found), 1)[0]
+
+
+ORDERS = {
+    "edm_euler": (samplers.edm_euler, karras, "sample", 1),
+    "edm_heun": (samplers.edm_heun, karras, "sample", 2),
+    "ddim-vp": (samplers.ddim, vp, "epsilon", 1),
+    "ddim-flow": (samplers.ddim, rectified_flow, "flow", 1),
+    "dpmpp_2m-vp": (samplers.dpmpp_2m, vp, "epsilon", 2),
+    "dpmpp_2m-karras": (samplers.dpmpp_2m, karras, "sample", 2),
+    "dpmpp_2m-flow": (samplers.dpmpp_2m, rectified_flow, "flow", 2),
+}
+COUNTS = [64, 128, 256, 512, 1024][1:]
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("lam", [1.0, 1.02], ids="lambda={}".format)
+def test_order(name, lam):
+    sampler, grid, prediction, expected = ORDERS[name]
+    found = errors(sampler, grid, prediction, lam, COUNTS)
+    assert order(COUNTS, found) == pytest.approx(expected, abs=0.2), found
