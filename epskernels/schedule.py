@@ -166,7 +166,10 @@ def _section_timesteps(T, counts):
         if count > size:
             raise ValueError(f"steps: section {i} of {counts!r} has {size} timesteps, expected at least {count}")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        chosen += [start + round(stride * j) for j in range(count)]
+        position = 0.0
+        for _ in range(count):
+            chosen.append(start + round(position))
+            position += stride  # a running sum, as in ADM: its rounding decides the ties
         start += size
     return np.array(chosen)
 

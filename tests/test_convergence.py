@@ -55,7 +55,7 @@ def run(table, prediction, rows):
     return x
 
 
-# ---- grids whose points lie on one curve, whatever their number: n steps between fixed ends, and one more to the end ----
+# ---- grids of n steps between fixed noise levels, the points on one curve whatever n; then one more step, to sigma = 0 ----
 
 
 def karras(n):
@@ -63,19 +63,19 @@ def karras(n):
 
 
 def vp(n):
-    """Every timestep of this schedule counts 8192nds of the beta integral of the linear betas at T = 1000."""
-    betas = schedule.linear(8192, 1e-4 * 1000 / 8192, 0.02 * 1000 / 8192)
-    return betas, 8191 - np.arange(n + 1) * (8064 // n)
+    """Linear betas, as at T = 1000 but in 8320 timesteps, so that a step can be halved often: from the last one to 127."""
+    scale = 1000 / 8320
+    return schedule.linear(8320, 1e-4 * scale, 0.02 * scale), 8319 - np.arange(n + 1) * (8192 // n)
 
 
 def rectified_flow(n):
-    """From sigma = 0.99, since alpha > 0 is needed for lambda != 1, to 0.02."""
-    sigma = np.linspace(0.99, 0.02, n + 1)
-    return schedule.Grid(1000 * sigma, 1 - sigma, sigma, np.ones(n + 1), 0.99, discrete=False), n + 1
+    """From sigma = 0.9: towards alpha = 0, lambda != 1 makes the equation stiff."""
+    sigma = np.linspace(0.9, 0.02, n + 1)
+    return schedule.Grid(1000 * sigma, 1 - sigma, sigma, np.ones(n + 1), 0.9, discrete=False), n + 1
 
 
 def errors(sampler, grid, prediction, lam, counts):
-    """Largest error over the starts where the last n-step point is reached; the row after that, to sigma = 0, is left out."""
+    """The largest error over the starts, for each count, before the table's last row: its step to sigma = 0 never halves."""
     found = []
     for n in counts:
         points, steps = grid(n)
@@ -83,8 +83,6 @@ def errors(sampler, grid, prediction, lam, counts):
         rows = len(table) - 1
         alpha, sigma = table["alpha_in"], table["sigma_in"]
         reference = exact(sigma[0] / alpha[0], sigma[rows] / alpha[rows], lam) * alpha[rows]
-        start = STARTS * sigma[0] / alpha[0]
-        assert np.array_equal(start * alpha[0], STARTS * sigma[0]) or np.allclose(start * alpha[0], STARTS * sigma[0])
         found.append(np.abs(run(table, prediction, rows) - reference).max())
     return np.array(found)
 
@@ -102,7 +100,7 @@ ORDERS = {
     "dpmpp_2m-karras": (samplers.dpmpp_2m, karras, "sample", 2),
     "dpmpp_2m-flow": (samplers.dpmpp_2m, rectified_flow, "flow", 2),
 }
-COUNTS = [64, 128, 256, 512, 1024][1:]
+COUNTS = [64, 128, 256, 512, 1024]
 
 
 @pytest.mark.parametrize("name", ORDERS)
