@@ -244,11 +244,11 @@ def _edm(name, schedule, steps, scaling, prediction, clip, guidance, churn, heun
     if not heun or n == 1:
         columns = euler | noise
     else:
-        # Heun: the Euler row, then x' + kappa*(m1 - m0) with a second evaluation at sigma_next, but for the last step.
+        # Heun: the Euler row, then x' + kappa*(m0 - m1) with a second evaluation at sigma_next, but for the last step.
         kappa = (sigma_hat[:-1] - sigma_next[:-1]) / (2 * sigma_next[:-1])
         corrector = {
             **part(schedule.grid_at(sigma_next[:-1]), lambda_t[:-1]),
-            "c_x": np.ones(n - 1), "c_m0": -kappa, "c_m1": kappa, **{key: column[:-1] for key, column in noise.items()},
+            "c_x": np.ones(n - 1), "c_m0": kappa, "c_m1": -kappa, **{key: column[:-1] for key, column in noise.items()},
         }  # fmt: skip
         predictor = euler | still
         columns = {}

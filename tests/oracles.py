@@ -1,8 +1,8 @@
 """Independent float64 oracles: each sampler as its paper or its code base writes it, lambda included, in plain numpy.
 
-Nothing here knows a table. An oracle returns the states that its loop passes through, one for each step, the last one clean.
-model(x, t) takes and returns float64 arrays. lam[j] is lambda at the j-th step visited, the noisiest first, as is noise[j].
-keep rounds what a sampler stores between two model calls (states, kept estimates, gradients); the identity is the oracle.
+Nothing here knows a table. An oracle returns the states that its loop passes through, one for each step. It takes
+model(x, t), from and to float64 arrays; lam[j] and noise[j] for the j-th step visited, the noisiest first; and keep,
+which rounds what a sampler stores between two model calls (states, kept estimates, gradients): `exact` rounds nothing.
 """
 
 import numpy as np
@@ -41,7 +41,7 @@ def zero_snr_betas(betas):
 
 
 def adm_timesteps(T, count):
-    """ADM's space_timesteps for one section: ascending. The position is a running sum, so its rounding is part of it."""
+    """ADM's space_timesteps for one section, ascending; the position is a running sum, and ties round as it does."""
     position, taken = 0.0, []
     for _ in range(count):
         taken.append(round(position))
@@ -95,7 +95,7 @@ class Adm:
 
 
 def adm_p_sample(model, x, betas, timesteps, lam, noise, *, variance, clip=1.0, cond_fn=None, keep=exact):
-    """ADM-ES's p_sample_loop: eps/lambda, x0 clamped, the posterior's mean; a classifier shifts it by variance*grad."""
+    """ADM-ES's p_sample_loop: eps/lambda, x0 clamped, posterior mean; a classifier adds variance*grad to it."""
     adm, states = Adm(betas, timesteps), []
     for j, i in enumerate(reversed(range(len(timesteps)))):
         out = model(x, timesteps[i])
@@ -112,7 +112,7 @@ def adm_p_sample(model, x, betas, timesteps, lam, noise, *, variance, clip=1.0, 
 
 
 def adm_ddim_sample(model, x, betas, timesteps, lam, noise, *, eta, clip=1.0, cond_fn=None, keep=exact):
-    """ADM-ES's ddim_sample_loop: eps derived again from the clamped x0; a classifier shifts that eps (condition_score)."""
+    """ADM-ES's ddim_sample_loop: eps derived again from the clamped x0; condition_score shifts that eps."""
     adm, states = Adm(betas, timesteps), []
     for j, i in enumerate(reversed(range(len(timesteps)))):
         x0 = np.clip(adm.x0_from_eps(x, i, model(x, timesteps[i]) / lam[j]), -clip, clip)
@@ -132,7 +132,7 @@ def adm_ddim_sample(model, x, betas, timesteps, lam, noise, *, eta, clip=1.0, co
 
 
 def ddim_es(model, x, betas, timesteps, lam, noise, *, eta, keep=exact):
-    """The authors' DDIM code (Song et al., arXiv 2010.02502, eq. 12): eps/lambda in x0 and in the direction, no clamp."""
+    """The authors' DDIM code (arXiv 2010.02502, eq. 12): eps/lambda in x0 and in the direction, no clamp."""
     abar = np.append(1.0, np.cumprod(1 - betas))  # at t + 1, so that the step before timestep 0 is t = -1
     following, states = np.append(-1, timesteps[:-1]), []
     for j, (t, s) in enumerate(zip(timesteps[::-1], following[::-1], strict=True)):
@@ -166,15 +166,16 @@ def ldm_ddim(model, uncond, x, betas, steps, lam, noise, *, eta, scale, keep=exa
 
 
 def ddim_v(model, x, betas, timesteps, lam, *, keep=exact):
-    """Deterministic DDIM of a v-predicting network in angles: v = alpha*eps - sigma*x0 (arXiv 2202.00512, appendix D)."""
+    """Deterministic DDIM of a v-predicting network, v = alpha*eps - sigma*x0 (arXiv 2202.00512, appendix D)."""
     abar = np.cumprod(1 - betas)
     following, states = np.append(-1, timesteps[:-1]), []
     for j, (t, s) in enumerate(zip(timesteps[::-1], following[::-1], strict=True)):
         alpha, sigma = np.sqrt(abar[t]), np.sqrt(1 - abar[t])
         alpha_s, sigma_s = (1.0, 0.0) if s < 0 else (np.sqrt(abar[s]), np.sqrt(1 - abar[s]))
         v = model(x, t)
-        x0, eps = alpha * x - sigma * v, (sigma * x + alpha * v) / lam[j]
-        if lam[j] != 1:
+        x0, eps = alpha * x - sigma * v, sigma * x + alpha * v
+        if lam[j] != 1:  # where alpha is 0, only lambda = 1 has a meaning
+            eps = eps / lam[j]
             x0 = (x - sigma * eps) / alpha
         x = keep(alpha_s * x0 + sigma_s * eps)
         states.append(x)
@@ -189,8 +190,8 @@ def edm_sampler(
 ):
     """edm_sampler (arXiv 2206.00364, alg. 2) with eps = (x - D)/sigma divided by lambda at both evaluations.
 
-    Starts from x_hat of step 0, its churn already in; noise[j] is the churn of step j >= 1. Returns x_hat of the steps 1, 2,
-    ..., and the final x: the states at which the network is called first.
+    Starts from x_hat of step 0, its churn already in; noise[j] is the churn of step j >= 1. Returns x_hat of every
+    later step, where the network is called first, and the final x.
     """
     n, states = len(sigmas) - 1, []
     for i in range(n):
@@ -208,7 +209,8 @@ def edm_sampler(
         # second order correction
         if heun and i < n - 1:
             x_euler = keep(x_next)
-            if keep is not exact:  # one stored state: x_hat is overwritten, and follows from x_euler and the estimate kept
+            if keep is not exact:
+                # With one stored state x_hat is overwritten: it follows from x_euler and the estimate kept.
                 d_cur = (x_euler - keep(denoised)) / t_next
                 x_hat = keep(denoised) + t_hat * d_cur
             d_prime = (x_euler - denoise(x_euler, t_next)) / t_next / lam[i]
@@ -224,7 +226,7 @@ def edm_initial_std(sigmas, S_churn=0.0, S_min=0.0, S_max=np.inf, S_noise=1.0):
 
 
 def sigma_to_t(sigma, betas):
-    """The fractional timestep of a VP network whose noise-to-signal ratio is sigma, linear in log sigma (k-diffusion)."""
+    """The fractional timestep where a VP network has noise-to-signal ratio sigma; log sigma is linear between two."""
     abar = np.cumprod(1 - betas)
     log_sigmas = 0.5 * np.log((1 - abar) / abar)
     low = np.clip(np.searchsorted(log_sigmas, np.log(sigma)) - 1, 0, len(betas) - 2)
@@ -245,7 +247,7 @@ def vp_denoiser(model, betas):
 
 
 def dpmpp_2m(denoise, x, alpha, sigma, *, lower_order_final, keep=exact):
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, alg. 2, data prediction); log-SNR steps h, first order into sigma = 0.
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, alg. 2), data prediction; first order into sigma = 0.
 
     alpha, sigma: (N + 1,), the last where the trajectory ends. denoise(x, j): the estimate x_theta of model call j.
     """
@@ -270,11 +272,11 @@ def dpmpp_2m(denoise, x, alpha, sigma, *, lower_order_final, keep=exact):
 
 
 def flow_euler(velocity, x, sigma, lam, *, keep=exact):
-    """Euler of dx/dsigma = eps - x0 from sigma[0] to sigma[-1]; eps = x + (1 - sigma)*v is divided by lambda, x0 follows it."""
+    """Euler of dx/dsigma = v = eps - x0, where eps = x + (1 - sigma)*v is divided by lambda and x0 follows from it."""
     states = []
     for j in range(len(sigma) - 1):
         s, v = sigma[j], velocity(x, sigma[j])
-        if lam[j] != 1:  # at sigma = 1 only lambda = 1 has a meaning
+        if lam[j] != 1:  # where sigma is 1, only lambda = 1 has a meaning
             eps = (x + (1 - s) * v) / lam[j]
             v = eps - (x - s * eps) / (1 - s)
         x = keep(x + (sigma[j + 1] - s) * v)

@@ -1,7 +1,7 @@
-"""Convergence orders of the deterministic samplers, in float64 on the tables' own columns, against the exact trajectory.
+"""Convergence orders of the deterministic samplers: the tables' columns in float64 against the exact trajectory.
 
-A table's constructor checks each row's mean and variance, which a wrong split between c_m0 and c_m1 passes: the order tells.
-With y = x/alpha and r = sigma/alpha every sampler here solves dy/dr = eps(y, r)/lambda (arXiv 2206.00364, eq. 4 with s = 1).
+A table's constructor checks the mean and variance of each row; a wrong split between c_m0 and c_m1 passes, and loses
+the order. With y = x/alpha and r = sigma/alpha every sampler here solves dy/dr = eps(y, r)/lambda.
 """
 
 import functools
@@ -55,7 +55,7 @@ def run(table, prediction, rows):
     return x
 
 
-# ---- grids of n steps between fixed noise levels, the points on one curve whatever n; then one more step, to sigma = 0 ----
+# ---- grids of n steps between fixed noise levels, on one curve whatever n, and a last step to sigma = 0 ----
 
 
 def karras(n):
@@ -63,19 +63,28 @@ def karras(n):
 
 
 def vp(n):
-    """Linear betas, as at T = 1000 but in 8320 timesteps, so that a step can be halved often: from the last one to 127."""
+    """The linear betas cut into 8320 timesteps, so that a step can be halved often: from the last one to 127."""
     scale = 1000 / 8320
     return schedule.linear(8320, 1e-4 * scale, 0.02 * scale), 8319 - np.arange(n + 1) * (8192 // n)
 
 
 def rectified_flow(n):
     """From sigma = 0.9: towards alpha = 0, lambda != 1 makes the equation stiff."""
-    sigma = np.linspace(0.9, 0.02, n + 1)
-    return schedule.Grid(1000 * sigma, 1 - sigma, sigma, np.ones(n + 1), 0.9, discrete=False), n + 1
+    return flow_grid(np.linspace(0.9, 0.02, n + 1))
+
+
+def uneven_flow(n):
+    """Steps that take turns, one twice as long as the other: their ratio stays when they halve."""
+    lengths = np.where(np.arange(n) % 2, 2.0, 1.0)
+    return flow_grid(0.9 - 0.88 * np.append(0, np.cumsum(lengths)) / lengths.sum())
+
+
+def flow_grid(sigma):
+    return schedule.Grid(1000 * sigma, 1 - sigma, sigma, np.ones(len(sigma)), sigma[0], discrete=False), len(sigma)
 
 
 def errors(sampler, grid, prediction, lam, counts):
-    """The largest error over the starts, for each count, before the table's last row: its step to sigma = 0 never halves."""
+    """The largest error over the starts, for each count, before the last row: its step to sigma = 0 never halves."""
     found = []
     for n in counts:
         points, steps = grid(n)
@@ -99,6 +108,7 @@ ORDERS = {
     "dpmpp_2m-vp": (samplers.dpmpp_2m, vp, "epsilon", 2),
     "dpmpp_2m-karras": (samplers.dpmpp_2m, karras, "sample", 2),
     "dpmpp_2m-flow": (samplers.dpmpp_2m, rectified_flow, "flow", 2),
+    "dpmpp_2m-flow-uneven": (samplers.dpmpp_2m, uneven_flow, "flow", 2),
 }
 COUNTS = [64, 128, 256, 512, 1024]
 
