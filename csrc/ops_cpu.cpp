@@ -84,7 +84,10 @@ struct View {
   int32_t dtype = 0;
 
   View() = default;
-  View(const char* name, const Tensor& tensor) : name(name), data(static_cast<char*>(tensor.data_ptr())) {
+  View(const char* name, const Tensor& tensor) : name(name) {
+    if (!tensor.defined())
+      fail("expected a value of type 'Tensor' for argument '", name, "' but instead found type 'NoneType'");
+    data = static_cast<char*>(tensor.data_ptr());
     const auto tensor_sizes = tensor.sizes();
     dim = static_cast<int64_t>(tensor_sizes.size());
     sizes = tensor_sizes.data();
@@ -160,7 +163,8 @@ std::pair<const char*, const char*> extent(const View& view) {
 }
 
 bool same_memory(const View& a, const View& b) {
-  return a.data == b.data && a.dtype == b.dtype && a.dim == b.dim && std::equal(a.strides, a.strides + a.dim, b.strides);
+  return a.data == b.data && a.dtype == b.dtype && a.dim == b.dim &&
+         std::equal(a.strides, a.strides + a.dim, b.strides);
 }
 
 // Samples of two tensors that take turns in one buffer, as channel halves do.
@@ -173,8 +177,7 @@ bool interleaved(const View& a, const View& b) {
          distance + b.numel() / b.sizes[0] * b.element_size() <= stride;
 }
 
-// An output may be a tensor read element by element (same memory, same layout) or lie apart from it; anything between is
-// refused.
+// An output may be a tensor read element by element (same memory, same layout) or lie apart from it; nothing between.
 void check_overlap(const View& out, const View& other, bool may_be_same) {
   if (!other) return;
   const auto [out_begin, out_end] = extent(out);

@@ -17,6 +17,7 @@ import warnings
 
 import numpy as np
 import torch
+from torch.compiler import is_compiling
 
 from . import build
 from .step_reference import STREAM_INITIAL, normal_reference, step_reference
@@ -59,7 +60,8 @@ def _dtype(tensor):
 def _check_type(name, value, kind, expected):
     """What the dispatcher checks first, in its words."""
     if not isinstance(value, kind):
-        _fail(f"expected a value of type '{expected}' for argument '{name}' but instead found type '{type(value).__name__}'")
+        found = type(value).__name__
+        _fail(f"expected a value of type '{expected}' for argument '{name}' but instead found type '{found}'")
 
 
 def _check_dense(name, tensor):
@@ -149,11 +151,11 @@ def _extent(tensor):
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _check_outputs_like(x, **outputs):
+def _check_outputs_like(x, outputs):
     """What can be known of the outputs without looking at their memory."""
     for name, output in outputs.items():
-        if output is not None:
-            _check_type(name, output, torch.Tensor, "Tensor")
+        if output is not None or name != "m0":
+            _check_type(name, output, torch.Tensor, "Optional[Tensor]" if name == "m0" else "Tensor")
             _check_dense(name, output)
             _check_like(name, output, "x", x)
 
@@ -218,7 +220,7 @@ def _reference_into(outputs, x, f, rows, index, u=None, m1=None, m2=None, v=None
     next_x, next_m0 = _reference(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
     inputs = {"x": x, "f": f, "u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": noise}
     inputs |= {"rows": rows, "index": index, "seeds": seeds}
-    _check_outputs_like(x, **outputs)
+    _check_outputs_like(x, outputs)
     (out_name, out), (_, m0) = outputs.items()
     _check_output(out_name, out, inputs)
     if m0 is not None:
@@ -264,7 +266,7 @@ def check_normal(seeds, shape, dtype, draw, stream):
 
 def reference_normal(seeds, shape, *, dtype, draw=0, stream=STREAM_INITIAL):
     check_normal(seeds, shape, dtype, draw, stream)
-    return normal_reference(seeds, shape, draw, stream).to(dtype)
+    return normal_reference(seeds, shape, draw, stream).to(dtype).contiguous()
 
 
 REFERENCE = {
@@ -285,6 +287,7 @@ def _stand_in(name, function):
     """The reference where no kernel is registered: it runs, and the user is told once for each kind of device."""
 
     def stand_in(first, *args, **kwargs):
+        result = function(first, *args, **kwargs)
         kind = first.device.type
         if kind not in _said:
             _said.add(kind)
@@ -292,7 +295,7 @@ def _stand_in(name, function):
             warnings.warn(
                 f"epskernels runs its pure PyTorch reference, slower, on {kind} tensors: {reason}", stacklevel=3
             )
-        return function(first, *args, **kwargs)
+        return result
 
     stand_in.__name__ = f"stand_in_{name}"
     return stand_in
@@ -317,13 +320,13 @@ def _(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None
 @torch.library.register_fake("epskernels::step_out", lib=_library)
 def _(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, *, out, m0=None):
     check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    _check_outputs_like(x, out=out, m0=m0)
+    _check_outputs_like(x, {"out": out, "m0": m0})
 
 
 @torch.library.register_fake("epskernels::step_", lib=_library)
 def _(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, *, m0=None):
     check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    _check_outputs_like(x, m0=m0)
+    _check_outputs_like(x, {"m0": m0})
 
 
 @torch.library.register_fake("epskernels::normal", lib=_library)
@@ -360,7 +363,7 @@ def use_backend(name):
     """Within the context, `step` and `normal` run on this backend: "auto", "cpu" (compiled) or "reference".
 
     Raises ValueError for an unknown one, RuntimeError for one that this installation lacks. EPSKERNELS_BACKEND sets the same
-    for a whole process. torch.ops.epskernels.* called directly always dispatches by device.
+    for a whole process. torch.ops.epskernels.* called directly, and compiled graphs, always dispatch by device.
     """
     token = _forced.set(_check_backend(name) or "auto")
     try:
@@ -370,6 +373,8 @@ def use_backend(name):
 
 
 def _runs_reference(x):
+    if is_compiling():
+        return False
     name = _forced.get() or _DEFAULT_BACKEND
     if name == "cpu" and isinstance(x, torch.Tensor) and x.device.type != "cpu":
         _fail(f"backend 'cpu' was asked for, and the tensors are on {x.device}")
@@ -428,7 +433,7 @@ def step(
             _fail(f"index: expected an integer of 64 bits, got {index}")
         index = torch.tensor(index, device=getattr(x, "device", None))
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    if _forced.get() is None and _DEFAULT_BACKEND is None:
+    if is_compiling() or (_forced.get() is None and _DEFAULT_BACKEND is None):
         run, run_m0, run_out = _step, _step_m0, _step_out
     else:
         run, run_m0, run_out = _step_ops(x)
@@ -438,6 +443,9 @@ def step(
         m0 = torch.empty_like(x)
     if out is None:
         out = torch.empty_like(x)
+    for name, output in (("out", out), ("m0", m0)):
+        if isinstance(output, torch.Tensor) and output.requires_grad and torch.is_grad_enabled():
+            _fail(f"{name}: expected a tensor that does not require grad, or torch.no_grad()")
     run_out(*inputs, out=out, m0=m0)
     return (out, m0) if return_m0 else out
 
@@ -454,11 +462,12 @@ def as_seeds(seeds, device="cpu"):
     try:
         values = [operator.index(seed) for seed in seeds]
     except TypeError:
-        raise ValueError(f"seeds: expected an int64 tensor (B,), or a list or range of integers, got {seeds!r}") from None
+        raise ValueError(f"seeds: expected an int64 tensor (B,), or a list or range of ints, got {seeds!r}") from None
     for value in values:
         if not -(2**63) <= value < 2**64:
             raise ValueError(f"seeds: expected integers of 64 bits, got {value}")
-    return torch.tensor([value - 2**64 if value >= 2**63 else value for value in values], dtype=torch.int64, device=device)
+    values = [value - 2**64 if value >= 2**63 else value for value in values]
+    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 def normal(seeds, shape, *, dtype=torch.float32, draw=0, stream=STREAM_INITIAL, device=None):

@@ -1,0 +1,900 @@
+"""Bad input: an error that names the argument, the same from the compiled ops and the reference, before any write.
+
+And its other side: what looks odd but is allowed (in place, interleaved, expanded, inference mode) gives the usual
+bits.
+"""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import epskernels
+from epskernels import Table, ops, samplers, scaling, schedule
+from epskernels.table import COLUMNS
+
+pytestmark = pytest.mark.usefixtures("extension")
+
+BATCH, SHAPE = 3, (3, 2, 5)
+LIKE_X, LIKE_F = ("m1", "m2", "grad", "noise"), ("u", "v")
+FLOATS = ("x", "f", *LIKE_F, *LIKE_X)
+TENSORS = (*FLOATS, "rows", "index", "seeds")
+SENTINEL = 12345.0
+R = re.escape
+
+
+@pytest.fixture(params=["compiled", "reference"])
+def backend(request):
+    with epskernels.use_backend("reference" if request.param == "reference" else "auto"):
+        yield request.param
+
+
+def make_row(**coefficients):
+    values = {"clip": np.inf, "g": 1.0, "c_in": 1.0} | coefficients
+    return [values.get(column, 0.0) for column in COLUMNS]
+
+
+def make_rows():
+    """A row that asks for every tensor, one with the least, one that makes noise."""
+    everything = make_row(
+        d_x=0.9, d_f=-0.4, clip=2.0, g=1.5, c_x=0.6, c_f=0.1, c_m0=0.3, c_m1=-0.2, c_m2=0.1, c_grad=0.05, c_noise=0.3,
+        logvar_min=-1.0, logvar_max=0.5, draw=7.0,
+    )  # fmt: skip
+    plain = make_row(d_x=1.1, d_f=-0.3, c_x=0.5, c_m0=0.5)
+    noisy = make_row(d_x=1.1, d_f=-0.3, c_x=0.5, c_m0=0.5, c_noise=0.2, draw=3.0)
+    return torch.tensor([everything, plain, noisy])
+
+
+def good(**changes):
+    """Arguments that every op takes, with changes; None leaves an argument out."""
+    generator = torch.Generator().manual_seed(1)
+    a = {name: torch.randn(SHAPE, generator=generator) for name in FLOATS if name != "noise"}
+    a |= {"rows": make_rows(), "index": torch.zeros(BATCH, dtype=torch.int64), "seeds": torch.arange(5, 5 + BATCH)}
+    return {name: value for name, value in (a | changes).items() if value is not None or name in changes}
+
+
+def with_noise(**changes):
+    return good(**({"seeds": None, "noise": torch.ones(SHAPE)} | changes))
+
+
+def complete(name, value=None):
+    """Good arguments with this one among them, as `value` where given."""
+    make = with_noise if name == "noise" else good
+    return make() if value is None else make(**{name: value})
+
+
+def call(a, **outputs):
+    a = dict(a)
+    return epskernels.step(a.pop("x"), a.pop("f"), a.pop("rows"), a.pop("index"), **a, **outputs)
+
+
+def memory(tensor):
+    """All bytes of the storage, what lies beside the tensor included."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return None
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
+
+
+def unchanged(before, after):
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def refused(backend, a, message, how, **outputs):
+    """The op raises RuntimeError with this message and leaves all memory that it was given as it was."""
+    held = [*a.values(), *outputs.values()]
+    before = [memory(value) for value in held]
+    with pytest.raises(RuntimeError, match=message):
+        if how == "step_":
+            step_ = torch.ops.epskernels.step_ if backend == "compiled" else ops.REFERENCE["step_"]
+            step_(**a, **{key: value for key, value in outputs.items() if key == "m0"})
+        else:
+            call(a, **outputs, **({"return_m0": True} if how == "step_m0" else {}))
+    assert unchanged(before, [memory(value) for value in held])
+
+
+# ---- inputs ----
+
+
+def dtypes(*names):
+    return [getattr(torch, name) for name in names]
+
+
+NOT_FLOATS = dtypes("float64", "int64", "int32", "uint8", "bool", "complex64")
+SHAPES = {
+    "other batch": (BATCH + 1, 2, 5),
+    "batch of one": (1, 2, 5),
+    "other sample": (BATCH, 2, 6),
+    "other rank": (BATCH, 10),
+    "no dimensions": (),
+    "no elements": (0,),
+    "no samples": (0, 2, 5),
+}
+BAD = {
+    "x: no dimensions": (lambda: good(x=torch.tensor(1.0), f=torch.tensor(1.0)), r"x: expected shape \(B, .*got \(\)"),
+    "x: empty batch": (
+        lambda: good(**{name: torch.ones(0, 2, 5) for name in FLOATS if name != "noise"}),
+        r"x: expected shape \(B, .*got \(0, 2, 5\)",
+    ),
+    "x: empty samples": (
+        lambda: good(**{name: torch.ones(BATCH, 0) for name in FLOATS if name != "noise"}),
+        r"x: expected shape \(B, .*got \(3, 0\)",
+    ),
+    "noise: seeds too": (lambda: good(noise=torch.ones(SHAPE)), "noise: expected seeds or noise, got both"),
+    "noise: missing": (lambda: good(seeds=None), "seeds or noise: missing, and row 0 needs it"),
+    "noise: missing in the last row": (
+        lambda: good(index=torch.tensor([1, 1, 2]), seeds=None),
+        "seeds or noise: missing, and row 2 needs it",
+    ),
+}
+for name in ("u", "m1", "m2", "v"):
+    BAD[f"{name}: missing"] = (lambda name=name: good(**{name: None}), rf"\b{name}: missing, and row 0 needs it")
+for name in FLOATS:
+    reason = "as x has" if name in ("f", *LIKE_X) else "as f has"
+    for title, shape in SHAPES.items() if name != "x" else ():
+        BAD[f"{name}: {title}"] = (
+            lambda name=name, shape=shape: complete(name, torch.ones(shape)),
+            rf"\b{name}: expected shape {R(str(SHAPE))} {reason}, got {R(str(shape))}",
+        )
+    for dtype in NOT_FLOATS + (dtypes("float16") if name not in ("x", "f") else []):
+        text = str(dtype).removeprefix("torch.")
+        expected = "float32, float16 or bfloat16" if name in ("x", "f") else f"float32 {reason}"
+        BAD[f"{name}: {text}"] = (
+            lambda name=name, dtype=dtype: complete(name, torch.ones(SHAPE, dtype=dtype)),
+            rf"\b{name}: expected dtype {expected}, got {text}",
+        )
+for title, shape in {"another shape": (BATCH, 2, 6), "more dimensions": (*SHAPE, 1)}.items():
+    BAD[f"x: {title}"] = (lambda shape=shape: good(x=torch.ones(shape)), rf"f: expected shape {R(str(shape))} as x has")
+BAD["x: half, the rest not"] = (
+    lambda: good(x=torch.ones(SHAPE, dtype=torch.float16)),
+    "m1: expected dtype float16 as x has, got float32",
+)
+for name in TENSORS:
+    elsewhere = rf"\b{name}: expected a tensor on cpu, as . is, got one on meta"
+    reason = "f: expected a tensor on meta, as x is, got one on cpu" if name == "x" else elsewhere
+
+    for title, change, message in (
+        ("on meta", lambda tensor: tensor.to("meta"), reason),
+        ("a list", torch.Tensor.tolist, f"for argument '{name}' but instead found type 'list'"),
+        ("sparse", torch.Tensor.to_sparse, rf"\b{name}: expected a dense tensor, got sparse_coo"),
+    ):
+        BAD[f"{name}: {title}"] = (
+            lambda name=name, change=change: complete(name, change(complete(name)[name])),
+            message,
+        )
+for name in ("x", "f", "rows", "index"):
+    BAD[f"{name}: None"] = (lambda name=name: good(**{name: None}), f"argument '{name}' but instead found type 'None")
+
+for title, rows, got in (
+    ("15 columns", torch.ones(3, 15), "(3, 15)"),
+    ("17 columns", torch.ones(3, 17), "(3, 17)"),
+    ("transposed", torch.ones(16, 3), "(16, 3)"),
+    ("one dimension", torch.ones(16), "(16,)"),
+    ("three dimensions", torch.ones(1, 3, 16), "(1, 3, 16)"),
+    ("none", torch.ones(0, 16), "(0, 16)"),
+    ("no elements", torch.ones(0), "(0,)"),
+):
+    BAD[f"rows: {title}"] = (
+        lambda rows=rows: good(rows=rows),
+        rf"rows: expected shape \(R, 16\) with R >= 1, got {R(got)}",
+    )
+for dtype in dtypes("float64", "float16", "int32"):
+    text = str(dtype).removeprefix("torch.")
+    BAD[f"rows: {text}"] = (
+        lambda dtype=dtype: good(rows=make_rows().to(dtype)),
+        f"rows: expected dtype float32, got {text}",
+    )
+for title, rows, strides in (
+    ("columns apart", torch.ones(3, 32)[:, ::2], (32, 2)),
+    ("columns first", torch.ones(16, 3).t(), (1, 3)),
+    ("expanded", torch.ones(1, 16).expand(3, 16), (0, 1)),
+    ("overlapping", torch.ones(64).as_strided((3, 16), (8, 1)), (8, 1)),
+):
+    BAD[f"rows: {title}"] = (
+        lambda rows=rows: good(rows=rows),
+        f"rows: expected contiguous rows, got strides {R(str(strides))}",
+    )
+
+
+def rows_with(column, value, row=0):
+    rows = make_rows()
+    rows[row, COLUMNS.index(column)] = value
+    return rows
+
+
+for column in COLUMNS:
+    for value in (np.nan, np.inf, -np.inf):
+        if column == "clip" and value == np.inf:
+            continue
+        BAD[f"rows: {column} {value}"] = (
+            lambda column=column, value=value: good(rows=rows_with(column, value)),
+            f"rows: expected finite coefficients and clip >= 0, got -?{value} in row 0, column {COLUMNS.index(column)}",
+        )
+BAD["rows: clip -1"] = (lambda: good(rows=rows_with("clip", -1)), "rows: .*clip >= 0, got -1(.0)? in row 0, column 2")
+for value in (-1.0, 0.5, 2.0**24):
+    BAD[f"rows: draw {value:g}"] = (
+        lambda value=value: good(rows=rows_with("draw", value)),
+        r"rows: expected draw to be an integer in \[0, 2\^24\), got .* in row 0",
+    )
+BAD["rows: NaN in the last sample's row"] = (
+    lambda: good(rows=rows_with("d_f", np.nan, row=2), index=torch.tensor([0, 0, 2])),
+    "rows: expected finite coefficients .* got nan in row 2, column 1",
+)
+
+for title, index, got in (
+    ("negative", torch.tensor(-1), -1),
+    ("too big", torch.tensor(3), 3),
+    ("the last sample's negative", torch.tensor([0, 1, -1]), -1),
+    ("the last sample's too big", torch.tensor([0, 1, 3]), 3),
+    ("lowest integer", torch.tensor(-(2**63)), -(2**63)),
+    ("highest integer", torch.tensor(2**63 - 1), 2**63 - 1),
+    ("offset that wraps to 0", torch.tensor(2**58), 2**58),
+):
+    BAD[f"index: {title}"] = (lambda index=index: good(index=index), rf"index: expected values in \[0, 3\), got {got}")
+for title, shape in {"of one": (1,), "of two": (2,), "a column": (3, 1), "empty": (0,)}.items():
+    BAD[f"index: {title}"] = (
+        lambda shape=shape: good(index=torch.zeros(shape, dtype=torch.int64)),
+        rf"index: expected shape \(\) or \(3,\), got {R(str(shape))}",
+    )
+for dtype in dtypes("int32", "uint8", "float32", "bool"):
+    text = str(dtype).removeprefix("torch.")
+    BAD[f"index: {text}"] = (
+        lambda dtype=dtype: good(index=torch.zeros(BATCH, dtype=dtype)),
+        f"index: expected dtype int64, got {text}",
+    )
+BAD["index: True"] = (lambda: good(index=True), "for argument 'index' but instead found type 'bool'")
+BAD["index: a float"] = (lambda: good(index=0.0), "for argument 'index' but instead found type 'float'")
+
+for title, shape in {"a scalar": (), "one too many": (4,), "of one": (1,), "a column": (3, 1), "empty": (0,)}.items():
+    BAD[f"seeds: {title}"] = (
+        lambda shape=shape: good(seeds=torch.zeros(shape, dtype=torch.int64)),
+        rf"seeds: expected shape \(3,\), got {R(str(shape))}",
+    )
+for dtype in dtypes("int32", "float64", "bool"):
+    text = str(dtype).removeprefix("torch.")
+    BAD[f"seeds: {text}"] = (
+        lambda dtype=dtype: good(seeds=torch.zeros(BATCH, dtype=dtype)),
+        f"seeds: expected dtype int64, got {text}",
+    )
+
+
+@pytest.mark.parametrize("how", ["step", "step_m0", "step_out", "step_"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(backend, case, how):
+    make, message = BAD[case]
+    a = make()
+    if how in ("step", "step_m0"):
+        refused(backend, a, message, how)
+    elif how == "step_out":
+        refused(backend, a, message, how, out=torch.full(SHAPE, SENTINEL), m0=torch.full(SHAPE, SENTINEL))
+    else:
+        refused(backend, a, message, how, m0=torch.full(SHAPE, SENTINEL))
+
+
+@pytest.mark.parametrize("index", [-1, 20, 2**63, 2**70, -(2**70)])
+@pytest.mark.parametrize("kind", ["table", "rows"])
+def test_bad_python_index(backend, kind, index):
+    table = samplers.ddim(schedule.linear(), 20)
+    with pytest.raises(RuntimeError, match=f"index: expected .*, got {index}"):
+        epskernels.step(torch.ones(SHAPE), torch.ones(SHAPE), table if kind == "table" else table.rows, index)
+
+
+def test_freed_storage(extension):
+    # PyTorch's own ops crash here, and so does the reference, which is made of them.
+    x = torch.ones(SHAPE)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="x: expected a tensor with memory"):
+        torch.ops.epskernels.step(x, torch.ones(SHAPE), make_rows(), torch.tensor(1))
+
+
+# ---- outputs ----
+
+
+def shifted(like, by=1):
+    """Two tensors of this shape in one buffer, the second `by` elements further on."""
+    count = like.numel()
+    buffer = torch.full((count + by,), SENTINEL, dtype=like.dtype)
+    buffer[:count] = like.reshape(-1)
+    return buffer[:count].view(like.shape), buffer[by:].view(like.shape)
+
+
+def on_top_of(name, by):
+    """Arguments, and an output that shares memory with one of them, `by` elements further on or back."""
+    a = complete(name)
+    value, count = a[name], int(np.prod(SHAPE))
+    if name in FLOATS:
+        first, second = shifted(value, abs(by))
+        a[name], output = (first, second) if by > 0 else (second, first)
+        a[name].copy_(value)
+    else:
+        words = value.numel() * value.element_size() // 4
+        buffer = torch.full((2 * count + words,), SENTINEL)
+        a[name] = buffer[count : count + words].view(value.dtype).view(value.shape).copy_(value)
+        # An index or seeds are shorter than an output, which begins inside of them or ends there.
+        start = count + min(by, words - 1) if by > 0 else -by
+        output = buffer[start : start + count].view(SHAPE)
+    return a, output
+
+
+BAD_OUTPUTS = {}
+for title, shape in SHAPES.items():
+    BAD_OUTPUTS[title] = (
+        lambda shape=shape: (good(), torch.full(shape, SENTINEL)),
+        rf"NAME: expected shape {R(str(SHAPE))} as x has, got {R(str(shape))}",
+    )
+for dtype in (*NOT_FLOATS, torch.float16):
+    text = str(dtype).removeprefix("torch.")
+    BAD_OUTPUTS[text] = (
+        lambda dtype=dtype: (good(), torch.ones(SHAPE, dtype=dtype)),
+        f"NAME: expected dtype float32 as x has, got {text}",
+    )
+BAD_OUTPUTS |= {
+    "on meta": (
+        lambda: (good(), torch.ones(SHAPE, device="meta")),
+        "NAME: expected a tensor on cpu, as x is, got one on meta",
+    ),
+    "sparse": (lambda: (good(), torch.ones(SHAPE).to_sparse()), "NAME: expected a dense tensor, got sparse_coo"),
+    "a list": (lambda: (good(), [1.0]), "for argument 'NAME' but instead found type 'list'"),
+    "expanded batch": (
+        lambda: (good(), torch.full((1, 2, 5), SENTINEL).expand(SHAPE)),
+        "NAME: expected every element at its own address, got overlapping strides",
+    ),
+    "expanded element": (
+        lambda: (good(), torch.full((1, 1, 1), SENTINEL).expand(SHAPE)),
+        "NAME: expected every element at its own address, got overlapping strides",
+    ),
+    "overlapping strides": (
+        lambda: (good(), torch.full((30,), SENTINEL).as_strided(SHAPE, (5, 4, 1))),
+        "NAME: expected every element at its own address, got overlapping strides",
+    ),
+    "over all of rows": (
+        lambda: (good(rows=(rows := make_rows())), rows.view(-1)[:30].view(SHAPE)),
+        "NAME: overlaps the memory of rows",
+    ),
+    "over x in another layout": (
+        lambda: (a := good(), a["x"].view(-1).as_strided(SHAPE, (1, 15, 3))),
+        "NAME: overlaps the memory of x without being the same tensor",
+    ),
+    "halves of x, further apart": (
+        lambda: (good(x=(buffer := torch.full((4, 4, 5), SENTINEL))[:3, :2]), buffer[1:4, 1:3]),
+        "NAME: overlaps the memory of x without being the same tensor",
+    ),
+}
+for name in TENSORS:
+    for by in (1, 7, -1):
+        BAD_OUTPUTS[f"{name} and {by:+d}"] = (
+            lambda name=name, by=by: on_top_of(name, by),
+            f"NAME: overlaps the memory of {name}",
+        )
+
+
+@pytest.mark.parametrize("name", ["out", "m0"])
+@pytest.mark.parametrize("case", BAD_OUTPUTS)
+def test_bad_output(backend, case, name):
+    make, message = BAD_OUTPUTS[case]
+    a, output = make()
+    outputs = {"out": output} if name == "out" else {"out": torch.full(SHAPE, SENTINEL), "m0": output}
+    refused(backend, a, message.replace("NAME", name), "step_out", **outputs)
+
+
+@pytest.mark.parametrize("case", BAD_OUTPUTS)
+def test_bad_m0_in_place(backend, case):
+    make, message = BAD_OUTPUTS[case]
+    a, output = make()
+    refused(backend, a, message.replace("NAME", "m0"), "step_", m0=output)
+
+
+def test_rows_as_output(backend):
+    rows = make_rows()
+    a = good(rows=rows, index=1, **{name: torch.ones(3, 16) for name in FLOATS if name != "noise"})
+    refused(backend, a, "out: overlaps the memory of rows", "step_out", out=rows)
+
+
+def test_same_memory_as_another_dtype(backend):
+    f = torch.ones(SHAPE, dtype=torch.bfloat16)
+    halves = {name: torch.ones(SHAPE, dtype=torch.float16) for name in ("x", "m1", "m2", "grad")}
+    a = good(f=f, u=f.clone(), v=f.clone(), **halves)
+    refused(backend, a, "out: overlaps the memory of f without", "step_out", out=f.view(torch.float16))
+
+
+@pytest.mark.parametrize("by", [0, 1, 7, 29])
+def test_m0_over_out(backend, by):
+    out, m0 = shifted(torch.full(SHAPE, SENTINEL), by) if by else [torch.full(SHAPE, SENTINEL)] * 2
+    refused(backend, good(), "m0: overlaps the memory of out", "step_out", out=out, m0=m0)
+
+
+@pytest.mark.parametrize("name", ["out", "m0", "x"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_output_that_requires_grad(backend, name, layout):
+    outputs = {key: torch.full(SHAPE, SENTINEL) for key in ("out", "m0")}
+    a = good()
+    tensor = a["x"] if name == "x" else outputs[name]
+    if layout == "transposed":
+        tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    tensor.requires_grad_()
+    if name == "x":
+        a["x"] = outputs["out"] = tensor
+    else:
+        outputs[name] = tensor
+    message = f"{name.replace('x', 'out')}: expected a tensor that does not require grad"
+    refused(backend, a, message, "step_out", **outputs)
+    with torch.no_grad():
+        expected = call(good(), return_m0=True)
+        assert same(call(a, **outputs), expected[0]) and same(outputs["m0"], expected[1])
+
+
+def test_m0_over_x_in_place(backend):
+    a = good()
+    refused(backend, a, "m0: overlaps the memory of x", "step_", m0=a["x"])
+
+
+@pytest.mark.parametrize("case", ["expanded", "over f"])
+def test_bad_x_in_place(backend, case):
+    if case == "expanded":
+        a, message = good(x=torch.ones(1, 2, 5).expand(SHAPE)), "x: expected every element at its own address"
+    else:
+        x, f = shifted(torch.ones(SHAPE), 3)
+        a, message = good(x=x, f=f), "x: overlaps the memory of f without being the same tensor"
+    refused(backend, a, message, "step_")
+
+
+# ---- allowed ----
+
+
+def same(a, b):
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_in_place(backend):
+    expected_x, expected_m0 = call(good(), return_m0=True)
+    for a in (good(), good(x=good()["x"].transpose(1, 2).contiguous().transpose(1, 2))):
+        m0 = torch.full(SHAPE, SENTINEL)
+        result = call(a, out=a["x"], m0=m0)
+        assert result is a["x"] and same(result, expected_x) and same(m0, expected_m0)
+    a, step_ = good(), torch.ops.epskernels.step_ if backend == "compiled" else ops.REFERENCE["step_"]
+    assert step_(**a) is None and same(a["x"], expected_x)
+
+
+@pytest.mark.parametrize(
+    "out, m0", [(out, m0) for out in (None, *FLOATS) for m0 in ("m1", "m2", "x", "f") if out != m0]
+)
+def test_outputs_over_inputs(backend, out, m0):
+    expected_x, expected_m0 = call(complete(out), return_m0=True)
+    a = complete(out)
+    result, got_m0 = call(a, out=a.get(out), m0=a[m0], return_m0=True)
+    assert got_m0 is a[m0] and (out is None or result is a[out])
+    assert same(result, expected_x) and same(got_m0, expected_m0)
+
+
+@pytest.mark.parametrize("names", [("x", "out"), ("out", "x"), ("out", "m0"), ("m0", "out"), ("m1", "m0"), ("x", "f")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channel_halves(backend, names, dtype):
+    def in_dtype():
+        return {name: value.to(dtype) if name in FLOATS else value for name, value in good().items()}
+
+    expected_x, expected_m0 = call(in_dtype(), return_m0=True)
+    a, buffer = in_dtype(), torch.full((BATCH, 4, 5), SENTINEL, dtype=dtype)
+    outputs = {"out": torch.empty(SHAPE, dtype=dtype), "m0": torch.empty(SHAPE, dtype=dtype)}
+    for name, half in zip(names, (buffer[:, :2], buffer[:, 2:]), strict=True):
+        if name in outputs:
+            outputs[name] = half
+        else:
+            a[name] = half.copy_(a[name])
+    call(a, **outputs)
+    assert same(outputs["out"], expected_x) and same(outputs["m0"], expected_m0)
+
+
+@pytest.mark.parametrize("name", [*FLOATS, "index", "seeds"])
+def test_expanded_inputs(backend, name):
+    part = complete(name)[name][:1]
+    expanded = part.expand(BATCH, *part.shape[1:])
+    result, m0 = call(complete(name, expanded), return_m0=True)
+    expected, expected_m0 = call(complete(name, expanded.clone()), return_m0=True)
+    assert same(result, expected) and same(m0, expected_m0)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "batch last": lambda t: t.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "every other": lambda t: torch.stack([t, t + 1], dim=-1)[..., 0],
+    "offset": lambda t: torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape),
+    "one value": lambda t: t[:1, :1, :1].expand(t.shape),
+    "reversed sign bit": lambda t: torch._neg_view(-t),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FLOATS)
+def test_layouts_of_inputs(backend, name, layout):
+    value = LAYOUTS[layout](complete(name)[name])
+    result, m0 = call(complete(name, value), return_m0=True)
+    expected, expected_m0 = call(complete(name, value.clone(memory_format=torch.contiguous_format)), return_m0=True)
+    assert same(result, expected) and same(m0, expected_m0)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "batch last", "every other", "offset"])
+def test_layouts_of_outputs(backend, layout):
+    expected, expected_m0 = call(good(), return_m0=True)
+    out, m0 = (LAYOUTS[layout](torch.full(SHAPE, SENTINEL)) for _ in range(2))
+    call(good(), out=out, m0=m0)
+    assert same(out, expected) and same(m0, expected_m0)
+
+
+def test_negative_seeds(backend):
+    unsigned = [2**64 - 1, 2**63, 2**64 - 5]
+    signed = [-1, -(2**63), -5]
+    assert same(epskernels.as_seeds(unsigned), torch.tensor(signed))
+    assert same(epskernels.normal(unsigned, (7,)), epskernels.normal(signed, (7,)))
+    assert same(call(good(seeds=epskernels.as_seeds(unsigned))), call(good(seeds=torch.tensor(signed))))
+
+
+def test_inference_mode(backend):
+    expected, noise, outside = call(good()), epskernels.normal([1], (5,)).tolist(), good()
+    with torch.inference_mode():
+        a = good()
+        assert same(call(a), expected) and same(call(outside), expected)
+        assert same(call(a, out=a["x"]), expected)
+        assert same(call(outside, out=outside["x"]), expected)
+        assert epskernels.normal([1], (5,)).tolist() == noise
+
+
+def test_rows_out_of_use_are_not_judged(backend):
+    rows = make_rows()
+    rows[2] = np.nan
+    assert call(good(rows=rows)).isfinite().all()
+
+
+def test_tensors_that_no_row_needs(backend):
+    plain = torch.tensor(1)
+    expected = call(good(index=plain, u=None, m1=None, m2=None, v=None, grad=None, seeds=None))
+    nans = {name: torch.full(SHAPE, np.nan) for name in ("u", "m1", "m2", "v", "grad")}
+    assert same(call(good(index=plain, **nans)), expected)
+
+
+def test_clip_0_and_one_row_of_any_stride(backend):
+    rows = torch.zeros(1, 99)[:, :16]
+    rows[0] = rows_with("clip", 0.0)[0]
+    assert (call(good(rows=rows), return_m0=True)[1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FLOATS)
+def test_nan_in_gives_nan_out(backend, name, dtype):
+    a = {key: value.to(dtype) if key in FLOATS else value for key, value in complete(name).items()}
+    a[name][1, 0, 3] = np.nan
+    result, m0 = call(a, return_m0=True)
+    expected = torch.zeros(SHAPE, dtype=torch.bool)
+    expected[1, 0, 3] = True
+    assert torch.equal(result.isnan(), expected)
+    assert torch.equal(m0.isnan(), expected if name in ("x", "f", "u") else torch.zeros_like(expected))
+
+
+# ---- normal, seeds, backends ----
+
+
+BAD_NORMAL = {
+    "shape 0": (lambda: epskernels.normal([1], (4, 0)), r"shape: expected sizes of at least 1, got 0"),
+    "shape negative": (lambda: epskernels.normal([1], (-1,)), r"shape: expected sizes of at least 1, got -1"),
+    "shape a float": (lambda: epskernels.normal([1], (4.0,)), "argument 'shape' but instead found type"),
+    "shape an int": (lambda: epskernels.normal([1], 4), "shape: expected a list or tuple of sizes, got 4"),
+    "shape a string": (lambda: epskernels.normal([1], "4"), "shape: expected a list or tuple of sizes, got '4'"),
+    "shape too big": (lambda: epskernels.normal([1], (2**40, 2**40)), "shape: too many elements for a tensor"),
+    "no seeds": (lambda: epskernels.normal([], (4,)), "seeds: expected at least one seed, got none"),
+    "draw negative": (lambda: epskernels.normal([1], (4,), draw=-1), r"draw: expected a value in \[0, 2\^32\), got -1"),
+    "draw too big": (lambda: epskernels.normal([1], (4,), draw=2**32), r"draw: expected .*, got 4294967296"),
+    "draw far too big": (lambda: epskernels.normal([1], (4,), draw=2**64), "draw"),
+    "draw a float": (lambda: epskernels.normal([1], (4,), draw=0.5), "argument 'draw' but instead found type 'float'"),
+    "stream negative": (lambda: epskernels.normal([1], (4,), stream=-1), r"stream: expected a value .*, got -1"),
+    "stream too big": (lambda: epskernels.normal([1], (4,), stream=2**32), r"stream: expected .*, got 4294967296"),
+    "stream None": (lambda: epskernels.normal([1], (4,), stream=None), "argument 'stream' but instead found type 'N"),
+    "dtype a string": (lambda: epskernels.normal([1], (4,), dtype="float32"), "dtype"),
+    "dtype None": (lambda: epskernels.normal([1], (4,), dtype=None), "dtype"),
+}
+for dtype in NOT_FLOATS:
+    text = str(dtype).removeprefix("torch.")
+    BAD_NORMAL[f"dtype {text}"] = (
+        lambda dtype=dtype: epskernels.normal([1], (4,), dtype=dtype),
+        f"dtype: expected float32, float16 or bfloat16, got {text}",
+    )
+
+
+@pytest.mark.parametrize("case", BAD_NORMAL)
+def test_bad_normal(backend, case):
+    run, message = BAD_NORMAL[case]
+    with pytest.raises(RuntimeError, match=message):
+        run()
+
+
+@pytest.mark.parametrize("kind", ["compiled", "reference"])
+@pytest.mark.parametrize(
+    "seeds, message",
+    [
+        (torch.zeros((), dtype=torch.int64), r"seeds: expected shape \(B,\), got \(\)"),
+        (torch.zeros((2, 1), dtype=torch.int64), r"seeds: expected shape \(B,\), got \(2, 1\)"),
+        (torch.zeros(0, dtype=torch.int64), "seeds: expected at least one seed, got none"),
+        (torch.zeros(2, dtype=torch.int32), "seeds: expected dtype int64, got int32"),
+        (torch.zeros(2), "seeds: expected dtype int64, got float32"),
+        (torch.zeros(2, device="meta"), "seeds: expected dtype int64, got float32"),
+        (torch.zeros(2, dtype=torch.int64).to_sparse(), "seeds: expected a dense tensor, got sparse_coo"),
+        ([1, 2], "argument 'seeds' but instead found type 'list'"),
+        (None, "argument 'seeds' but instead found type 'NoneType'"),
+    ],
+    ids=["scalar", "column", "none", "int32", "float32", "float32 on meta", "sparse", "a list", "None"],
+)
+def test_bad_seeds_of_the_op(kind, seeds, message):
+    run = torch.ops.epskernels.normal if kind == "compiled" else ops.REFERENCE["normal"]
+    with pytest.raises(RuntimeError, match=message):
+        run(seeds, [4], dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "seeds, got",
+    [
+        ([1.5], "1.5"),
+        ([1, None], "None"),
+        ("12", "'12'"),
+        (12, "12"),
+        (None, "None"),
+        (np.array([1.0]), "1."),
+        ([2**64], str(2**64)),
+        ([-(2**63) - 1], str(-(2**63) - 1)),
+        (torch.zeros(2), "float32"),
+        (torch.zeros(2, dtype=torch.int32), "int32"),
+        (torch.zeros((), dtype=torch.int64), r"int64 \(\)"),
+        (torch.zeros((1, 2), dtype=torch.int64), r"int64 \(1, 2\)"),
+    ],
+    ids=str,
+)
+def test_bad_seeds(backend, seeds, got):
+    for run in (epskernels.as_seeds, lambda seeds: epskernels.normal(seeds, (4,))):
+        with pytest.raises(ValueError, match=f"seeds: expected .*{got}"):
+            run(seeds)
+
+
+def test_seeds_of_numpy_and_ranges():
+    assert epskernels.as_seeds(np.array([1, 2**64 - 1], dtype=np.uint64)).tolist() == [1, -1]
+    assert epskernels.as_seeds(range(3)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["cuda", "CPU", "", None, 3])
+def test_unknown_backend(name):
+    with pytest.raises(ValueError, match="backend: expected one of .*'reference'.*got"), epskernels.use_backend(name):
+        pass
+
+
+def test_backend_cpu_elsewhere():
+    x = torch.ones(SHAPE, device="meta")
+    with epskernels.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was asked for, and .* on meta"):
+        epskernels.step(x, x, make_rows(), 1)
+
+
+def test_unknown_cpu_capability(extension):
+    with pytest.raises(ValueError, match="expected one of generic.* got 'sse9'"):
+        extension.set_cpu_capability("sse9")
+
+
+# ---- constructors ----
+
+KEPT = {"c_x": 1.0, "alpha_in": 1.0, "alpha_out": 1.0}  # a row that leaves x as it is
+
+
+def table(**values):
+    return Table(KEPT | values)
+
+
+LINEAR, ZERO_SNR = schedule.linear(), schedule.linear().zero_terminal_snr()
+KARRAS, FLOW = schedule.KarrasSchedule(), schedule.FlowSchedule()
+BAD_CONSTRUCTORS = {
+    "Table: unknown column": (lambda: table(c_y=1.0), ValueError, r"values: unknown columns \['c_y'\], expected some"),
+    "Table: no rows": (lambda: Table({}), ValueError, "values: expected at least one row, got none"),
+    "Table: empty columns": (lambda: Table({"d_x": []}), ValueError, "values: expected at least one row, got none"),
+    "Table: length": (
+        lambda: table(d_x=[1, 2, 3], d_f=[1, 2]),
+        ValueError,
+        r"d_f: expected 3 values or one, got shape \(2,\)",
+    ),
+    "Table: matrix": (lambda: table(d_x=np.ones((2, 2))), ValueError, r"d_x: expected 4 values or one, got .*\(2, 2\)"),
+    "Table: beyond float32": (lambda: table(d_x=1e39), ValueError, r"d_x: expected a value within float32, got 1e\+39"),
+    "Table: clip 0": (lambda: table(clip=0), ValueError, "clip: expected a value above 0, .* got 0.0 in row 0"),
+    "Table: clip NaN": (lambda: table(clip=np.nan), ValueError, "clip: expected a value above 0.* got nan"),
+    "Table: draw half": (lambda: table(draw=0.5), ValueError, r"draw: expected an integer in \[0, 2\^24\), got 0.5"),
+    "Table: draw -1": (lambda: table(draw=-1), ValueError, "draw: expected an integer .* got -1.0"),
+    "Table: draw 2^24": (lambda: table(draw=[0, 2**24]), ValueError, "draw: expected .* got 16777216.0 in row 1"),
+    "Table: lambda_t 0": (lambda: table(lambda_t=0), ValueError, "lambda_t: expected a value above 0, got 0.0"),
+    "Table: mean": (lambda: table(c_m0=0.1), ValueError, "mean of row 0 of table: .* give 1.1, the path 1"),
+    "Table: variance": (lambda: table(c_noise=0.1), ValueError, "variance of row 0 of table: .* give 0.01"),
+    "Table: initial_sigma -1": (
+        lambda: Table(KEPT, initial_sigma=-1),
+        ValueError,
+        "initial_sigma: expected a finite value >= 0, got -1",
+    ),
+    "Table: initial_sigma NaN": (lambda: Table(KEPT, initial_sigma=np.nan), ValueError, "initial_sigma: .* got nan"),
+    "Table: assignment": (lambda: setattr(table(), "rows", None), AttributeError, "immutable: cannot set rows"),
+    "Table: reading an unknown column": (lambda: table()["c_y"], KeyError, "'c_y'.*: expected one of"),
+    "concat: nothing": (lambda: epskernels.concat([]), ValueError, "tables: expected at least one, got none"),
+    "concat: devices": (lambda: epskernels.concat([table(), table().to("meta")]), ValueError, "tables: .* one device"),
+    "concat: discrete and not": (
+        lambda: epskernels.concat([samplers.ddim(LINEAR, 5), samplers.edm_euler(KARRAS, 5)]),
+        ValueError,
+        "tables: expected all with discrete timesteps or all with noise levels",
+    ),
+    "betas: empty": (lambda: schedule.from_betas([]), ValueError, r"betas: expected shape \(T,\) .* got \(0,\)"),
+    "betas: matrix": (lambda: schedule.from_betas(np.ones((2, 2))), ValueError, r"betas: expected shape .*\(2, 2\)"),
+    "betas: above 1": (lambda: schedule.from_betas([0.1, 1.1]), ValueError, r"betas: .*\[0, 1\], got 1.1 at 1"),
+    "betas: negative": (lambda: schedule.from_betas([-0.1]), ValueError, r"betas: .*\[0, 1\], got -0.1 at 0"),
+    "betas: NaN": (lambda: schedule.from_betas([0.1, np.nan]), ValueError, r"betas: .*\[0, 1\], got nan at 1"),
+    "linear: beta_end": (lambda: schedule.linear(beta_end=1.5), ValueError, "betas: expected values"),
+    "steps: more than T": (lambda: LINEAR.grid(1001), ValueError, "steps: expected at most T = 1000, got 1001"),
+    "steps: decreasing": (
+        lambda: LINEAR.grid([5, 5]),
+        ValueError,
+        r"steps: expected strictly decreasing timesteps in \[0, 1000\), got \[5, 5\]",
+    ),
+    "steps: outside": (lambda: LINEAR.grid([1000, 3]), ValueError, r"steps: .*got \[1000, 3\]"),
+    "steps: floats": (lambda: LINEAR.grid([3.5, 1.0]), ValueError, "steps: expected integer timesteps, got .* float64"),
+    "steps: no timesteps": (lambda: LINEAR.grid([]), ValueError, "steps: "),
+    "steps: words": (lambda: LINEAR.grid("ten"), ValueError, "steps: expected counts such as .* got 'ten'"),
+    "steps: ddim without a stride": (lambda: LINEAR.grid("ddim300"), ValueError, "steps: no integer stride .*ddim300"),
+    "steps: section too short": (lambda: LINEAR.grid("600,10"), ValueError, "steps: section 0 of '600,10' has 500"),
+    "steps_offset": (lambda: LINEAR.grid(10, steps_offset=100), ValueError, "steps: .*got .*1000"),
+    "spacing": (lambda: LINEAR.grid(10, spacing="karras"), ValueError, "spacing: expected 'leading', .* got 'karras'"),
+    "final": (lambda: LINEAR.grid(10, final="last"), ValueError, "final: expected 'clean' or 'first', got 'last'"),
+    "karras: sigma_min": (lambda: schedule.KarrasSchedule(sigma_min=0), ValueError, "sigma_min, sigma_max: .* 0.0, 80"),
+    "karras: order": (lambda: schedule.KarrasSchedule(2.0, 1.0), ValueError, "sigma_min, sigma_max: .* got 2.0, 1.0"),
+    "karras: sigma_max inf": (lambda: schedule.KarrasSchedule(sigma_max=np.inf), ValueError, "sigma_max: .* got .*inf"),
+    "karras: sigma_max NaN": (lambda: schedule.KarrasSchedule(sigma_max=np.nan), ValueError, "sigma_max: .* got .*nan"),
+    "karras: rho 0": (lambda: schedule.KarrasSchedule(rho=0), ValueError, "rho: expected a value above 0, got 0"),
+    "karras: rho NaN": (lambda: schedule.KarrasSchedule(rho=np.nan), ValueError, "rho: expected .* above 0, got nan"),
+    "karras: model at alpha 0": (
+        lambda: schedule.KarrasSchedule(model=ZERO_SNR),
+        ValueError,
+        "model: expected a schedule with alpha > 0",
+    ),
+    "flow: shift 0": (lambda: schedule.FlowSchedule(shift=0), ValueError, "shift: expected a value above 0, got 0"),
+    "flow: shift NaN": (lambda: schedule.FlowSchedule(shift=np.nan), ValueError, "shift: expected .* got nan"),
+    "lambda: constant 0": (lambda: scaling.constant(0), ValueError, "lambda: expected a value above 0, got 0"),
+    "lambda: constant NaN": (lambda: scaling.constant(np.nan), ValueError, "b: expected a finite number, got nan"),
+    "lambda: below 0 on the way": (
+        lambda: scaling.linear(-0.2, 1.0, origin="noisiest").values(10),
+        ValueError,
+        "lambda: expected finite values above 0, got 0.0 at step 5 of 10 from the noisiest, by linear",
+    ),
+    "lambda: array with NaN": (
+        lambda: scaling.array([1.0, np.nan], origin="cleanest"),
+        ValueError,
+        "lambda: expected finite values above 0, got nan at step 0 of 2",
+    ),
+    "lambda: array with inf": (lambda: scaling.array([np.inf], origin="noisiest"), ValueError, "lambda: .* got inf"),
+    "lambda: array too short": (
+        lambda: samplers.ddim(LINEAR, 5, scaling=scaling.array([1.0, 1.1], origin="noisiest")),
+        ValueError,
+        "lambda: expected one value for each of 5 steps, got 2",
+    ),
+    "lambda: empty array": (
+        lambda: scaling.array([], origin="noisiest"),
+        ValueError,
+        r"values: expected shape \(steps,\), got \(0,\)",
+    ),
+    "lambda: overflow": (
+        lambda: scaling.exponential(1e3, 1.0, origin="noisiest").values(5),
+        ValueError,
+        "lambda: expected finite values above 0, got inf at step 1 of 5",
+    ),
+    "origin": (
+        lambda: scaling.linear(0.1, 1.0, origin="start"),
+        ValueError,
+        "origin: expected 'cleanest' or 'noisiest' .* got 'start'",
+    ),
+    "scaling: a string": (
+        lambda: samplers.ddim(LINEAR, 5, scaling="1.005"),
+        TypeError,
+        "scaling: expected an EpsilonScaling or a number, got str",
+    ),
+    "scaling: True": (lambda: samplers.ddim(LINEAR, 5, scaling=True), TypeError, "scaling: expected .* got bool"),
+    "scaling: NaN": (lambda: samplers.ddim(LINEAR, 5, scaling=np.nan), ValueError, "b: expected a finite .* got nan"),
+    "scaling: -1": (lambda: samplers.ddim(LINEAR, 5, scaling=-1), ValueError, "lambda: expected .* above 0, got -1"),
+    "published: unknown": (
+        lambda: epskernels.published("ADM", "CIFAR-10", 7),
+        KeyError,
+        r"no published setting \('ADM', 'CIFAR-10', 7, 'uniform'\); known .*: ADM, CIFAR-10, 100, uniform; .*EDM, CIFAR",
+    ),
+    "published: kind": (lambda: epskernels.published("EDM", "CIFAR-10", 35, "rk4"), KeyError, "no published .*heun"),
+    "ddpm: variance": (
+        lambda: samplers.ddpm(LINEAR, 5, variance="learned"),
+        ValueError,
+        "variance: expected 'fixed_small', .* got 'learned'",
+    ),
+    "ddpm: learned variance of one step": (
+        lambda: samplers.ddpm(LINEAR, 1, variance="learned_range"),
+        ValueError,
+        "variance: 'learned_range' needs at least two steps",
+    ),
+    "ddim: direction": (
+        lambda: samplers.ddim(LINEAR, 5, direction="up"),
+        ValueError,
+        "direction: expected 'scaled' or 'unscaled', got 'up'",
+    ),
+    "ddim: eta -1": (lambda: samplers.ddim(LINEAR, 5, eta=-1), ValueError, "eta: expected a finite value >= 0, got -1"),
+    "ddim: eta NaN": (lambda: samplers.ddim(LINEAR, 5, eta=np.nan), ValueError, "eta: expected a finite .* got nan"),
+    "ddim: eta 50": (lambda: samplers.ddim(LINEAR, 5, eta=50.0), ValueError, "eta: expected no more noise .* got 50"),
+    "ddim: spacing": (lambda: samplers.ddim(LINEAR, 5, spacing="log"), ValueError, "spacing: expected .* got 'log'"),
+    "ddim: unknown option": (lambda: samplers.ddim(LINEAR, 5, spaces="log"), TypeError, "spaces"),
+    "ddim: Karras schedule": (
+        lambda: samplers.ddim(KARRAS, 5),
+        TypeError,
+        "schedule: expected a Grid or one of DiscreteSchedule, FlowSchedule, got KarrasSchedule",
+    ),
+    "ddim: another grid's steps": (lambda: samplers.ddim(LINEAR.grid(6), 5), ValueError, "steps: expected 6, .* got 5"),
+    "edm: DDPM schedule": (lambda: samplers.edm_heun(LINEAR, 5), TypeError, "schedule: expected a KarrasSchedule"),
+    "edm: S_churn -1": (lambda: samplers.edm_heun(KARRAS, 5, S_churn=-1), ValueError, "S_churn: .* >= 0, got -1"),
+    "edm: S_noise NaN": (lambda: samplers.edm_euler(KARRAS, 5, S_noise=np.nan), ValueError, "S_noise: .* got nan"),
+}
+for kind in ("d_x", "c_noise", "alpha_out", "logvar_min", "g", "t"):
+    for value in (np.nan, np.inf):
+        BAD_CONSTRUCTORS[f"Table: {kind} {value}"] = (
+            lambda kind=kind, value=value: table(**{kind: [0.0, value]}),
+            ValueError,
+            f"{kind}: expected a finite value, got {value} in row 1 of table",
+        )
+for steps in (0, -3, True, 2.5, None):
+    BAD_CONSTRUCTORS[f"steps: {steps}"] = (
+        lambda steps=steps: LINEAR.grid(steps),
+        ValueError,
+        f"steps: expected an integer of at least 1, got {steps}",
+    )
+    BAD_CONSTRUCTORS[f"karras, steps: {steps}"] = (
+        lambda steps=steps: KARRAS.grid(steps),
+        ValueError,
+        f"steps: expected an integer of at least 1, got {steps}",
+    )
+    BAD_CONSTRUCTORS[f"flow, steps: {steps}"] = (
+        lambda steps=steps: FLOW.grid(steps),
+        ValueError,
+        f"steps: expected an integer of at least 1, got {steps}",
+    )
+    for make in (schedule.linear, schedule.scaled_linear, schedule.cosine):
+        BAD_CONSTRUCTORS[f"{make.__name__}, T: {steps}"] = (
+            lambda make=make, steps=steps: make(steps),
+            ValueError,
+            f"T: expected an integer of at least 1, got {steps}",
+        )
+SCHEDULES = {"edm_euler": KARRAS, "edm_heun": KARRAS}
+for name, sampler in samplers.SAMPLERS.items():
+    path = SCHEDULES.get(name, LINEAR)
+    for argument, value, error, message in (
+        ("prediction", "noise", ValueError, r"prediction: expected one of \('epsilon', .* got 'noise'"),
+        ("prediction", None, ValueError, r"prediction: expected one of .* got None"),
+        ("clip", 0, ValueError, "clip: expected a value above 0, or None, got 0"),
+        ("clip", -1.0, ValueError, "clip: expected a value above 0, or None, got -1"),
+        ("clip", np.nan, ValueError, "clip: expected a value above 0, or None, got nan"),
+        ("guidance", np.nan, ValueError, "guidance: expected a finite value, got nan"),
+        ("guidance", np.inf, ValueError, "guidance: expected a finite value, got inf"),
+        ("scaling", 0.0, ValueError, "lambda: expected a value above 0, got 0"),
+        ("scaling", None, TypeError, "scaling: expected an EpsilonScaling or a number, got NoneType"),
+    ):
+        BAD_CONSTRUCTORS[f"{name}: {argument} {value}"] = (
+            lambda sampler=sampler, path=path, argument=argument, value=value: sampler(path, 5, **{argument: value}),
+            error,
+            message,
+        )
+    BAD_CONSTRUCTORS[f"{name}: schedule"] = (lambda s=sampler: s("linear", 5), TypeError, "schedule: expected .*str")
+    if path is KARRAS:
+        continue
+    BAD_CONSTRUCTORS[f"{name}: epsilon at alpha 0"] = (
+        lambda sampler=sampler: sampler(ZERO_SNR, 5, spacing="trailing"),
+        ValueError,
+        r"prediction: 'epsilon' says nothing of x_0 where alpha is 0, sigma 1 \(step 0\)",
+    )
+    BAD_CONSTRUCTORS[f"{name}: lambda at alpha 0"] = (
+        lambda sampler=sampler: sampler(ZERO_SNR, 5, spacing="trailing", prediction="v_prediction", scaling=1.01),
+        ValueError,
+        r"lambda: expected 1 where alpha is 0 \(step 0\), got 1.01",
+    )
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("case", BAD_CONSTRUCTORS)
+def test_bad_constructor(case):
+    make, error, message = BAD_CONSTRUCTORS[case]
+    with pytest.raises(error, match=message):
+        make()
