@@ -177,9 +177,14 @@ def _check_overlap(name, out, other_name, other, may_be_same):
     (begin, end), (other_begin, other_end) = _extent(out), _extent(other)
     if other_begin >= end or other_end <= begin or _interleaved(out, other):
         return
-    if may_be_same and other_begin == begin and other.stride() == out.stride() and other.dtype == out.dtype:
+    if may_be_same and other_begin == begin and other.dtype == out.dtype and _strides(other) == _strides(out):
         return
     _fail(f"{name}: overlaps the memory of {other_name}{' without being the same tensor' if may_be_same else ''}")
+
+
+def _strides(tensor):
+    """Of the dimensions that are stepped along."""
+    return [stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
 
 
 def _interleaved(a, b):
@@ -381,6 +386,13 @@ def _runs_reference(x):
     return name == "reference"
 
 
+def _refuse_gradients(**tensors):
+    """A gradient would stop here in silence."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            _fail(f"{name}: expected a tensor that does not require grad, or torch.no_grad(): the step has no gradient yet")
+
+
 def _step_ops(x):
     if _runs_reference(x):
         return reference_step, reference_step_m0, reference_step_out
@@ -422,7 +434,7 @@ def step(
     Returns x', or (x', m0), in x's shape and dtype; the tensors given as out and m0 where they were.
     Raises RuntimeError, naming the argument, before anything is written.
     """
-    if type(table) is Table:
+    if isinstance(table, Table):
         rows = table.rows
         if type(index) is int and 0 <= index < len(table.row_index):
             index = table.row_index[index]
@@ -433,6 +445,8 @@ def step(
             _fail(f"index: expected an integer of 64 bits, got {index}")
         index = torch.tensor(index, device=getattr(x, "device", None))
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
+    if torch.is_grad_enabled():
+        _refuse_gradients(x=x, f=f, u=u, m1=m1, m2=m2, v=v, grad=grad, noise=noise, out=out, m0=m0)
     if is_compiling() or (_forced.get() is None and _DEFAULT_BACKEND is None):
         run, run_m0, run_out = _step, _step_m0, _step_out
     else:
@@ -443,9 +457,6 @@ def step(
         m0 = torch.empty_like(x)
     if out is None:
         out = torch.empty_like(x)
-    for name, output in (("out", out), ("m0", m0)):
-        if isinstance(output, torch.Tensor) and output.requires_grad and torch.is_grad_enabled():
-            _fail(f"{name}: expected a tensor that does not require grad, or torch.no_grad()")
     run_out(*inputs, out=out, m0=m0)
     return (out, m0) if return_m0 else out
 

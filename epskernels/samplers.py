@@ -60,16 +60,15 @@ def denoiser(prediction, grid, lambda_t):
 def _clip_value(clip):
     if clip is None:
         return np.inf
-    if not clip > 0:
-        raise ValueError(f"clip: expected a value above 0, or None, got {clip}")
+    if not isinstance(clip, (int, float)) or not clip > 0:
+        raise ValueError(f"clip: expected a number above 0, or None, got {clip!r}")
     return float(clip)
 
 
 def _number(name, value, low=-np.inf):
-    value = float(value)
-    if not (np.isfinite(value) and value >= low):
-        raise ValueError(f"{name}: expected a finite value{f' >= {low:g}' if low > -np.inf else ''}, got {value}")
-    return value
+    if not isinstance(value, (int, float, np.number)) or not (np.isfinite(value) and value >= low):
+        raise ValueError(f"{name}: expected a finite value{f' >= {low:g}' if low > -np.inf else ''}, got {value!r}")
+    return float(value)
 
 
 def _grid(schedule, steps, allowed, grid_options):
@@ -212,6 +211,8 @@ def ddim(
 def _churned(grid, S_churn, S_min, S_max, S_noise):
     """The grid at the raised noise levels sigma_hat, and the variance that churn adds before each step."""
     S_churn, S_noise = _number("S_churn", S_churn, 0), _number("S_noise", S_noise, 0)
+    if np.isnan(S_min) or np.isnan(S_max):
+        raise ValueError(f"S_min, S_max: expected numbers, got {S_min}, {S_max}")
     gamma = min(S_churn / len(grid), np.sqrt(2) - 1)
     sigma_hat = np.where((S_min <= grid.sigma) & (grid.sigma <= S_max), grid.sigma * (1 + gamma), grid.sigma)
     return sigma_hat, sigma_hat**2 - grid.sigma**2

@@ -29,7 +29,9 @@ class EpsilonScaling:
 
     def values(self, steps):
         """(steps,) float64, the noisiest step first. Raises ValueError where lambda is not finite or not above 0."""
-        lambdas = np.broadcast_to(np.asarray(self.formula(np.arange(steps)), dtype=np.float64), (steps,))
+        lambdas = np.asarray(self.formula(np.arange(steps)), dtype=np.float64)
+        if lambdas.shape != (steps,):
+            raise ValueError(f"lambda: expected one value for each of {steps} steps, got shape {lambdas.shape}")
         if self.origin == "cleanest":
             lambdas = lambdas[::-1]
         bad = np.flatnonzero(~(np.isfinite(lambdas) & (lambdas > 0)))

@@ -57,16 +57,18 @@ def _positive_int(name, value):
 class DiscreteSchedule:
     """T timesteps with alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t), abar_t = prod(1 - beta).
 
-    betas: (T,) in [0, 1]. Raises ValueError for others. Source: Ho et al., arXiv 2006.11239, eq. 4.
+    betas: (T,) in [0, 1], the first above 0. Raises ValueError for others. Source: Ho et al., arXiv 2006.11239, eq. 4.
     """
 
     def __init__(self, betas, name="betas"):
         betas = _readonly(betas)
         if betas.ndim != 1 or betas.size == 0:
             raise ValueError(f"betas: expected shape (T,) with T >= 1, got {betas.shape}")
-        if not ((betas >= 0) & (betas <= 1)).all():
-            bad = int(np.flatnonzero(~((betas >= 0) & (betas <= 1)))[0])
-            raise ValueError(f"betas: expected values in [0, 1], got {betas[bad]} at {bad}")
+        bad = np.flatnonzero(~((betas >= 0) & (betas <= 1)))
+        if bad.size:
+            raise ValueError(f"betas: expected values in [0, 1], got {betas[bad[0]]} at {bad[0]}")
+        if betas[0] == 0:
+            raise ValueError("betas: expected the first above 0, got 0: its timestep would have no noise to remove")
         self.betas, self.name = betas, name
         self.abar = _readonly(np.cumprod(1 - betas))
         self.alpha, self.sigma = _readonly(np.sqrt(self.abar)), _readonly(np.sqrt(1 - self.abar))
@@ -99,12 +101,14 @@ class DiscreteSchedule:
                 raise ValueError(f"steps: expected integer timesteps, got dtype {t.dtype}")
         else:
             n = _positive_int("steps", steps)
+            if not isinstance(steps_offset, (int, np.integer)):
+                raise ValueError(f"steps_offset: expected an integer, got {steps_offset!r}")
             if n > T:
                 raise ValueError(f"steps: expected at most T = {T}, got {n}")
             if spacing == "leading":
                 t = np.arange(n)[::-1] * (T // n) + steps_offset
             elif spacing == "trailing":
-                t = np.round(T - np.arange(n) * (T / n)) - 1
+                t = np.round(np.arange(T, 0, -T / n)[:n]) - 1  # diffusers' own arange: its rounding decides the ties
             elif spacing == "linspace":
                 t = np.round(np.linspace(0, T - 1, n))[::-1]
             else:
@@ -143,6 +147,8 @@ def cosine(T=1000, max_beta=0.999):
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
     T = _positive_int("T", T)
+    if not 0 < max_beta <= 1:
+        raise ValueError(f"max_beta: expected a value in (0, 1], got {max_beta}")
     return DiscreteSchedule([min(1 - abar((i + 1) / T) / abar(i / T), max_beta) for i in range(T)], "cosine")
 
 
@@ -154,7 +160,9 @@ def from_betas(betas):
 def _section_timesteps(T, counts):
     """ADM's respacing: T cut into equal sections, each with its own count, evenly spaced and rounded; ascending."""
     if counts.startswith("ddim"):
-        wanted = _parse_counts(counts[4:], counts)[0]
+        wanted, *more = _parse_counts(counts[4:], counts)
+        if more:
+            raise ValueError(f"steps: expected one count after 'ddim', got {counts!r}")
         for stride in range(1, T):
             if len(range(0, T, stride)) == wanted:
                 return np.arange(0, T, stride)
@@ -209,6 +217,8 @@ class KarrasSchedule:
     """
 
     def __init__(self, sigma_min=None, sigma_max=None, rho=7.0, model=None):
+        if model is not None and not isinstance(model, DiscreteSchedule):
+            raise TypeError(f"model: expected a DiscreteSchedule, got {type(model).__name__}")
         if model is not None and model.abar[-1] == 0:
             raise ValueError("model: expected a schedule with alpha > 0, got one with zero terminal SNR")
         self.model, self.rho = model, rho
@@ -227,6 +237,8 @@ class KarrasSchedule:
     def grid_at(self, sigma):
         """The grid of given noise levels, (N,) decreasing."""
         sigma = np.asarray(sigma, dtype=np.float64)
+        if sigma.ndim != 1 or sigma.size == 0 or not (np.isfinite(sigma) & (sigma > 0)).all():
+            raise ValueError(f"sigma: expected (N,) finite values above 0, got {sigma.tolist()}")
         low, high = self._ratios[0], self._ratios[-1]
         outside = (sigma < low * (1 - 1e-9)) | (sigma > high * (1 + 1e-9))
         if outside.any():

@@ -7,6 +7,8 @@ hold for every row of every sampler (x_t = alpha_t*x_0 + sigma_t*eps; the model'
 lambda: the constructor checks them, so a table that breaks them cannot exist. A wrong split between c_m0 and c_m1 passes.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -40,6 +42,8 @@ class Table:
     __slots__ = ("_values", "rows", "index", "row_index", "parts", "discrete")
 
     def __init__(self, values, *, name="table", initial_sigma=1.0, discrete=False, parts=None, device="cpu"):
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values: expected a mapping of columns, got {type(values).__name__}")
         if unknown := set(values) - set(COLUMNS) - set(PROVENANCE):
             raise ValueError(f"values: unknown columns {sorted(unknown)}, expected some of {COLUMNS + PROVENANCE}")
         length = max((np.size(column) for column in values.values()), default=0)
@@ -47,7 +51,10 @@ class Table:
             raise ValueError("values: expected at least one row, got none")
         columns = {}
         for key in COLUMNS + PROVENANCE:
-            column = np.asarray(values.get(key, _DEFAULTS.get(key, 0.0)), dtype=np.float64)
+            try:
+                column = np.asarray(values.get(key, _DEFAULTS.get(key, 0.0)), dtype=np.float64)
+            except (TypeError, ValueError):
+                raise ValueError(f"{key}: expected numbers, got {values[key]!r}") from None
             if column.ndim > 1 or column.size not in (1, length):
                 raise ValueError(f"{key}: expected {length} values or one, got shape {column.shape}")
             columns[key] = np.broadcast_to(column.reshape(-1), (length,)) + 0.0  # a copy, without -0
@@ -72,7 +79,11 @@ class Table:
     def __setattr__(self, name, value):
         raise AttributeError(f"a Table is immutable: cannot set {name}")
 
-    __delattr__ = __setattr__
+    def __delattr__(self, name):
+        raise AttributeError(f"a Table is immutable: cannot delete {name}")
+
+    def __reduce__(self):
+        return _restore, (self._values, self.discrete, self.parts, self.device)
 
     def __len__(self):
         return len(self.rows)
@@ -136,6 +147,10 @@ class Table:
         return "\n".join([title, head, *lines])
 
 
+def _restore(values, discrete, parts, device):
+    return Table(values, discrete=discrete, parts=parts, device=device)
+
+
 def concat(tables):
     """One table with the rows of all, in order: row i of table k is row parts[...] first + i of the result.
 
@@ -145,6 +160,9 @@ def concat(tables):
     tables = list(tables)
     if not tables:
         raise ValueError("tables: expected at least one, got none")
+    for table in tables:
+        if not isinstance(table, Table):
+            raise TypeError(f"tables: expected Tables, got {type(table).__name__}")
     if len({table.device for table in tables}) > 1:
         raise ValueError(f"tables: expected one device, got {sorted({str(table.device) for table in tables})}")
     if len({table.discrete for table in tables}) > 1:
@@ -168,7 +186,7 @@ def _check(columns, parts):
     with np.errstate(over="ignore"):
         for key, column in columns.items():
             if key == "clip":
-                refuse(key, ~(column > 0), "a value above 0, or inf for none")
+                refuse(key, ~(column.astype(np.float32) > 0), "a value above 0 in float32, or inf for none")
             else:
                 refuse(key, ~np.isfinite(column), "a finite value")
                 refuse(key, ~np.isfinite(column.astype(np.float32)), "a value within float32")
@@ -186,7 +204,7 @@ def _check(columns, parts):
 
 
 def _agree(what, got, expected, scale, names):
-    bad = np.flatnonzero(np.abs(got - expected) > _TOLERANCE * scale)
+    bad = np.flatnonzero(~(np.abs(got - expected) <= _TOLERANCE * scale))
     if bad.size:
         row = int(bad[0])
         raise ValueError(f"{what} of row {row} of {names}: the coefficients give {got[row]}, the path {expected[row]}")
