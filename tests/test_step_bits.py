@@ -188,7 +188,7 @@ MIXED_PAIRS = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), 
 
 @pytest.mark.parametrize("index", ["one_row", "row_each"])
 @pytest.mark.parametrize("x_dtype, f_dtype", MIXED_PAIRS, ids=[f"x_{name(x)}-f_{name(f)}" for x, f in MIXED_PAIRS])
-def test_step_of_many_tiles(capability, two_threads, x_dtype, f_dtype, index):
+def test_step_of_many_tiles(capability, x_dtype, f_dtype, index):
     names = ("u", "m1", "m2", "v", "grad", "seeds")
     inputs = make_inputs((2, 65537), names, 0, x_dtype, f_dtype)
     rows = random_rows(2, names, 11, idle=0)

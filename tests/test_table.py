@@ -400,7 +400,7 @@ def test_flow_builds_from_pure_noise(sampler):
         sampler(FLOW, 10, prediction="flow", scaling=1.01)
 
 
-@pytest.mark.parametrize("prediction, scale", itertools.product(PREDICTIONS, [1.0, 1.05, 0.95]))
+@pytest.mark.parametrize("prediction, scale", list(itertools.product(PREDICTIONS, [1.0, 1.05, 0.95])))
 def test_denoiser_inverts_the_network(prediction, scale):
     """m0 of the exact output is x_0 where lambda is 1; else x_0 + (1 - 1/lambda)*(sigma/alpha)*eps."""
     grid = VP.grid(10)
