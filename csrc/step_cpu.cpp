@@ -176,9 +176,12 @@ struct TileInputs {
   const float *x, *f, *u, *m1, *m2, *grad, *z;
 };
 
+constexpr unsigned KEEP_M0 = STEP_VALUE_TERMS;  // one more bit: m0 is wanted
+
 // One combination of terms, so that the loop over the tile has no branch. `out` may be `x`, and `m0` any other input.
-template <unsigned terms>
+template <unsigned variant>
 void step_tile(const StepRow& row_in_memory, const TileInputs& in, float* out, float* m0_out, int64_t count) {
+  constexpr unsigned terms = variant % STEP_VALUE_TERMS;
   const StepRow row = row_in_memory;
   const float *x = in.x, *f = in.f, *u = in.u, *m1 = in.m1, *m2 = in.m2, *grad = in.grad, *z = in.z;
 #pragma GCC ivdep
@@ -193,19 +196,19 @@ void step_tile(const StepRow& row_in_memory, const TileInputs& in, float* out, f
     if constexpr ((terms & TERM_NOISE) != 0) element.z = z[i];
     float m0;
     const float next = step_value(row, terms, element, m0);
-    m0_out[i] = m0;
+    if constexpr ((variant & KEEP_M0) != 0) m0_out[i] = m0;
     out[i] = next;
   }
 }
 
 struct StepTiles {
-  void (*of[STEP_VALUE_TERMS])(const StepRow&, const TileInputs&, float*, float*, int64_t);
+  void (*of[2 * STEP_VALUE_TERMS])(const StepRow&, const TileInputs&, float*, float*, int64_t);
 };
-template <unsigned... terms>
-constexpr StepTiles step_tiles(std::integer_sequence<unsigned, terms...>) {
-  return {{&step_tile<terms>...}};
+template <unsigned... variants>
+constexpr StepTiles step_tiles(std::integer_sequence<unsigned, variants...>) {
+  return {{&step_tile<variants>...}};
 }
-constexpr StepTiles STEP_TILES = step_tiles(std::make_integer_sequence<unsigned, STEP_VALUE_TERMS>{});
+constexpr StepTiles STEP_TILES = step_tiles(std::make_integer_sequence<unsigned, 2 * STEP_VALUE_TERMS>{});
 
 // z and grad times the standard deviation, or variance, that the model has learned.
 void learned_tile(const StepRow& row, const float* v, const float* z, float* scaled_z, const float* grad,
@@ -247,7 +250,7 @@ void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
     }
     float* out = direct ? reinterpret_cast<float*>(at(call.out)) + begin : buffers[10];
     float* m0 = direct && keep_m0 ? reinterpret_cast<float*>(at(call.m0)) + begin : buffers[11];
-    STEP_TILES.of[terms % STEP_VALUE_TERMS](row, in, out, m0, count);
+    STEP_TILES.of[terms % STEP_VALUE_TERMS + (keep_m0 ? KEEP_M0 : 0)](row, in, out, m0, count);
     if (!direct) {
       round_tile(call.x_dtype, out, at(call.out), begin, count);
       if (keep_m0) round_tile(call.x_dtype, m0, at(call.m0), begin, count);

@@ -13,10 +13,12 @@ import contextlib
 import contextvars
 import operator
 import os
+import threading
 import warnings
 
 import numpy as np
 import torch
+from torch import is_grad_enabled
 from torch.compiler import is_compiling
 
 from . import build
@@ -341,9 +343,7 @@ def _(seeds, shape, *, dtype, draw=0, stream=STREAM_INITIAL):
 
 
 build.load_kernels()
-_step = torch.ops.epskernels.step.default
-_step_m0 = torch.ops.epskernels.step_m0.default
-_step_out = torch.ops.epskernels.step_out.default
+_STEP_OPS = tuple(getattr(torch.ops.epskernels, name).default for name in ("step", "step_m0", "step_out"))
 _normal = torch.ops.epskernels.normal.default
 
 
@@ -361,6 +361,8 @@ def _check_backend(name):
 
 
 _DEFAULT_BACKEND = _check_backend(os.environ.get("EPSKERNELS_BACKEND", "auto"))
+_choices_lock = threading.Lock()
+_choices = 0 if _DEFAULT_BACKEND is None else 1  # contexts open in any thread: while there are none, nothing is looked up
 
 
 @contextlib.contextmanager
@@ -370,10 +372,15 @@ def use_backend(name):
     Raises ValueError for an unknown one, RuntimeError for one that this installation lacks. EPSKERNELS_BACKEND sets the same
     for a whole process. torch.ops.epskernels.* called directly, and compiled graphs, always dispatch by device.
     """
+    global _choices
     token = _forced.set(_check_backend(name) or "auto")
+    with _choices_lock:
+        _choices += 1
     try:
         yield
     finally:
+        with _choices_lock:
+            _choices -= 1
         _forced.reset(token)
 
 
@@ -396,7 +403,7 @@ def _refuse_gradients(**tensors):
 def _step_ops(x):
     if _runs_reference(x):
         return reference_step, reference_step_m0, reference_step_out
-    return _step, _step_m0, _step_out
+    return _STEP_OPS
 
 
 # ---- the public functions ----
@@ -445,12 +452,9 @@ def step(
             _fail(f"index: expected an integer of 64 bits, got {index}")
         index = torch.tensor(index, device=getattr(x, "device", None))
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         _refuse_gradients(x=x, f=f, u=u, m1=m1, m2=m2, v=v, grad=grad, noise=noise, out=out, m0=m0)
-    if is_compiling() or (_forced.get() is None and _DEFAULT_BACKEND is None):
-        run, run_m0, run_out = _step, _step_m0, _step_out
-    else:
-        run, run_m0, run_out = _step_ops(x)
+    run, run_m0, run_out = _step_ops(x) if _choices else _STEP_OPS
     if out is None and m0 is None:
         return run_m0(*inputs) if return_m0 else run(*inputs)
     if return_m0 and m0 is None:
