@@ -60,7 +60,9 @@ def compare(title, target, ours, peer, rounds):
     ratios = [a / b for a, b in zip(times["ours"], times["peer"], strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4)
     met = median <= target
-    print(f"{title:<66} {median:8.3f}  [{low:.3f}, {high:.3f}]  {target:8.3f}  {'met' if met else 'NOT MET'}", flush=True)
+    print(
+        f"{title:<66} {median:8.3f}  [{low:.3f}, {high:.3f}]  {target:8.3f}  {'met' if met else 'NOT MET'}", flush=True
+    )
     return {"title": title, "ratio": median, "quartiles": [low, high], "target": target, "met": met}
 
 

@@ -55,33 +55,61 @@ def build_parser():
         "  epskernels sample --sampler ddim --steps 20 --lambda 1.004 --compare --out both.png\n"
         "  epskernels sample --published ADM CIFAR-10 20 linear --steps 20 --seeds 0-255 --out samples.npz",
     )
-    run.add_argument("--model", type=pathlib.Path, default=models.DIGITS, metavar="DIR",
-                     help="a diffusers pipeline directory (unet/, scheduler/); default: the digits that ship with the package")
+    run.add_argument(
+        "--model",
+        type=pathlib.Path,
+        default=models.DIGITS,
+        metavar="DIR",
+        help="a diffusers pipeline directory (unet/, scheduler/); default: the digits that ship with the package",
+    )
     run.add_argument("--sampler", choices=sorted(samplers.SAMPLERS), default="ddpm", help="default: %(default)s")
     run.add_argument("--steps", type=int, default=50, help="sampler steps; default: %(default)s")
     which = run.add_mutually_exclusive_group()
-    which.add_argument("--lambda", type=float, dest="lambda_", default=None, metavar="B",
-                       help="Epsilon Scaling, eps/B at every step; default: 1, none")
-    which.add_argument("--lambda-linear", type=float, nargs=2, metavar=("K", "B"),
-                       help="lambda = K*i + B, i = 0 at the cleanest step")
-    which.add_argument("--published", nargs="+", metavar="SETTING",
-                       help="SYSTEM DATASET STEPS [KIND], as in the paper: ADM CIFAR-10 20 linear")
+    which.add_argument(
+        "--lambda",
+        type=float,
+        dest="lambda_",
+        default=None,
+        metavar="B",
+        help="Epsilon Scaling, eps/B at every step; default: 1, none",
+    )
+    which.add_argument(
+        "--lambda-linear", type=float, nargs=2, metavar=("K", "B"), help="lambda = K*i + B, i = 0 at the cleanest step"
+    )
+    which.add_argument(
+        "--published",
+        nargs="+",
+        metavar="SETTING",
+        help="SYSTEM DATASET STEPS [KIND], as in the paper: ADM CIFAR-10 20 linear",
+    )
     run.add_argument("--eta", type=float, help="DDIM's eta; default: 0")
     run.add_argument("--direction", choices=("scaled", "unscaled"), help="DDIM's direction term; default: scaled")
-    run.add_argument("--variance", choices=("fixed_small", "fixed_large", "learned_range"),
-                     help="DDPM's variance; default: learned_range where the model has learned one, else fixed_small")
+    run.add_argument(
+        "--variance",
+        choices=("fixed_small", "fixed_large", "learned_range"),
+        help="DDPM's variance; default: learned_range where the model has learned one, else fixed_small",
+    )
     run.add_argument("--class", type=int, dest="label", metavar="N", help="class, for a model with classes")
-    run.add_argument("--guidance", type=float, default=1.0, metavar="G", help="classifier-free guidance; default: 1, none")
+    run.add_argument(
+        "--guidance", type=float, default=1.0, metavar="G", help="classifier-free guidance; default: 1, none"
+    )
     run.add_argument("--seeds", type=parse_seeds, default="0-63", help="such as 0-63 or 1,2,5-9; default: %(default)s")
     run.add_argument("--batch", type=int, default=64, help="samples per model call; default: %(default)s")
     run.add_argument("--dtype", choices=DTYPES, default="float32", help="of the state; default: %(default)s")
     run.add_argument("--backend", choices=ops.BACKENDS, default="auto", help="default: %(default)s")
     run.add_argument("--device", default="cpu", help="default: %(default)s")
-    run.add_argument("--compare", action="store_true", help="also sample the same seeds without scaling, shown on the left")
-    run.add_argument("--out", type=pathlib.Path, action="append", metavar="FILE",
-                     help=".png for a grid of images, .npz for the samples and seeds; may be given twice")
+    run.add_argument(
+        "--compare", action="store_true", help="also sample the same seeds without scaling, shown on the left"
+    )
+    run.add_argument(
+        "--out",
+        type=pathlib.Path,
+        action="append",
+        metavar="FILE",
+        help=".png for a grid of images, .npz for the samples and seeds; may be given twice",
+    )
     run.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser  # fmt: skip
+    return parser
 
 
 def _scaling(args):
@@ -101,7 +129,7 @@ def make_table(args, model, scaling_):
     given = {name: getattr(args, name) for name in ("eta", "direction", "variance") if getattr(args, name) is not None}
     allowed = {"ddpm": {"variance"}, "ddim": {"eta", "direction"}}.get(args.sampler, set())
     if wrong := set(given) - allowed:
-        raise UsageError(f"--{sorted(wrong)[0]}: not an option of --sampler {args.sampler}")
+        raise UsageError(f"--{min(wrong)}: not an option of --sampler {args.sampler}")
     path = model.schedule
     if args.sampler == "ddpm":
         given.setdefault("variance", "learned_range" if model.learned_variance else "fixed_small")

@@ -42,7 +42,9 @@ class Model:
             if guidance == 1:
                 return self.network(self._cast(x), t, class_labels=labels, return_dict=False)[0]
             both = torch.cat([labels, torch.full_like(labels, self.classes - 1)])
-            output = self.network(self._cast(x).repeat(2, 1, 1, 1), t.repeat(2), class_labels=both, return_dict=False)[0]
+            output = self.network(self._cast(x).repeat(2, 1, 1, 1), t.repeat(2), class_labels=both, return_dict=False)[
+                0
+            ]
             return tuple(output.chunk(2))
 
         return conditional

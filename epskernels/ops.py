@@ -362,7 +362,9 @@ def _check_backend(name):
 
 _DEFAULT_BACKEND = _check_backend(os.environ.get("EPSKERNELS_BACKEND", "auto"))
 _choices_lock = threading.Lock()
-_choices = 0 if _DEFAULT_BACKEND is None else 1  # contexts open in any thread: while there are none, nothing is looked up
+_choices = (
+    0 if _DEFAULT_BACKEND is None else 1
+)  # contexts open in any thread: while there are none, nothing is looked up
 
 
 @contextlib.contextmanager
@@ -397,7 +399,9 @@ def _refuse_gradients(**tensors):
     """A gradient would stop here in silence."""
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-            _fail(f"{name}: expected a tensor that does not require grad, or torch.no_grad(): the step has no gradient yet")
+            _fail(
+                f"{name}: expected a tensor that does not require grad, or torch.no_grad(): the step has no gradient yet"
+            )
 
 
 def _step_ops(x):

@@ -61,7 +61,7 @@ def _clip_value(clip):
     if clip is None:
         return np.inf
     if not isinstance(clip, (int, float)) or not clip > 0:
-        raise ValueError(f"clip: expected a number above 0, or None, got {clip!r}")
+        raise ValueError(f"clip: expected a value above 0, or None, got {clip!r}")
     return float(clip)
 
 
@@ -74,7 +74,9 @@ def _number(name, value, low=-np.inf):
 def _grid(schedule, steps, allowed, grid_options):
     if isinstance(schedule, Grid):
         if grid_options or steps != len(schedule):
-            raise ValueError(f"steps: expected {len(schedule)}, the length of the grid given, and no options; got {steps}")
+            raise ValueError(
+                f"steps: expected {len(schedule)}, the length of the grid given, and no options; got {steps}"
+            )
         return schedule
     if not isinstance(schedule, allowed):
         names = ", ".join(kind.__name__ for kind in allowed)

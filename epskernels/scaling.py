@@ -62,7 +62,10 @@ def constant(b):
 
 
 def linear(k, b, *, origin):
-    """lambda_i = k*i + b, the paper's linear schedule. origin: "cleanest" as in ADM-ES, "noisiest" as in the authors' DDIM code."""
+    """lambda_i = k*i + b, the paper's linear schedule.
+
+    origin: where i = 0 is, "cleanest" as in ADM-ES, "noisiest" as in the authors' DDIM code.
+    """
     k, b = _number("k", k), _number("b", b)
     return EpsilonScaling(lambda i: k * i + b, origin, f"linear k={k:g} b={b:g} from the {origin}")
 

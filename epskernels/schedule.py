@@ -135,9 +135,7 @@ def linear(T=1000, beta_start=1e-4, beta_end=0.02):
 
 def scaled_linear(T=1000, beta_start=0.00085, beta_end=0.012):
     """Square roots of betas rising linearly (latent diffusion)."""
-    return DiscreteSchedule(
-        np.linspace(beta_start**0.5, beta_end**0.5, _positive_int("T", T)) ** 2, "scaled_linear"
-    )
+    return DiscreteSchedule(np.linspace(beta_start**0.5, beta_end**0.5, _positive_int("T", T)) ** 2, "scaled_linear")
 
 
 def cosine(T=1000, max_beta=0.999):

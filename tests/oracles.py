@@ -193,7 +193,7 @@ def edm_sampler(
     Starts from x_hat of step 0, its churn already in; noise[j] is the churn of step j >= 1. Returns x_hat of every
     later step, where the network is called first, and the final x.
     """
-    n, states = len(sigmas) - 1, []
+    n, states, x_next = len(sigmas) - 1, [], x_hat
     for i in range(n):
         t_cur, t_next = sigmas[i], sigmas[i + 1]
         gamma = min(S_churn / n, np.sqrt(2) - 1) if S_min <= t_cur <= S_max else 0.0

@@ -891,6 +891,44 @@ for name, sampler in samplers.SAMPLERS.items():
         r"lambda: expected 1 where alpha is 0 \(step 0\), got 1.01",
     )
 
+BAD_CONSTRUCTORS |= {
+    "Table: values no mapping": (lambda: Table([1.0]), TypeError, "values: expected a mapping of columns, got list"),
+    "Table: text": (lambda: table(c_x="much"), ValueError, "c_x: expected numbers, got 'much'"),
+    "Table: clip 0 in float32": (lambda: table(clip=1e-60), ValueError, "clip: expected a value above 0, .* got 1e-60"),
+    "Table: nan in a check": (lambda: table(logvar_min=1000.0), ValueError, "variance of row 0"),
+    "concat: no table": (lambda: epskernels.concat([1]), TypeError, "tables: expected Tables, got int"),
+    "steps_offset": (
+        lambda: LINEAR.timesteps(5, steps_offset=0.5),
+        ValueError,
+        "steps_offset: expected an integer, got 0.5",
+    ),
+    "steps: ddim with sections": (
+        lambda: LINEAR.timesteps("ddim25,3"),
+        ValueError,
+        "steps: expected one count after 'ddim'",
+    ),
+    "cosine: max_beta nan": (lambda: schedule.cosine(max_beta=np.nan), ValueError, "max_beta: expected a value in"),
+    "betas: first 0": (lambda: schedule.from_betas([0.0, 0.1]), ValueError, "betas: expected the first above 0, got 0"),
+    "karras: model": (
+        lambda: schedule.KarrasSchedule(model="x"),
+        TypeError,
+        "model: expected a DiscreteSchedule, got str",
+    ),
+    "karras: no levels": (lambda: KARRAS.grid_at([]), ValueError, "sigma: expected .N,. finite values above 0"),
+    "karras: nan level": (lambda: KARRAS.grid_at([np.nan]), ValueError, "sigma: expected .N,. finite values above 0"),
+    "edm_heun: S_min nan": (lambda: samplers.edm_heun(KARRAS, 4, S_min=np.nan), ValueError, "S_min, S_max: expected"),
+    "ddim: guidance text": (
+        lambda: samplers.ddim(LINEAR, 4, guidance="7"),
+        ValueError,
+        "guidance: expected a finite value",
+    ),
+    "scaling: formula": (
+        lambda: scaling.EpsilonScaling(lambda i: np.ones(3), "cleanest", "three").values(4),
+        ValueError,
+        r"lambda: expected one value for each of 4 steps, got shape \(3,\)",
+    ),
+}
+
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 @pytest.mark.parametrize("case", BAD_CONSTRUCTORS)
