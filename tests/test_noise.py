@@ -19,32 +19,10 @@ from epskernels.ops import DTYPES
 from epskernels.table import COLUMNS
 
 CAPABILITIES = _C.cpu_capabilities()
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORD = 2**32 - 1
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine PyTorch's threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=["reference", *CAPABILITIES])
-def backend(request):
-    """epskernels.normal and step run on the reference, or on the kernel with one instruction set."""
-    before = _C.cpu_capability()
-    if request.param == "reference":
-        with epskernels.use_backend("reference"):
-            yield request.param
-    else:
-        _C.set_cpu_capability(request.param)
-        with epskernels.use_backend("cpu"):
-            yield request.param
-    _C.set_cpu_capability(before)
 
 
 def same_bits(a, b):

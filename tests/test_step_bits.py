@@ -18,6 +18,7 @@ from epskernels.ops import DTYPES, REFERENCE
 from epskernels.table import COLUMNS
 
 CAPABILITIES = _C.cpu_capabilities()
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONAL = ("u", "m1", "m2", "v", "grad", "noise", "seeds")
 LIKE_F = ("f", "u", "v")  # in the model's dtype; the rest are in the state's
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -47,29 +48,6 @@ def capability(request):
     _C.set_cpu_capability(request.param)
     yield request.param
     _C.set_cpu_capability(before)
-
-
-@pytest.fixture(params=["reference", *CAPABILITIES])
-def backend(request):
-    """epskernels.step runs on the reference, or on the kernel with one instruction set."""
-    before = _C.cpu_capability()
-    if request.param == "reference":
-        with epskernels.use_backend("reference"):
-            yield request.param
-    else:
-        _C.set_cpu_capability(request.param)
-        with epskernels.use_backend("cpu"):
-            yield request.param
-    _C.set_cpu_capability(before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are small: on a busy machine PyTorch's threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
