@@ -51,7 +51,7 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"EPSKERNELS_BUILD: expected auto, 0 or 1, got {wanted!r}")
         reason = "EPSKERNELS_BUILD=0 was set when it was installed" if wanted == "0" else ""
         if not reason and (missing := missing_tools()):
-            reason = "the build found no " + ", no ".join(missing)
+            reason = "the build lacked " + ", ".join(missing)
             if wanted == "1":
                 raise SystemExit(f"EPSKERNELS_BUILD=1, but {reason}")
         if reason:

@@ -4,7 +4,7 @@ import importlib
 import pathlib
 
 _NOTE = pathlib.Path(__file__).with_name("not_built.txt")
-_MEND = "install a C++ compiler and torch>=2.11, then: pip install --force-reinstall --no-deps epskernels"
+_MEND = "install a C++ compiler and torch>=2.11, then the package again: pip install --force-reinstall --no-deps ..."
 _extension = None
 _why = None
 

@@ -185,7 +185,7 @@ def run_sample(args):
     try:
         model = models.load(args.model, args.device)
         call = model.callable(args.label, args.guidance)
-        tables = {"scaled": make_table(args, model, _scaling(args)).to(args.device)}
+        tables = {"samples": make_table(args, model, _scaling(args)).to(args.device)}
         if args.compare:
             tables = {"baseline": make_table(args, model, scaling.constant(1.0)).to(args.device)} | tables
     except ImportError as error:
@@ -218,7 +218,7 @@ def run_sample(args):
     print(f"time in the model {model_seconds:.2f} s, in the step and the loop around it {total - model_seconds:.2f} s")
     print(f"sha256 of the initial noise {_sha256(noise)}")
     for name, samples in runs.items():
-        print(f"sha256 of the samples, {name} {_sha256(samples)}")
+        print(f"sha256 of the {name} {_sha256(samples)}")
     for path in args.out or ():
         _write(path, runs, args)
 

@@ -45,12 +45,12 @@ def test_writes_samples_and_grid(tiny, sampler, tmp_path, capsys):
     assert run(*arguments, "--lambda", "1.01", "--compare", "--out", str(npz), "--out", str(png)) == 0
     saved = np.load(npz)
     assert saved["seeds"].tolist() == [0, 1, 2, 3, 4, 9]
-    assert saved["scaled"].shape == saved["baseline"].shape == (6, 1, 8, 8)
-    assert not np.array_equal(saved["scaled"], saved["baseline"])
+    assert saved["samples"].shape == saved["baseline"].shape == (6, 1, 8, 8)
+    assert not np.array_equal(saved["samples"], saved["baseline"])
     assert Image.open(png).size == (2 * 3 * 10 + 12, 2 * 10)
     printed = capsys.readouterr().out
     assert re.search(r"time in the model \d+\.\d+ s, in the step and the loop around it \d+\.\d+ s", printed)
-    assert len(re.findall(r"sha256 of the (?:initial noise|samples, \w+) [0-9a-f]{64}", printed)) == 3
+    assert len(re.findall(r"sha256 of the (?:initial noise|baseline|samples) [0-9a-f]{64}", printed)) == 3
 
 
 def test_backends_print_the_same_hashes(tiny, capsys):
@@ -68,7 +68,7 @@ def test_guidance_with_classes(tiny, tmp_path):
         path = tmp_path / f"{guidance}.npz"
         arguments = ["--model", tiny["classes"], "--steps", "3", "--seeds", "0", "--class", "2", "--out", str(path)]
         assert run(*arguments, "--guidance", guidance) == 0
-        outputs.append(np.load(path)["scaled"])
+        outputs.append(np.load(path)["samples"])
     assert not np.array_equal(*outputs)
 
 

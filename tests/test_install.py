@@ -72,7 +72,7 @@ def test_build_1_makes_a_missing_tool_an_error_and_other_values_are_refused(want
     made = make_wheel(tmp_path, EPSKERNELS_BUILD=wanted, PATH=str(tmp_path))
     assert made.returncode != 0
     expected = {
-        "1": "EPSKERNELS_BUILD=1, but the build found no cmake",
+        "1": "EPSKERNELS_BUILD=1, but the build lacked cmake",
         "yes": "EPSKERNELS_BUILD: expected auto, 0 or 1",
     }
     assert expected[wanted] in made.stdout + made.stderr
