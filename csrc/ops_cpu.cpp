@@ -15,6 +15,10 @@
 #include "cpu_capability.h"
 #include "step_cpu.h"
 
+#if defined(EPSKERNELS_X86)
+#include <cpuid.h>
+#endif
+
 namespace epskernels {
 namespace {
 
@@ -35,12 +39,20 @@ template <typename... Parts>
 
 // ---- the instruction set ----
 
+#if defined(EPSKERNELS_X86)
+// Not every compiler's __builtin_cpu_supports knows the name.
+bool has_f16c() {
+  unsigned eax, ebx, ecx = 0, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 bool machine_has(const CpuKernels& kernels) {
 #if defined(EPSKERNELS_X86)
-  if (&kernels == &avx2::kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (&kernels == &avx2::kernels) return __builtin_cpu_supports("avx2") && has_f16c();
   if (&kernels == &avx512::kernels)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_f16c();
 #endif
   return &kernels == &generic::kernels;
 }

@@ -8,6 +8,12 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__clang__)
+#define NO_LOOP_DEPENDENCE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define NO_LOOP_DEPENDENCE _Pragma("GCC ivdep")
+#endif
+
 namespace epskernels::EPSKERNELS_CAPABILITY {
 namespace {
 
@@ -184,7 +190,7 @@ void step_tile(const StepRow& row_in_memory, const TileInputs& in, float* out, f
   constexpr unsigned terms = variant % STEP_VALUE_TERMS;
   const StepRow row = row_in_memory;
   const float *x = in.x, *f = in.f, *u = in.u, *m1 = in.m1, *m2 = in.m2, *grad = in.grad, *z = in.z;
-#pragma GCC ivdep
+  NO_LOOP_DEPENDENCE
   for (int64_t i = 0; i < count; ++i) {
     StepInputs element{};
     element.x = x[i];

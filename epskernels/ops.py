@@ -362,9 +362,8 @@ def _check_backend(name):
 
 _DEFAULT_BACKEND = _check_backend(os.environ.get("EPSKERNELS_BACKEND", "auto"))
 _choices_lock = threading.Lock()
-_choices = (
-    0 if _DEFAULT_BACKEND is None else 1
-)  # contexts open in any thread: while there are none, nothing is looked up
+# Contexts open in any thread, the process's own choice counted in: while there are none, nothing is looked up.
+_choices = 0 if _DEFAULT_BACKEND is None else 1
 
 
 @contextlib.contextmanager
