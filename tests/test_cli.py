@@ -1,5 +1,6 @@
 """The command line: what it writes, what it prints, how it refuses."""
 
+import os
 import re
 import subprocess
 import sys
@@ -119,6 +120,22 @@ def test_info_names_versions_and_backends():
     for word in ("epskernels 0.", f"torch {torch.__version__}", "cpu capability: ", "backends:", "reference"):
         assert word in result.stdout
     assert result.stderr == ""
+
+
+def test_environment_forces_the_instruction_set():
+    command = [sys.executable, "-m", "epskernels", "info"]
+    forced = {**os.environ, "EPSKERNELS_CPU_CAPABILITY": "generic"}
+    result = subprocess.run(command, env=forced, capture_output=True, text=True, check=True)
+    assert "cpu capability: generic of generic" in result.stdout
+    wrong = subprocess.run(command, env={**forced, "EPSKERNELS_CPU_CAPABILITY": "sse9"}, capture_output=True, text=True)
+    assert wrong.returncode != 0 and "cpu capability: expected one of generic" in wrong.stderr
+
+
+def test_environment_forces_the_reference():
+    code = "import epskernels.ops as o, torch; print(o._step_ops(torch.ones(1))[0] is o.reference_step)"
+    forced = {**os.environ, "EPSKERNELS_BACKEND": "reference"}
+    result = subprocess.run([sys.executable, "-c", code], env=forced, capture_output=True, text=True, check=True)
+    assert result.stdout == "True\n"
 
 
 def test_help_shows_examples(capsys):
