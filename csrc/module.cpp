@@ -23,6 +23,9 @@ PYBIND11_MODULE(_C, module) {
         return std::array<uint32_t, 4>{w.w0, w.w1, w.w2, w.w3};
       },
       py::arg("counter"), py::arg("key"), "Philox4x32-10: four words from a counter of four and a key of two.");
+  module.def("normal_elements", &epskernels::normal_elements, py::arg("seed"), py::arg("draw"), py::arg("stream"),
+             py::arg("begin"), py::arg("count"),
+             "Normals of elements [begin, begin + count) of a sample: a look into noise of any size.");
   module.def("build_info", [] {
     py::dict info;
     info["version"] = EPSKERNELS_VERSION;

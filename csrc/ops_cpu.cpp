@@ -430,7 +430,7 @@ Tensor normal(Tensor seeds_tensor, std::vector<int64_t> shape, ScalarType dtype,
       const int64_t sample = first / tiles, begin = first % tiles * TILE;
       kernels.normal(static_cast<uint64_t>(integer_at(seeds, sample)), static_cast<uint32_t>(draw),
                      static_cast<uint32_t>(stream), out_dtype,
-                     view.data + sample * sample_numel * view.element_size(), begin,
+                     view.data + (sample * sample_numel + begin) * view.element_size(), begin,
                      std::min(begin + TILE, sample_numel));
     }
   });
@@ -457,6 +457,16 @@ void set_cpu_capability(const std::string& name) {
     known += (known.empty() ? "" : ", ") + std::string(kernels->name);
   }
   throw std::invalid_argument("cpu capability: expected one of " + known + " on this machine, got '" + name + "'");
+}
+
+std::vector<float> normal_elements(uint64_t seed, uint32_t draw, uint32_t stream, int64_t begin, int64_t count) {
+  if (begin < 0 || begin % 4 != 0) throw std::invalid_argument("begin: expected a multiple of 4, at least 0");
+  if (count < 1 || count > TILE) throw std::invalid_argument("count: expected 1 to " + std::to_string(TILE));
+  if (begin > INT64_MAX - count) throw std::invalid_argument("begin: expected less than 2^63 - count");
+  std::vector<float> elements(count);
+  char* out = reinterpret_cast<char*>(elements.data());
+  chosen_kernels().load()->normal(seed, draw, stream, Dtype::float32, out, begin, begin + count);
+  return elements;
 }
 
 }  // namespace epskernels

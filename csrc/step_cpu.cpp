@@ -163,15 +163,15 @@ void normal_tile(uint64_t seed, uint32_t draw, uint32_t stream, int64_t begin, i
   }
 }
 
-void normal(uint64_t seed, uint32_t draw, uint32_t stream, Dtype dtype, void* out, int64_t begin, int64_t end) {
+void normal(uint64_t seed, uint32_t draw, uint32_t stream, Dtype dtype, char* out, int64_t begin, int64_t end) {
   alignas(64) float z[TILE];
-  for (; begin < end; begin += TILE) {
-    const int64_t count = end - begin < TILE ? end - begin : TILE;
-    normal_tile(seed, draw, stream, begin, count, z);
+  for (int64_t done = 0; done < end - begin; done += TILE) {
+    const int64_t count = end - begin - done < TILE ? end - begin - done : TILE;
+    normal_tile(seed, draw, stream, begin + done, count, z);
     if (dtype == Dtype::float32) {
-      std::memcpy(static_cast<float*>(out) + begin, z, count * sizeof(float));
+      std::memcpy(out + done * sizeof(float), z, count * sizeof(float));
     } else {
-      round_tile(dtype, z, static_cast<char*>(out), begin, count);
+      round_tile(dtype, z, out, done, count);
     }
   }
 }

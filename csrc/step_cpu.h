@@ -35,7 +35,8 @@ struct CpuKernels {
   const char* name;
   // Elements [begin, end) of one sample, begin a multiple of TILE.
   void (*step)(const StepCall& call, int64_t sample, int64_t begin, int64_t end);
-  void (*normal)(uint64_t seed, uint32_t draw, uint32_t stream, Dtype dtype, void* out, int64_t begin, int64_t end);
+  // Normals of elements [begin, end) of a sample, begin a multiple of 4, written from `out` on.
+  void (*normal)(uint64_t seed, uint32_t draw, uint32_t stream, Dtype dtype, char* out, int64_t begin, int64_t end);
 };
 
 namespace generic { extern const CpuKernels kernels; }

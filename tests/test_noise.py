@@ -32,6 +32,22 @@ def same_bits(a, b):
 # ---- words ----
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("begin", [0, 4, 2**34 - 512, 2**34, 2**40 + 64, 2**62], ids=str)
+def test_elements_beyond_what_memory_holds(capability, begin):
+    """The counter's high word counts from element 2^34 on."""
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(capability)
+    got = torch.tensor(_C.normal_elements(77, 3, 1, begin, 1001))
+    _C.set_cpu_capability(before)
+    group = torch.arange(251) + begin // 4
+    counter = (group & WORD, group >> 32, torch.full_like(group, 3), torch.ones_like(group))
+    words = step_reference.philox(counter, (torch.tensor(77), torch.tensor(0)))
+    pairs = step_reference.box_muller(*words[:2]), step_reference.box_muller(*words[2:])
+    expected = torch.stack([*pairs[0], *pairs[1]], dim=1).flatten()[:1001]
+    assert same_bits(got, expected)
+
+
 def known_answers():
     lines = pathlib.Path(__file__).with_name("philox_known_answers.txt").read_text().splitlines()
     words = [[int(word, 16) for word in line.split()] for line in lines if not line.startswith("#")]
