@@ -45,4 +45,6 @@ namespace avx2 { extern const CpuKernels kernels; }
 namespace avx512 { extern const CpuKernels kernels; }
 #endif
 
+const CpuKernels& cpu_kernels();  // those in use: see cpu_capability.cpp
+
 }  // namespace epskernels

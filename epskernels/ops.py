@@ -44,7 +44,7 @@ for _schema in SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
 
-# ---- checks: the same as in csrc/ops_cpu.cpp, for the backends written in Python ----
+# ---- checks: the same as in csrc/arguments.h and ops_cpu.cpp, for the backends written in Python ----
 
 
 def _fail(message):
