@@ -183,6 +183,10 @@ def run_sample(args):
     if args.compare and not (args.lambda_ or args.lambda_linear or args.published):
         raise UsageError("--compare: expected a scaling to compare with none: --lambda, --lambda-linear or --published")
     try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise UsageError(f"--device: {args.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    try:
         model = models.load(args.model, args.device)
         call = model.callable(args.label, args.guidance)
         tables = {"samples": make_table(args, model, _scaling(args)).to(args.device)}

@@ -181,8 +181,8 @@ def ddim(
 
     eta: 0 deterministic, 1 the posterior's variance. direction: "scaled", where the noise direction is derived again from
     the scaled and clamped x_0 (ADM-ES, DDIM-ES), or "unscaled", where it is the model's own eps (LDM-ES); lambda does not
-    transfer between the two. A classifier's gradient shifts eps by -sigma_t times it after clamping (ADM's condition_score).
-    The other arguments as in ddpm. Raises ValueError naming the argument.
+    transfer between the two. A classifier's gradient shifts eps by -sigma_t times it after clamping (ADM's condition_score);
+    not where alpha is 0, and not in the unscaled form. The other arguments as in ddpm. Raises ValueError naming the argument.
     """
     grid, columns = _first_order(
         schedule, steps, scaling, prediction, clip, guidance, (DiscreteSchedule, FlowSchedule), grid_options
@@ -197,8 +197,9 @@ def ddim(
     if direction == "scaled":  # eps = (x - alpha*m0)/sigma
         columns["c_x"] = towards / grid.sigma
         columns["c_m0"] = grid.alpha_next - towards * grid.alpha / grid.sigma
-        columns["c_grad"] = grid.alpha_next * grid.sigma**2 / np.where(grid.alpha == 0, np.inf, grid.alpha)
-        columns["c_grad"] = columns["c_grad"] - towards * grid.sigma
+        safe_alpha = np.where(grid.alpha == 0, 1.0, grid.alpha)
+        shift = grid.alpha_next * grid.sigma**2 / safe_alpha - towards * grid.sigma
+        columns["c_grad"] = np.where(grid.alpha == 0, 0.0, shift)  # there eps says nothing of x_0
     elif direction == "unscaled":  # eps = e_x*x + e_f*f, what the model said
         f_x0, f_eps = columns["f_x0"], columns["f_eps"]
         determinant = grid.alpha * f_eps - grid.sigma * f_x0

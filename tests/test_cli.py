@@ -99,6 +99,8 @@ def test_scalings(tiny, setting):
         (["--compare"], "--compare: expected a scaling"),
         (["--eta", "1"], "--eta: not an option of --sampler ddpm"),
         (["--guidance", "2"], "guidance and class need a network with classes"),
+        (["--device", "nope"], "--device: 'nope' cannot be used"),
+        (["--device", f"cuda:{torch.cuda.device_count()}"], "--device: 'cuda:.' cannot be used"),
         (["--model", "/nonexistent"], "model: expected unet/config.json"),
         ([], "required: COMMAND"),
     ],

@@ -417,3 +417,13 @@ def test_what_a_network_predicts(prediction, f):
     """(f_x0, f_eps) at alpha 0.8, sigma 0.6."""
     got = samplers.model_output(prediction, np.array([0.8]), np.array([0.6]))
     assert [part.item() for part in got] == list(f)
+
+
+def test_classifier_guidance_is_left_out_where_alpha_is_0():
+    """Elsewhere the shift is that of eps -> eps - sigma*grad, in x_0 and in the direction."""
+    path = schedule.linear().zero_terminal_snr()
+    table = samplers.ddim(path, 4, spacing="trailing", prediction="v_prediction")
+    alpha, sigma = table["alpha_in"], table["sigma_in"]
+    assert alpha[0] == 0 and table["c_grad"][0] == 0
+    expected = table["alpha_out"] * sigma**2 / np.where(alpha == 0, 1, alpha) - table["sigma_out"] * sigma
+    np.testing.assert_allclose(table["c_grad"][1:], expected[1:], rtol=1e-12)
