@@ -1,29 +1,53 @@
 """Which compiled parts this installation has, and why one is missing."""
 
+import functools
 import importlib
+import importlib.util
+import logging
 import os
 import pathlib
 
-_NOTE = pathlib.Path(__file__).with_name("not_built.txt")
-_MEND = "install a C++ compiler and torch>=2.11, then the package again: pip install --force-reinstall --no-deps ..."
+import torch
+
+_FOLDER = pathlib.Path(__file__).parent
+_NOTES = {"cpu": _FOLDER / "not_built.txt", "cuda": _FOLDER / "not_built_cuda.txt"}
+_CUDA_LIBRARY = _FOLDER / "libepskernels_cuda.so"
+_MEND = "install {} and torch>=2.11, then the package again: pip install --force-reinstall --no-deps ..."
+_log = logging.getLogger("epskernels")
 _extension = None
-_why = None
+_why = {}
 
 
 def load_kernels():
-    """Import epskernels._C, which brings the CPU kernel's registration with it; the schemas must exist by then.
+    """Load the kernels, whose registration comes with them; the schemas must exist by then.
 
-    EPSKERNELS_CPU_CAPABILITY forces an instruction set: generic, avx2 or avx512. ValueError for one that the machine lacks.
+    _C brings the CPU kernel. The CUDA kernel is loaded where torch was built with CUDA. EPSKERNELS_CPU_CAPABILITY forces an
+    instruction set: generic, avx2 or avx512. ValueError for one that the machine lacks.
     """
-    global _extension, _why
+    global _extension
     try:
         _extension = importlib.import_module("epskernels._C")
     except ImportError as error:
-        reason = _NOTE.read_text().strip() if _NOTE.exists() else str(error)
-        _why = f"the compiled kernels are missing ({reason}); {_MEND}"
-        return
-    if capability := os.environ.get("EPSKERNELS_CPU_CAPABILITY"):
-        _extension.set_cpu_capability(capability)
+        _why["cpu"] = f"the compiled kernels are missing ({_note('cpu', error)}); {_MEND.format('a C++ compiler')}"
+    else:
+        if capability := os.environ.get("EPSKERNELS_CPU_CAPABILITY"):
+            _extension.set_cpu_capability(capability)
+    try:
+        if not _CUDA_LIBRARY.exists():
+            raise OSError("not built")
+        if torch.version.cuda is None:  # its symbols of CUDA's streams would be missing
+            _why["cuda"] = f"this torch ({torch.__version__}) was built without CUDA"
+        else:
+            torch.ops.load_library(_CUDA_LIBRARY)
+    except OSError as error:
+        _why["cuda"] = f"the CUDA kernel is missing ({_note('cuda', error)}); {_MEND.format('nvcc')}"
+    for backend in ("cpu", "cuda"):
+        _log.debug("%s kernel: %s", backend, _why.get(backend, "loaded"))
+
+
+def _note(backend, error):
+    note = _NOTES[backend] if _NOTES[backend].exists() else _NOTES["cpu"]
+    return note.read_text().strip() if note.exists() else str(error)
 
 
 def extension():
@@ -31,6 +55,26 @@ def extension():
     return _extension
 
 
-def why_missing():
-    """None where the compiled kernels are there; else the reason and the mend, one sentence."""
-    return _why
+def cuda_targets():
+    """What the CUDA kernel was compiled for, such as "CUDA 13.0: sm_80, sm_90, compute_90"; None without one."""
+    note = _FOLDER / "built_cuda.txt"
+    return note.read_text().strip() if _CUDA_LIBRARY.exists() and note.exists() else None
+
+
+@functools.cache
+def _no_gpu():
+    return None if torch.cuda.is_available() else "no GPU is available to torch"
+
+
+def interprets_triton():
+    """Whether triton runs its kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_missing(backend="cpu"):
+    """None where the backend, "cpu", "cuda" or "triton", can run; else the reason, and the mend where there is one."""
+    if backend != "triton":
+        return _why.get(backend) or (_no_gpu() if backend == "cuda" else None)
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    return None if interprets_triton() else _no_gpu()

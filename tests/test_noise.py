@@ -15,7 +15,7 @@ import torch
 
 import epskernels
 from epskernels import _C, samplers, schedule, step_reference
-from epskernels.ops import DTYPES
+from epskernels.checks import DTYPES
 from epskernels.table import COLUMNS
 
 CAPABILITIES = _C.cpu_capabilities()

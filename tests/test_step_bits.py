@@ -14,7 +14,8 @@ import torch
 
 import epskernels
 from epskernels import _C, samplers, schedule
-from epskernels.ops import DTYPES, REFERENCE
+from epskernels.checks import DTYPES
+from epskernels.ops import REFERENCE
 from epskernels.table import COLUMNS
 
 CAPABILITIES = _C.cpu_capabilities()
