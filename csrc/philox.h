@@ -16,21 +16,41 @@ struct PhiloxWords {
   uint32_t w0, w1, w2, w3;
 };
 
+// The whole product of two words.
+HOST_DEVICE void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+#if defined(__CUDA_ARCH__)
+  // As one instruction; from 64-bit C++ the compiler makes two.
+  asm("{ .reg .u64 product; mul.wide.u32 product, %2, %3; mov.b64 {%1, %0}, product; }"
+      : "=r"(high), "=r"(low) : "r"(a), "r"(b));
+#else
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  high = static_cast<uint32_t>(product >> 32);
+  low = static_cast<uint32_t>(product);
+#endif
+}
+
 HOST_DEVICE PhiloxWords philox(PhiloxWords counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * counter.w0;
-    const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * counter.w2;
-    counter = {static_cast<uint32_t>(product1 >> 32) ^ counter.w1 ^ key0, static_cast<uint32_t>(product1),
-               static_cast<uint32_t>(product0 >> 32) ^ counter.w3 ^ key1, static_cast<uint32_t>(product0)};
+    uint32_t high0, low0, high1, low1;
+    multiply(0xD2511F53u, counter.w0, high0, low0);
+    multiply(0xCD9E8D57u, counter.w2, high1, low1);
+    counter = {high1 ^ counter.w1 ^ key0, low1, high0 ^ counter.w3 ^ key1, low0};
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
   return counter;
 }
 
+// The correctly rounded square root of zero, of either sign, or of a number in [2^-100, 2^100].
 HOST_DEVICE float sqrt_rounded(float value) {
 #if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(value);
+  // What __fsqrt_rn does for such numbers, without its branch to the others: one step of Newton's after the approximation
+  // is exact here. The minimum turns the infinity of a zero into a number, whose product with that zero is the zero.
+  float reciprocal;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(value));
+  reciprocal = fminf(fabsf(reciprocal), 0x1.fffffep+127f);
+  const float root = __fmul_rn(value, reciprocal);
+  return __fmaf_rn(__fmaf_rn(-root, root, value), __fmul_rn(0.5f, reciprocal), root);
 #else
   return std::sqrt(value);
 #endif

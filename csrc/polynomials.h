@@ -47,12 +47,11 @@ HOST_DEVICE float log_poly(float u) {
   return static_cast<float>(e) * 0x1.62e430p-1f + p * f;
 }
 
-// cos and sin of 2*pi*turn/2^32. The quadrant is split off as an integer; the rest lies in [-pi/4, pi/4).
+// cos and sin of 2*pi*turn/2^32. The quadrant is split off as an integer; the rest, turn's low 30 bits with their sign, lies in
+// [-pi/4, pi/4).
 HOST_DEVICE void cos_sin_poly(uint32_t turn, float& cosine, float& sine) {
-  const uint32_t shifted = turn + 0x20000000u;
-  const uint32_t quadrant = shifted >> 30;
-  const int32_t rest = static_cast<int32_t>(shifted & 0x3fffffffu) - 0x20000000;
-  const float a = static_cast<float>(rest) * 0x1.921fb6p-30f;
+  const uint32_t quadrant = turn + 0x20000000u;  // in its two high bits
+  const float a = static_cast<float>(static_cast<int32_t>(turn << 2)) * 0x1.921fb6p-32f;
   const float a2 = a * a;
   float s = -0x1.9943e0p-13f;
   s = s * a2 + 0x1.11073ap-7f;
@@ -63,9 +62,9 @@ HOST_DEVICE void cos_sin_poly(uint32_t turn, float& cosine, float& sine) {
   c = c * a2 + 0x1.553e80p-5f;
   c = c * a2 + -0x1.ffffb2p-2f;
   c = c * a2 + 1.0f;
-  const bool odd = (quadrant & 1u) != 0;
-  cosine = float_from_bits(bits_from_float(select(odd, s, c)) ^ (((quadrant + 1u) & 2u) << 30));
-  sine = float_from_bits(bits_from_float(select(odd, c, s)) ^ ((quadrant & 2u) << 30));
+  const bool odd = (quadrant & 0x40000000u) != 0;
+  cosine = float_from_bits(bits_from_float(select(odd, s, c)) ^ ((quadrant + 0x40000000u) & 0x80000000u));
+  sine = float_from_bits(bits_from_float(select(odd, c, s)) ^ (quadrant & 0x80000000u));
 }
 
 // exp(y), y held to [-87, 88]; exp(0) is 1 exactly; NaN passes through.

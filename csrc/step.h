@@ -51,11 +51,27 @@ HOST_DEVICE unsigned row_terms(const StepRow& row) {
   return terms;
 }
 
+HOST_DEVICE bool valid_draw(float draw) {
+  return draw >= 0.0f && draw < 0x1p24f && draw == static_cast<float>(static_cast<int32_t>(draw));
+}
+
 // s, the standard deviation that the model has learned, from v.
 HOST_DEVICE float learned_sigma(const StepRow& row, float v) {
   const float frac = (v + 1.0f) * 0.5f;
   const float logvar = frac * row.logvar_max + (1.0f - frac) * row.logvar_min;
   return exp_poly(0.5f * logvar);
+}
+
+// To [-clip, clip]; NaN stays NaN, and -0 stays -0.
+HOST_DEVICE float clamp(float value, float clip) {
+#if defined(__CUDA_ARCH__)
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(value), "f"(-clip));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(value), "f"(clip));
+  return value;
+#else
+  value = select(value < -clip, -clip, value);
+  return select(value > clip, clip, value);
+#endif
 }
 
 struct StepInputs {
@@ -68,10 +84,7 @@ HOST_DEVICE float step_value(const StepRow& row, unsigned terms, const StepInput
   if (terms & TERM_GUIDANCE) fhat = in.u + row.g * (in.f - in.u);
 
   m0 = row.d_x * in.x + row.d_f * fhat;
-  if (terms & TERM_CLIP) {
-    m0 = select(m0 < -row.clip, -row.clip, m0);
-    m0 = select(m0 > row.clip, row.clip, m0);
-  }
+  if (terms & TERM_CLIP) m0 = clamp(m0, row.clip);
 
   float next = row.c_x * in.x;
   if (terms & TERM_F) next = next + row.c_f * fhat;

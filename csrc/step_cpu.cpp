@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "halves.h"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -19,33 +21,7 @@ namespace {
 
 static_assert(TILE % 64 == 0);
 
-// ---- float16 and bfloat16, rounded to nearest even, subnormals kept ----
-
-inline float widen_float16(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu, sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const float value = float_from_bits(magnitude << 13) * 0x1p112f;  // moves the exponent's bias; exact
-  const uint32_t infinite = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-  return float_from_bits(bits_from_float(value) | infinite | sign);
-}
-
-inline uint16_t round_float16(float value) {
-  const uint32_t bits = bits_from_float(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Below 2^-14: adding 1/2 leaves the half's subnormal, rounded by the addition, in the low bits.
-  const uint32_t subnormal = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
-  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;
-  return static_cast<uint16_t>(sign | half);
-}
-
-inline float widen_bfloat16(uint16_t value) { return float_from_bits(static_cast<uint32_t>(value) << 16); }
-
-inline uint16_t round_bfloat16(float value) {
-  const uint32_t bits = bits_from_float(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
+// ---- float16 and bfloat16 ----
 
 void widen_tile_float16(const uint16_t* source, float* tile, int64_t count) {
   int64_t i = 0;
@@ -227,39 +203,40 @@ void learned_tile(const StepRow& row, const float* v, const float* z, float* sca
 }
 
 void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
+  const StepOperands& operands = call.operands;
   const Sample& sample = call.samples[index];
   const StepRow& row = *sample.row;
   const unsigned terms = sample.terms;
   const auto at = [index](const Batch& batch) { return batch.data + index * batch.stride; };
-  const bool direct = call.x_dtype == Dtype::float32, keep_m0 = call.m0.data != nullptr;
+  const bool direct = operands.x_dtype == Dtype::float32, keep_m0 = operands.m0.data != nullptr;
   alignas(64) float buffers[12][TILE];
   for (; begin < end; begin += TILE) {
     const int64_t count = end - begin < TILE ? end - begin : TILE;
     TileInputs in{};
-    in.x = widen_tile(call.x_dtype, at(call.x), begin, count, buffers[0]);
-    in.f = widen_tile(call.f_dtype, at(call.f), begin, count, buffers[1]);
-    if (terms & TERM_GUIDANCE) in.u = widen_tile(call.f_dtype, at(call.u), begin, count, buffers[2]);
-    if (terms & TERM_M1) in.m1 = widen_tile(call.x_dtype, at(call.m1), begin, count, buffers[3]);
-    if (terms & TERM_M2) in.m2 = widen_tile(call.x_dtype, at(call.m2), begin, count, buffers[4]);
-    if (terms & TERM_GRAD) in.grad = widen_tile(call.x_dtype, at(call.grad), begin, count, buffers[5]);
-    if ((terms & TERM_NOISE) && call.noise.data != nullptr) {
-      in.z = widen_tile(call.x_dtype, at(call.noise), begin, count, buffers[6]);
+    in.x = widen_tile(operands.x_dtype, at(operands.x), begin, count, buffers[0]);
+    in.f = widen_tile(operands.f_dtype, at(operands.f), begin, count, buffers[1]);
+    if (terms & TERM_GUIDANCE) in.u = widen_tile(operands.f_dtype, at(operands.u), begin, count, buffers[2]);
+    if (terms & TERM_M1) in.m1 = widen_tile(operands.x_dtype, at(operands.m1), begin, count, buffers[3]);
+    if (terms & TERM_M2) in.m2 = widen_tile(operands.x_dtype, at(operands.m2), begin, count, buffers[4]);
+    if (terms & TERM_GRAD) in.grad = widen_tile(operands.x_dtype, at(operands.grad), begin, count, buffers[5]);
+    if ((terms & TERM_NOISE) && operands.noise.data != nullptr) {
+      in.z = widen_tile(operands.x_dtype, at(operands.noise), begin, count, buffers[6]);
     } else if (terms & TERM_NOISE) {
       normal_tile(sample.seed, static_cast<uint32_t>(row.draw), STREAM_STEP, begin, count, buffers[6]);
       in.z = buffers[6];
     }
     if ((terms & TERM_VARIANCE) && (terms & (TERM_NOISE | TERM_GRAD))) {
-      const float* v = widen_tile(call.f_dtype, at(call.v), begin, count, buffers[7]);
+      const float* v = widen_tile(operands.f_dtype, at(operands.v), begin, count, buffers[7]);
       learned_tile(row, v, in.z, buffers[8], in.grad, buffers[9], count);
       if (in.z) in.z = buffers[8];
       if (in.grad) in.grad = buffers[9];
     }
-    float* out = direct ? reinterpret_cast<float*>(at(call.out)) + begin : buffers[10];
-    float* m0 = direct && keep_m0 ? reinterpret_cast<float*>(at(call.m0)) + begin : buffers[11];
+    float* out = direct ? reinterpret_cast<float*>(at(operands.out)) + begin : buffers[10];
+    float* m0 = direct && keep_m0 ? reinterpret_cast<float*>(at(operands.m0)) + begin : buffers[11];
     STEP_TILES.of[terms % STEP_VALUE_TERMS + (keep_m0 ? KEEP_M0 : 0)](row, in, out, m0, count);
     if (!direct) {
-      round_tile(call.x_dtype, out, at(call.out), begin, count);
-      if (keep_m0) round_tile(call.x_dtype, m0, at(call.m0), begin, count);
+      round_tile(operands.x_dtype, out, at(operands.out), begin, count);
+      if (keep_m0) round_tile(operands.x_dtype, m0, at(operands.m0), begin, count);
     }
   }
 }

@@ -1,19 +1,10 @@
 // The CPU kernel's interface: plain pointers, no torch. step_cpu.cpp is compiled once per instruction set.
 #pragma once
 
-#include <cstdint>
-
+#include "batch.h"
 #include "step.h"
 
 namespace epskernels {
-
-enum class Dtype : int { float32, float16, bfloat16 };
-
-// A tensor whose samples are contiguous, at any distance from each other.
-struct Batch {
-  char* data = nullptr;
-  int64_t stride = 0;  // bytes from one sample to the next
-};
 
 struct Sample {
   const StepRow* row;
@@ -22,11 +13,8 @@ struct Sample {
 };
 
 struct StepCall {
-  Dtype x_dtype, f_dtype;                 // of x, m1, m2, grad, noise, out, m0; of f, u, v
-  Batch x, f, u, m1, m2, v, grad, noise;  // without noise, a sample's seed makes it
-  Batch out, m0;                          // m0 may be absent
+  StepOperands operands;
   const Sample* samples;
-  int64_t sample_numel;
 };
 
 constexpr int64_t TILE = 1024;  // elements worked on at a time: every buffer of a tile stays in the first cache

@@ -1,8 +1,14 @@
+import os
+
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
 import epskernels
 from epskernels import _C  # the tests prove the compiled kernels: a build without them fails here
+from kernels import KERNELS, Kernel
 
 
 @pytest.fixture(autouse=True)
@@ -15,18 +21,22 @@ def extension():
     return _C
 
 
-@pytest.fixture(params=["reference", *_C.cpu_capabilities()])
-def backend(request):
-    """The public functions run on the reference, or on the kernel with one instruction set."""
-    before = _C.cpu_capability()
+@pytest.fixture(params=KERNELS)
+def kernel(request, monkeypatch):
+    """epskernels.step and epskernels.normal run on this kernel."""
+    with Kernel(request.param).active(monkeypatch) as kernel:
+        yield kernel
+
+
+@pytest.fixture(params=["reference", *KERNELS])
+def backend(request, monkeypatch):
+    """The public functions run on the reference, or on one of the kernels."""
     if request.param == "reference":
         with epskernels.use_backend("reference"):
             yield request.param
     else:
-        _C.set_cpu_capability(request.param)
-        with epskernels.use_backend("cpu"):
+        with Kernel(request.param).active(monkeypatch):
             yield request.param
-    _C.set_cpu_capability(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The compiled step against the reference, bit for bit, on every instruction set of this machine.
+"""The kernels against the reference, bit for bit: each of tests/kernels.py::KERNELS.
 
 Where the reference has NaN the kernel has NaN, of any payload; every other value has the same bits, the sign of zero
 included.
@@ -13,12 +13,11 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import _C, samplers, schedule
+from epskernels import samplers, schedule
 from epskernels.checks import DTYPES
 from epskernels.ops import REFERENCE
 from epskernels.table import COLUMNS
 
-CAPABILITIES = _C.cpu_capabilities()
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONAL = ("u", "m1", "m2", "v", "grad", "noise", "seeds")
 LIKE_F = ("f", "u", "v")  # in the model's dtype; the rest are in the state's
@@ -41,14 +40,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 each_dtype_pair = pytest.mark.parametrize(
     "x_dtype, f_dtype", DTYPE_PAIRS, ids=[f"x_{name(x)}-f_{name(f)}" for x, f in DTYPE_PAIRS]
 )
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
 
 
 @pytest.fixture
@@ -121,14 +112,14 @@ def reference(rows, index, inputs):
     return REFERENCE["step_m0"](rows=rows, index=index, **inputs)
 
 
-def compiled(rows, index, inputs, **kwargs):
+def step(rows, index, inputs, **kwargs):
+    """On the kernel that the test's fixture has made active."""
     inputs = dict(inputs)
-    with epskernels.use_backend("cpu"):
-        return epskernels.step(inputs.pop("x"), inputs.pop("f"), rows, index, **inputs, **kwargs)
+    return epskernels.step(inputs.pop("x"), inputs.pop("f"), rows, index, **inputs, **kwargs)
 
 
 def check(rows, index, inputs):
-    got, expected = compiled(rows, index, inputs, return_m0=True), reference(rows, index, inputs)
+    got, expected = step(rows, index, inputs, return_m0=True), reference(rows, index, inputs)
     assert_same_bits(got[1], expected[1], "m0")
     assert_same_bits(got[0], expected[0], "x'")
 
@@ -155,7 +146,7 @@ each_input_set = pytest.mark.parametrize("names", INPUT_SETS.values(), ids=list(
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("size", [1, 3, 63, 1000])
 @each_dtype_pair
-def test_step(capability, x_dtype, f_dtype, size, batch, names):
+def test_step(kernel, x_dtype, f_dtype, size, batch, names):
     inputs = make_inputs((batch, size), names, size * 10 + batch, x_dtype, f_dtype)
     rows = random_rows(5, names, size + batch)
     check(rows, torch.tensor(3), inputs)
@@ -167,7 +158,7 @@ MIXED_PAIRS = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), 
 
 @pytest.mark.parametrize("index", ["one_row", "row_each"])
 @pytest.mark.parametrize("x_dtype, f_dtype", MIXED_PAIRS, ids=[f"x_{name(x)}-f_{name(f)}" for x, f in MIXED_PAIRS])
-def test_step_of_many_tiles(capability, x_dtype, f_dtype, index):
+def test_step_of_many_tiles(kernel, x_dtype, f_dtype, index):
     names = ("u", "m1", "m2", "v", "grad", "seeds")
     inputs = make_inputs((2, 65537), names, 0, x_dtype, f_dtype)
     rows = random_rows(2, names, 11, idle=0)
@@ -179,7 +170,7 @@ SUBSETS = [names for count in range(6) for names in itertools.combinations(OPTIO
 
 @pytest.mark.parametrize("noise", ["no_noise", "noise", "seeds"])
 @pytest.mark.parametrize("names", SUBSETS, ids="-".join)
-def test_step_with_every_subset_of_inputs(capability, names, noise):
+def test_step_with_every_subset_of_inputs(kernel, names, noise):
     names = names if noise == "no_noise" else (*names, noise)
     for x_dtype, f_dtype in ((torch.float32, torch.float32), (torch.float16, torch.bfloat16)):
         inputs = make_inputs((6, 21), names, 5, x_dtype, f_dtype)
@@ -187,7 +178,7 @@ def test_step_with_every_subset_of_inputs(capability, names, noise):
 
 
 @pytest.mark.parametrize("shape", [(4,), (1,), (3, 5), (2, 1, 1, 1), (2, 3, 1, 5, 2, 2)], ids=str)
-def test_step_of_any_rank(capability, shape):
+def test_step_of_any_rank(kernel, shape):
     names = ("u", "m1", "m2", "v", "grad", "seeds")
     check(random_rows(shape[0], names, 3), torch.arange(shape[0]), make_inputs(shape, names, 4))
 
@@ -195,28 +186,28 @@ def test_step_of_any_rank(capability, shape):
 @pytest.mark.parametrize("c_f", [0.0, 0.7], ids=["c_f_zero", "c_f"])
 @pytest.mark.parametrize("clip", [0.0, 2.0**-130, 0.5, 3.0, float("inf")])
 @each_dtype
-def test_step_clamps(capability, dtype, clip, c_f):
+def test_step_clamps(kernel, dtype, clip, c_f):
     row = make_row(d_x=1.25, d_f=-0.75, clip=clip, c_x=0.3, c_f=c_f, c_m0=1.5)
     check(row, torch.tensor(0), make_inputs((3, 1000), (), 8, dtype, dtype, special=0.3))
 
 
 @pytest.mark.parametrize("scale", [1e-8, 6e-8, 1e-6, 6.1e-5, 1e4, 65504.0, 1e38])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
-def test_step_rounds_tiny_and_huge_results(capability, dtype, scale):
+def test_step_rounds_tiny_and_huge_results(kernel, dtype, scale):
     row = make_row(d_x=scale, d_f=0.3 * scale, c_x=0.9 * scale, c_f=0.2 * scale, c_m0=1e-3)
     check(row, torch.tensor(0), make_inputs((3, 4001), (), 9, dtype, torch.float32))
 
 
 @pytest.mark.parametrize("special", [0.5, 1.0])
 @each_dtype_pair
-def test_step_of_special_values(capability, x_dtype, f_dtype, special):
+def test_step_of_special_values(kernel, x_dtype, f_dtype, special):
     names = ("u", "m1", "m2", "v", "grad", "noise")
     inputs = make_inputs((8, 1000), names, 21, x_dtype, f_dtype, special)
     check(random_rows(8, names, 22), torch.arange(8), inputs)
 
 
 @pytest.mark.parametrize("v", [-1e30, -300.0, -3.0, -1.0, 0.0, 1.0, 3.0, 300.0, 1e30, float("inf"), float("nan")])
-def test_learned_variance_far_outside_its_range(capability, v):
+def test_learned_variance_far_outside_its_range(kernel, v):
     inputs = make_inputs((2, 63), ("grad", "noise"), 2, special=0)
     inputs["v"] = torch.full((2, 63), v)
     bounds = ((-9, -2), (-200, 200))
@@ -245,7 +236,7 @@ def _tables():
 
 @pytest.mark.parametrize("kind", ["discrete", "edm"])
 @each_dtype
-def test_batch_of_mixed_samplers(capability, dtype, kind):
+def test_batch_of_mixed_samplers(kernel, dtype, kind):
     table = _tables()[kind]
     batch = len(table)
     inputs = make_inputs((batch, 3, 7, 5), ("u", "m1", "m2", "v", "grad", "seeds"), 31, dtype, dtype)
@@ -256,7 +247,7 @@ def test_batch_of_mixed_samplers(capability, dtype, kind):
 
 
 @pytest.mark.parametrize("layout", ["wider", "strided_rows", "offset"])
-def test_rows_in_other_layouts(capability, layout):
+def test_rows_in_other_layouts(kernel, layout):
     names = ("u", "m1", "m2", "v", "grad", "seeds")
     inputs, rows, columns = make_inputs((4, 63), names, 1), random_rows(4, names, 2), len(COLUMNS)
     if layout == "wider":
@@ -266,11 +257,11 @@ def test_rows_in_other_layouts(capability, layout):
     else:
         view = torch.full((4 * columns + 1,), float("nan"))[1:].view(4, columns)
     view.copy_(rows)
-    got = compiled(view, torch.arange(4), inputs)
+    got = step(view, torch.arange(4), inputs)
     assert_same_bits(got, reference(rows, torch.arange(4), inputs)[0], "x'")
 
 
-def test_strided_and_expanded_index_and_seeds(capability):
+def test_strided_and_expanded_index_and_seeds(kernel):
     names = ("noise",)
     rows = random_rows(3, names, 2, idle=0)
     inputs = make_inputs((6, 63), (), 1)
@@ -278,7 +269,7 @@ def test_strided_and_expanded_index_and_seeds(capability):
     seeds = torch.randint(-(2**63), 2**63 - 1, (6, 3), generator=generator(4))
     for index, used in ((strided, seeds[:, 1]), (torch.tensor(1).expand(6), seeds[0, :1].expand(6))):
         expected = reference(rows, index.contiguous(), inputs | {"seeds": used.contiguous()})[0]
-        assert_same_bits(compiled(rows, index, inputs | {"seeds": used}), expected, "x'")
+        assert_same_bits(step(rows, index, inputs | {"seeds": used}), expected, "x'")
 
 
 # ---- layouts ----
@@ -325,7 +316,7 @@ SHAPE = (4, 6, 5, 7)
 
 @pytest.mark.parametrize("layout", READ_LAYOUTS)
 @each_dtype
-def test_layout_of_all_inputs(capability, dtype, layout):
+def test_layout_of_all_inputs(kernel, dtype, layout):
     inputs = make_inputs(SHAPE, ALL_TENSORS, 41, dtype, dtype)
     inputs = {key: READ_LAYOUTS[layout](value) for key, value in inputs.items()}
     check(random_rows(4, ALL_TENSORS, 42, idle=0), torch.arange(4), inputs)
@@ -337,13 +328,13 @@ def test_layout_of_all_inputs(capability, dtype, layout):
 @pytest.mark.parametrize(
     "layout", ["second_channel_half", "channels_last", "sliced", "expanded_batch", "offset_by_one"]
 )
-def test_layout_of_one_input(capability, layout, key):
+def test_layout_of_one_input(kernel, layout, key):
     inputs = make_inputs(SHAPE, ALL_TENSORS, 43, torch.bfloat16, torch.float16)
     inputs[key] = READ_LAYOUTS[layout](inputs[key])
     check(random_rows(4, ALL_TENSORS, 44, idle=0), torch.arange(4), inputs)
 
 
-def test_guidance_and_learned_variance_from_one_model_output(capability):
+def test_guidance_and_learned_variance_from_one_model_output(kernel):
     """A doubled batch's output, each half with v in its second half of channels: four views of one buffer."""
     output = make_inputs((8, 6, 5, 5), (), 1)["f"]
     unconditional, conditional = output.chunk(2)
@@ -362,13 +353,13 @@ def _assert_nothing_written_around(view):
 @pytest.mark.parametrize("m0_layout", ["contiguous", "second_channel_half", "channels_last"])
 @pytest.mark.parametrize("out_layout", LAYOUTS)
 @each_dtype
-def test_layout_of_outputs(capability, dtype, out_layout, m0_layout):
+def test_layout_of_outputs(kernel, dtype, out_layout, m0_layout):
     inputs = make_inputs(SHAPE, ALL_TENSORS, 45, dtype, dtype)
     rows, index = random_rows(4, ALL_TENSORS, 46, idle=0), torch.arange(4)
     expected = reference(rows, index, inputs)
     out, m0 = LAYOUTS[out_layout](inputs["x"] * 0), LAYOUTS[m0_layout](inputs["x"] * 0)
     strides = out.stride(), m0.stride()
-    assert compiled(rows, index, inputs, out=out, m0=m0) is out
+    assert step(rows, index, inputs, out=out, m0=m0) is out
     assert_same_bits(out, expected[0], "x'")
     assert_same_bits(m0, expected[1], "m0")
     assert (out.stride(), m0.stride()) == strides
@@ -379,20 +370,20 @@ def test_layout_of_outputs(capability, dtype, out_layout, m0_layout):
 # ---- forms of the call ----
 
 
-def _form_step_(given, arguments):
-    torch.ops.epskernels.step_(**arguments)
+def _form_step_(kernel, given, arguments):
+    kernel.op("step_")(**arguments)
     return given["x"], None
 
 
-def _form_step_with_m0_over_m1(given, arguments):
-    torch.ops.epskernels.step_(**arguments, m0=given["m1"])
+def _form_step_with_m0_over_m1(kernel, given, arguments):
+    kernel.op("step_")(**arguments, m0=given["m1"])
     return given["x"], given["m1"]
 
 
 def _form(out=None, m0=None, return_m0=False):
     """epskernels.step with out and m0 the tensor named, or a "new" one."""
 
-    def run(given, arguments):
+    def run(kernel, given, arguments):
         outputs = {key: given.get(target, given["x"].clone()) for key, target in (("out", out), ("m0", m0)) if target}
         arguments["table"] = arguments.pop("rows")
         result = epskernels.step(**arguments, **outputs, return_m0=return_m0)
@@ -425,12 +416,12 @@ WRITES = {
 @pytest.mark.parametrize("layout", ["contiguous", "second_channel_half", "channels_last", "sliced"])
 @pytest.mark.parametrize("form", FORMS)
 @each_dtype
-def test_form(capability, dtype, form, layout):
+def test_form(kernel, dtype, form, layout):
     inputs = make_inputs(SHAPE, ALL_TENSORS, 51, dtype, torch.float32)
     rows, index = random_rows(4, ALL_TENSORS, 52, idle=0), torch.arange(4)
     expected = reference(rows, index, inputs)
     given = {key: LAYOUTS[layout](value) for key, value in inputs.items()}
-    next_x, m0 = FORMS[form](given, {"rows": rows, "index": index} | given)
+    next_x, m0 = FORMS[form](kernel, given, {"rows": rows, "index": index} | given)
     assert_same_bits(next_x, expected[0], "x'")
     if m0 is not None:
         assert_same_bits(m0, expected[1], "m0")
@@ -441,25 +432,25 @@ def test_form(capability, dtype, form, layout):
 
 
 @pytest.mark.parametrize("out, m0", list(itertools.permutations([None, "x", "f", *ALL_TENSORS], 2)))
-def test_any_input_may_be_overwritten(capability, out, m0):
+def test_any_input_may_be_overwritten(kernel, out, m0):
     for dtype in (torch.float32, torch.float16):
         inputs = make_inputs((2, 1100), ALL_TENSORS, 53, dtype, dtype)
         rows, index = random_rows(2, ALL_TENSORS, 54, idle=0), torch.arange(2)
         expected = reference(rows, index, inputs)
-        got = compiled(rows, index, inputs, out=inputs.get(out), m0=inputs.get(m0), return_m0=True)
+        got = step(rows, index, inputs, out=inputs.get(out), m0=inputs.get(m0), return_m0=True)
         assert_same_bits(got[0], expected[0], "x'")
         assert_same_bits(got[1], expected[1], "m0")
 
 
 @pytest.mark.parametrize("shape", [(3, 65537), (1, 70000), (300, 1000)], ids=str)
 @each_dtype
-def test_threads_do_not_change_bits(capability, two_threads, dtype, shape):
+def test_threads_do_not_change_bits(kernel, two_threads, dtype, shape):
     names = ("u", "m1", "m2", "v", "grad", "seeds")
     inputs = make_inputs(shape, names, 61, dtype, dtype)
     rows, index = random_rows(3, names, 62, idle=0), torch.arange(shape[0]) % 3
-    two = compiled(rows, index, inputs, return_m0=True)
+    two = step(rows, index, inputs, return_m0=True)
     torch.set_num_threads(1)
-    one = compiled(rows, index, inputs, return_m0=True)
+    one = step(rows, index, inputs, return_m0=True)
     assert_same_bits(two[0], one[0], "x'")
     assert_same_bits(two[1], one[1], "m0")
 
@@ -512,7 +503,7 @@ def _check_random_call(call):
     check(*call)
 
 
-def test_step_of_random_rows_and_inputs(capability):
+def test_step_of_random_rows_and_inputs(kernel):
     _check_random_call()
 
 
@@ -698,7 +689,7 @@ def _dense_float32():
 @pytest.mark.parametrize("width", [7, None], ids=["short_samples", "one_sample"])
 @pytest.mark.parametrize("output", ["x'", "m0"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
-def test_results_are_rounded_as_torch_rounds(capability, dtype, output, width):
+def test_results_are_rounded_as_torch_rounds(kernel, dtype, output, width):
     f = _dense_float32()
     if width:
         f = f[::5]
@@ -706,7 +697,7 @@ def test_results_are_rounded_as_torch_rounds(capability, dtype, output, width):
     f = f.reshape(-1, width or f.numel())
     x = torch.full(f.shape, -0.0, dtype=dtype)
     row = make_row(c_f=1, d_f=1, clip=1) if output == "x'" else make_row(d_f=1)
-    got = compiled(row, 0, {"x": x, "f": f}, return_m0=True)
+    got = step(row, 0, {"x": x, "f": f}, return_m0=True)
     assert_same_bits(got[output == "m0"], f.to(dtype), output)
 
 
@@ -748,12 +739,12 @@ FAKE_LAYOUTS = {key: READ_LAYOUTS[key] for key in READ_LAYOUTS} | {
 
 @pytest.mark.parametrize("kind", ["fake", "meta"])
 @pytest.mark.parametrize("layout", FAKE_LAYOUTS)
-def test_outputs_are_laid_out_as_foretold(capability, layout, kind):
+def test_outputs_are_laid_out_as_foretold(kernel, layout, kind):
     x = FAKE_LAYOUTS[layout](torch.randn(SHAPE, generator=generator(1)))
     arguments = [x, x.clone(), make_row(c_x=1), torch.tensor(0)]
     mode = torch._subclasses.FakeTensorMode()
-    for op in (torch.ops.epskernels.step, torch.ops.epskernels.step_m0):
-        real = op(*arguments)
+    for name in ("step", "step_m0"):
+        op, real = getattr(torch.ops.epskernels, name), kernel.op(name)(*arguments)
         if kind == "fake":
             with mode:
                 told = op(*(mode.from_tensor(tensor) for tensor in arguments))

@@ -1,0 +1,32 @@
+// Tensors as the kernels see them: plain pointers, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace epskernels {
+
+enum class Dtype : int { float32, float16, bfloat16 };
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// A tensor whose samples are contiguous, at any distance from each other; absent without data.
+struct Batch {
+  char* data = nullptr;
+  int64_t stride = 0;  // bytes from one sample to the next
+};
+
+struct StepOperands {
+  Dtype x_dtype, f_dtype;                 // of x, m1, m2, grad, noise, out, m0; of f, u, v
+  Batch x, f, u, m1, m2, v, grad, noise;  // without noise, a sample's seed makes it
+  Batch out, m0;                          // m0 may be absent
+  int64_t batch, sample_numel;
+};
+
+struct NormalOperands {
+  Dtype dtype;
+  char* out;  // contiguous
+  uint32_t draw, stream;
+  int64_t batch, sample_numel;
+};
+
+}  // namespace epskernels

@@ -1,0 +1,153 @@
+// torch.ops.epskernels.* for one kind of device, over a Backend that has
+//   Rows                  what it knows of the samples' rows before it runs
+//   read_rows(tensors, views) -> Rows
+//   run(operands, Rows)   the step
+//   normal(operands, seeds)
+// Checks everything before anything is written. The schemas are in epskernels/ops.py.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include "arguments.h"
+
+namespace epskernels {
+
+using torch::headeronly::ScalarType;
+
+// Samples contiguous in themselves are used in place, others through a contiguous copy.
+struct Layouts {
+  std::vector<Tensor> copies;  // held for the length of a call
+  std::vector<std::pair<Tensor, Tensor>> results;
+
+  Batch input(const View& view, const Tensor& tensor) {
+    if (view.samples_contiguous()) return {view.data, view.batch_stride()};
+    copies.push_back(torch::stable::contiguous(tensor));
+    return contiguous(view, copies.back());
+  }
+  Batch input(const View& view, const OptionalTensor& tensor) { return view ? input(view, *tensor) : Batch{}; }
+
+  Batch output(const Tensor& tensor) {
+    const View view("", tensor);
+    if (view.samples_contiguous()) return {view.data, view.batch_stride()};
+    results.emplace_back(tensor, torch::stable::new_empty(tensor, tensor.sizes()));
+    return contiguous(view, results.back().second);
+  }
+  void finish() {
+    for (auto& [target, result] : results) torch::stable::copy_(target, result);
+  }
+
+ private:
+  static Batch contiguous(const View& view, const Tensor& copy) {
+    return {static_cast<char*>(copy.data_ptr()), view.numel() / view.sizes[0] * view.element_size()};
+  }
+};
+
+// A new tensor as torch.empty_like makes it.
+inline Tensor allocate_like(const Tensor& tensor, const View& view) {
+  if (!tensor.is_contiguous()) return torch::stable::empty_like(tensor);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(view.dim, view.sizes, view.strides, view.dtype,
+                                                         view.device_type, view.device_index, &handle));
+  return Tensor(handle);
+}
+
+template <typename Backend>
+struct Ops {
+  // Those that are absent are allocated (m0 where `make_m0` says so), once all inputs are known to be good.
+  struct Outputs {
+    OptionalTensor out, m0;
+    bool make_m0 = false;
+    const char* out_name = "out";
+  };
+
+  static void step_into(const StepArguments& tensors, Outputs& outputs) {
+    const StepViews a(tensors);
+    check_step(a);
+    const typename Backend::Rows rows = Backend::read_rows(tensors, a);
+    check_outputs(optional_view(outputs.out_name, outputs.out), optional_view("m0", outputs.m0), a);
+    if (!outputs.out) outputs.out = allocate_like(tensors.x, a.x);
+    if (outputs.make_m0) outputs.m0 = allocate_like(tensors.x, a.x);
+
+    Layouts layouts;
+    StepOperands operands;
+    operands.x_dtype = float_dtype(a.x);
+    operands.f_dtype = float_dtype(a.f);
+    operands.x = layouts.input(a.x, tensors.x);
+    operands.f = layouts.input(a.f, tensors.f);
+    operands.u = layouts.input(a.u, tensors.u);
+    operands.m1 = layouts.input(a.m1, tensors.m1);
+    operands.m2 = layouts.input(a.m2, tensors.m2);
+    operands.v = layouts.input(a.v, tensors.v);
+    operands.grad = layouts.input(a.grad, tensors.grad);
+    operands.noise = layouts.input(a.noise, tensors.noise);
+    operands.out = layouts.output(*outputs.out);
+    operands.m0 = outputs.m0 ? layouts.output(*outputs.m0) : Batch{};
+    operands.batch = a.batch();
+    operands.sample_numel = a.sample_numel();
+    Backend::run(operands, rows);
+    layouts.finish();
+  }
+
+#define STEP_PARAMETERS                                                                                     \
+  Tensor x, Tensor f, Tensor rows, Tensor index, OptionalTensor u, OptionalTensor m1, OptionalTensor m2,    \
+      OptionalTensor v, OptionalTensor grad, OptionalTensor noise, OptionalTensor seeds
+#define STEP_ARGUMENTS \
+  { x, f, rows, index, u, m1, m2, v, grad, noise, seeds }
+
+  static Tensor step(STEP_PARAMETERS) {
+    Outputs outputs;
+    step_into(STEP_ARGUMENTS, outputs);
+    return std::move(*outputs.out);
+  }
+
+  static std::tuple<Tensor, Tensor> step_m0(STEP_PARAMETERS) {
+    Outputs outputs;
+    outputs.make_m0 = true;
+    step_into(STEP_ARGUMENTS, outputs);
+    return {std::move(*outputs.out), std::move(*outputs.m0)};
+  }
+
+  static void step_out(STEP_PARAMETERS, Tensor out, OptionalTensor m0) {
+    Outputs outputs{std::move(out), std::move(m0)};
+    step_into(STEP_ARGUMENTS, outputs);
+  }
+
+  static void step_(STEP_PARAMETERS, OptionalTensor m0) {
+    Outputs outputs{x, std::move(m0), false, "x"};
+    step_into(STEP_ARGUMENTS, outputs);
+  }
+
+  static Tensor normal(Tensor seeds_tensor, std::vector<int64_t> shape, ScalarType dtype, int64_t draw, int64_t stream) {
+    const View seeds("seeds", seeds_tensor);
+    if (seeds.dim != 1) fail("seeds: expected shape (B,), got ", seeds.shape());
+    const int64_t batch = seeds.sizes[0];
+    check_integers(seeds, false, batch);
+    if (batch == 0) fail("seeds: expected at least one seed, got none");
+    int64_t sample_numel = 1;
+    for (const int64_t size : shape) {
+      if (size < 1) fail("shape: expected sizes of at least 1, got ", size);
+      if (sample_numel > (int64_t{1} << 62) / size / batch) fail("shape: too many elements for a tensor");
+      sample_numel *= size;
+    }
+    if (draw < 0 || draw >> 32) fail("draw: expected a value in [0, 2^32), got ", draw);
+    if (stream < 0 || stream >> 32) fail("stream: expected a value in [0, 2^32), got ", stream);
+    if (dtype != ScalarType::Float && dtype != ScalarType::Half && dtype != ScalarType::BFloat16)
+      fail("dtype: expected float32, float16 or bfloat16, got ", dtype_name(static_cast<int32_t>(dtype)));
+
+    shape.insert(shape.begin(), batch);
+    Tensor out = torch::stable::new_empty(seeds_tensor, shape, dtype);
+    const View view("out", out);
+    Backend::normal({float_dtype(view), view.data, static_cast<uint32_t>(draw), static_cast<uint32_t>(stream), batch, sample_numel}, seeds);
+    return out;
+  }
+
+  static void register_all(torch::stable::detail::StableLibrary& library) {
+    library.impl("step", TORCH_BOX(&Ops::step));
+    library.impl("step_m0", TORCH_BOX(&Ops::step_m0));
+    library.impl("step_out", TORCH_BOX(&Ops::step_out));
+    library.impl("step_", TORCH_BOX(&Ops::step_));
+    library.impl("normal", TORCH_BOX(&Ops::normal));
+  }
+};
+
+}  // namespace epskernels

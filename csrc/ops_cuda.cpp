@@ -1,0 +1,122 @@
+// torch.ops.epskernels.* on NVIDIA GPUs: checks on the host what can be known without waiting for the device, then one launch
+// on the current stream.
+#define USE_CUDA  // the headers' own name for it: declares the current stream
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "ops.h"
+#include "rows.h"
+#include "step_cuda.h"
+
+namespace epskernels {
+namespace {
+
+bool aligned(const Batch& tensor, int64_t batch) {
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && (batch == 1 || tensor.stride % 16 == 0);
+}
+
+Integers integers(const View& view) {
+  if (!view) return {};
+  return {reinterpret_cast<const int64_t*>(view.data), view.dim == 0 ? 0 : view.strides[0]};
+}
+
+// The device of the tensors is current while this lives; `stream` is its current stream.
+struct OnDevice {
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+
+  explicit OnDevice(int32_t index) : guard(index) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  }
+};
+
+void check_launch(const char* error) {
+  if (error)
+    fail("the CUDA kernel was not launched: ", error,
+         "; compiled for " EPSKERNELS_CUDA_TARGETS ". backend=\"triton\" or \"reference\" runs without it");
+}
+
+// EPSKERNELS_CHECK_ROWS=1: waits for the device, and raises what would otherwise come out as NaN.
+bool checks_rows() {
+  const char* wanted = std::getenv("EPSKERNELS_CHECK_ROWS");
+  return wanted && std::strcmp(wanted, "1") == 0;
+}
+
+void check_rows_on_host(const StepArguments& tensors, const StepViews& a) {
+  const auto cpu = torch::stable::Device(torch::headeronly::DeviceType::CPU, -1);
+  const Tensor rows = torch::stable::to(torch::stable::contiguous(tensors.rows), cpu);
+  const Tensor index = torch::stable::to(tensors.index, cpu);
+  const OptionalTensor seeds = tensors.seeds ? OptionalTensor(torch::stable::to(*tensors.seeds, cpu)) : OptionalTensor();
+  StepViews on_host = a;
+  on_host.rows = View("rows", rows);
+  on_host.index = View("index", index);
+  on_host.seeds = optional_view("seeds", seeds);
+  std::vector<Sample> samples;
+  epskernels::read_rows(on_host, samples);
+}
+
+struct Cuda {
+  using Rows = StepParameters;
+
+  static Rows read_rows(const StepArguments& tensors, const StepViews& a) {
+    if (checks_rows()) check_rows_on_host(tensors, a);
+    StepParameters p;
+    p.rows = reinterpret_cast<const float*>(a.rows.data);
+    p.row_stride = a.rows.strides[0];
+    p.row_count = a.rows.sizes[0];
+    p.rows_aligned = aligned({a.rows.data, p.row_stride * 4}, p.row_count);
+    p.index = integers(a.index);
+    p.seeds = integers(a.seeds);
+    p.present = TERM_CLIP | TERM_F;
+    for (const auto& [term, present] :
+         {std::pair(TERM_GUIDANCE, bool(a.u)), {TERM_M1, bool(a.m1)}, {TERM_M2, bool(a.m2)}, {TERM_GRAD, bool(a.grad)},
+          {TERM_NOISE, a.noise || a.seeds}, {TERM_VARIANCE, bool(a.v)}})
+      if (present) p.present |= term;
+    p.device = a.x.device_index;
+    return p;
+  }
+
+  static void run(const StepOperands& operands, const Rows& rows) {
+    StepParameters p = rows;
+    StepOperands& a = p.operands = operands;
+    const std::pair<const Batch*, Dtype> all[] = {
+        {&a.x, a.x_dtype},     {&a.f, a.f_dtype},        {&a.u, a.f_dtype}, {&a.m1, a.x_dtype},
+        {&a.m2, a.x_dtype},    {&a.v, a.f_dtype},        {&a.grad, a.x_dtype}, {&a.noise, a.x_dtype},
+        {&a.out, a.x_dtype},   {&a.m0, a.x_dtype}};
+    // One row for a batch without gaps: one long sample, so that short samples fill their blocks.
+    bool one_sample = p.index.stride == 0 && !p.seeds.data;
+    for (const auto& [tensor, dtype] : all)
+      if (tensor->data && tensor->stride != a.sample_numel * size_of(dtype)) one_sample = false;
+    if (one_sample) {
+      a.sample_numel *= a.batch;
+      a.batch = 1;
+    }
+    p.aligned = true;
+    for (const auto& [tensor, dtype] : all) p.aligned = p.aligned && aligned(*tensor, a.batch);
+    const OnDevice device(p.device);
+    check_launch(launch_step(p, device.stream));
+  }
+
+  static void normal(const NormalOperands& operands, const View& seeds) {
+    const int64_t sample_bytes = operands.sample_numel * size_of(operands.dtype);
+    const OnDevice device(seeds.device_index);
+    check_launch(launch_normal({operands, integers(seeds), aligned({operands.out, sample_bytes}, operands.batch)},
+                               device.stream));
+  }
+};
+
+}  // namespace
+}  // namespace epskernels
+
+// The tests register the same code, run on the host, under names of their own.
+#ifndef EPSKERNELS_LIBRARY
+#define EPSKERNELS_LIBRARY epskernels
+#define EPSKERNELS_KEY CUDA
+#endif
+#define REGISTER(library_name, key) \
+  STABLE_TORCH_LIBRARY_IMPL(library_name, key, library) { epskernels::Ops<epskernels::Cuda>::register_all(library); }
+REGISTER(EPSKERNELS_LIBRARY, EPSKERNELS_KEY)

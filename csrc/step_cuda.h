@@ -1,0 +1,36 @@
+// The CUDA kernel's interface: plain pointers, no torch, no CUDA headers.
+#pragma once
+
+#include "batch.h"
+#include "step.h"
+
+namespace epskernels {
+
+// One integer per sample, at a stride in elements; stride 0: one for all.
+struct Integers {
+  const int64_t* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct StepParameters {
+  StepOperands operands;
+  const float* rows;
+  int64_t row_stride, row_count;  // stride in elements
+  Integers index, seeds;          // read on the device; seeds may be absent
+  unsigned present;               // terms whose tensors are there
+  bool aligned;                   // every sample of every tensor begins at a multiple of 16 bytes
+  bool rows_aligned;
+  int32_t device;
+};
+
+struct NormalParameters {
+  NormalOperands operands;
+  Integers seeds;
+  bool aligned;
+};
+
+// On the current device and the given stream (a cudaStream_t), without waiting. nullptr, or what CUDA says is wrong.
+const char* launch_step(const StepParameters& parameters, void* stream);
+const char* launch_normal(const NormalParameters& parameters, void* stream);
+
+}  // namespace epskernels
