@@ -1,5 +1,6 @@
 """Builds csrc with CMake and Ninja. EPSKERNELS_BUILD=0 leaves it out, 1 makes a missing tool an error; by default a missing
-tool leaves it out and says so: the package then runs on its pure PyTorch reference."""
+tool leaves it out and says so: the package then runs on its pure PyTorch reference. EPSKERNELS_CUDA is the same for the CUDA
+kernel, which needs nvcc but no GPU; EPSKERNELS_CUDA_ARCHITECTURES says what to compile it for, as CMake spells it."""
 
 import os
 import pathlib
@@ -13,7 +14,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
-NOTE = "not_built.txt"  # why the compiled kernels are missing: epskernels/build.py reads it
+# CMake and Ninja of the environment that builds come before the system's.
+os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
+# Why the compiled kernels, or that for CUDA alone, are missing: epskernels/build.py reads them.
+NOTE, CUDA_NOTE = "not_built.txt", "not_built_cuda.txt"
 
 
 def find_torch():
@@ -41,30 +45,61 @@ def missing_tools():
     return missing
 
 
+def find_nvcc():
+    places = [os.environ.get("CUDACXX"), "nvcc"]
+    places += [f"{home}/bin/nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return next((found for place in places if place and (found := shutil.which(place))), None)
+
+
+def cuda_architectures(nvcc):
+    """Machine code for each generation of data-centre GPUs that this nvcc knows, and PTX of the newest for all later ones."""
+    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    version = tuple(int(part) for part in re.search(r"release (\d+)\.(\d+)", said).groups())
+    return "80-real;90-real;100" if version >= (12, 8) else "80-real;90"
+
+
+def reason_against(switch, missing):
+    """Why a part is not built, or None; SystemExit where the switch insists on it."""
+    wanted = os.environ.get(switch, "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"{switch}: expected auto, 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return f"{switch}=0 was set when it was installed"
+    if missing and wanted == "1":
+        raise SystemExit(f"{switch}=1, but the build lacked {', '.join(missing)}")
+    return f"the build lacked {', '.join(missing)}" if missing else None
+
+
 class CMakeBuild(build_ext):
     def run(self):
-        package, note = self.package_path(), self.package_path() / NOTE
-        for stale in [note, *package.glob("*.so")]:  # of an earlier build into the same folder
+        package = self.package_path()
+        for stale in [*package.glob("*built*.txt"), *package.glob("*.so")]:  # of an earlier build into the same folder
             stale.unlink(missing_ok=True)
-        wanted = os.environ.get("EPSKERNELS_BUILD", "auto")
-        if wanted not in ("auto", "0", "1"):
-            raise SystemExit(f"EPSKERNELS_BUILD: expected auto, 0 or 1, got {wanted!r}")
-        reason = "EPSKERNELS_BUILD=0 was set when it was installed" if wanted == "0" else ""
-        if not reason and (missing := missing_tools()):
-            reason = "the build lacked " + ", ".join(missing)
-            if wanted == "1":
-                raise SystemExit(f"EPSKERNELS_BUILD=1, but {reason}")
-        if reason:
-            print(f"epskernels: compiled kernels left out: {reason}", file=sys.stderr)
-            package.mkdir(parents=True, exist_ok=True)
-            note.write_text(reason + "\n")
+        package.mkdir(parents=True, exist_ok=True)
+        if reason := reason_against("EPSKERNELS_BUILD", missing_tools()):
+            self.leave_out(NOTE, reason)
             return
-        self.build_with_cmake()
+        nvcc = find_nvcc()
+        reason = reason_against("EPSKERNELS_CUDA", [] if nvcc else ["nvcc"])
+        if not reason:
+            try:
+                self.build_with_cmake(nvcc)
+                return
+            except subprocess.CalledProcessError:
+                if os.environ.get("EPSKERNELS_CUDA") == "1":
+                    raise
+                reason = "its compilation failed; EPSKERNELS_CUDA=1 makes that an error"
+        self.build_with_cmake(None)
+        self.leave_out(CUDA_NOTE, reason)
+
+    def leave_out(self, note, reason):
+        print(f"epskernels: left out ({note}): {reason}", file=sys.stderr)
+        (self.package_path() / note).write_text(reason + "\n")
 
     def package_path(self):
         return ROOT / "epskernels" if self.editable_mode else pathlib.Path(self.build_lib).resolve() / "epskernels"
 
-    def build_with_cmake(self):
+    def build_with_cmake(self, nvcc):
         import pybind11
 
         build_dir = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -77,7 +112,12 @@ class CMakeBuild(build_ext):
             f"-DEPSKERNELS_VERSION={self.distribution.get_version()}",
             f"-DEPSKERNELS_TORCH_DIR={torch_dir}",
             f"-DEPSKERNELS_TORCH_VERSION={torch_version(torch_dir)}",
+            "-DEPSKERNELS_CUDA_ARCHITECTURES=",
         ]  # fmt: skip
+        if nvcc:
+            architectures = os.environ.get("EPSKERNELS_CUDA_ARCHITECTURES") or cuda_architectures(nvcc)
+            configure[-1] += architectures
+            configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         subprocess.run([str(part) for part in configure], check=True)
         subprocess.run(["cmake", "--build", str(build_dir)], check=True)
         subprocess.run(["cmake", "--install", str(build_dir), "--prefix", str(self.package_path())], check=True)
