@@ -60,15 +60,25 @@ void check_rows_on_host(const StepArguments& tensors, const StepViews& a) {
 }
 
 struct Cuda {
-  using Rows = StepParameters;
+  struct Rows {
+    StepParameters parameters;
+    Tensor copy;  // of rows at other addresses than the kernel reads
+  };
 
   static Rows read_rows(const StepArguments& tensors, const StepViews& a) {
     if (checks_rows()) check_rows_on_host(tensors, a);
-    StepParameters p;
-    p.rows = reinterpret_cast<const float*>(a.rows.data);
-    p.row_stride = a.rows.strides[0];
+    Rows rows;
+    StepParameters& p = rows.parameters;
     p.row_count = a.rows.sizes[0];
-    p.rows_aligned = aligned({a.rows.data, p.row_stride * 4}, p.row_count);
+    if (aligned({a.rows.data, a.rows.batch_stride()}, p.row_count)) {
+      p.rows = reinterpret_cast<const float*>(a.rows.data);
+      p.row_stride = a.rows.strides[0];
+    } else {
+      rows.copy = torch::stable::new_empty(tensors.rows, tensors.rows.sizes());
+      torch::stable::copy_(rows.copy, tensors.rows);
+      p.rows = static_cast<const float*>(rows.copy.data_ptr());
+      p.row_stride = ROW_COLUMNS;
+    }
     p.index = integers(a.index);
     p.seeds = integers(a.seeds);
     p.present = TERM_CLIP | TERM_F;
@@ -77,11 +87,11 @@ struct Cuda {
           {TERM_NOISE, a.noise || a.seeds}, {TERM_VARIANCE, bool(a.v)}})
       if (present) p.present |= term;
     p.device = a.x.device_index;
-    return p;
+    return rows;
   }
 
   static void run(const StepOperands& operands, const Rows& rows) {
-    StepParameters p = rows;
+    StepParameters p = rows.parameters;
     StepOperands& a = p.operands = operands;
     const std::pair<const Batch*, Dtype> all[] = {
         {&a.x, a.x_dtype},     {&a.f, a.f_dtype},        {&a.u, a.f_dtype}, {&a.m1, a.x_dtype},

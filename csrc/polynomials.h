@@ -47,6 +47,20 @@ HOST_DEVICE float log_poly(float u) {
   return static_cast<float>(e) * 0x1.62e430p-1f + p * f;
 }
 
+HOST_DEVICE void swap_if_bit(uint32_t word, uint32_t bit, float& a, float& b) {
+#if defined(__CUDA_ARCH__)
+  // Kept as a test of the bit: the compiler would shift it down first.
+  asm("{ .reg .pred set; .reg .b32 masked; .reg .f32 kept; and.b32 masked, %2, %3; setp.ne.u32 set, masked, 0; mov.f32 kept, %0;"
+      " selp.f32 %0, %1, %0, set; selp.f32 %1, kept, %1, set; }"
+      : "+f"(a), "+f"(b)
+      : "r"(word), "r"(bit));
+#else
+  const float first = a;
+  a = select((word & bit) != 0, b, a);
+  b = select((word & bit) != 0, first, b);
+#endif
+}
+
 // cos and sin of 2*pi*turn/2^32. The quadrant is split off as an integer; the rest, turn's low 30 bits with their sign, lies in
 // [-pi/4, pi/4).
 HOST_DEVICE void cos_sin_poly(uint32_t turn, float& cosine, float& sine) {
@@ -62,9 +76,9 @@ HOST_DEVICE void cos_sin_poly(uint32_t turn, float& cosine, float& sine) {
   c = c * a2 + 0x1.553e80p-5f;
   c = c * a2 + -0x1.ffffb2p-2f;
   c = c * a2 + 1.0f;
-  const bool odd = (quadrant & 0x40000000u) != 0;
-  cosine = float_from_bits(bits_from_float(select(odd, s, c)) ^ ((quadrant + 0x40000000u) & 0x80000000u));
-  sine = float_from_bits(bits_from_float(select(odd, c, s)) ^ (quadrant & 0x80000000u));
+  swap_if_bit(quadrant, 0x40000000u, c, s);
+  cosine = float_from_bits(bits_from_float(c) ^ ((quadrant + 0x40000000u) & 0x80000000u));
+  sine = float_from_bits(bits_from_float(s) ^ (quadrant & 0x80000000u));
 }
 
 // exp(y), y held to [-87, 88]; exp(0) is 1 exactly; NaN passes through.

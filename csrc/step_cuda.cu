@@ -16,7 +16,7 @@ constexpr int THREADS = 128;
 template <Dtype dtype, int COUNT>
 struct Unit {
   static constexpr bool wide = dtype == Dtype::float32;
-  static constexpr int WORDS = wide ? COUNT : COUNT / 2;
+  static constexpr int SIZE = wide ? 4 : 2, WORDS = COUNT * SIZE / 4;
   static_assert(WORDS % 4 == 0);
   uint32_t words[WORDS];
 
@@ -35,19 +35,27 @@ struct Unit {
     }
   }
 
-  // `count` elements from `source` on; `whole`: all of them, at an address of 16-byte words.
-  __device__ __forceinline__ void load(const char* source, int count, bool whole) {
-    if (whole) {
+  // In 16-byte words, from such an address.
+  __device__ __forceinline__ void load(const char* source) {
 #pragma unroll
-      for (int i = 0; i < WORDS / 4; ++i) {
-        const uint4 word = reinterpret_cast<const uint4*>(source)[i];
-        words[4 * i] = word.x;
-        words[4 * i + 1] = word.y;
-        words[4 * i + 2] = word.z;
-        words[4 * i + 3] = word.w;
-      }
-      return;
+    for (int i = 0; i < WORDS / 4; ++i) {
+      const uint4 word = reinterpret_cast<const uint4*>(source)[i];
+      words[4 * i] = word.x;
+      words[4 * i + 1] = word.y;
+      words[4 * i + 2] = word.z;
+      words[4 * i + 3] = word.w;
     }
+  }
+
+  __device__ __forceinline__ void store(char* target) const {
+#pragma unroll
+    for (int i = 0; i < WORDS / 4; ++i)
+      reinterpret_cast<uint4*>(target)[i] =
+          make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+  }
+
+  // The first `count` elements at most, one by one; count may be negative, and the address then lies beyond the sample.
+  __device__ __forceinline__ void load_first(int64_t count, const char* source) {
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
       if constexpr (wide) {
@@ -60,14 +68,7 @@ struct Unit {
     }
   }
 
-  __device__ __forceinline__ void store(char* target, int count, bool whole) const {
-    if (whole) {
-#pragma unroll
-      for (int i = 0; i < WORDS / 4; ++i)
-        reinterpret_cast<uint4*>(target)[i] =
-            make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
-      return;
-    }
+  __device__ __forceinline__ void store_first(int64_t count, char* target) const {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       if (i >= count) continue;
@@ -77,44 +78,56 @@ struct Unit {
   }
 };
 
-// Where a thread's unit lies in its sample.
-struct Place {
-  int64_t begin;
-  int count;   // elements inside the sample, from 0 to a whole unit's
-  bool whole;  // a whole unit, in 16-byte words
+// A block's tile of a sample, cut into units that its threads take in turn.
+template <int UNIT>
+struct Tile {
+  int64_t sample, begin;  // the same in all threads of a block
+  int64_t left;           // elements of the sample from `begin` on
+  bool whole;             // all inside the sample, in 16-byte words
 
-  __device__ __forceinline__ Place(int64_t begin, int unit, int64_t sample_numel, bool aligned) : begin(begin) {
-    const int64_t left = sample_numel - begin;
-    count = left <= 0 ? 0 : left < unit ? static_cast<int>(left) : unit;
-    whole = aligned && count == unit;
+  __device__ __forceinline__ Tile(int units, int64_t sample_numel, bool aligned)
+      : sample(blockIdx.y + static_cast<int64_t>(gridDim.y) * blockIdx.z),
+        begin(blockIdx.x * (int64_t{THREADS} * UNIT * units)),
+        left(sample_numel - begin),
+        whole(aligned && left >= THREADS * UNIT * units) {}
+
+  // This thread's unit i begins here, counted from the tile's beginning.
+  __device__ __forceinline__ int at(int i) const { return (i * THREADS + static_cast<int>(threadIdx.x)) * UNIT; }
+
+  template <Dtype dtype>
+  __device__ __forceinline__ char* address(const Batch& tensor, int i) const {
+    constexpr int SIZE = Unit<dtype, UNIT>::SIZE;
+    return tensor.data + (sample * tensor.stride + begin * SIZE) + at(i) * SIZE;
   }
 
-  template <Dtype dtype, int COUNT>
-  __device__ __forceinline__ void load(Unit<dtype, COUNT>& unit, const Batch& tensor, int64_t sample) const {
-    constexpr int64_t SIZE = dtype == Dtype::float32 ? 4 : 2;
-    unit.load(tensor.data + sample * tensor.stride + begin * SIZE, count, whole);
+  template <Dtype dtype>
+  __device__ __forceinline__ void load(Unit<dtype, UNIT>& unit, const Batch& tensor, int i) const {
+    if (whole) unit.load(address<dtype>(tensor, i));
+    else unit.load_first(left - at(i), address<dtype>(tensor, i));
   }
 
-  template <Dtype dtype, int COUNT>
-  __device__ __forceinline__ void store(const float (&values)[COUNT], const Batch& tensor, int64_t sample) const {
-    constexpr int64_t SIZE = dtype == Dtype::float32 ? 4 : 2;
-    Unit<dtype, COUNT> unit;
+  template <Dtype dtype>
+  __device__ __forceinline__ void store(const float (&values)[UNIT], const Batch& tensor, int i) const {
+    Unit<dtype, UNIT> unit;
     unit.set(values);
-    unit.store(tensor.data + sample * tensor.stride + begin * SIZE, count, whole);
+    if (whole) unit.store(address<dtype>(tensor, i));
+    else unit.store_first(left - at(i), address<dtype>(tensor, i));
   }
 };
 
 // ---- noise ----
 
-// Normals of elements [begin, begin + COUNT) of a sample, begin a multiple of 4.
+// Normals of a unit's elements, which begin `offset` elements into a tile that begins at `tile_begin`. A tile's length is a power of
+// two and divides its beginning, so that the counter's high word is the same in all of it.
 template <int COUNT>
-__device__ __forceinline__ void normals(uint64_t seed, uint32_t draw, uint32_t stream, int64_t begin, float (&z)[COUNT]) {
+__device__ __forceinline__ void normals(uint64_t seed, uint32_t draw, uint32_t stream, int64_t tile_begin, int offset,
+                                        float (&z)[COUNT]) {
   const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  const uint64_t group = static_cast<uint64_t>(tile_begin) / 4;
 #pragma unroll
   for (int i = 0; i < COUNT; i += 4) {
-    const uint64_t group = static_cast<uint64_t>(begin + i) / 4;
-    const PhiloxWords words =
-        philox({static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), draw, stream}, key0, key1);
+    const uint32_t low = static_cast<uint32_t>(group) + static_cast<uint32_t>(offset + i) / 4;
+    const PhiloxWords words = philox({low, static_cast<uint32_t>(group >> 32), draw, stream}, key0, key1);
     box_muller(words.w0, words.w1, z[i], z[i + 1]);
     box_muller(words.w2, words.w3, z[i + 2], z[i + 3]);
   }
@@ -129,7 +142,7 @@ struct SampleRow {
 };
 
 // A sample whose index is out of range, or whose row cannot be applied, becomes NaN: the host is not there to raise.
-__device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t sample) {
+__device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t sample, unsigned present) {
   SampleRow result{};
   StepRow& row = result.row;
   const int64_t index = p.index.data[sample * p.index.stride];
@@ -137,26 +150,18 @@ __device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t s
   bool good = index >= 0 && index < p.row_count;
   if (good) {
     const float* source = p.rows + index * p.row_stride;
-    float columns[ROW_COLUMNS];
-    if (p.rows_aligned) {
+    alignas(16) float columns[ROW_COLUMNS];
 #pragma unroll
-      for (int i = 0; i < ROW_COLUMNS; i += 4) {
-        const float4 word = *reinterpret_cast<const float4*>(source + i);
-        columns[i] = word.x;
-        columns[i + 1] = word.y;
-        columns[i + 2] = word.z;
-        columns[i + 3] = word.w;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < ROW_COLUMNS; ++i) columns[i] = source[i];
-    }
-    row = {columns[0], columns[1], columns[2],  columns[3],  columns[4],  columns[5],  columns[6],  columns[7],
-           columns[8], columns[9], columns[10], columns[11], columns[12], columns[13], columns[14], columns[15]};
+    for (int i = 0; i < ROW_COLUMNS; i += 4)
+      *reinterpret_cast<float4*>(columns + i) = *reinterpret_cast<const float4*>(source + i);
+    memcpy(&row, columns, sizeof row);
     const unsigned asked = row_terms(row);
-    result.terms = asked & p.present;
-    good = (asked & ~p.present & ~TERM_GRAD) == 0 && row.clip >= 0.0f;
-    if ((asked & TERM_NOISE) && p.seeds.data) good = good && valid_draw(row.draw);
+    result.terms = asked & present;
+    good = row.clip >= 0.0f;
+#pragma unroll
+    for (unsigned term = 1; term <= TERM_VARIANCE; term *= 2)
+      if (!(present & term) && term != TERM_GRAD && (asked & term)) good = false;
+    if ((result.terms & TERM_NOISE) && p.seeds.data && !valid_draw(row.draw)) good = false;
   }
   if (!good) {
     row.d_x = row.c_x = NAN;
@@ -165,17 +170,18 @@ __device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t s
   return result;
 }
 
-enum class Variant {
-  plain,  // x and f alone
-  noisy,  // and noise made here
-  full,   // everything that there is
-};
+// Kernels for each set of these tensors, by name of their terms, and one for all others.
+constexpr unsigned COMMON = TERM_GUIDANCE | TERM_M1 | TERM_NOISE, EVERYTHING = 0xff;
 
-template <Dtype X, Dtype F, Variant variant>
+template <Dtype X, Dtype F, unsigned tensors, bool large>
 struct Shape {
+  static constexpr bool everything = tensors == EVERYTHING;
   static constexpr bool one_width = (X == Dtype::float32) == (F == Dtype::float32);
   static constexpr int UNIT = X == Dtype::float32 && F == Dtype::float32 ? 4 : 8;  // 16 bytes of the narrower tensor
-  static constexpr int UNITS = one_width && (UNIT == 4 || variant != Variant::full) ? 2 : 1;
+  // Noise is bound by instructions: in large tensors each thread spreads its own over 16 elements, small ones are spread over many
+  // threads. The rest is bound by memory.
+  static constexpr bool noisy = !everything && (tensors & TERM_NOISE);
+  static constexpr int UNITS = noisy ? (large ? 16 / UNIT : 1) : one_width && (UNIT == 4 || !everything) ? 2 : 1;
   static constexpr int64_t TILE = int64_t{THREADS} * UNIT * UNITS;  // elements of a block
 };
 
@@ -185,74 +191,85 @@ __device__ __forceinline__ void step_unit(const SampleRow& s, const Value& value
   for (int i = 0; i < COUNT; ++i) next[i] = step_value(s.row, certain | (s.terms & possible), value(i), m0[i]);
 }
 
-template <Dtype X, Dtype F, Variant variant>
+template <Dtype X, Dtype F, unsigned tensors, bool large>
 __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
-  using Shape = Shape<X, F, variant>;
+  using Shape = Shape<X, F, tensors, large>;
   constexpr int UNIT = Shape::UNIT, UNITS = Shape::UNITS;
+  constexpr bool may_guide = tensors & TERM_GUIDANCE, may_use_m1 = tensors & TERM_M1, may_draw = tensors & TERM_NOISE;
   const StepOperands& a = p.operands;
-  for (int64_t sample = blockIdx.y; sample < a.batch; sample += gridDim.y) {
-    const int64_t begin = blockIdx.x * Shape::TILE + threadIdx.x * UNIT;
-    const auto place = [&](int i) { return Place(begin + i * (THREADS * UNIT), UNIT, a.sample_numel, p.aligned); };
+  const Tile<UNIT> tile(UNITS, a.sample_numel, p.aligned);
+  if (tile.sample >= a.batch) return;
 
-    // Needed whatever the row says: on their way while the row is read.
-    Unit<X, UNIT> x[UNITS];
-    Unit<F, UNIT> f[UNITS];
+  // Needed whatever the row says: on their way while the row is read.
+  Unit<X, UNIT> x[UNITS];
+  Unit<F, UNIT> f[UNITS];
 #pragma unroll
-    for (int i = 0; i < UNITS; ++i) {
-      place(i).load(x[i], a.x, sample);
-      place(i).load(f[i], a.f, sample);
+  for (int i = 0; i < UNITS; ++i) {
+    tile.load(x[i], a.x, i);
+    tile.load(f[i], a.f, i);
+  }
+  const SampleRow s = read_row(p, tile.sample, Shape::everything ? p.present : TERM_CLIP | TERM_F | tensors);
+  const bool guides = may_guide && (s.terms & TERM_GUIDANCE), uses_m1 = may_use_m1 && (s.terms & TERM_M1);
+  const bool noise_given = Shape::everything && a.noise.data;
+  const bool draws = may_draw && (s.terms & TERM_NOISE) && !noise_given;
+  const bool learned = (s.terms & TERM_VARIANCE) && (s.terms & (TERM_NOISE | TERM_GRAD));
+
+  // Only what the row asks for: the rest may be uninitialised.
+  Unit<F, UNIT> u[UNITS], v[UNITS];
+  Unit<X, UNIT> m1[UNITS], m2[UNITS], grad[UNITS], noise[UNITS];
+#pragma unroll
+  for (int i = 0; i < UNITS; ++i) {
+    if (guides) tile.load(u[i], a.u, i);
+    if (uses_m1) tile.load(m1[i], a.m1, i);
+    if constexpr (Shape::everything) {
+      if (s.terms & TERM_M2) tile.load(m2[i], a.m2, i);
+      if (s.terms & TERM_GRAD) tile.load(grad[i], a.grad, i);
+      if ((s.terms & TERM_NOISE) && noise_given) tile.load(noise[i], a.noise, i);
+      if (learned) tile.load(v[i], a.v, i);
     }
-    const SampleRow s = read_row(p, sample);
+  }
 
-    // Only what the row asks for: the rest may be uninitialised.
-    constexpr int EXTRA = variant == Variant::full ? UNITS : 0;
-    Unit<F, UNIT> u[EXTRA + 1], v[EXTRA + 1];
-    Unit<X, UNIT> m1[EXTRA + 1], m2[EXTRA + 1], grad[EXTRA + 1], noise[EXTRA + 1];
-    const bool learned = (s.terms & TERM_VARIANCE) && (s.terms & (TERM_NOISE | TERM_GRAD));
-    const bool noise_given = a.noise.data != nullptr;
+  float z[UNITS][UNIT] = {};
+  if (draws) {
 #pragma unroll
-    for (int i = 0; i < EXTRA; ++i) {
-      if (s.terms & TERM_GUIDANCE) place(i).load(u[i], a.u, sample);
-      if (s.terms & TERM_M1) place(i).load(m1[i], a.m1, sample);
-      if (s.terms & TERM_M2) place(i).load(m2[i], a.m2, sample);
-      if (s.terms & TERM_GRAD) place(i).load(grad[i], a.grad, sample);
-      if ((s.terms & TERM_NOISE) && noise_given) place(i).load(noise[i], a.noise, sample);
-      if (learned) place(i).load(v[i], a.v, sample);
-    }
+    for (int i = 0; i < UNITS; ++i)
+      normals(s.seed, static_cast<uint32_t>(s.row.draw), STREAM_STEP, tile.begin, tile.at(i), z[i]);
+  }
 
 #pragma unroll
-    for (int i = 0; i < UNITS; ++i) {
-      float z[UNIT] = {}, scaled_grad[UNIT] = {}, next[UNIT], m0[UNIT];
-      const Place at = place(i);
-      if constexpr (variant != Variant::plain) {
-        if ((s.terms & TERM_NOISE) && !noise_given)
-          normals(s.seed, static_cast<uint32_t>(s.row.draw), STREAM_STEP, at.begin, z);
-      }
-      if constexpr (variant == Variant::full) {
+  for (int i = 0; i < UNITS; ++i) {
+    float scaled_grad[UNIT] = {}, next[UNIT], m0[UNIT];
+    if constexpr (Shape::everything) {
 #pragma unroll
-        for (int j = 0; j < UNIT; ++j) {
-          if ((s.terms & TERM_NOISE) && noise_given) z[j] = noise[i][j];
-          if (s.terms & TERM_GRAD) scaled_grad[j] = grad[i][j];
-          if (learned) {
-            const float sigma = learned_sigma(s.row, v[i][j]);
-            z[j] = sigma * z[j];
-            scaled_grad[j] = (sigma * sigma) * scaled_grad[j];
-          }
+      for (int j = 0; j < UNIT; ++j) {
+        if ((s.terms & TERM_NOISE) && noise_given) z[i][j] = noise[i][j];
+        if (s.terms & TERM_GRAD) scaled_grad[j] = grad[i][j];
+        if (learned) {
+          const float sigma = learned_sigma(s.row, v[i][j]);
+          z[i][j] = sigma * z[i][j];
+          scaled_grad[j] = (sigma * sigma) * scaled_grad[j];
         }
-        step_unit<0, ~0u>(s, [&](int j) {
-          return StepInputs{x[i][j], f[i][j], u[i][j], m1[i][j], m2[i][j], scaled_grad[j], z[j]};
-        }, next, m0);
-      } else {
-        // Clamping to an infinite clip changes nothing: it is left in.
-        const auto value = [&](int j) { return StepInputs{x[i][j], f[i][j], 0, 0, 0, 0, z[j]}; };
-        if (variant == Variant::noisy && (s.terms & (TERM_F | TERM_NOISE)) == TERM_NOISE)
-          step_unit<TERM_CLIP | TERM_NOISE, 0>(s, value, next, m0);
-        else
-          step_unit<TERM_CLIP, TERM_F | (variant == Variant::noisy ? TERM_NOISE : 0u)>(s, value, next, m0);
       }
-      at.template store<X>(next, a.out, sample);
-      if (a.m0.data) at.template store<X>(m0, a.m0, sample);
     }
+    const auto value = [&](int j) {
+      StepInputs in{};
+      in.x = x[i][j];
+      in.f = f[i][j];
+      if constexpr (may_guide) in.u = u[i][j];
+      if constexpr (may_use_m1) in.m1 = m1[i][j];
+      if constexpr (Shape::everything) in.m2 = m2[i][j];
+      in.grad = scaled_grad[j];
+      in.z = z[i][j];
+      return in;
+    };
+    // What rows mostly ask for is compiled without tests; clamping to an infinite clip changes nothing, and stays.
+    constexpr unsigned mostly = Shape::everything ? TERM_NOISE : tensors, all = Shape::everything ? ~TERM_VARIANCE : TERM_F | tensors;
+    if ((s.terms & all & ~TERM_CLIP) == mostly)
+      step_unit<TERM_CLIP | mostly, 0>(s, value, next, m0);
+    else
+      step_unit<0, TERM_CLIP | all>(s, value, next, m0);
+    tile.template store<X>(next, a.out, i);
+    if (a.m0.data) tile.template store<X>(m0, a.m0, i);
   }
 }
 
@@ -262,14 +279,11 @@ template <Dtype dtype>
 __global__ void __launch_bounds__(THREADS) normal_kernel(const NormalParameters p) {
   constexpr int UNIT = dtype == Dtype::float32 ? 4 : 8;
   const NormalOperands& a = p.operands;
-  const Batch out{a.out, a.sample_numel * (dtype == Dtype::float32 ? 4 : 2)};
-  for (int64_t sample = blockIdx.y; sample < a.batch; sample += gridDim.y) {
-    const Place at((int64_t{blockIdx.x} * THREADS + threadIdx.x) * UNIT, UNIT, a.sample_numel, p.aligned);
-    if (at.count == 0) continue;
-    float z[UNIT];
-    normals(static_cast<uint64_t>(p.seeds.data[sample * p.seeds.stride]), a.draw, a.stream, at.begin, z);
-    at.template store<dtype>(z, out, sample);
-  }
+  const Tile<UNIT> tile(1, a.sample_numel, p.aligned);
+  if (tile.sample >= a.batch) return;
+  float z[UNIT];
+  normals(static_cast<uint64_t>(p.seeds.data[tile.sample * p.seeds.stride]), a.draw, a.stream, tile.begin, tile.at(0), z);
+  tile.template store<dtype>(z, Batch{a.out, a.sample_numel * Unit<dtype, UNIT>::SIZE}, 0);
 }
 
 // ---- launches ----
@@ -277,32 +291,48 @@ __global__ void __launch_bounds__(THREADS) normal_kernel(const NormalParameters 
 template <typename Parameters>
 const char* launch(void (*kernel)(Parameters), Parameters parameters, int64_t tile, void* stream) {
   const int64_t tiles = (parameters.operands.sample_numel + tile - 1) / tile, batch = parameters.operands.batch;
-  if (tiles > 0x7fffffff) return "a sample has too many elements for a launch";
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(batch < 65535 ? batch : 65535));
+  const int64_t rows = batch < 65535 ? batch : 65535, layers = (batch + rows - 1) / rows;
+  if (tiles > 0x7fffffff || layers > 65535) return "too many elements for a launch";
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(rows), static_cast<unsigned>(layers));
   void* arguments[] = {&parameters};
   const cudaError_t error = cudaLaunchKernel(kernel, grid, dim3(THREADS), arguments, 0, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-template <Dtype X, Dtype F, Variant variant>
-const char* launch_variant(const StepParameters& p, void* stream) {
-  return launch(&step_kernel<X, F, variant>, p, Shape<X, F, variant>::TILE, stream);
+template <Dtype X, Dtype F, unsigned tensors>
+const char* launch_kernel(const StepParameters& p, void* stream) {
+  using Small = Shape<X, F, tensors, false>;
+  using Large = Shape<X, F, tensors, true>;
+  if constexpr (Small::TILE != Large::TILE) {
+    constexpr int64_t ENOUGH = 512;  // blocks, for the GPUs of today
+    if (p.operands.batch * (p.operands.sample_numel / Large::TILE) >= ENOUGH)
+      return launch(&step_kernel<X, F, tensors, true>, p, Large::TILE, stream);
+  }
+  return launch(&step_kernel<X, F, tensors, false>, p, Small::TILE, stream);
+}
+
+template <Dtype X, Dtype F, unsigned... sets>
+const char* launch_pair(const StepParameters& p, void* stream) {
+  const StepOperands& a = p.operands;
+  const unsigned tensors = p.present & (COMMON | TERM_M2 | TERM_GRAD | TERM_VARIANCE);
+  const char* error = nullptr;
+  if (a.noise.data || !((tensors == sets && (error = launch_kernel<X, F, sets>(p, stream), true)) || ...))
+    error = launch_kernel<X, F, EVERYTHING>(p, stream);
+  return error;
 }
 
 template <Dtype X, Dtype F>
-const char* launch_pair(const StepParameters& p, void* stream) {
-  const StepOperands& a = p.operands;
-  if (a.u.data || a.m1.data || a.m2.data || a.v.data || a.grad.data || a.noise.data)
-    return launch_variant<X, F, Variant::full>(p, stream);
-  return p.seeds.data ? launch_variant<X, F, Variant::noisy>(p, stream) : launch_variant<X, F, Variant::plain>(p, stream);
+const char* launch_common(const StepParameters& p, void* stream) {
+  constexpr unsigned G = TERM_GUIDANCE, M1 = TERM_M1, N = TERM_NOISE;
+  return launch_pair<X, F, 0u, G, M1, N, G | M1, G | N, M1 | N, G | M1 | N>(p, stream);
 }
 
 template <Dtype X>
 const char* launch_state(const StepParameters& p, void* stream) {
   switch (p.operands.f_dtype) {
-    case Dtype::float32: return launch_pair<X, Dtype::float32>(p, stream);
-    case Dtype::float16: return launch_pair<X, Dtype::float16>(p, stream);
-    default: return launch_pair<X, Dtype::bfloat16>(p, stream);
+    case Dtype::float32: return launch_common<X, Dtype::float32>(p, stream);
+    case Dtype::float16: return launch_common<X, Dtype::float16>(p, stream);
+    default: return launch_common<X, Dtype::bfloat16>(p, stream);
   }
 }
 

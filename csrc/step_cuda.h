@@ -14,12 +14,11 @@ struct Integers {
 
 struct StepParameters {
   StepOperands operands;
-  const float* rows;
+  const float* rows;              // each at a multiple of 16 bytes
   int64_t row_stride, row_count;  // stride in elements
   Integers index, seeds;          // read on the device; seeds may be absent
   unsigned present;               // terms whose tensors are there
   bool aligned;                   // every sample of every tensor begins at a multiple of 16 bytes
-  bool rows_aligned;
   int32_t device;
 };
 

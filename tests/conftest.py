@@ -6,9 +6,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+from kernels import KERNELS, Kernel
+
 import epskernels
 from epskernels import _C  # the tests prove the compiled kernels: a build without them fails here
-from kernels import KERNELS, Kernel
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ bits.
 
 import re
 
+import kernels
 import numpy as np
 import pytest
 import torch
@@ -24,10 +25,20 @@ SENTINEL = 12345.0
 R = re.escape
 
 
-@pytest.fixture(params=["compiled", "reference"])
-def backend(request):
-    with epskernels.use_backend("reference" if request.param == "reference" else "auto"):
+ON_HOST = [name for name in kernels.HOST_KERNELS if not kernels.Kernel(name).reads_rows]
+
+
+@pytest.fixture(params=["compiled", "reference", *ON_HOST])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("EPSKERNELS_CHECK_ROWS", "1")  # where the kernel itself would answer with NaN
+    with epskernels.use_backend("auto" if request.param == "compiled" else request.param):
         yield request.param
+
+
+def op(backend, name):
+    if backend == "reference":
+        return ops.REFERENCE[name]
+    return getattr(torch.ops.epskernels, name) if backend == "compiled" else kernels.overload(backend, name)
 
 
 def make_row(**coefficients):
@@ -86,8 +97,7 @@ def refused(backend, a, message, how, **outputs):
     before = [memory(value) for value in held]
     with pytest.raises(RuntimeError, match=message):
         if how == "step_":
-            step_ = torch.ops.epskernels.step_ if backend == "compiled" else ops.REFERENCE["step_"]
-            step_(**a, **{key: value for key, value in outputs.items() if key == "m0"})
+            op(backend, "step_")(**a, **{key: value for key, value in outputs.items() if key == "m0"})
         else:
             call(a, **outputs, **({"return_m0": True} if how == "step_m0" else {}))
     assert unchanged(before, [memory(value) for value in held])
@@ -451,7 +461,7 @@ def test_in_place(backend):
         m0 = torch.full(SHAPE, SENTINEL)
         result = call(a, out=a["x"], m0=m0)
         assert result is a["x"] and same(result, expected_x) and same(m0, expected_m0)
-    a, step_ = good(), torch.ops.epskernels.step_ if backend == "compiled" else ops.REFERENCE["step_"]
+    a, step_ = good(), op(backend, "step_")
     assert step_(**a) is None and same(a["x"], expected_x)
 
 
@@ -605,7 +615,6 @@ def test_bad_normal(backend, case):
         run()
 
 
-@pytest.mark.parametrize("kind", ["compiled", "reference"])
 @pytest.mark.parametrize(
     "seeds, message",
     [
@@ -621,8 +630,8 @@ def test_bad_normal(backend, case):
     ],
     ids=["scalar", "column", "none", "int32", "float32", "float32 on meta", "sparse", "a list", "None"],
 )
-def test_bad_seeds_of_the_op(kind, seeds, message):
-    run = torch.ops.epskernels.normal if kind == "compiled" else ops.REFERENCE["normal"]
+def test_bad_seeds_of_the_op(backend, seeds, message):
+    run = op(backend, "normal")
     with pytest.raises(RuntimeError, match=message):
         run(seeds, [4], dtype=torch.float32)
 
@@ -656,10 +665,20 @@ def test_seeds_of_numpy_and_ranges():
     assert epskernels.as_seeds(range(3)).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["cuda", "CPU", "", None, 3])
+@pytest.mark.parametrize("name", ["gpu", "CPU", "", None, 3])
 def test_unknown_backend(name):
     with pytest.raises(ValueError, match="backend: expected one of .*'reference'.*got"), epskernels.use_backend(name):
         pass
+
+
+@pytest.mark.skipif(kernels.ON_GPU, reason="there is a GPU")
+def test_backend_that_is_missing(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, why in (("cuda", "CUDA|GPU"), ("triton", "no GPU is available to torch")):
+        with pytest.raises(RuntimeError, match=f"backend '{name}' is missing: .*({why})"), epskernels.use_backend(name):
+            pass
+        with pytest.raises(RuntimeError, match=f"backend '{name}' is missing"):
+            call(good(), backend=name)
 
 
 def test_backend_cpu_elsewhere():

@@ -29,11 +29,13 @@ inline const char* cudaGetErrorString(cudaError_t) { return "invalid configurati
 
 template <typename Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
-  if (grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 65535) return cudaErrorInvalidConfiguration;
+  if (grid.x == 0 || grid.x > 0x7fffffff || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535)
+    return cudaErrorInvalidConfiguration;
   gridDim = grid;
   blockDim = block;
-  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-      for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(*static_cast<Parameters*>(arguments[0]));
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+        for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(*static_cast<Parameters*>(arguments[0]));
   return cudaSuccess;
 }

@@ -1,0 +1,84 @@
+"""Reads NVIDIA machine code as cuobjdump prints it, on any machine: triton's wheel brings the tool."""
+
+import collections
+import dataclasses
+import pathlib
+import re
+import shutil
+import subprocess
+
+import triton
+
+CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def cuobjdump(*arguments):
+    command = [str(part) for part in (CUOBJDUMP, *arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def demangle(name):
+    return subprocess.run([shutil.which("c++filt"), name], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@dataclasses.dataclass
+class Instruction:
+    address: int
+    predicate: str
+    name: str
+    operands: str
+
+    def target(self):
+        found = re.findall(r"0x([0-9a-f]+)", self.operands)
+        return int(found[-1], 16) if self.name.startswith("BRA") and found else None
+
+
+def kernels(path, architecture):
+    """{mangled name: [Instruction]} of one architecture's machine code."""
+    result = {}
+    for block in cuobjdump("-arch", architecture, "-sass", path).split("Function : ")[1:]:
+        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;", block)
+        code = [Instruction(int(address, 16), predicate, *rest) for address, predicate, *rest in lines]
+        result[block.split("\n", 1)[0].strip()] = code
+    return result
+
+
+def registers(path, architecture):
+    """{mangled name: registers per thread}, and the stack must be empty."""
+    text = cuobjdump("-arch", architecture, "--dump-resource-usage", path)
+    used = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", text)
+    return {name: (int(count), int(stack)) for name, count, stack in used}
+
+
+def count(code, pattern):
+    return sum(re.fullmatch(pattern, instruction.name) is not None for instruction in code)
+
+
+def fast_path(code, stores):
+    """The instructions that a thread in the middle of a large aligned tensor executes: the shortest way from the entry to
+    the exit with all square roots, the most 16-byte loads and this many 16-byte stores."""
+    position = {instruction.address: i for i, instruction in enumerate(code)}
+    states = collections.defaultdict(dict)  # per instruction: (square roots, loads, stores) -> the shortest way there
+    states[0] = {(0, 0, 0): ()}
+    done = {}
+    for i, instruction in enumerate(code):
+        for key, way in states.pop(i, {}).items():
+            key = (
+                key[0] + instruction.name.startswith("MUFU.RSQ"),
+                key[1] + bool(re.fullmatch(r"LDG\.E.*\.128.*", instruction.name)),
+                key[2] + bool(re.fullmatch(r"STG\.E.*\.128.*", instruction.name)),
+            )
+            way, target, following = (*way, i), instruction.target(), [i + 1]
+            if instruction.name.startswith("EXIT"):
+                following = [None, *following] if instruction.predicate else [None]
+            elif target is not None:
+                conditional = instruction.predicate or "P" in instruction.operands
+                following = [position[target], *following] if conditional else [position[target]]
+            for j in following:
+                if j is not None and j <= i:
+                    continue  # a jump back: the trap after the last exit
+                place = done if j is None else states[j]
+                if key not in place or len(way) < len(place[key]):
+                    place[key] = way
+    roots, loads, _ = max(key for key in done if key[2] == stores)
+    return [code[i] for i in done[roots, loads, stores]]
