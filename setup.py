@@ -97,7 +97,8 @@ class CMakeBuild(build_ext):
         (self.package_path() / note).write_text(reason + "\n")
 
     def package_path(self):
-        return ROOT / "epskernels" if self.editable_mode else pathlib.Path(self.build_lib).resolve() / "epskernels"
+        in_place = self.editable_mode or self.inplace
+        return (ROOT if in_place else pathlib.Path(self.build_lib).resolve()) / "epskernels"
 
     def build_with_cmake(self, nvcc):
         import pybind11

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import importlib.metadata
+import os
 import pathlib
 import platform
 import sys
@@ -250,11 +251,19 @@ def run_info(args):
         print(f"compiled: {extension.__file__}\n  {details}")
         print(f"cpu capability: {extension.cpu_capability()} of {', '.join(extension.cpu_capabilities())}, ", end="")
         print(f"{torch.get_num_threads()} threads")
+    print(f"cuda kernel: {build.cuda_targets() or 'not compiled'}")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        print(f"GPU {i}: {properties.name}, sm_{properties.major}{properties.minor}")
     print("backends:")
-    print(f"  cpu        {'the default on the CPU' if extension else build.why_missing()}")
-    print("  cuda       not in this version: CUDA tensors run on the reference")
-    print("  triton     not in this version")
+    for name in ("cpu", "cuda", "triton"):
+        print(f"  {name:<10} {build.why_missing(name) or 'available'}")
     print("  reference  pure PyTorch, any device: the specification")
+    on_gpu = next((name for name in ("cuda", "triton") if not build.why_missing(name)), "reference")
+    print(
+        f"by default: {'reference' if build.why_missing('cpu') else 'cpu'} for CPU tensors, {on_gpu} for CUDA tensors"
+    )
+    print(f"EPSKERNELS_BACKEND={os.environ.get('EPSKERNELS_BACKEND', '(not set)')}")
 
 
 def main(argv=None):

@@ -51,6 +51,10 @@ SCHEMAS = (
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
 _log = logging.getLogger("epskernels")
+if os.environ.get("EPSKERNELS_LOG") == "debug":
+    logging.basicConfig()
+    _log.setLevel(logging.DEBUG)
+_logs_calls = _log.isEnabledFor(logging.DEBUG)  # as it is at import: a call then costs nothing more
 _library = torch.library.Library("epskernels", "DEF")
 for _schema in SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -261,6 +265,39 @@ def _chosen(tensor, backend):
     return functions()
 
 
+def _log_call(name, functions, backend, tensors):
+    """Which kernel a call runs on, why, and what keeps it from its fast path."""
+    tensors = {key: value for key, value in tensors.items() if isinstance(value, torch.Tensor) and value.numel()}
+    if not tensors:
+        return  # about to be refused
+    first = next(iter(tensors.values()))
+    kind = first.device.type
+    why = "by default"
+    for chosen, said in (
+        (_DEFAULT_BACKEND, "by EPSKERNELS_BACKEND"),
+        (_forced.get(), "by use_backend"),
+        (backend, "as asked"),
+    ):
+        why = said if chosen else why
+    if functions is _REFERENCE or _stand_ins.get(kind) is REFERENCE:
+        kernel = "the reference"
+    elif functions is not _DISPATCHED or (kind == "cuda" and build.why_missing("cuda")):
+        kernel = "the Triton kernel"
+    else:
+        kernel = f"the CPU kernel ({build.extension().cpu_capability()})" if kind == "cpu" else "the CUDA kernel"
+    slower = []
+    for key, tensor in tensors.items():
+        if not tensor.dim() or key == "seeds":
+            continue
+        size = tensor.element_size()
+        if key != "rows" and not tensor[0].is_contiguous():
+            slower.append(f"{key} goes through a contiguous copy")
+        elif kind == "cuda" and (tensor.data_ptr() % 16 or (len(tensor) > 1 and tensor.stride(0) * size % 16)):
+            effect = "is copied" if key == "rows" else "makes accesses of single elements"
+            slower.append(f"{key}, whose samples do not begin at multiples of 16 bytes, {effect}")
+    _log.debug("%s on %s runs on %s, %s%s", name, first.device, kernel, why, "".join(f"; {text}" for text in slower))
+
+
 def _refuse_gradients(**tensors):
     """A gradient would stop here in silence."""
     for name, tensor in tensors.items():
@@ -322,6 +359,9 @@ def step(
     if is_grad_enabled():
         _refuse_gradients(x=x, f=f, u=u, m1=m1, m2=m2, v=v, grad=grad, noise=noise, out=out, m0=m0)
     functions = _chosen(x, backend) if _choices or backend is not None else _DISPATCHED
+    if _logs_calls and not is_compiling():
+        given = {"u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": noise, "out": out, "m0": m0}
+        _log_call("step", functions, backend, {"x": x, "f": f, "rows": rows} | given)
     if out is None and m0 is None:
         return functions.step_m0(*inputs) if return_m0 else functions.step(*inputs)
     if return_m0 and m0 is None:
@@ -363,5 +403,7 @@ def normal(seeds, shape, *, dtype=torch.float32, draw=0, stream=STREAM_INITIAL, 
     seeds = as_seeds(seeds, device or getattr(seeds, "device", "cpu"))
     if not isinstance(shape, (tuple, list)):
         fail(f"shape: expected a list or tuple of sizes, got {shape!r}")
-    run = _chosen(seeds, backend).normal
-    return run(seeds, list(shape), dtype=dtype, draw=draw, stream=stream)
+    functions = _chosen(seeds, backend)
+    if _logs_calls and not is_compiling():
+        _log_call("normal", functions, backend, {"seeds": seeds})
+    return functions.normal(seeds, list(shape), dtype=dtype, draw=draw, stream=stream)

@@ -7,6 +7,7 @@ memory in the same layout, so that a misaligned or strided view stays one.
 
 import contextlib
 import functools
+import os
 import pathlib
 import subprocess
 
@@ -22,12 +23,15 @@ HOST_KERNELS = [*_C.cpu_capabilities(), "cuda_on_host"]
 if build.interprets_triton() and not build.why_missing("triton"):
     HOST_KERNELS.append("triton")
 KERNELS = HOST_KERNELS + GPU_KERNELS
+if wanted := os.environ.get("EPSKERNELS_TEST_KERNELS"):  # some of them, such as "cuda,triton"
+    KERNELS = [name for name in KERNELS if name in wanted.split(",")]
 
 
 @functools.cache
 def cuda_on_host():
     """The ops of csrc/step_cuda.cu and csrc/ops_cuda.cpp over tests/cuda_on_host, compiled where they have changed."""
-    target = ROOT / "build" / "tests" / "libepskernels_cuda_on_host.so"
+    sanitizers = os.environ.get("EPSKERNELS_SANITIZE", "alignment,bounds")
+    target = ROOT / "build" / "tests" / f"cuda_on_host-{sanitizers}" / "libepskernels_cuda_on_host.so"
     here = ROOT / "tests" / "cuda_on_host"
     sources = [ROOT / "csrc" / "step_cuda.cu", ROOT / "csrc" / "ops_cuda.cpp", here / "device.cpp"]
     newest = max(path.stat().st_mtime for path in (*here.iterdir(), *(ROOT / "csrc").iterdir()))
@@ -39,7 +43,7 @@ def cuda_on_host():
             "c++", "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off",
             "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wl,-Bsymbolic",
             # A 16-byte access at another address, or an index outside an array, ends the process.
-            "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error",
+            f"-fsanitize={sanitizers}", "-fsanitize-undefined-trap-on-error",
             "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DEPSKERNELS_LIBRARY=epskernels_cuda_on_host",
             "-DEPSKERNELS_KEY=CPU", '-DEPSKERNELS_CUDA_TARGETS="the host"', "-isystem", include,
             "-isystem", include / "torch" / "csrc" / "api" / "include", "-I", here, "-I", ROOT / "csrc", "-x", "c++",

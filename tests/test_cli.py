@@ -133,11 +133,36 @@ def test_environment_forces_the_instruction_set():
     assert wrong.returncode != 0 and "cpu capability: expected one of generic" in wrong.stderr
 
 
+CALLS = """
+import torch, epskernels
+x, row = torch.ones(2, 3, 4, 4), torch.zeros(1, 16)
+row[0, 3] = row[0, 4] = 1
+epskernels.step(x.mT, x, row, 0)
+epskernels.step(x, x, row, 0, backend="reference")
+with epskernels.use_backend("cpu"):
+    epskernels.normal([1], (3,))
+"""
+
+
+def debug_log(**environment):
+    forced = {**os.environ, "EPSKERNELS_LOG": "debug", **environment}
+    return subprocess.run([sys.executable, "-c", CALLS], env=forced, capture_output=True, text=True, check=True).stderr
+
+
+def test_debug_log_says_what_ran_and_why():
+    log = debug_log(EPSKERNELS_CPU_CAPABILITY="generic")
+    for line in (
+        "cpu kernel: loaded",
+        "step on cpu runs on the CPU kernel (generic), by default; x goes through a contiguous copy\n",
+        "step on cpu runs on the reference, as asked\n",
+        "normal on cpu runs on the CPU kernel (generic), by use_backend\n",
+    ):
+        assert line in log
+
+
 def test_environment_forces_the_reference():
-    code = "import epskernels.ops as o, torch; print(o._step_ops(torch.ones(1))[0] is o.reference_step)"
-    forced = {**os.environ, "EPSKERNELS_BACKEND": "reference"}
-    result = subprocess.run([sys.executable, "-c", code], env=forced, capture_output=True, text=True, check=True)
-    assert result.stdout == "True\n"
+    log = debug_log(EPSKERNELS_BACKEND="reference")
+    assert "step on cpu runs on the reference, by EPSKERNELS_BACKEND; x goes through a contiguous copy\n" in log
 
 
 def test_help_shows_examples(capsys):

@@ -21,6 +21,7 @@ USE = (
     "    assert torch.equal(y, epskernels.step(x, x, table, 3, seeds=torch.arange(2)))\n"
     "assert (models.DIGITS / 'unet' / 'diffusion_pytorch_model.safetensors').exists()\n"
     "print('why', build.why_missing())\n"
+    "print('cuda', build.why_missing('cuda'))\n"
 )
 
 
@@ -48,13 +49,16 @@ def install_and_use(environment, wheel, tmp_path):
     return subprocess.run(python, cwd=tmp_path, capture_output=True, text=True)
 
 
-def test_wheel_works_away_from_the_source_tree(environment, tmp_path):
-    made = make_wheel(tmp_path, EPSKERNELS_BUILD="1")
+@pytest.mark.parametrize("cuda", ["auto", "0"])
+def test_wheel_works_away_from_the_source_tree(environment, tmp_path, cuda):
+    made = make_wheel(tmp_path, EPSKERNELS_BUILD="1", EPSKERNELS_CUDA=cuda)
     assert made.returncode == 0, made.stdout + made.stderr
     (wheel,) = tmp_path.glob("*.whl")
     result = install_and_use(environment, wheel, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "why None" in result.stdout and "UserWarning" not in result.stderr
+    if cuda == "0":
+        assert "cuda the CUDA kernel is missing (EPSKERNELS_CUDA=0 was set when it was installed)" in result.stdout
 
 
 def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment, tmp_path):
@@ -67,12 +71,16 @@ def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment
     assert "pip install --force-reinstall" in result.stderr
 
 
-@pytest.mark.parametrize("wanted", ["1", "yes"])
-def test_build_1_makes_a_missing_tool_an_error_and_other_values_are_refused(wanted, tmp_path):
-    made = make_wheel(tmp_path, EPSKERNELS_BUILD=wanted, PATH=str(tmp_path))
+@pytest.mark.parametrize(
+    "switch, wanted, expected",
+    [
+        ("EPSKERNELS_BUILD", "1", "EPSKERNELS_BUILD=1, but the build lacked a C++ compiler"),
+        ("EPSKERNELS_BUILD", "yes", "EPSKERNELS_BUILD: expected auto, 0 or 1, got 'yes'"),
+        ("EPSKERNELS_CUDA", "yes", "EPSKERNELS_CUDA: expected auto, 0 or 1, got 'yes'"),
+    ],
+)
+def test_switches_of_the_build(switch, wanted, expected, tmp_path):
+    """1 makes a missing tool an error; other values are refused."""
+    made = make_wheel(tmp_path, **{switch: wanted} | ({"PATH": str(tmp_path)} if wanted == "1" else {}))
     assert made.returncode != 0
-    expected = {
-        "1": "EPSKERNELS_BUILD=1, but the build lacked cmake",
-        "yes": "EPSKERNELS_BUILD: expected auto, 0 or 1",
-    }
-    assert expected[wanted] in made.stdout + made.stderr
+    assert expected in made.stdout + made.stderr

@@ -1,0 +1,239 @@
+"""What only a GPU can show: streams, graphs, no waiting, several devices, more than 2^31 elements. The bits of the whole matrix
+are in test_step_bits.py, test_noise.py and test_rows_on_device.py, which run on the GPU's kernels too where there is one."""
+
+import itertools
+
+import kernels
+import pytest
+import torch
+from test_step_bits import assert_same_bits, make_inputs, name, random_rows, reference
+
+import epskernels
+from epskernels import _C, samplers, schedule
+from epskernels.checks import DTYPES
+from epskernels.table import COLUMNS
+
+pytestmark = pytest.mark.skipif(not kernels.ON_GPU, reason="there is no GPU")
+NAMES = ("u", "m1", "m2", "v", "grad", "seeds")
+each_backend = pytest.mark.parametrize("backend", kernels.GPU_KERNELS)
+
+
+def on_gpu(values, device="cuda"):
+    return {key: value.to(device) for key, value in values.items()}
+
+
+def step(backend, rows, index, inputs, **kwargs):
+    inputs = dict(inputs)
+    return epskernels.step(inputs.pop("x"), inputs.pop("f"), rows, index, **inputs, **kwargs, backend=backend)
+
+
+def test_both_kernels_are_here():
+    """gpu-check asks for both; a machine without nvcc, or without triton, says which and why."""
+    missing = {backend: epskernels.build.why_missing(backend) for backend in ("cuda", "triton")}
+    assert not any(missing.values()), missing
+
+
+# ---- every compiled kernel, small and large ----
+
+SETS = [tuple(itertools.compress(("u", "m1", "seeds"), chosen)) for chosen in itertools.product((0, 1), repeat=3)]
+
+
+@pytest.mark.parametrize("names", [*SETS, NAMES], ids=lambda names: "-".join(names) or "bare")
+@pytest.mark.parametrize("f_dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=name)
+def test_all_backends_agree(x_dtype, f_dtype, names):
+    """CUDA = Triton = CPU = reference, with tails, and in tensors that take the kernels for large ones."""
+    for shape in ((2, 1027), (3, 2**19 + 8)):
+        inputs = make_inputs(shape, names, 1, x_dtype, f_dtype)
+        rows, index = random_rows(4, names, 2, idle=0), torch.arange(shape[0])
+        expected = reference(rows, index, inputs)
+        for backend in ("cpu", *kernels.GPU_KERNELS):
+            there = on_gpu(inputs) if backend != "cpu" else inputs
+            device = there["x"].device
+            got = step(backend, rows.to(device), index.to(device), there, return_m0=True)
+            for result, wanted, what in zip(got, expected, ("x'", "m0"), strict=True):
+                assert_same_bits(result.cpu(), wanted, f"{what} of {backend}, {shape}")
+
+
+@each_backend
+def test_every_square_root_that_noise_takes(backend):
+    """2^28 normals against the CPU's: the device's root has a shortcut of its own."""
+    for seed in range(16):
+        got = epskernels.normal([seed], (2**24,), device="cuda", backend=backend)
+        assert torch.equal(got.cpu(), epskernels.normal([seed], (2**24,)))
+
+
+# ---- streams, graphs, waiting ----
+
+
+@each_backend
+def test_runs_on_the_current_stream(backend):
+    inputs = on_gpu(make_inputs((2, 100_000), ("seeds",), 3))
+    rows, index = random_rows(2, ("seeds",), 4, idle=0).cuda(), torch.arange(2).cuda()
+    expected = step(backend, rows, index, inputs)
+    late = torch.empty_like(inputs["x"])
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # the step must wait for what follows, on this stream
+        late.copy_(inputs["x"])
+        got = step(backend, rows, index, inputs | {"x": late})
+        latent = epskernels.normal(inputs["seeds"], (1000,), backend=backend)
+    assert not stream.query(), "the host waited"
+    stream.synchronize()
+    assert_same_bits(got.cpu(), expected.cpu(), "x'")
+    assert torch.equal(latent.cpu(), epskernels.normal(inputs["seeds"].cpu(), (1000,)))
+
+
+@each_backend
+def test_never_waits_for_the_device(backend):
+    inputs = on_gpu(make_inputs((2, 1000), NAMES, 5))
+    rows, index = random_rows(2, NAMES, 6, idle=0).cuda(), torch.arange(2).cuda()
+    step(backend, rows, index, inputs)  # compiles, and loads
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(backend, rows, index, inputs, return_m0=True)
+        epskernels.normal(inputs["seeds"], (77,), backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@each_backend
+def test_takes_no_memory_but_its_outputs(backend):
+    inputs = on_gpu(make_inputs((2, 1000), NAMES, 7))
+    rows, index = random_rows(2, NAMES, 8, idle=0).cuda(), torch.arange(2).cuda()
+    out, m0 = torch.empty_like(inputs["x"]), torch.empty_like(inputs["x"])
+    step(backend, rows, index, inputs, out=out, m0=m0)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    step(backend, rows, index, inputs, out=out, m0=m0)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_graph_replay_with_changed_inputs(backend, dtype):
+    batch = 3
+    rows = random_rows(7, NAMES, 9, idle=0)
+    static = on_gpu(make_inputs((batch, 1001), NAMES, 10, dtype, dtype))
+    static_rows, index = rows.cuda(), torch.zeros(batch, dtype=torch.int64, device="cuda")
+    out, m0 = torch.empty_like(static["x"]), torch.empty_like(static["x"])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(backend, static_rows, index, static, out=out, m0=m0)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(backend, static_rows, index, static, out=out, m0=m0)
+    for seed in range(4):
+        fresh = make_inputs((batch, 1001), NAMES, 20 + seed, dtype, dtype)
+        fresh_rows, which = random_rows(7, NAMES, 30 + seed, idle=0.2), torch.tensor([seed, 6 - seed, 3])
+        for key, value in fresh.items():
+            static[key].copy_(value)
+        static_rows.copy_(fresh_rows)
+        index.copy_(which)
+        graph.replay()
+        expected = reference(fresh_rows, which, fresh)
+        assert_same_bits(out.cpu(), expected[0], "x'")
+        assert_same_bits(m0.cpu(), expected[1], "m0")
+
+
+@each_backend
+def test_a_captured_step_replays_a_whole_trajectory(backend):
+    """One graph for all rows: the index advances on the device."""
+    table = samplers.ddpm(schedule.linear(), 20, scaling=1.01).to("cuda")
+    seeds = torch.arange(3, device="cuda")
+    x = epskernels.normal(seeds, (3, 9, 9), backend=backend)
+    start, index = x.clone(), torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def advance():
+        epskernels.step(x, 0.1 * x, table.rows, index, seeds=seeds, out=x, backend=backend)
+        index.add_(1)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        advance()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        advance()
+    x.copy_(start)
+    index.zero_()
+    for _ in range(len(table)):
+        graph.replay()
+    on_cpu = table.to("cpu")
+    expected = start.cpu()
+    for i in range(len(table)):
+        expected = epskernels.step(expected, (0.1 * expected.cuda()).cpu(), on_cpu, i, seeds=seeds.cpu())
+    assert_same_bits(x.cpu(), expected, "x")
+
+
+@each_backend
+def test_compiled_graphs(backend):
+    inputs = on_gpu(make_inputs((2, 1003), ("u", "seeds"), 11))
+    rows, index = random_rows(2, ("u", "seeds"), 12, idle=0).cuda(), torch.arange(2).cuda()
+
+    def doubled(x, f, rows, index, u, seeds):
+        return epskernels.step(x + x, f, rows, index, u=u, seeds=seeds, backend=None if backend == "cuda" else backend)
+
+    torch._dynamo.reset()
+    got = torch.compile(doubled, fullgraph=True)(rows=rows, index=index, **inputs)
+    expected = doubled(rows=rows, index=index, **inputs)
+    assert_same_bits(got.cpu(), expected.cpu(), "x'")
+
+
+# ---- several devices ----
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@each_backend
+def test_another_device_than_the_current_one(backend):
+    inputs = make_inputs((2, 1003), NAMES, 13)
+    rows, index = random_rows(2, NAMES, 14, idle=0), torch.arange(2)
+    assert torch.cuda.current_device() == 0
+    there = on_gpu(inputs, "cuda:1")
+    got = step(backend, rows.to("cuda:1"), index.to("cuda:1"), there)
+    assert got.device.index == 1 and torch.cuda.current_device() == 0
+    assert_same_bits(got.cpu(), reference(rows, index, inputs)[0], "x'")
+    with pytest.raises(RuntimeError, match="rows: expected a tensor on"):
+        step(backend, rows.to("cuda:0"), index.to("cuda:1"), there)
+
+
+# ---- more than 2^31 elements ----
+
+LONG = 2**31 + 4099
+PLACES = [slice(0, 4096), slice(LONG - 8195, LONG - 3), slice(LONG - 4099, LONG)]  # each begins at a multiple of 4
+
+
+def normals(seed, draw, stream, place):
+    """What the CPU's kernel makes there, in float32."""
+    parts = range(place.start, place.stop, 1024)
+    made = [_C.normal_elements(seed, draw, stream, part, min(1024, place.stop - part)) for part in parts]
+    return torch.cat([torch.tensor(part) for part in made]).reshape(1, -1)
+
+
+@each_backend
+@pytest.mark.skipif(
+    kernels.ON_GPU and torch.cuda.get_device_properties(0).total_memory < 40 * 2**30, reason="needs 40 GiB"
+)
+def test_more_elements_than_32_bits_count(backend):
+    """A sample of 2^31 + 4099 elements, looked at where it begins, around 2^31 and where it ends."""
+    torch.cuda.empty_cache()
+    row = random_rows(1, ("seeds",), 15, idle=0)
+    draw = int(row[0, COLUMNS.index("draw")])
+    x, f = torch.randn(1, LONG, device="cuda"), torch.randn(1, LONG, device="cuda")
+    seeds = torch.tensor([77], device="cuda")
+    kept = [(x[:, place].cpu(), f[:, place].cpu()) for place in PLACES]
+    epskernels.step(x, f, row.cuda(), torch.tensor(0, device="cuda"), seeds=seeds, out=x, backend=backend)
+    for place, (part_x, part_f) in zip(PLACES, kept, strict=True):
+        noise = normals(77, draw, 0, place)
+        expected = epskernels.step(part_x, part_f, row, 0, noise=noise, backend="reference")
+        assert_same_bits(x[:, place].cpu(), expected, f"x' from {place.start}")
+    del x, f
+    torch.cuda.empty_cache()
+    latent = epskernels.normal(seeds, (LONG,), dtype=torch.bfloat16, backend=backend)
+    for place in PLACES:
+        expected = normals(77, 0, 1, place).to(torch.bfloat16)
+        assert_same_bits(latent[:, place].cpu(), expected, f"normal from {place.start}")
+    del latent
+    torch.cuda.empty_cache()
