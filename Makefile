@@ -8,11 +8,16 @@ SEEDS ?= 0-63
 STEPS ?= 20
 LAMBDA ?= 1.005
 
+# What gpu-check runs with: the Python whose torch sees the GPU, and where its results go.
+GPU_PYTHON ?= $(shell for python in $(VENV)/bin/python python3; do \
+	$$python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null && echo $$python && break; done)
+RESULTS ?= benchmarks/results
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: build sample test sanitize bench-cpu train clean
+.PHONY: build sample test sanitize gpu-check bench-cpu train clean
 
 build: $(READY)
 
@@ -34,6 +39,11 @@ test: $(READY)
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/sanitize.sh
 
+# Installs nothing: where there is no network, the torch of the system will do.
+gpu-check:
+	@test -n "$(GPU_PYTHON)" || { echo "gpu-check: no Python here has a torch that sees a GPU (GPU_PYTHON=...)"; exit 1; }
+	$(GPU_PYTHON) tests/gpu_check.py $(RESULTS)
+
 bench-cpu: $(READY)
 	$(BIN)/python benchmarks/bench_cpu.py
 
@@ -41,4 +51,4 @@ train: $(READY)
 	$(BIN)/python examples/train_mnist.py --out runs/mnist
 
 clean:
-	rm -rf build dist *.egg-info epskernels/*.so epskernels/not_built.txt $(READY)
+	rm -rf build dist *.egg-info epskernels/*.so epskernels/*built*.txt $(READY)

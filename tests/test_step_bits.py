@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import samplers, schedule
+from epskernels import _C, samplers, schedule
 from epskernels.checks import DTYPES
 from epskernels.ops import REFERENCE
 from epskernels.table import COLUMNS
@@ -442,6 +442,7 @@ def test_any_input_may_be_overwritten(kernel, out, m0):
         assert_same_bits(got[1], expected[1], "m0")
 
 
+@pytest.mark.parametrize("kernel", _C.cpu_capabilities(), indirect=True)
 @pytest.mark.parametrize("shape", [(3, 65537), (1, 70000), (300, 1000)], ids=str)
 @each_dtype
 def test_threads_do_not_change_bits(kernel, two_threads, dtype, shape):
