@@ -101,10 +101,15 @@ inline Dtype float_dtype(const View& view) {
   fail(view.name, ": expected dtype float32, float16 or bfloat16, got ", dtype_name(view.dtype));
 }
 
+inline std::string device_name(const View& view) {
+  if (view.device_type == aoti_torch_device_type_cpu()) return "cpu";
+  if (view.device_type == aoti_torch_device_type_cuda()) return "cuda:" + std::to_string(view.device_index);
+  return "another kind of device";
+}
+
 inline void check_device(const View& view, const View& x) {
   if (!view || (view.device_type == x.device_type && view.device_index == x.device_index)) return;
-  const char* where = x.device_type == aoti_torch_device_type_cpu() ? "cpu" : "one device";
-  fail(view.name, ": expected a tensor on ", where, ", as x is, got one on another device");
+  fail(view.name, ": expected a tensor on ", device_name(x), ", as x is, got one on ", device_name(view));
 }
 
 inline void check_same_shape(const View& view, const View& other) {

@@ -238,7 +238,7 @@ def use_backend(name):
 
     Raises ValueError for an unknown one, RuntimeError for one that this installation or machine lacks, saying why.
     EPSKERNELS_BACKEND sets the same for a whole process; the functions' own argument `backend` comes first.
-    torch.ops.epskernels.* called directly, and compiled graphs, always dispatch by device.
+    torch.ops.epskernels.* called directly always dispatch by device; compiled graphs do but for the argument.
     """
     global _choices
     token = _forced.set(_check_backend(name) or "auto")
@@ -254,7 +254,7 @@ def use_backend(name):
 
 def _chosen(tensor, backend):
     """The functions of the backend that was asked for: by the call, else by the context, else for the process."""
-    if is_compiling():
+    if is_compiling() and backend in (None, *_BACKENDS):
         return _BACKENDS[backend or "auto"][0]()
     if backend is not None:
         _check_backend(backend)

@@ -6,6 +6,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+import kernels
 from kernels import KERNELS, Kernel
 
 import epskernels
@@ -47,3 +48,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter):
+    counts = ", ".join(f"{name} {count:,}" for name, count in kernels.compared.items())
+    if counts:
+        terminalreporter.write_line(f"tensors held to the reference's bits: {counts}")

@@ -5,6 +5,7 @@ run as loops; the Triton kernel in its interpreter. With a GPU: the CUDA and the
 memory in the same layout, so that a misaligned or strided view stays one.
 """
 
+import collections
 import contextlib
 import functools
 import os
@@ -76,6 +77,10 @@ ops._BACKENDS["cuda_on_host"] = (
 )
 
 
+current = "torch.ops"  # the name of the active kernel
+compared = collections.Counter()  # tensors held to the reference's bits, by kernel
+
+
 class Mirror:
     """Tensors on the GPU over copies of the host tensors' whole storages, at the same offsets and strides."""
 
@@ -131,11 +136,19 @@ class Kernel:
     @contextlib.contextmanager
     def active(self, monkeypatch):
         """epskernels.step and epskernels.normal run on this kernel."""
+        global current
+        current = self.name
+        with self._active(monkeypatch):
+            yield self
+        current = "torch.ops"
+
+    @contextlib.contextmanager
+    def _active(self, monkeypatch):
         if self.name in _C.cpu_capabilities():
             before = _C.cpu_capability()
             _C.set_cpu_capability(self.name)
             with epskernels.use_backend("cpu"):
-                yield self
+                yield
             _C.set_cpu_capability(before)
             return
         with epskernels.use_backend(self.name):
@@ -144,7 +157,7 @@ class Kernel:
                 normal = epskernels.normal
                 on = functools.partial(normal, device="cuda")
                 monkeypatch.setattr(epskernels, "normal", lambda *args, **kwargs: on(*args, **kwargs).cpu())
-            yield self
+            yield
 
     def op(self, op):
         function = overload(self.name, op)
