@@ -12,7 +12,7 @@ inline void check_row(const StepRow& row, int64_t index) {
   const float* values = reinterpret_cast<const float*>(&row);
   for (int column = 0; column < ROW_COLUMNS; ++column) {
     const bool is_clip = &values[column] == &row.clip;
-    if (is_clip ? !(row.clip >= 0.0f) : !std::isfinite(values[column]))
+    if (is_clip ? !valid_clip(row.clip) : !std::isfinite(values[column]))
       fail("rows: expected finite coefficients and clip >= 0, got ", values[column], " in row ", index, ", column ",
            column);
   }

@@ -51,6 +51,9 @@ HOST_DEVICE unsigned row_terms(const StepRow& row) {
   return terms;
 }
 
+// At least 0, and not the negative zero: bounds of [-clip, clip] that are zeros have the signs that one expects.
+HOST_DEVICE bool valid_clip(float clip) { return bits_from_float(clip) <= 0x7f800000u; }
+
 HOST_DEVICE bool valid_draw(float draw) {
   return draw >= 0.0f && draw < 0x1p24f && draw == static_cast<float>(static_cast<int32_t>(draw));
 }

@@ -157,7 +157,7 @@ __device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t s
     memcpy(&row, columns, sizeof row);
     const unsigned asked = row_terms(row);
     result.terms = asked & present;
-    good = row.clip >= 0.0f;
+    good = valid_clip(row.clip);
 #pragma unroll
     for (unsigned term = 1; term <= TERM_VARIANCE; term *= 2)
       if (!(present & term) && term != TERM_GRAD && (asked & term)) good = false;

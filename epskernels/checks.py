@@ -3,6 +3,8 @@
 All raise RuntimeError naming the argument, before anything is written.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -97,7 +99,10 @@ def check_values(rows, index, u, m1, m2, v, noise, seeds):
     for i in used:
         row = dict(zip(COLUMNS, rows[i].tolist(), strict=True))
         for column, (name, value) in enumerate(row.items()):
-            if not (value >= 0 if name == "clip" else abs(value) < float("inf")):
+            good_clip = (
+                value >= 0 and math.copysign(1, value) > 0
+            )  # no negative zero: the bounds have the signs that one expects
+            if not (good_clip if name == "clip" else math.isfinite(value)):
                 fail(f"rows: expected finite coefficients and clip >= 0, got {value} in row {i}, column {column}")
         if not (0 <= row["draw"] < 2**24 and row["draw"] == int(row["draw"])):
             fail(f"rows: expected draw to be an integer in [0, 2^24), got {row['draw']} in row {i}")

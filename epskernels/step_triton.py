@@ -198,7 +198,7 @@ def step_kernel(
 
     # What the row asks for is read; where it is not there, the sample is NaN.
     guidance, variance = g != 1.0, (logvar_min != 0.0) | (logvar_max != 0.0)
-    good &= clip >= 0.0
+    good &= clip.to(tl.uint32, bitcast=True) <= 0x7F800000  # at least 0, and not the negative zero
     if u_ptr is None:
         good &= g == 1.0
     else:

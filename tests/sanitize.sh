@@ -27,7 +27,7 @@ cmake --build "$build/cmake" --target install
 compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$build/cmake/CMakeCache.txt")
 runtime=$(for name in libasan.so libubsan.so libstdc++.so; do readlink -f "$("$compiler" -print-file-name=$name)"; done)
 checked() {
-  env PYTHONPATH="$package" PYTHONSAFEPATH=1 LD_PRELOAD="${runtime//$'\n'/ }" \
+  env PYTHONPATH="$package:$root/tests" PYTHONSAFEPATH=1 LD_PRELOAD="${runtime//$'\n'/ }" \
     ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:allocator_may_return_null=1 \
     UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 EPSKERNELS_SANITIZE=address,undefined "$@"
 }

@@ -220,6 +220,7 @@ for column in COLUMNS:
             lambda column=column, value=value: good(rows=rows_with(column, value)),
             f"rows: expected finite coefficients and clip >= 0, got -?{value} in row 0, column {COLUMNS.index(column)}",
         )
+BAD["rows: clip -0"] = (lambda: good(rows=rows_with("clip", -0.0)), "rows: .*clip >= 0, got -0(.0)? in row 0, column 2")
 BAD["rows: clip -1"] = (lambda: good(rows=rows_with("clip", -1)), "rows: .*clip >= 0, got -1(.0)? in row 0, column 2")
 for value in (-1.0, 0.5, 2.0**24):
     BAD[f"rows: draw {value:g}"] = (

@@ -62,10 +62,10 @@ def test_a_row_that_needs_an_absent_tensor(kernel, missing, others):
 
 
 @pytest.mark.parametrize("names", [(), ("u",), ("v", "grad", "noise")], ids=["bare", "u", "v_grad_noise"])
-@pytest.mark.parametrize("clip", [-1.0, -(2.0**-149), -float("inf"), float("nan")])
+@pytest.mark.parametrize("clip", [-0.0, -1.0, -(2.0**-149), -float("inf"), float("nan")])
 def test_bad_clip(kernel, clip, names):
     inputs = make_inputs((2, 130), names, 4, special=0)
-    rows = torch.cat([make_row(d_x=1, c_x=1, clip=clip), make_row(d_x=1, c_x=1, clip=-0.0)])
+    rows = torch.cat([make_row(d_x=1, c_x=1, clip=clip), make_row(d_x=1, c_x=1, clip=0.0)])
     check_only_bad_samples_are_nan(rows, torch.tensor([1, 0]), inputs, {1})
 
 
