@@ -1,8 +1,9 @@
-"""The GPU benchmark's own program, on the CPU: what it writes, and that it refuses to time a kernel that is wrong."""
+"""benchmarks/bench_gpu.py where there is no GPU: it runs on the CPU, judges nothing, and refuses a wrong kernel."""
 
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,92 +13,89 @@ import torch
 
 import epskernels
 
-PROGRAM = pathlib.Path(__file__).parents[1] / "benchmarks" / "bench_gpu.py"
-
-
-def bench(folder, *options):
-    report = folder / "report.json"
-    command = [sys.executable, PROGRAM, "--device", "cpu", "--seconds", "0.0002", "--json", report, *options]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    return done, json.loads(report.read_text())
-
-
-def test_report(tmp_path):
-    done, report = bench(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert set(report) == {"machine", "providers", "only", "ceilings", "results", "targets"}
-    assert {"device", "torch", "triton", "epskernels", "cuda_targets", "commit"} <= set(report["machine"])
-    rows = report["results"]
-    assert {row["feature"] for row in rows} == {
-        "plain", "noise", "guidance", "history", "guidance+noise", "learned", "normal",
-    }  # fmt: skip
-    assert {row["dtype"] for row in rows} == {"float32", "bfloat16", "float32 of bfloat16"}
-    assert all(row["device"] == "cpu" and row["error"] is None for row in rows)
-    for row in rows:
-        numbers = [row["seconds"], row["GB/s"], row["bytes"], *row["quartiles"], *sum(row["ratios"].values(), [])]
-        assert all(math.isfinite(number) and number > 0 for number in numbers), row
-        if row["provider"] == "cpu" and row["how"] == "call" and row["feature"] != "normal":
-            assert {"copy", "torch.add"} <= set(row["ratios"])
-            assert row["copy_share"] == pytest.approx(1 / row["ratios"]["copy"][1])
-    assert report["providers"]["inductor reduce-overhead"] == "needs a GPU"
-    assert report["ceilings"]["smallest kernel, seconds"] > 0
-    assert len(report["targets"]) == 6
-    assert all(target["met"] is None and target["worst"] is None for target in report["targets"])
-    assert "not measured cpu: deterministic step" in done.stdout and len(done.stdout.splitlines()[-46:]) <= 46
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path):
-    done = subprocess.run([sys.executable, str(PROGRAM)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0 and "no GPU is available to torch" in done.stderr
-    assert not list(tmp_path.iterdir())
+PROGRAM = pathlib.Path(__file__).parent.parent / "benchmarks" / "bench_gpu.py"
 
 
 @pytest.fixture
-def program():
+def bench():
     spec = importlib.util.spec_from_file_location("bench_gpu", PROGRAM)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_gpu"] = module
     spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bench_gpu"]
+    return module
 
 
-def off_by_one_ulp(step):
-    def wrong(x, *args, backend=None, **kwargs):
-        result = step(x, *args, backend=backend, **kwargs)
-        if backend != "reference":
-            result.view(-1)[-1:] = result.view(-1)[-1:].nextafter(torch.tensor(math.inf, dtype=result.dtype))
+def start(path, *arguments):
+    command = [sys.executable, PROGRAM, "--device", "cpu", "--seconds", "1e-5", "--json", path, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "EPSKERNELS_BACKEND": "auto"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_runs_on_the_cpu_and_judges_nothing(bench, tmp_path):
+    done = start(tmp_path / "results.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results.keys() == {"machine", "providers", "only", "ceilings", "results", "targets"}
+    assert {"device", "torch", "triton", "python", "epskernels", "cuda_targets", "commit"} <= results["machine"].keys()
+    assert results["ceilings"]["smallest kernel, seconds"] > 0
+
+    found = {(tuple(r["shape"]), r["dtype"], r["feature"], r["how"], r["provider"]) for r in results["results"]}
+    missing = results["providers"].keys()  # diffusers may be among them
+    assert missing - {"diffusers"} == {bench.INDUCTOR, bench.REDUCE}
+    plans = [(case, how, names) for case in bench.all_cases("cpu") for how, names in bench.plan(case, "cpu").items()]
+    assert found == {(*case[:3], how, name) for case, how, names in plans for name in names if name not in missing}
+    for row in results["results"]:
+        assert row["device"] == "cpu" and row["error"] is None
+        numbers = [row["seconds"], *row["quartiles"], row["bytes"], row["GB/s"], *sum(row["ratios"].values(), [])]
+        assert all(0 < number < math.inf for number in numbers), row
+        assert row["provider"] != "cpu" or row["how"] == "host" or row["feature"] == "normal" or row["copy_share"] > 0
+
+    assert len(results["targets"]) == 6
+    assert all(t["met"] is None and t["worst"] is None and t["claim"] and t["target"] for t in results["targets"])
+    table = done.stdout.rsplit("written to", 1)[1].splitlines()[1:]
+    assert len(table) <= 45 and sum(line.startswith("not measured") for line in table) == 6
+
+
+def test_covers_every_shape_dtype_and_feature_within_45_lines(bench):
+    cases = list(bench.all_cases("cuda"))
+    assert len(set(cases)) == len(cases) == 6 * (2 * 6 + 2) + 4
+    assert sum(bench.INDUCTOR in bench.plan(case, "cuda")["node"] for case in cases) == 6 * (2 * 3 + 2)
+    step = bench.Case((1, 4, 64, 64), "float32 of bfloat16", "guidance")
+    assert step.bytes == 16384 * (4 + 4 + 2 + 2)
+
+
+def test_a_provider_that_fails_is_in_the_results(bench, monkeypatch):
+    def fail():
+        raise RuntimeError("no such\nthing")
+
+    calls_of = bench.calls_of
+    monkeypatch.setattr(bench, "calls_of", lambda name, *rest: [fail] if name == "copy" else calls_of(name, *rest))
+    case = next(bench.all_cases("cpu"))
+    rows = bench.measure(case, "cpu", 60e6, 1e-5, {bench.INDUCTOR: "off", bench.REDUCE: "off", "diffusers": "off"}, {})
+    errors = {(row["how"], row["provider"]): row["error"] for row in rows}
+    assert errors.pop(("call", "copy")) == "RuntimeError: no such"
+    assert set(errors.values()) == {None}
+
+
+@pytest.mark.parametrize("output", ["out", "m0"])
+def test_refuses_a_kernel_that_is_one_ulp_off(bench, monkeypatch, output):
+    right = epskernels.step
+
+    def wrong(*args, backend=None, **named):
+        result = right(*args, backend=backend, **named)
+        if backend != "reference" and named.get(output) is not None:
+            written = named[output].view(-1)
+            written[-1:] = torch.nextafter(written[-1:], torch.tensor(math.inf, dtype=written.dtype))
         return result
 
-    return wrong
-
-
-def test_a_kernel_off_by_one_ulp_is_refused_before_timing(program, monkeypatch):
-    program.check_ours("cpu", "cpu")
-    monkeypatch.setattr(epskernels, "step", off_by_one_ulp(epskernels.step))
+    bench.check_ours("cpu", "cpu")
+    bench.check_functional("cpu")
+    monkeypatch.setattr(epskernels, "step", wrong)
     with pytest.raises(AssertionError, match="cpu is not the reference"):
-        program.check_ours("cpu", "cpu")
-    assert program.who_is_missing("cpu", False)["cpu"].startswith("REFUSED before timing: AssertionError: cpu is not")
+        bench.check_ours("cpu", "cpu")
+    assert bench.who_is_missing("cpu", False)["cpu"].startswith("REFUSED before timing: AssertionError")
 
 
-def test_a_target_is_met_only_by_all_of_its_comparisons(program):
-    """As a GPU's rows would be judged."""
-    rows = []
-    for case in program.all_cases("cuda"):
-        for how, names in program.plan(case, "cuda").items():
-            ratios = {name: [0.9, 1.0, 1.05] for name in names if name != "cuda"}
-            row = {"shape": case.shape, "dtype": case.dtype, "feature": case.feature, "how": how}
-            rows.append(row | {"provider": "cuda", "ratios": ratios})
-
-    def verdicts(rows):
-        return {t["claim"]: t["met"] for t in program.judge(rows, "cuda", {}) if t["claim"].startswith("cuda")}
-
-    claims = verdicts(rows)
-    assert [met for claim, met in claims.items() if "copy bandwidth" in claim] == [True] * 3
-    assert claims["cuda: small latents, time of diffusers' scheduler.step over ours"] is False
-    without_one = [row for row in rows if not (row["shape"] == (256, 3, 256, 256) and row["feature"] == "plain")]
-    assert verdicts(without_one)["cuda: deterministic step, state of 64 MB or more, share of copy bandwidth"] is None
-    slow = next(row for row in rows if row["shape"] == (256, 3, 256, 256) and row["feature"] == "plain")
-    slow["ratios"] = slow["ratios"] | {"copy": [1.1, 1.2, 1.3]}
-    assert verdicts(rows)["cuda: deterministic step, state of 64 MB or more, share of copy bandwidth"] is False
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu(tmp_path):
+    done = start(tmp_path / "results.json", "--device", "cuda")
+    assert done.returncode == 1 and "no GPU is available" in done.stderr
