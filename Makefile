@@ -12,12 +12,16 @@ LAMBDA ?= 1.005
 GPU_PYTHON ?= $(shell for python in $(VENV)/bin/python python3; do \
 	$$python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null && echo $$python && break; done)
 RESULTS ?= benchmarks/results
+# The run that bench writes and report draws, and the two that bench-compare compares.
+RUN ?= benchmarks/results/latest.json
+OLD ?= benchmarks/results/cpu.json
+NEW ?= $(RUN)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: build sample test sanitize gpu-check bench-cpu train clean
+.PHONY: build sample test sanitize gpu-check bench bench-full bench-dispatch bench-compare report train clean
 
 build: $(READY)
 
@@ -44,8 +48,21 @@ gpu-check:
 	@test -n "$(GPU_PYTHON)" || { echo "gpu-check: no Python here has a torch that sees a GPU (GPU_PYTHON=...)"; exit 1; }
 	$(GPU_PYTHON) tests/gpu_check.py $(RESULTS)
 
-bench-cpu: $(READY)
-	$(BIN)/python benchmarks/bench_cpu.py
+# Its results: benchmarks/results/latest.json, compared and drawn by the targets after it.
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py --json $(RUN)
+
+bench-full: $(READY)
+	$(BIN)/python benchmarks/bench.py --full --json $(RUN)
+
+bench-dispatch: $(READY)
+	$(BIN)/python -m pytest benchmarks/test_dispatch.py --benchmark-group-by=func
+
+bench-compare: $(READY)
+	$(BIN)/python benchmarks/compare.py $(OLD) $(NEW)
+
+report: $(READY)
+	$(BIN)/python benchmarks/report.py $(RUN)
 
 train: $(READY)
 	$(BIN)/python examples/train_mnist.py --out runs/mnist
