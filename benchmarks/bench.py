@@ -393,17 +393,48 @@ def gpu_results():
         return results | {"exit status": done.returncode}
 
 
+def comparisons(full, only):
+    everything = [
+        *by_limit(), *by_size(full), *by_feature(), *by_dtype(), *by_scheduler(), *by_formula(), *by_batch(), *by_rows(),
+        *by_threads(), *by_loop(full), *by_real_model(), *by_call(),
+    ]  # fmt: skip
+    return [c for c in everything if re.search(only, f"{c.group} {c.name}")]
+
+
+def one_pass(wanted, path, rounds, seconds):
+    """One block of every comparison: {"GROUP NAME": {contender: seconds by round}}."""
+    blocks = {}
+    for comparison in wanted:
+        blocks[f"{comparison.group} {comparison.name}"] = harness.time_block(comparison, rounds, seconds)
+    path.write_text(json.dumps(blocks))
+
+
+def passes(count, arguments):
+    """The blocks of `count` processes, one after the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(count):
+            print(f"pass {i + 1} of {count}", file=sys.stderr, flush=True)
+            path = pathlib.Path(folder) / "pass.json"
+            command = [sys.executable, __file__, *arguments, "--one-pass", str(path)]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            yield json.loads(path.read_text())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--full", action="store_true", help="more sizes, more rounds")
     parser.add_argument("--only", default="", help="only comparisons whose 'GROUP NAME' holds this expression")
     parser.add_argument("--json", default="benchmarks/results/latest.json")
+    parser.add_argument("--one-pass", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if build.why_missing():
         raise SystemExit(f"bench: {build.why_missing()}")
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
-    blocks, rounds, seconds = (7, 9, 0.02) if args.full else (5, 7, 0.008)
+    wanted = comparisons(args.full, args.only)
+    if args.one_pass:
+        one_pass(wanted, args.one_pass, *((9, 0.02) if args.full else (5, 0.006)))
+        return
     results = {
         "schema": harness.SCHEMA,
         "machine": harness.about(),
@@ -413,21 +444,16 @@ def main():
         "gpu": None,
     }
     print(json.dumps(results["machine"]), flush=True)
+    blocks = list(passes(8 if args.full else 6, ["--only", args.only] + ["--full"] * args.full))
     print(f"{'time of epskernels / time of the peer':<90} {'ratio':>8}  {'interval of 95 %':<18} target")
-    everything = [
-        *by_limit(), *by_size(args.full), *by_feature(), *by_dtype(), *by_scheduler(), *by_formula(), *by_batch(), *by_rows(),
-        *by_threads(), *by_loop(args.full), *by_real_model(), *by_call(),
-    ]  # fmt: skip
-    for comparison in everything:
-        if not re.search(args.only, f"{comparison.group} {comparison.name}"):
-            continue
-        for row in harness.measure(comparison, blocks, rounds, seconds):
+    for comparison in wanted:
+        for row in harness.rows_of(comparison, [block[f"{comparison.group} {comparison.name}"] for block in blocks]):
             results["rows"].append(row)
             low, high = row["interval"]
             verdict = {True: "met", False: "NOT MET", None: ""}[row["met"]]
             target = "" if row["target"] is None else f"{row['target']:.3g} {verdict}"
             title = f"{row['group']}: {row['name']} / {row['peer']}"
-            print(f"{title:<90} {row['ratio']:8.3f}  [{low:.3f}, {high:.3f}]".ljust(120) + target, flush=True)
+            print(f"{title:<90} {row['ratio']:8.3f}  [{low:.3f}, {high:.3f}]".ljust(120) + target)
     if re.search(args.only, "memory"):
         results["memory"] = list(memory())
         for row in results["memory"]:

@@ -1,8 +1,9 @@
 """Times functions side by side, and keeps what came out: ratios with their intervals, the machine, the command.
 
-A comparison is measured in blocks; each makes its tensors anew (their addresses matter), warms up, and runs its rounds
-A B C A B C, so that a busy machine hurts all contenders alike. The ratio is the median over all rounds; its interval of 95 % is
-the hierarchical bootstrap's: blocks are drawn again, then rounds within them.
+A comparison is measured in blocks, each in a process of its own and minutes apart, on tensors made anew: what a process
+happens to get (addresses, pages, a neighbour on the machine) is part of the spread. A block runs its contenders in
+turn, in a new order each round, so that a busy machine, and what each leaves in the caches, hurts all alike. The ratio is the median over all rounds; its interval of 95 % is the
+hierarchical bootstrap's: blocks are drawn again, then rounds within them.
 """
 
 import dataclasses
@@ -46,39 +47,43 @@ def twice(run):
     return both
 
 
-def measure(comparison, blocks, rounds, seconds):
-    """One row per peer: {group, name, axes, peer, ratio, interval, rounds, target, met}. A ratio below 1: ours takes less."""
-    times = {}
-    for _ in range(blocks):
-        contenders = comparison.make()
-        names = list(contenders)
-        if TWICE:
-            contenders[names[0]] = twice(contenders[names[0]])
-        calls = {}
-        for name, run in contenders.items():
-            comparison.before.get(name, bool)()
-            for _ in range(3):
-                run()
-            begin = time.perf_counter()
+def time_block(comparison, rounds, seconds):
+    """{contender: [seconds of a call in each round]}, on tensors made for this block."""
+    contenders, calls = comparison.make(), {}
+    ours = next(iter(contenders))
+    if TWICE:
+        contenders[ours] = twice(contenders[ours])
+    for name, run in contenders.items():
+        comparison.before.get(name, bool)()
+        for _ in range(3):
             run()
-            calls[name] = max(1, int(seconds / max(time.perf_counter() - begin, 1e-7)))
-        block = {name: [] for name in names}
-        for _ in range(rounds):
-            for name, run in contenders.items():
-                comparison.before.get(name, bool)()
-                begin = time.perf_counter()
-                for _ in range(calls[name]):
-                    run()
-                block[name].append((time.perf_counter() - begin) / calls[name])
-        for name in names:
-            times.setdefault(name, []).append(block[name])
-    ours = np.array(times.pop(names[0]))
-    for peer, values in times.items():
-        ratio, interval = ratio_of(ours, np.array(values))
+        begin = time.perf_counter()
+        run()
+        calls[name] = max(4, int(seconds / max(time.perf_counter() - begin, 1e-7)))
+    times, rng = {name: [] for name in contenders}, np.random.default_rng()
+    for _ in range(rounds):
+        # In another order each time: who follows whom decides what is left in the caches and the allocator.
+        for name in rng.permutation(list(contenders)).tolist():
+            run = contenders[name]
+            comparison.before.get(name, bool)()
+            run()
+            begin = time.perf_counter()
+            for _ in range(calls[name]):
+                run()
+            times[name].append((time.perf_counter() - begin) / calls[name])
+    return times
+
+
+def rows_of(comparison, blocks):
+    """One row per peer: {group, name, axes, peer, ratio, interval, rounds, target, met}. A ratio below 1: ours takes less."""
+    ours, *others = blocks[0]
+    own = np.array([block[ours] for block in blocks])
+    for peer in others:
+        ratio, interval = ratio_of(own, np.array([block[peer] for block in blocks]))
         target = comparison.targets.get(peer)
         yield {
             "group": comparison.group, "name": comparison.name, "axes": comparison.axes, "peer": peer, "ratio": ratio,
-            "interval": interval, "rounds": ours.size, "target": target, "met": None if target is None else ratio <= target,
+            "interval": interval, "rounds": own.size, "target": target, "met": None if target is None else ratio <= target,
         }  # fmt: skip
 
 

@@ -25,6 +25,10 @@ static_assert(TILE % 64 == 0);
 
 void widen_tile_float16(const uint16_t* source, float* tile, int64_t count) {
   int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(tile + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i))));
+#endif
 #if defined(__F16C__)
   for (; i + 8 <= count; i += 8)
     _mm256_storeu_ps(tile + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
@@ -34,6 +38,11 @@ void widen_tile_float16(const uint16_t* source, float* tile, int64_t count) {
 
 void round_tile_float16(const float* tile, uint16_t* target, int64_t count) {
   int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i),
+                        _mm512_cvtps_ph(_mm512_loadu_ps(tile + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
 #if defined(__F16C__)
   for (; i + 8 <= count; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i),
