@@ -1,9 +1,9 @@
 """Times functions side by side, and keeps what came out: ratios with their intervals, the machine, the command.
 
 A comparison is measured in blocks, each in a process of its own and minutes apart, on tensors made anew: what a process
-happens to get (addresses, pages, a neighbour on the machine) is part of the spread. A block runs its contenders in
-turn, in a new order each round, so that a busy machine, and what each leaves in the caches, hurts all alike. The ratio is the median over all rounds; its interval of 95 % is the
-hierarchical bootstrap's: blocks are drawn again, then rounds within them.
+happens to get (addresses, pages, a neighbour on the machine) is part of the spread. A block runs its contenders in turn, in a
+new order each round, so that a busy machine, and what each leaves in the caches, hurts all alike. The ratio is the median over
+all rounds; its interval of 95 % is the hierarchical bootstrap's: blocks are drawn again, then rounds within them.
 """
 
 import dataclasses
