@@ -54,8 +54,9 @@ def draw(results, folder):
 
     def figure(name, title, xlabel, ylabel, paint):
         drawing, axis = plt.subplots(figsize=(6.4, 3.8))
+        axis.set_xscale("log")
         paint(axis)
-        axis.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+        axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
         drawing.text(0.99, 0.01, machine, ha="right", fontsize=6, color="gray")
@@ -81,10 +82,11 @@ def draw(results, folder):
         line(axis, rows, lambda row: row["axes"]["batch"], lambda r: r, "step, out=")
         batch = sorted(row["axes"]["batch"] for row in rows)
         axis.plot(batch, batch, color="black", linewidth=0.8, label="proportional")
-        axis.set_yscale("log")
+        for scale in (axis.set_xscale, axis.set_yscale):
+            scale("log", base=2)
 
     plots = [
-        figure("share_of_copy", "Share of the speed of a copy of the same bytes", "elements", "share", roofline),
+        figure("share_of_copy", "Share of the speed of a copy of the same bytes, out=", "elements", "share", roofline),
         figure("beside_compile", "How many times faster than torch.compile", "elements", "times", beside_compiled),
     ]
     if list(rows_of(results, "batch")):
