@@ -133,6 +133,19 @@ inline void check_integers(const View& view, bool may_be_scalar, int64_t batch) 
     fail(view.name, ": expected shape ", may_be_scalar ? "() or (" : "(", batch, ",), got ", view.shape());
 }
 
+// One number for each sample.
+inline void check_floats(const View& view, int64_t batch) {
+  if (!view) return;
+  if (view.dtype != aoti_torch_dtype_float32())
+    fail(view.name, ": expected dtype float32, got ", dtype_name(view.dtype));
+  if (view.dim != 1 || view.sizes[0] != batch)
+    fail(view.name, ": expected shape (", batch, ",), got ", view.shape());
+}
+
+inline float float_at(const View& view, int64_t i) {
+  return reinterpret_cast<const float*>(view.data)[i * view.strides[0]];
+}
+
 inline int64_t integer_at(const View& view, int64_t i) {
   return reinterpret_cast<const int64_t*>(view.data)[view.dim == 0 ? 0 : i * view.strides[0]];
 }
@@ -171,9 +184,8 @@ inline void check_overlap(const View& out, const View& other, bool may_be_same) 
   fail(out.name, ": overlaps the memory of ", other.name, may_be_same ? " without being the same tensor" : "");
 }
 
-inline void check_output(const View& out, const View& x) {
-  check_like(out, x);
-  // Sorted by stride, each dimension must step past all that lies below it.
+// Sorted by stride, each dimension must step past all that lies below it.
+inline void check_addresses(const View& out) {
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int64_t d = 0; d < out.dim; ++d)
     if (out.sizes[d] > 1) dims.emplace_back(out.strides[d], out.sizes[d]);
@@ -189,13 +201,14 @@ inline void check_output(const View& out, const View& x) {
 
 struct StepArguments {
   const Tensor &x, &f, &rows, &index;
-  const OptionalTensor &u, &m1, &m2, &v, &grad, &noise, &seeds;
+  const OptionalTensor &u, &m1, &m2, &v, &grad, &noise, &seeds, &y, &rescale, &threshold;
 };
 
 inline View optional_view(const char* name, const OptionalTensor& tensor) { return tensor ? View(name, *tensor) : View(); }
 
 struct StepViews {
-  View x, f, rows, index, u, m1, m2, v, grad, noise, seeds;
+  View x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold;
+  bool has_y_out = false;
 
   explicit StepViews(const StepArguments& a)
       : x("x", a.x),
@@ -208,14 +221,27 @@ struct StepViews {
         v(optional_view("v", a.v)),
         grad(optional_view("grad", a.grad)),
         noise(optional_view("noise", a.noise)),
-        seeds(optional_view("seeds", a.seeds)) {}
+        seeds(optional_view("seeds", a.seeds)),
+        y(optional_view("y", a.y)),
+        rescale(optional_view("rescale", a.rescale)),
+        threshold(optional_view("threshold", a.threshold)) {}
 
   int64_t batch() const { return x.sizes[0]; }
   int64_t sample_numel() const { return x.numel() / batch(); }
+  int64_t channel_numel() const { return x.dim > 1 ? sample_numel() / x.sizes[1] : 1; }
 };
 
+inline void check_rows(const View& rows) {
+  if (rows.dtype != aoti_torch_dtype_float32()) fail("rows: expected dtype float32, got ", dtype_name(rows.dtype));
+  if (rows.dim != 2 || rows.sizes[1] != ROW_COLUMNS || rows.sizes[0] < 1)
+    fail("rows: expected shape (R, ", ROW_COLUMNS, ") with R >= 1, got ", rows.shape());
+  if (rows.strides[1] != 1 || (rows.sizes[0] > 1 && rows.strides[0] < ROW_COLUMNS))
+    fail("rows: expected contiguous rows, got strides (", rows.strides[0], ", ", rows.strides[1], ")");
+}
+
 inline void check_step(const StepViews& a) {
-  for (const View* view : {&a.f, &a.rows, &a.index, &a.u, &a.m1, &a.m2, &a.v, &a.grad, &a.noise, &a.seeds})
+  for (const View* view : {&a.f, &a.rows, &a.index, &a.u, &a.m1, &a.m2, &a.v, &a.grad, &a.noise, &a.seeds, &a.y, &a.rescale,
+                           &a.threshold})
     check_device(*view, a.x);
   float_dtype(a.x);
   float_dtype(a.f);
@@ -223,28 +249,42 @@ inline void check_step(const StepViews& a) {
     fail("x: expected shape (B, ...) with at least one element, got ", a.x.shape());
   check_same_shape(a.f, a.x);
   for (const View* view : {&a.u, &a.v}) check_like(*view, a.f);
-  for (const View* view : {&a.m1, &a.m2, &a.grad, &a.noise}) check_like(*view, a.x);
-  if (a.rows.dtype != aoti_torch_dtype_float32())
-    fail("rows: expected dtype float32, got ", dtype_name(a.rows.dtype));
-  if (a.rows.dim != 2 || a.rows.sizes[1] != ROW_COLUMNS || a.rows.sizes[0] < 1)
-    fail("rows: expected shape (R, ", ROW_COLUMNS, ") with R >= 1, got ", a.rows.shape());
-  if (a.rows.strides[1] != 1 || (a.rows.sizes[0] > 1 && a.rows.strides[0] < ROW_COLUMNS))
-    fail("rows: expected contiguous rows, got strides (", a.rows.strides[0], ", ", a.rows.strides[1], ")");
+  for (const View* view : {&a.m1, &a.m2, &a.y, &a.grad, &a.noise}) check_like(*view, a.x);
+  check_rows(a.rows);
   check_integers(a.index, true, a.batch());
   if (a.seeds) check_integers(a.seeds, false, a.batch());
   if (a.seeds && a.noise) fail("noise: expected seeds or noise, got both");
+  check_floats(a.rescale, a.batch());
+  check_floats(a.threshold, a.batch());
 }
 
-inline void check_outputs(const View& out, const View& m0, const StepViews& a) {
-  for (const View* output : {&out, &m0}) {
+struct OutputViews {
+  View out, m0, y_out, model_input;
+};
+
+inline void check_model_input(const View& model_input, const StepViews& a) {
+  const View& x = a.x;
+  const bool fits = model_input.dim == x.dim && (model_input.sizes[0] == x.sizes[0] || model_input.sizes[0] == 2 * x.sizes[0]) &&
+                    std::equal(x.sizes + 1, x.sizes + x.dim, model_input.sizes + 1);
+  if (!fits) fail("model_input: expected shape ", x.shape(), ", or twice the batch, got ", model_input.shape());
+  if (model_input.dtype != a.f.dtype)
+    fail("model_input: expected dtype ", dtype_name(a.f.dtype), " as f has, got ", dtype_name(model_input.dtype));
+}
+
+inline void check_outputs(const OutputViews& outputs, const StepViews& a) {
+  const View* all[] = {&outputs.out, &outputs.m0, &outputs.y_out, &outputs.model_input};
+  for (const View* output : all) {
     if (!*output) continue;
+    const bool is_state = output != &outputs.model_input;
     check_device(*output, a.x);
-    check_output(*output, a.x);
-    for (const View* input : {&a.x, &a.f, &a.u, &a.m1, &a.m2, &a.v, &a.grad, &a.noise})
-      check_overlap(*output, *input, true);
-    for (const View* input : {&a.rows, &a.index, &a.seeds}) check_overlap(*output, *input, false);
+    if (is_state) check_like(*output, a.x);
+    else check_model_input(*output, a);
+    check_addresses(*output);
+    for (const View* input : {&a.x, &a.f, &a.u, &a.m1, &a.m2, &a.y, &a.v, &a.grad, &a.noise})
+      check_overlap(*output, *input, is_state);
+    for (const View* input : {&a.rows, &a.index, &a.seeds, &a.rescale, &a.threshold}) check_overlap(*output, *input, false);
+    for (const View* const* other = all; *other != output; ++other) check_overlap(*output, **other, false);
   }
-  if (m0) check_overlap(m0, out, false);
 }
 
 }  // namespace epskernels

@@ -16,10 +16,17 @@ struct Batch {
 };
 
 struct StepOperands {
-  Dtype x_dtype, f_dtype;                 // of x, m1, m2, grad, noise, out, m0; of f, u, v
-  Batch x, f, u, m1, m2, v, grad, noise;  // without noise, a sample's seed makes it
-  Batch out, m0;                          // m0 may be absent
-  int64_t batch, sample_numel;
+  Dtype x_dtype, f_dtype;                    // of x, m1, m2, y, grad, noise, out, m0, y_out; of f, u, v, model_input
+  Batch x, f, u, m1, m2, y, v, grad, noise;  // without noise, a sample's seed makes it
+  Batch out, m0, y_out, model_input;         // all but out may be absent
+  bool doubled = false;                      // model_input has a second half, of `batch` samples more
+  int64_t batch, sample_numel, channel_numel;
+};
+
+struct MomentsOperands {
+  Dtype dtype;
+  Batch f, u;  // u may be absent
+  int64_t batch, sample_numel, channel_numel;
 };
 
 struct NormalOperands {

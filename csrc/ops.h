@@ -32,6 +32,7 @@ struct Layouts {
     results.emplace_back(tensor, torch::stable::new_empty(tensor, tensor.sizes()));
     return contiguous(view, results.back().second);
   }
+  Batch output(const OptionalTensor& tensor) { return tensor ? output(*tensor) : Batch{}; }
   void finish() {
     for (auto& [target, result] : results) torch::stable::copy_(target, result);
   }
@@ -55,18 +56,21 @@ template <typename Backend>
 struct Ops {
   // Those that are absent are allocated (m0 where `make_m0` says so), once all inputs are known to be good.
   struct Outputs {
-    OptionalTensor out, m0;
-    bool make_m0 = false;
+    OptionalTensor out, m0, y_out, model_input;
+    bool make_m0 = false, make_y_out = false;
     const char* out_name = "out";
   };
 
   static void step_into(const StepArguments& tensors, Outputs& outputs) {
-    const StepViews a(tensors);
+    StepViews a(tensors);
+    a.has_y_out = outputs.y_out || outputs.make_y_out;
     check_step(a);
     const typename Backend::Rows rows = Backend::read_rows(tensors, a);
-    check_outputs(optional_view(outputs.out_name, outputs.out), optional_view("m0", outputs.m0), a);
+    check_outputs({optional_view(outputs.out_name, outputs.out), optional_view("m0", outputs.m0),
+                   optional_view("y_out", outputs.y_out), optional_view("model_input", outputs.model_input)}, a);
     if (!outputs.out) outputs.out = allocate_like(tensors.x, a.x);
     if (outputs.make_m0) outputs.m0 = allocate_like(tensors.x, a.x);
+    if (outputs.make_y_out) outputs.y_out = allocate_like(tensors.x, a.x);
 
     Layouts layouts;
     StepOperands operands;
@@ -77,22 +81,28 @@ struct Ops {
     operands.u = layouts.input(a.u, tensors.u);
     operands.m1 = layouts.input(a.m1, tensors.m1);
     operands.m2 = layouts.input(a.m2, tensors.m2);
+    operands.y = layouts.input(a.y, tensors.y);
     operands.v = layouts.input(a.v, tensors.v);
     operands.grad = layouts.input(a.grad, tensors.grad);
     operands.noise = layouts.input(a.noise, tensors.noise);
     operands.out = layouts.output(*outputs.out);
-    operands.m0 = outputs.m0 ? layouts.output(*outputs.m0) : Batch{};
+    operands.m0 = layouts.output(outputs.m0);
+    operands.y_out = layouts.output(outputs.y_out);
+    operands.model_input = layouts.output(outputs.model_input);
+    operands.doubled = outputs.model_input && outputs.model_input->size(0) != a.batch();
     operands.batch = a.batch();
     operands.sample_numel = a.sample_numel();
+    operands.channel_numel = a.channel_numel();
     Backend::run(operands, rows);
     layouts.finish();
   }
 
 #define STEP_PARAMETERS                                                                                     \
   Tensor x, Tensor f, Tensor rows, Tensor index, OptionalTensor u, OptionalTensor m1, OptionalTensor m2,    \
-      OptionalTensor v, OptionalTensor grad, OptionalTensor noise, OptionalTensor seeds
+      OptionalTensor v, OptionalTensor grad, OptionalTensor noise, OptionalTensor seeds, OptionalTensor y,   \
+      OptionalTensor rescale, OptionalTensor threshold
 #define STEP_ARGUMENTS \
-  { x, f, rows, index, u, m1, m2, v, grad, noise, seeds }
+  { x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold }
 
   static Tensor step(STEP_PARAMETERS) {
     Outputs outputs;
@@ -107,13 +117,20 @@ struct Ops {
     return {std::move(*outputs.out), std::move(*outputs.m0)};
   }
 
-  static void step_out(STEP_PARAMETERS, Tensor out, OptionalTensor m0) {
-    Outputs outputs{std::move(out), std::move(m0)};
+  static std::tuple<Tensor, Tensor, Tensor> step_y(STEP_PARAMETERS) {
+    Outputs outputs;
+    outputs.make_m0 = outputs.make_y_out = true;
+    step_into(STEP_ARGUMENTS, outputs);
+    return {std::move(*outputs.out), std::move(*outputs.m0), std::move(*outputs.y_out)};
+  }
+
+  static void step_out(STEP_PARAMETERS, Tensor out, OptionalTensor m0, OptionalTensor y_out, OptionalTensor model_input) {
+    Outputs outputs{std::move(out), std::move(m0), std::move(y_out), std::move(model_input)};
     step_into(STEP_ARGUMENTS, outputs);
   }
 
-  static void step_(STEP_PARAMETERS, OptionalTensor m0) {
-    Outputs outputs{x, std::move(m0), false, "x"};
+  static void step_(STEP_PARAMETERS, OptionalTensor m0, OptionalTensor y_out, OptionalTensor model_input) {
+    Outputs outputs{x, std::move(m0), std::move(y_out), std::move(model_input), false, false, "x"};
     step_into(STEP_ARGUMENTS, outputs);
   }
 
@@ -144,6 +161,7 @@ struct Ops {
   static void register_all(torch::stable::detail::StableLibrary& library) {
     library.impl("step", TORCH_BOX(&Ops::step));
     library.impl("step_m0", TORCH_BOX(&Ops::step_m0));
+    library.impl("step_y", TORCH_BOX(&Ops::step_y));
     library.impl("step_out", TORCH_BOX(&Ops::step_out));
     library.impl("step_", TORCH_BOX(&Ops::step_));
     library.impl("normal", TORCH_BOX(&Ops::normal));

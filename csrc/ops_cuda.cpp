@@ -24,6 +24,11 @@ Integers integers(const View& view) {
   return {reinterpret_cast<const int64_t*>(view.data), view.dim == 0 ? 0 : view.strides[0]};
 }
 
+Floats floats(const View& view) {
+  if (!view) return {};
+  return {reinterpret_cast<const float*>(view.data), view.strides[0]};
+}
+
 // The device of the tensors is current while this lives; `stream` is its current stream.
 struct OnDevice {
   torch::stable::accelerator::DeviceGuard guard;
@@ -51,10 +56,14 @@ void check_rows_on_host(const StepArguments& tensors, const StepViews& a) {
   const Tensor rows = torch::stable::to(torch::stable::contiguous(tensors.rows), cpu);
   const Tensor index = torch::stable::to(tensors.index, cpu);
   const OptionalTensor seeds = tensors.seeds ? OptionalTensor(torch::stable::to(*tensors.seeds, cpu)) : OptionalTensor();
+  const OptionalTensor threshold = tensors.threshold ? OptionalTensor(torch::stable::to(*tensors.threshold, cpu)) : OptionalTensor();
+  const OptionalTensor rescale = tensors.rescale ? OptionalTensor(torch::stable::to(*tensors.rescale, cpu)) : OptionalTensor();
   StepViews on_host = a;
   on_host.rows = View("rows", rows);
   on_host.index = View("index", index);
   on_host.seeds = optional_view("seeds", seeds);
+  on_host.threshold = optional_view("threshold", threshold);
+  on_host.rescale = optional_view("rescale", rescale);
   std::vector<Sample> samples;
   epskernels::read_rows(on_host, samples);
 }
@@ -81,10 +90,13 @@ struct Cuda {
     }
     p.index = integers(a.index);
     p.seeds = integers(a.seeds);
+    p.rescale = floats(a.rescale);
+    p.threshold = floats(a.threshold);
     p.present = TERM_CLIP | TERM_F;
     for (const auto& [term, present] :
          {std::pair(TERM_GUIDANCE, bool(a.u)), {TERM_M1, bool(a.m1)}, {TERM_M2, bool(a.m2)}, {TERM_GRAD, bool(a.grad)},
-          {TERM_NOISE, a.noise || a.seeds}, {TERM_VARIANCE, bool(a.v)}})
+          {TERM_NOISE, a.noise || a.seeds}, {TERM_VARIANCE, bool(a.v)}, {TERM_Y, bool(a.y)}, {TERM_Y_OUT, a.has_y_out},
+          {TERM_RESCALE, bool(a.rescale)}, {TERM_THRESHOLD, bool(a.threshold)}})
       if (present) p.present |= term;
     p.device = a.x.device_index;
     return rows;
@@ -96,17 +108,21 @@ struct Cuda {
     const std::pair<const Batch*, Dtype> all[] = {
         {&a.x, a.x_dtype},     {&a.f, a.f_dtype},        {&a.u, a.f_dtype}, {&a.m1, a.x_dtype},
         {&a.m2, a.x_dtype},    {&a.v, a.f_dtype},        {&a.grad, a.x_dtype}, {&a.noise, a.x_dtype},
-        {&a.out, a.x_dtype},   {&a.m0, a.x_dtype}};
-    // One row for a batch without gaps: one long sample, so that short samples fill their blocks.
-    bool one_sample = p.index.stride == 0 && !p.seeds.data;
+        {&a.y, a.x_dtype},     {&a.out, a.x_dtype},      {&a.m0, a.x_dtype}, {&a.y_out, a.x_dtype},
+        {&a.model_input, a.f_dtype}};
+    // One row for a batch without gaps, where nothing depends on the sample or on its channels: one long sample, so that short
+    // samples fill their blocks.
+    bool one_sample = p.index.stride == 0 && !p.seeds.data && !(p.present & (TERM_GUIDANCE | TERM_RESCALE | TERM_THRESHOLD));
     for (const auto& [tensor, dtype] : all)
       if (tensor->data && tensor->stride != a.sample_numel * size_of(dtype)) one_sample = false;
     if (one_sample) {
+      a.model_input.stride *= a.batch;  // to its second half
       a.sample_numel *= a.batch;
       a.batch = 1;
     }
     p.aligned = true;
     for (const auto& [tensor, dtype] : all) p.aligned = p.aligned && aligned(*tensor, a.batch);
+    p.aligned = p.aligned && (!a.doubled || a.model_input.stride % 16 == 0);
     const OnDevice device(p.device);
     check_launch(launch_step(p, device.stream));
   }

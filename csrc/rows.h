@@ -16,8 +16,14 @@ inline void check_row(const StepRow& row, int64_t index) {
       fail("rows: expected finite coefficients and clip >= 0, got ", values[column], " in row ", index, ", column ",
            column);
   }
-  if (!valid_draw(row.draw))
-    fail("rows: expected draw to be an integer in [0, 2^24), got ", row.draw, " in row ", index);
+  for (const auto& [name, count] : {std::pair("draw", row.draw), {"guided_channels", row.guided_channels}})
+    if (!valid_count(count))
+      fail("rows: expected ", name, " to be an integer in [0, 2^24), got ", count, " in row ", index);
+}
+
+inline const StepRow& row_at(const View& rows, int64_t index) {
+  if (index < 0 || index >= rows.sizes[0]) fail("index: expected values in [0, ", rows.sizes[0], "), got ", index);
+  return *reinterpret_cast<const StepRow*>(rows.data + index * rows.strides[0] * sizeof(float));
 }
 
 inline void check_term(bool asked, bool present, int64_t index, const char* column, const char* argument) {
@@ -26,13 +32,12 @@ inline void check_term(bool asked, bool present, int64_t index, const char* colu
 
 // Returns whether some sample makes its noise in the kernel.
 inline bool read_rows(const StepViews& a, std::vector<Sample>& samples) {
-  const bool one_row = a.index.dim == 0 && !a.seeds;
+  const bool one_row = a.index.dim == 0 && !a.seeds && !a.rescale && !a.threshold;
   samples.resize(one_row ? 1 : a.batch());
   bool draws = false;
   for (int64_t b = 0; b < static_cast<int64_t>(samples.size()); ++b) {
     const int64_t i = integer_at(a.index, b);
-    if (i < 0 || i >= a.rows.sizes[0]) fail("index: expected values in [0, ", a.rows.sizes[0], "), got ", i);
-    const StepRow& row = *reinterpret_cast<const StepRow*>(a.rows.data + i * a.rows.strides[0] * sizeof(float));
+    const StepRow& row = row_at(a.rows, i);
     const bool checked = b > 0 && samples[b - 1].row == &row;
     unsigned terms = checked ? samples[b - 1].terms : row_terms(row);
     if (!checked) {
@@ -40,11 +45,26 @@ inline bool read_rows(const StepViews& a, std::vector<Sample>& samples) {
       check_term(terms & TERM_GUIDANCE, bool(a.u), i, "g is not 1", "u");
       check_term(terms & TERM_M1, bool(a.m1), i, "c_m1 is not 0", "m1");
       check_term(terms & TERM_M2, bool(a.m2), i, "c_m2 is not 0", "m2");
+      check_term(terms & TERM_Y, bool(a.y), i, "c_y is not 0", "y");
+      check_term(terms & TERM_K_M1, bool(a.m1), i, "k_m1 is not 0", "m1");
+      check_term(terms & TERM_K_M2, bool(a.m2), i, "k_m2 is not 0", "m2");
+      check_term(terms & TERM_K_Y, bool(a.y), i, "k_y is not 0", "y");
+      check_term(terms & TERM_Y_OUT, a.has_y_out, i, "k_x, k_m0, k_m1, k_m2 or k_y is not 0", "y_out");
       check_term(terms & TERM_NOISE, a.seeds || a.noise, i, "c_noise is not 0", "seeds or noise");
       check_term(terms & TERM_VARIANCE, bool(a.v), i, "logvar_min and logvar_max are not 0", "v");
       if (!a.grad) terms &= ~TERM_GRAD;
+      if (a.has_y_out) terms |= TERM_Y_OUT;
+      if (a.rescale) terms |= TERM_RESCALE;
+      if (a.threshold) terms |= TERM_THRESHOLD;
+      if (!(terms & TERM_GUIDANCE)) terms &= ~TERM_CHANNELS;
     }
-    samples[b] = {&row, terms, a.seeds ? static_cast<uint64_t>(integer_at(a.seeds, b)) : 0};
+    Sample& sample = samples[b] = {&row, terms, a.seeds ? static_cast<uint64_t>(integer_at(a.seeds, b)) : 0};
+    if (a.rescale) sample.rescale = float_at(a.rescale, b);
+    if (a.threshold) {
+      sample.threshold = float_at(a.threshold, b);
+      if (!valid_threshold(sample.threshold))
+        fail("threshold: expected finite values above 0, got ", sample.threshold, " for sample ", b);
+    }
     draws |= (terms & TERM_NOISE) && !a.noise;
   }
   if (one_row) samples.resize(a.batch(), samples[0]);

@@ -1,12 +1,14 @@
 // One row of a sampler's table, applied to one element: the only C++ copy of the formula, host and device.
 //
-//   fhat = u + g*(f - u)
-//   m0   = clamp(d_x*x + d_f*fhat, -clip, clip)
-//   x'   = c_x*x + c_f*fhat + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_grad*(s^2*grad) + c_noise*(s*z)
+//   fhat = rescale*(u + g*(f - u))
+//   m0   = clamp(d_x*x + d_f*fhat, -clip, clip), then clamp(m0, -threshold, threshold)/threshold
+//   x'   = c_x*x + c_f*fhat + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_y*y + c_grad*(s^2*grad) + c_noise*(s*z)
+//   y'   = k_x*x + k_m0*m0 + k_m1*m1 + k_m2*m2 + k_y*y
 //   s    = exp((frac*logvar_max + (1 - frac)*logvar_min)/2), frac = (v + 1)/2; 1 without v
 //
 // float32, every operation rounded once, left to right, never fused. A term is left out, not multiplied by zero, where its
-// tensor is absent or its coefficient idle (zero; for g, one; for v, both bounds zero). c_x and c_m0 have no such rule.
+// tensor is absent or its coefficient idle (zero; for g, one; for v, both bounds zero). c_x, c_m0, k_x and k_m0 have no such
+// rule. Where guided_channels is not zero, the channels from that one on are not guided: fhat = rescale*f.
 // Mirrors epskernels/step_reference.py::step_reference.
 #pragma once
 
@@ -18,11 +20,14 @@ namespace epskernels {
 struct StepRow {
   float d_x, d_f, clip, g;
   float c_x, c_f, c_m0, c_m1, c_m2, c_grad, c_noise;
+  float draw;             // an integer: the noise of this row, wherever the row stands
   float logvar_min, logvar_max;
-  float draw;     // an integer: the noise of this row, wherever the row stands
-  float t, c_in;  // what the caller feeds the model; the kernel does not use them
+  float guided_channels;  // an integer; 0: all of them
+  float c_in_next;        // times x': what the model reads at the next call
+  float c_y, k_x, k_m0, k_m1, k_m2, k_y;
+  float t, c_in;          // what the caller feeds the model; the kernel does not use them
 };
-constexpr int ROW_COLUMNS = 16;
+constexpr int ROW_COLUMNS = 24;
 static_assert(sizeof(StepRow) == ROW_COLUMNS * sizeof(float));
 
 enum StepTerm : unsigned {
@@ -34,8 +39,17 @@ enum StepTerm : unsigned {
   TERM_GRAD = 32,
   TERM_NOISE = 64,
   TERM_VARIANCE = 128,
+  TERM_Y = 256,
+  TERM_K_M1 = 512,
+  TERM_K_M2 = 1024,
+  TERM_K_Y = 2048,
+  TERM_Y_OUT = 4096,  // y' is written
+  TERM_CHANNELS = 8192,  // some channels are not guided
+  TERM_RESCALE = 16384,
+  TERM_THRESHOLD = 32768,
 };
-constexpr unsigned STEP_VALUE_TERMS = 128;  // combinations that step_value tells apart: all but TERM_VARIANCE
+constexpr unsigned COMMON_TERMS = 127;  // what most samplers are made of; the combinations of the rest are not compiled apart
+constexpr unsigned ROW_TERMS = TERM_RESCALE - 1;  // the others are the call's
 
 // The terms that the row asks for; one that needs a tensor is computed where the tensor is present as well.
 HOST_DEVICE unsigned row_terms(const StepRow& row) {
@@ -48,14 +62,38 @@ HOST_DEVICE unsigned row_terms(const StepRow& row) {
   if (row.c_grad != 0.0f) terms |= TERM_GRAD;
   if (row.c_noise != 0.0f) terms |= TERM_NOISE;
   if (row.logvar_min != 0.0f || row.logvar_max != 0.0f) terms |= TERM_VARIANCE;
+  if (row.c_y != 0.0f) terms |= TERM_Y;
+  if (row.k_m1 != 0.0f) terms |= TERM_K_M1;
+  if (row.k_m2 != 0.0f) terms |= TERM_K_M2;
+  if (row.k_y != 0.0f) terms |= TERM_K_Y;
+  if ((terms & (TERM_K_M1 | TERM_K_M2 | TERM_K_Y)) || row.k_x != 0.0f || row.k_m0 != 0.0f) terms |= TERM_Y_OUT;
+  if (row.guided_channels != 0.0f) terms |= TERM_CHANNELS;
+  return terms;
+}
+
+// Which tensors a row's terms read: the terms that stand for the tensors in StepCall and StepParameters.
+HOST_DEVICE unsigned tensor_terms(unsigned terms) {
+  if (terms & TERM_K_M1) terms |= TERM_M1;
+  if (terms & TERM_K_M2) terms |= TERM_M2;
+  if (terms & TERM_K_Y) terms |= TERM_Y;
   return terms;
 }
 
 // At least 0, and not the negative zero: bounds of [-clip, clip] that are zeros have the signs that one expects.
 HOST_DEVICE bool valid_clip(float clip) { return bits_from_float(clip) <= 0x7f800000u; }
 
-HOST_DEVICE bool valid_draw(float draw) {
-  return draw >= 0.0f && draw < 0x1p24f && draw == static_cast<float>(static_cast<int32_t>(draw));
+// An integer that a float32 counts exactly: a draw, or a number of channels.
+HOST_DEVICE bool valid_count(float count) {
+  return count >= 0.0f && count < 0x1p24f && count == static_cast<float>(static_cast<int32_t>(count));
+}
+
+// Finite and above 0; NaN, as a sample that holds NaN has it, makes the sample NaN.
+HOST_DEVICE bool valid_threshold(float threshold) { return !(threshold <= 0.0f) && threshold != INFINITY; }
+
+// How many of a sample's elements are guided.
+HOST_DEVICE int64_t guided_numel(const StepRow& row, int64_t sample_numel, int64_t channel_numel) {
+  const int64_t channels = static_cast<int64_t>(row.guided_channels);
+  return channels == 0 || channels >= sample_numel / channel_numel ? sample_numel : channels * channel_numel;
 }
 
 // s, the standard deviation that the model has learned, from v.
@@ -77,26 +115,60 @@ HOST_DEVICE float clamp(float value, float clip) {
 #endif
 }
 
+HOST_DEVICE float divide(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
 struct StepInputs {
-  float x, f, u, m1, m2;
+  float x, f, u, m1, m2, y;
   float grad, z;  // with learned variance, s^2*grad and s*z
+  float rescale, threshold;
+  bool guided = true;
 };
 
-HOST_DEVICE float step_value(const StepRow& row, unsigned terms, const StepInputs& in, float& m0) {
-  float fhat = in.f;
-  if (terms & TERM_GUIDANCE) fhat = in.u + row.g * (in.f - in.u);
+struct StepOutputs {
+  float x, m0, y;
+};
 
-  m0 = row.d_x * in.x + row.d_f * fhat;
+HOST_DEVICE float guided_value(float g, float f, float u, bool guided) {
+  const float value = u + g * (f - u);
+  return guided ? value : f;
+}
+
+HOST_DEVICE StepOutputs step_value(const StepRow& row, unsigned terms, const StepInputs& in) {
+  StepOutputs out;
+  float fhat = in.f;
+  if (terms & TERM_GUIDANCE) fhat = guided_value(row.g, in.f, in.u, in.guided);
+  if (terms & TERM_RESCALE) fhat = in.rescale * fhat;
+
+  float m0 = row.d_x * in.x + row.d_f * fhat;
   if (terms & TERM_CLIP) m0 = clamp(m0, row.clip);
+  if (terms & TERM_THRESHOLD) m0 = divide(clamp(m0, in.threshold), in.threshold);
+  out.m0 = m0;
 
   float next = row.c_x * in.x;
   if (terms & TERM_F) next = next + row.c_f * fhat;
   next = next + row.c_m0 * m0;
   if (terms & TERM_M1) next = next + row.c_m1 * in.m1;
   if (terms & TERM_M2) next = next + row.c_m2 * in.m2;
+  if (terms & TERM_Y) next = next + row.c_y * in.y;
   if (terms & TERM_GRAD) next = next + row.c_grad * in.grad;
   if (terms & TERM_NOISE) next = next + row.c_noise * in.z;
-  return next;
+  out.x = next;
+
+  if (terms & TERM_Y_OUT) {
+    float second = row.k_x * in.x;
+    second = second + row.k_m0 * m0;
+    if (terms & TERM_K_M1) second = second + row.k_m1 * in.m1;
+    if (terms & TERM_K_M2) second = second + row.k_m2 * in.m2;
+    if (terms & TERM_K_Y) second = second + row.k_y * in.y;
+    out.y = second;
+  }
+  return out;
 }
 
 }  // namespace epskernels

@@ -25,9 +25,9 @@ static_assert(TILE % 64 == 0);
 
 void widen_tile_float16(const uint16_t* source, float* tile, int64_t count) {
   int64_t i = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX512F__)  // the masked forms, since GCC 12 warns of the plain ones
   for (; i + 16 <= count; i += 16)
-    _mm512_storeu_ps(tile + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i))));
+    _mm512_storeu_ps(tile + i, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i))));
 #endif
 #if defined(__F16C__)
   for (; i + 8 <= count; i += 8)
@@ -41,7 +41,7 @@ void round_tile_float16(const float* tile, uint16_t* target, int64_t count) {
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i),
-                        _mm512_cvtps_ph(_mm512_loadu_ps(tile + i), _MM_FROUND_TO_NEAREST_INT));
+                        _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(tile + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
 #if defined(__F16C__)
   for (; i + 8 <= count; i += 8)
@@ -63,12 +63,37 @@ const float* widen_tile(Dtype dtype, const char* sample, int64_t begin, int64_t 
   return buffer;
 }
 
-void round_tile(Dtype dtype, const float* tile, char* sample, int64_t begin, int64_t count) {
-  uint16_t* target = reinterpret_cast<uint16_t*>(sample) + begin;
+// Past the caches, which what is larger than they are would only empty; whole lines of them.
+void stream_bytes(const char* source, char* target, int64_t count) {
+  int64_t i = 0;
+#if defined(__SSE2__)
+  if (reinterpret_cast<uintptr_t>(target) % 64 == 0)
+    for (; i + 64 <= count; i += 64)
+      for (int64_t j = i; j < i + 64; j += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(target + j), _mm_load_si128(reinterpret_cast<const __m128i*>(source + j)));
+#endif
+  std::memcpy(target + i, source + i, count - i);
+}
+
+void round_halves(Dtype dtype, const float* tile, uint16_t* target, int64_t count) {
   if (dtype == Dtype::float16) {
     round_tile_float16(tile, target, count);
   } else {
     for (int64_t i = 0; i < count; ++i) target[i] = round_bfloat16(tile[i]);
+  }
+}
+
+void store_tile(Dtype dtype, const float* tile, char* sample, int64_t begin, int64_t count, bool stream) {
+  char* target = sample + begin * size_of(dtype);
+  alignas(64) uint16_t halves[TILE];
+  if (dtype == Dtype::float32) {
+    if (stream) stream_bytes(reinterpret_cast<const char*>(tile), target, count * sizeof(float));
+    else std::memcpy(target, tile, count * sizeof(float));
+  } else if (stream) {
+    round_halves(dtype, tile, halves, count);
+    stream_bytes(reinterpret_cast<const char*>(halves), target, count * sizeof(uint16_t));
+  } else {
+    round_halves(dtype, tile, reinterpret_cast<uint16_t*>(target), count);
   }
 }
 
@@ -153,28 +178,31 @@ void normal(uint64_t seed, uint32_t draw, uint32_t stream, Dtype dtype, char* ou
   for (int64_t done = 0; done < end - begin; done += TILE) {
     const int64_t count = end - begin - done < TILE ? end - begin - done : TILE;
     normal_tile(seed, draw, stream, begin + done, count, z);
-    if (dtype == Dtype::float32) {
-      std::memcpy(out + done * sizeof(float), z, count * sizeof(float));
-    } else {
-      round_tile(dtype, z, out, done, count);
-    }
+    store_tile(dtype, z, out, done, count, false);
   }
 }
 
 // ---- the step ----
 
 struct TileInputs {
-  const float *x, *f, *u, *m1, *m2, *grad, *z;
+  const float *x, *f, *u, *m1, *m2, *y, *grad, *z;
+  float rescale, threshold;
+  int64_t guided;  // so many of the tile's elements are, from the first on
 };
 
-constexpr unsigned KEEP_M0 = STEP_VALUE_TERMS;  // one more bit: m0 is wanted
+struct TileOutputs {
+  float *x, *m0, *y;
+};
 
-// One combination of terms, so that the loop over the tile has no branch. `out` may be `x`, and `m0` any other input.
+constexpr unsigned KEEP_M0 = COMMON_TERMS + 1;  // one more bit: m0 is wanted
+
+// One combination of the common terms, so that the loop over the tile has no branch. Outputs may be inputs.
 template <unsigned variant>
-void step_tile(const StepRow& row_in_memory, const TileInputs& in, float* out, float* m0_out, int64_t count) {
-  constexpr unsigned terms = variant % STEP_VALUE_TERMS;
+void step_tile(const StepRow& row_in_memory, const TileInputs& in, const TileOutputs& out, int64_t count) {
+  constexpr unsigned terms = variant & COMMON_TERMS;
   const StepRow row = row_in_memory;
   const float *x = in.x, *f = in.f, *u = in.u, *m1 = in.m1, *m2 = in.m2, *grad = in.grad, *z = in.z;
+  float *next = out.x, *m0 = out.m0;
   NO_LOOP_DEPENDENCE
   for (int64_t i = 0; i < count; ++i) {
     StepInputs element{};
@@ -185,21 +213,35 @@ void step_tile(const StepRow& row_in_memory, const TileInputs& in, float* out, f
     if constexpr ((terms & TERM_M2) != 0) element.m2 = m2[i];
     if constexpr ((terms & TERM_GRAD) != 0) element.grad = grad[i];
     if constexpr ((terms & TERM_NOISE) != 0) element.z = z[i];
-    float m0;
-    const float next = step_value(row, terms, element, m0);
-    if constexpr ((variant & KEEP_M0) != 0) m0_out[i] = m0;
-    out[i] = next;
+    const StepOutputs value = step_value(row, terms, element);
+    if constexpr ((variant & KEEP_M0) != 0) m0[i] = value.m0;
+    next[i] = value.x;
   }
 }
 
 struct StepTiles {
-  void (*of[2 * STEP_VALUE_TERMS])(const StepRow&, const TileInputs&, float*, float*, int64_t);
+  void (*of[2 * KEEP_M0])(const StepRow&, const TileInputs&, const TileOutputs&, int64_t);
 };
 template <unsigned... variants>
 constexpr StepTiles step_tiles(std::integer_sequence<unsigned, variants...>) {
   return {{&step_tile<variants>...}};
 }
-constexpr StepTiles STEP_TILES = step_tiles(std::make_integer_sequence<unsigned, 2 * STEP_VALUE_TERMS>{});
+constexpr StepTiles STEP_TILES = step_tiles(std::make_integer_sequence<unsigned, 2 * KEEP_M0>{});
+
+// Any terms: each is computed, and chosen where it is there. All pointers can be read and written, an absent tensor's too.
+void step_tile_any(const StepRow& row_in_memory, unsigned terms, const TileInputs& in, const TileOutputs& out, int64_t count) {
+  const StepRow row = row_in_memory;
+  const float *x = in.x, *f = in.f, *u = in.u, *m1 = in.m1, *m2 = in.m2, *y = in.y, *grad = in.grad, *z = in.z;
+  float *next = out.x, *m0 = out.m0, *second = out.y;
+  NO_LOOP_DEPENDENCE
+  for (int64_t i = 0; i < count; ++i) {
+    const StepInputs element{x[i], f[i], u[i], m1[i], m2[i], y[i], grad[i], z[i], in.rescale, in.threshold, i < in.guided};
+    const StepOutputs value = step_value(row, terms | TERM_Y_OUT, element);
+    m0[i] = value.m0;
+    second[i] = value.y;
+    next[i] = value.x;
+  }
+}
 
 // z and grad times the standard deviation, or variance, that the model has learned.
 void learned_tile(const StepRow& row, const float* v, const float* z, float* scaled_z, const float* grad,
@@ -211,43 +253,114 @@ void learned_tile(const StepRow& row, const float* v, const float* z, float* sca
   }
 }
 
+// float32 values as float16 or bfloat16 holds them.
+void as_stored(Dtype dtype, float* tile, int64_t count) {
+  alignas(64) uint16_t halves[TILE];
+  round_halves(dtype, tile, halves, count);
+  widen_tile(dtype, reinterpret_cast<const char*>(halves), 0, count, tile);
+}
+
+void model_input_tile(float c_in, const float* x, float* model_input, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) model_input[i] = c_in * x[i];
+}
+
+// Room for one tensor's tile each.
+enum Buffer { X, F, U, M1, M2, Y, GRAD, NOISE, V, SCALED_NOISE, SCALED_GRAD, OUT, M0, Y_OUT, MODEL_INPUT, BUFFERS };
+
 void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
   const StepOperands& operands = call.operands;
   const Sample& sample = call.samples[index];
   const StepRow& row = *sample.row;
-  const unsigned terms = sample.terms;
-  const auto at = [index](const Batch& batch) { return batch.data + index * batch.stride; };
-  const bool direct = operands.x_dtype == Dtype::float32, keep_m0 = operands.m0.data != nullptr;
-  alignas(64) float buffers[12][TILE];
+  const unsigned terms = sample.terms, reads = tensor_terms(terms);
+  const Dtype x_dtype = operands.x_dtype, f_dtype = operands.f_dtype;
+  const bool common = !(terms & ~(COMMON_TERMS | TERM_VARIANCE)), keep_m0 = operands.m0.data != nullptr;
+  const int64_t guided = terms & TERM_CHANNELS ? guided_numel(row, operands.sample_numel, operands.channel_numel) : end;
+  const auto at = [](const Batch& batch, int64_t sample) { return batch.data + sample * batch.stride; };
+  alignas(64) float buffers[BUFFERS][TILE];
+
   for (; begin < end; begin += TILE) {
     const int64_t count = end - begin < TILE ? end - begin : TILE;
+    const auto read = [&](bool present, Dtype dtype, const Batch& tensor, Buffer buffer) {
+      return present ? widen_tile(dtype, at(tensor, index), begin, count, buffers[buffer]) : buffers[buffer];
+    };
     TileInputs in{};
-    in.x = widen_tile(operands.x_dtype, at(operands.x), begin, count, buffers[0]);
-    in.f = widen_tile(operands.f_dtype, at(operands.f), begin, count, buffers[1]);
-    if (terms & TERM_GUIDANCE) in.u = widen_tile(operands.f_dtype, at(operands.u), begin, count, buffers[2]);
-    if (terms & TERM_M1) in.m1 = widen_tile(operands.x_dtype, at(operands.m1), begin, count, buffers[3]);
-    if (terms & TERM_M2) in.m2 = widen_tile(operands.x_dtype, at(operands.m2), begin, count, buffers[4]);
-    if (terms & TERM_GRAD) in.grad = widen_tile(operands.x_dtype, at(operands.grad), begin, count, buffers[5]);
-    if ((terms & TERM_NOISE) && operands.noise.data != nullptr) {
-      in.z = widen_tile(operands.x_dtype, at(operands.noise), begin, count, buffers[6]);
-    } else if (terms & TERM_NOISE) {
-      normal_tile(sample.seed, static_cast<uint32_t>(row.draw), STREAM_STEP, begin, count, buffers[6]);
-      in.z = buffers[6];
-    }
+    in.x = read(true, x_dtype, operands.x, X);
+    in.f = read(true, f_dtype, operands.f, F);
+    in.u = read(reads & TERM_GUIDANCE, f_dtype, operands.u, U);
+    in.m1 = read(reads & TERM_M1, x_dtype, operands.m1, M1);
+    in.m2 = read(reads & TERM_M2, x_dtype, operands.m2, M2);
+    in.y = read(reads & TERM_Y, x_dtype, operands.y, Y);
+    in.grad = read(reads & TERM_GRAD, x_dtype, operands.grad, GRAD);
+    in.z = read((reads & TERM_NOISE) && operands.noise.data, x_dtype, operands.noise, NOISE);
+    if ((terms & TERM_NOISE) && !operands.noise.data)
+      normal_tile(sample.seed, static_cast<uint32_t>(row.draw), STREAM_STEP, begin, count, buffers[NOISE]);
     if ((terms & TERM_VARIANCE) && (terms & (TERM_NOISE | TERM_GRAD))) {
-      const float* v = widen_tile(operands.f_dtype, at(operands.v), begin, count, buffers[7]);
-      learned_tile(row, v, in.z, buffers[8], in.grad, buffers[9], count);
-      if (in.z) in.z = buffers[8];
-      if (in.grad) in.grad = buffers[9];
+      const float* v = read(true, f_dtype, operands.v, V);
+      learned_tile(row, v, terms & TERM_NOISE ? in.z : nullptr, buffers[SCALED_NOISE],
+                   terms & TERM_GRAD ? in.grad : nullptr, buffers[SCALED_GRAD], count);
+      in.z = buffers[SCALED_NOISE];
+      in.grad = buffers[SCALED_GRAD];
     }
-    float* out = direct ? reinterpret_cast<float*>(at(operands.out)) + begin : buffers[10];
-    float* m0 = direct && keep_m0 ? reinterpret_cast<float*>(at(operands.m0)) + begin : buffers[11];
-    STEP_TILES.of[terms % STEP_VALUE_TERMS + (keep_m0 ? KEEP_M0 : 0)](row, in, out, m0, count);
-    if (!direct) {
-      round_tile(operands.x_dtype, out, at(operands.out), begin, count);
-      if (keep_m0) round_tile(operands.x_dtype, m0, at(operands.m0), begin, count);
+
+    // float32 goes straight to its tensor, but for what is to go past the caches.
+    const auto target = [&](const Batch& tensor, Buffer buffer) {
+      const bool direct = x_dtype == Dtype::float32 && tensor.data && !call.stream;
+      return direct ? reinterpret_cast<float*>(at(tensor, index)) + begin : buffers[buffer];
+    };
+    const TileOutputs out{target(operands.out, OUT), target(operands.m0, M0), target(operands.y_out, Y_OUT)};
+    if (common) {
+      STEP_TILES.of[(terms & COMMON_TERMS) + (keep_m0 ? KEEP_M0 : 0)](row, in, out, count);
+    } else {
+      in.rescale = sample.rescale;
+      in.threshold = sample.threshold;
+      in.guided = guided - begin;
+      step_tile_any(row, terms, in, out, count);
     }
+    const auto write = [&](float* tile, const Batch& tensor, Buffer buffer) {
+      if (tensor.data && tile == buffers[buffer]) store_tile(x_dtype, tile, at(tensor, index), begin, count, call.stream);
+    };
+    write(out.x, operands.out, OUT);
+    write(out.m0, operands.m0, M0);
+    write(out.y, operands.y_out, Y_OUT);
+    if (!operands.model_input.data) continue;
+    if (x_dtype != Dtype::float32) as_stored(x_dtype, out.x, count);
+    model_input_tile(row.c_in_next, out.x, buffers[MODEL_INPUT], count);
+    for (int64_t half = 0; half <= operands.doubled; ++half)
+      store_tile(f_dtype, buffers[MODEL_INPUT], at(operands.model_input, index + half * operands.batch), begin, count, call.stream);
   }
+#if defined(__SSE2__)
+  if (call.stream) _mm_sfence();
+#endif
+}
+
+// ---- sums over a sample ----
+
+void moments_tile(const float* tile, double* sums) {
+  alignas(64) double values[TILE / 2], squares[TILE / 2];
+  for (int64_t i = 0; i < TILE / 2; ++i) {
+    const double low = tile[i], high = tile[i + TILE / 2];
+    values[i] = low + high;
+    squares[i] = low * low + high * high;  // a float32's square is exact
+  }
+  sums[0] = tree_sum(values, TILE / 2);
+  sums[1] = tree_sum(squares, TILE / 2);
+}
+
+void moments(const MomentsOperands& operands, int64_t index, float g, int64_t guided, int64_t begin, int64_t count,
+             double* sums) {
+  alignas(64) float f[TILE], u[TILE], fhat[TILE];
+  const auto read = [&](const Batch& batch, float* buffer) {
+    const float* tile = widen_tile(operands.dtype, batch.data + index * batch.stride, begin, count, buffer);
+    if (tile != buffer) std::memcpy(buffer, tile, count * sizeof(float));
+    for (int64_t i = count; i < TILE; ++i) buffer[i] = 0.0f;
+  };
+  read(operands.f, f);
+  moments_tile(f, sums);
+  if (!operands.u.data) return;
+  read(operands.u, u);
+  const bool guides = g != 1.0f;
+  for (int64_t i = 0; i < TILE; ++i) fhat[i] = guided_value(g, f[i], u[i], guides && begin + i < guided);
+  moments_tile(fhat, sums + 2);
 }
 
 #define EPSKERNELS_TEXT(name) #name
@@ -255,6 +368,6 @@ void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const CpuKernels kernels{EPSKERNELS_NAME(EPSKERNELS_CAPABILITY), &step, &normal};
+extern const CpuKernels kernels{EPSKERNELS_NAME(EPSKERNELS_CAPABILITY), &step, &moments, &normal};
 
 }  // namespace epskernels::EPSKERNELS_CAPABILITY

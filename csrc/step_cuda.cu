@@ -139,7 +139,12 @@ struct SampleRow {
   StepRow row;
   unsigned terms;  // asked for by the row and present
   uint64_t seed;
+  int64_t guided;  // so many of the sample's elements are
+  float rescale, threshold;
 };
+
+// Terms that need no tensor.
+constexpr unsigned OF_ROW_ALONE = TERM_CLIP | TERM_F | TERM_K_M1 | TERM_K_M2 | TERM_K_Y | TERM_CHANNELS;
 
 // A sample whose index is out of range, or whose row cannot be applied, becomes NaN: the host is not there to raise.
 __device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t sample, unsigned present) {
@@ -156,22 +161,28 @@ __device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t s
       *reinterpret_cast<float4*>(columns + i) = *reinterpret_cast<const float4*>(source + i);
     memcpy(&row, columns, sizeof row);
     const unsigned asked = row_terms(row);
-    result.terms = asked & present;
-    good = valid_clip(row.clip);
-#pragma unroll
-    for (unsigned term = 1; term <= TERM_VARIANCE; term *= 2)
-      if (!(present & term) && term != TERM_GRAD && (asked & term)) good = false;
-    if ((result.terms & TERM_NOISE) && p.seeds.data && !valid_draw(row.draw)) good = false;
+    result.terms = (asked | (present & TERM_Y_OUT)) & (present | OF_ROW_ALONE);
+    good = valid_clip(row.clip) && !(tensor_terms(asked) & ~(present | OF_ROW_ALONE | TERM_GRAD));
+    if ((result.terms & TERM_NOISE) && p.seeds.data && !valid_count(row.draw)) good = false;
+    if (!valid_count(row.guided_channels)) good = false;
+    if (!(result.terms & TERM_GUIDANCE)) result.terms &= ~TERM_CHANNELS;
+    if (result.terms & TERM_CHANNELS) result.guided = guided_numel(row, p.operands.sample_numel, p.operands.channel_numel);
+    if (present & TERM_RESCALE) result.rescale = p.rescale.data[sample * p.rescale.stride];
+    if (present & TERM_THRESHOLD) {
+      result.threshold = p.threshold.data[sample * p.threshold.stride];
+      good = good && valid_threshold(result.threshold);
+    }
+    result.terms |= present & (TERM_RESCALE | TERM_THRESHOLD);
   }
   if (!good) {
-    row.d_x = row.c_x = NAN;
-    result.terms = 0;
+    row.d_x = row.c_x = row.k_x = NAN;
+    result.terms = present & TERM_Y_OUT;
   }
   return result;
 }
 
 // Kernels for each set of these tensors, by name of their terms, and one for all others.
-constexpr unsigned COMMON = TERM_GUIDANCE | TERM_M1 | TERM_NOISE, EVERYTHING = 0xff;
+constexpr unsigned EVERYTHING = ~0u;
 
 template <Dtype X, Dtype F, unsigned tensors, bool large>
 struct Shape {
@@ -186,9 +197,17 @@ struct Shape {
 };
 
 template <unsigned certain, unsigned possible, int COUNT, typename Value>
-__device__ __forceinline__ void step_unit(const SampleRow& s, const Value& value, float (&next)[COUNT], float (&m0)[COUNT]) {
+__device__ __forceinline__ void step_unit(const SampleRow& s, const Value& value, float (&next)[COUNT], float (&m0)[COUNT],
+                                          float (&second)[COUNT]) {
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) next[i] = step_value(s.row, certain | (s.terms & possible), value(i), m0[i]);
+  for (int i = 0; i < COUNT; ++i) {
+    StepInputs in = value(i);
+    if constexpr (!(possible & TERM_CHANNELS)) in.guided = true;
+    const StepOutputs out = step_value(s.row, certain | (s.terms & possible), in);
+    next[i] = out.x;
+    m0[i] = out.m0;
+    if constexpr (possible & TERM_Y_OUT) second[i] = out.y;
+  }
 }
 
 template <Dtype X, Dtype F, unsigned tensors, bool large>
@@ -209,20 +228,22 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
     tile.load(f[i], a.f, i);
   }
   const SampleRow s = read_row(p, tile.sample, Shape::everything ? p.present : TERM_CLIP | TERM_F | tensors);
-  const bool guides = may_guide && (s.terms & TERM_GUIDANCE), uses_m1 = may_use_m1 && (s.terms & TERM_M1);
+  const unsigned reads = Shape::everything ? tensor_terms(s.terms) : s.terms;
+  const bool guides = may_guide && (reads & TERM_GUIDANCE), uses_m1 = may_use_m1 && (reads & TERM_M1);
   const bool noise_given = Shape::everything && a.noise.data;
   const bool draws = may_draw && (s.terms & TERM_NOISE) && !noise_given;
   const bool learned = (s.terms & TERM_VARIANCE) && (s.terms & (TERM_NOISE | TERM_GRAD));
 
   // Only what the row asks for: the rest may be uninitialised.
   Unit<F, UNIT> u[UNITS], v[UNITS];
-  Unit<X, UNIT> m1[UNITS], m2[UNITS], grad[UNITS], noise[UNITS];
+  Unit<X, UNIT> m1[UNITS], m2[UNITS], y[UNITS], grad[UNITS], noise[UNITS];
 #pragma unroll
   for (int i = 0; i < UNITS; ++i) {
     if (guides) tile.load(u[i], a.u, i);
     if (uses_m1) tile.load(m1[i], a.m1, i);
     if constexpr (Shape::everything) {
-      if (s.terms & TERM_M2) tile.load(m2[i], a.m2, i);
+      if (reads & TERM_M2) tile.load(m2[i], a.m2, i);
+      if (reads & TERM_Y) tile.load(y[i], a.y, i);
       if (s.terms & TERM_GRAD) tile.load(grad[i], a.grad, i);
       if ((s.terms & TERM_NOISE) && noise_given) tile.load(noise[i], a.noise, i);
       if (learned) tile.load(v[i], a.v, i);
@@ -238,7 +259,7 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
 
 #pragma unroll
   for (int i = 0; i < UNITS; ++i) {
-    float scaled_grad[UNIT] = {}, next[UNIT], m0[UNIT];
+    float scaled_grad[UNIT] = {}, next[UNIT], m0[UNIT], second[UNIT];
     if constexpr (Shape::everything) {
 #pragma unroll
       for (int j = 0; j < UNIT; ++j) {
@@ -257,19 +278,37 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
       in.f = f[i][j];
       if constexpr (may_guide) in.u = u[i][j];
       if constexpr (may_use_m1) in.m1 = m1[i][j];
-      if constexpr (Shape::everything) in.m2 = m2[i][j];
+      if constexpr (Shape::everything) {
+        in.m2 = m2[i][j];
+        in.y = y[i][j];
+        in.rescale = s.rescale;
+        in.threshold = s.threshold;
+      }
+      if constexpr (may_guide) in.guided = !(s.terms & TERM_CHANNELS) || tile.begin + tile.at(i) + j < s.guided;
       in.grad = scaled_grad[j];
       in.z = z[i][j];
       return in;
     };
     // What rows mostly ask for is compiled without tests; clamping to an infinite clip changes nothing, and stays.
-    constexpr unsigned mostly = Shape::everything ? TERM_NOISE : tensors, all = Shape::everything ? ~TERM_VARIANCE : TERM_F | tensors;
+    constexpr unsigned mostly = Shape::everything ? TERM_NOISE : tensors;
+    constexpr unsigned all = Shape::everything ? ~TERM_VARIANCE : TERM_F | TERM_CHANNELS | tensors;
     if ((s.terms & all & ~TERM_CLIP) == mostly)
-      step_unit<TERM_CLIP | mostly, 0>(s, value, next, m0);
+      step_unit<TERM_CLIP | mostly, 0>(s, value, next, m0, second);
     else
-      step_unit<0, TERM_CLIP | all>(s, value, next, m0);
+      step_unit<0, TERM_CLIP | all>(s, value, next, m0, second);
     tile.template store<X>(next, a.out, i);
     if (a.m0.data) tile.template store<X>(m0, a.m0, i);
+    if constexpr (Shape::everything) {
+      if (a.y_out.data) tile.template store<X>(second, a.y_out, i);
+    }
+    if (a.model_input.data) {
+      Unit<X, UNIT> stored;
+      stored.set(next);
+#pragma unroll
+      for (int j = 0; j < UNIT; ++j) next[j] = s.row.c_in_next * stored[j];
+      tile.template store<F>(next, a.model_input, i);
+      if (a.doubled) tile.template store<F>(next, {a.model_input.data + a.batch * a.model_input.stride, a.model_input.stride}, i);
+    }
   }
 }
 
@@ -314,7 +353,7 @@ const char* launch_kernel(const StepParameters& p, void* stream) {
 template <Dtype X, Dtype F, unsigned... sets>
 const char* launch_pair(const StepParameters& p, void* stream) {
   const StepOperands& a = p.operands;
-  const unsigned tensors = p.present & (COMMON | TERM_M2 | TERM_GRAD | TERM_VARIANCE);
+  const unsigned tensors = p.present & ~OF_ROW_ALONE;
   const char* error = nullptr;
   if (a.noise.data || !((tensors == sets && (error = launch_kernel<X, F, sets>(p, stream), true)) || ...))
     error = launch_kernel<X, F, EVERYTHING>(p, stream);

@@ -12,11 +12,17 @@ struct Integers {
   int64_t stride = 0;
 };
 
+struct Floats {
+  const float* data = nullptr;
+  int64_t stride = 0;
+};
+
 struct StepParameters {
   StepOperands operands;
   const float* rows;              // each at a multiple of 16 bytes
   int64_t row_stride, row_count;  // stride in elements
   Integers index, seeds;          // read on the device; seeds may be absent
+  Floats rescale, threshold;      // likewise
   unsigned present;               // terms whose tensors are there
   bool aligned;                   // every sample of every tensor begins at a multiple of 16 bytes
   int32_t device;

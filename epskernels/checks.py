@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from .table import COLUMNS
+from .table import COLUMNS, SECOND_STATE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -58,9 +58,29 @@ def _check_integers(name, tensor, may_be_scalar, x):
         fail(f"{name}: expected shape {'() or ' if may_be_scalar else ''}({len(x)},), got {shape_of(tensor)}")
 
 
-def check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds):
+def _check_floats(name, tensor, x):
+    """One number for each sample."""
+    if tensor is None:
+        return
+    if tensor.device != x.device:
+        fail(f"{name}: expected a tensor on {x.device}, as x is, got one on {tensor.device}")
+    if tensor.dtype != torch.float32:
+        fail(f"{name}: expected dtype float32, got {dtype_name(tensor)}")
+    if tuple(tensor.shape) != (x.shape[0],):
+        fail(f"{name}: expected shape ({x.shape[0]},), got {shape_of(tensor)}")
+
+
+# The inputs of a step, in the order of the schemas; those after `index` may be absent.
+INPUTS = ("x", "f", "rows", "index", "u", "m1", "m2", "v", "grad", "noise", "seeds", "y", "rescale", "threshold")
+# Of those, read element by element: an output may be one of them.
+ELEMENTWISE = ("x", "f", "u", "m1", "m2", "v", "grad", "noise", "y")
+
+
+def check_step(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, y=None,
+               rescale=None, threshold=None):  # fmt: skip
     """Everything that can be known without reading values. Raises RuntimeError naming the argument."""
-    optional = {"u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": noise, "seeds": seeds}
+    optional = {"u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": noise, "seeds": seeds, "y": y}
+    optional |= {"rescale": rescale, "threshold": threshold}
     for name, tensor in {"x": x, "f": f, "rows": rows, "index": index, **optional}.items():
         if tensor is not None or name not in optional:
             _check_type(name, tensor, torch.Tensor, "Optional[Tensor]" if name in optional else "Tensor")
@@ -73,7 +93,7 @@ def check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds):
     _check_like("f", f, "x", x, dtype=False)
     for name, tensor in (("u", u), ("v", v)):
         _check_like(name, tensor, "f", f)
-    for name, tensor in (("m1", m1), ("m2", m2), ("grad", grad), ("noise", noise)):
+    for name, tensor in (("m1", m1), ("m2", m2), ("y", y), ("grad", grad), ("noise", noise)):
         _check_like(name, tensor, "x", x)
     if rows.device != x.device:
         fail(f"rows: expected a tensor on {x.device}, as x is, got one on {rows.device}")
@@ -88,33 +108,63 @@ def check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds):
         _check_integers("seeds", seeds, False, x)
         if noise is not None:
             fail("noise: expected seeds or noise, got both")
+    _check_floats("rescale", rescale, x)
+    _check_floats("threshold", threshold, x)
 
 
-def check_values(rows, index, u, m1, m2, v, noise, seeds):
-    """What the rows in use ask for; reads index and rows on the host."""
+def check_moments(f, u=None, rows=None, index=None):
+    """Of `moments`, as check_step of the step."""
+    _check_type("f", f, torch.Tensor, "Tensor")
+    if (rows is None) != (u is None) or (index is None) != (u is None):
+        fail("u, rows, index: expected all of them, or none")
+    if u is None:
+        u, index = f, torch.empty((), dtype=torch.int64, device=f.device)
+        rows = torch.empty(1, len(COLUMNS), device=f.device)
+    check_step(f, f, rows, index, u)
+
+
+def rows_in_use(rows, index):
+    """{i: the row's columns by name} of the rows that index names; reads both on the host."""
     used = index.reshape(-1).unique().tolist()
     for i in used:
         if not 0 <= i < len(rows):
             fail(f"index: expected values in [0, {len(rows)}), got {i}")
+    found = {}
     for i in used:
-        row = dict(zip(COLUMNS, rows[i].tolist(), strict=True))
+        row = found[i] = dict(zip(COLUMNS, rows[i].tolist(), strict=True))
         for column, (name, value) in enumerate(row.items()):
-            good_clip = (
-                value >= 0 and math.copysign(1, value) > 0
-            )  # no negative zero: the bounds have the signs that one expects
+            # No negative zero for a clip: its bounds have the signs that one expects.
+            good_clip = value >= 0 and math.copysign(1, value) > 0
             if not (good_clip if name == "clip" else math.isfinite(value)):
                 fail(f"rows: expected finite coefficients and clip >= 0, got {value} in row {i}, column {column}")
-        if not (0 <= row["draw"] < 2**24 and row["draw"] == int(row["draw"])):
-            fail(f"rows: expected draw to be an integer in [0, 2^24), got {row['draw']} in row {i}")
-        for asked, tensor, argument, why in (
-            (row["g"] != 1, u, "u", "g is not 1"),
-            (row["c_m1"] != 0, m1, "m1", "c_m1 is not 0"),
-            (row["c_m2"] != 0, m2, "m2", "c_m2 is not 0"),
-            (row["c_noise"] != 0, seeds if noise is None else noise, "seeds or noise", "c_noise is not 0"),
-            (row["logvar_min"] != 0 or row["logvar_max"] != 0, v, "v", "logvar_min and logvar_max are not 0"),
-        ):
-            if asked and tensor is None:
+        for name in ("draw", "guided_channels"):
+            if not (0 <= row[name] < 2**24 and row[name] == int(row[name])):
+                fail(f"rows: expected {name} to be an integer in [0, 2^24), got {row[name]} in row {i}")
+    return found
+
+
+# What a row asks for: the coefficient, and the argument that must then be there.
+_HISTORY = {"c_m1": "m1", "c_m2": "m2", "c_y": "y", "k_m1": "m1", "k_m2": "m2", "k_y": "y"}
+
+
+def check_values(inputs, writes_y):
+    """What the rows in use ask for; reads index, rows and threshold on the host. inputs: by name; writes_y: there is a y_out."""
+    there = {name for name in INPUTS if inputs.get(name) is not None} | ({"y_out"} if writes_y else set())
+    there |= {"seeds or noise"} if there & {"seeds", "noise"} else set()
+    for i, row in rows_in_use(inputs["rows"], inputs["index"]).items():
+        needs = [("u", "g is not 1", row["g"] != 1)]
+        needs += [(argument, f"{column} is not 0", row[column] != 0) for column, argument in _HISTORY.items()]
+        needs.append(("y_out", "k_x, k_m0, k_m1, k_m2 or k_y is not 0", any(row[column] for column in SECOND_STATE)))
+        needs.append(("seeds or noise", "c_noise is not 0", row["c_noise"] != 0))
+        learned = row["logvar_min"] != 0 or row["logvar_max"] != 0
+        needs.append(("v", "logvar_min and logvar_max are not 0", learned))
+        for argument, why, asked in needs:
+            if asked and argument not in there:
                 fail(f"{argument}: missing, and row {i} needs it ({why})")
+    if "threshold" in there:
+        for sample, value in enumerate(inputs["threshold"].tolist()):
+            if value <= 0 or value == math.inf:
+                fail(f"threshold: expected finite values above 0, got {value} for sample {sample}")
 
 
 def _extent(tensor):
@@ -122,24 +172,43 @@ def _extent(tensor):
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def check_outputs_like(x, outputs):
+def check_outputs_like(x, f, outputs):
     """What can be known of the outputs without looking at their memory."""
     for name, output in outputs.items():
-        if output is not None or name != "m0":
-            _check_type(name, output, torch.Tensor, "Optional[Tensor]" if name == "m0" else "Tensor")
-            _check_dense(name, output)
+        optional = name in ("m0", "y_out", "model_input")
+        if output is None and optional:
+            continue
+        _check_type(name, output, torch.Tensor, "Optional[Tensor]" if optional else "Tensor")
+        _check_dense(name, output)
+        if name == "model_input":
+            _check_model_input(output, x, f)
+        else:
             _check_like(name, output, "x", x)
 
 
+def _check_model_input(model_input, x, f):
+    if model_input.device != x.device:
+        fail(f"model_input: expected a tensor on {x.device}, as x is, got one on {model_input.device}")
+    if (
+        model_input.dim() != x.dim()
+        or model_input.shape[1:] != x.shape[1:]
+        or model_input.shape[0] not in (x.shape[0], 2 * x.shape[0])
+    ):
+        fail(f"model_input: expected shape {shape_of(x)}, or twice the batch, got {shape_of(model_input)}")
+    if model_input.dtype != f.dtype:
+        fail(f"model_input: expected dtype {dtype_name(f)} as f has, got {dtype_name(model_input)}")
+
+
 def check_outputs(outputs, inputs):
-    """Of {"out" or "x": tensor, "m0": tensor or None}, given all inputs by name: each like x, and apart from all the others, or
-    exactly one of the inputs that are read element by element."""
-    check_outputs_like(inputs["x"], outputs)
-    (out_name, out), (_, m0) = outputs.items()
-    _check_output(out_name, out, inputs)
-    if m0 is not None:
-        _check_output("m0", m0, inputs)
-        _check_overlap("m0", m0, out_name, out, False)
+    """Of {"out" or "x": tensor, "m0", "y_out", "model_input": tensor or None}, given all inputs by name: each of its shape, and
+    apart from all the others, or, but for model_input, exactly one of the inputs that are read element by element."""
+    check_outputs_like(inputs["x"], inputs["f"], outputs)
+    for name, output in outputs.items():
+        if output is None:
+            continue
+        _check_output(name, output, inputs)
+        for other in list(outputs)[: list(outputs).index(name)]:
+            _check_overlap(name, output, other, outputs[other], False)
 
 
 def _check_output(name, out, inputs):
@@ -149,7 +218,7 @@ def _check_output(name, out, inputs):
             fail(f"{name}: expected every element at its own address, got overlapping strides")
         reach += stride * (size - 1)
     for other_name, other in inputs.items():
-        _check_overlap(name, out, other_name, other, other_name not in ("rows", "index", "seeds"))
+        _check_overlap(name, out, other_name, other, other_name in ELEMENTWISE and name != "model_input")
 
 
 def _check_overlap(name, out, other_name, other, may_be_same):

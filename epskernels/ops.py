@@ -1,9 +1,11 @@
 """The ops torch.ops.epskernels.*: schemas, checks, fake kernels, choice of backend.
 
-step         (x, f, rows, index, u, m1, m2, v, grad, noise, seeds) -> x'
+step         (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold) -> x'
 step_m0      the same -> (x', m0)
-step_out     the same, written to `out` (and `m0`, where given)
-step_        the same, written to x (and `m0`, where given)
+step_y       the same -> (x', m0, y')
+step_out     the same, written to `out` (and `m0`, `y_out`, `model_input`, where given)
+step_        the same, written to x (and the others)
+moments      (f, u, rows, index) -> sums over each sample
 normal       (seeds, shape, dtype, draw, stream) -> the generator's normals
 
 The compiled kernels register themselves, for CPU and for CUDA tensors. Where one is missing, CUDA tensors run on the Triton
@@ -25,6 +27,9 @@ from torch.compiler import is_compiling
 
 from . import build
 from .checks import (
+    ELEMENTWISE,
+    INPUTS,
+    check_moments,
     check_normal,
     check_outputs,
     check_outputs_like,
@@ -32,20 +37,24 @@ from .checks import (
     check_values,
     dtype_name,
     fail,
+    rows_in_use,
     shape_of,
 )
-from .step_reference import STREAM_INITIAL, normal_reference, step_reference
+from .step_reference import STREAM_INITIAL, moments_reference, normal_reference, step_reference
 from .table import Table
 
 _INPUTS = (
-    "Tensor f, Tensor rows, Tensor index, Tensor? u=None, Tensor? m1=None, Tensor? m2=None, "
-    "Tensor? v=None, Tensor? grad=None, Tensor? noise=None, Tensor? seeds=None"
+    "Tensor f, Tensor rows, Tensor index, Tensor? u=None, Tensor? m1=None, Tensor? m2=None, Tensor? v=None, Tensor? grad=None, "
+    "Tensor? noise=None, Tensor? seeds=None, Tensor? y=None, Tensor? rescale=None, Tensor? threshold=None"
 )
+_OUTPUTS = "Tensor(b!)? m0=None, Tensor(c!)? y_out=None, Tensor(d!)? model_input=None"
 SCHEMAS = (
     f"step(Tensor x, {_INPUTS}) -> Tensor",
     f"step_m0(Tensor x, {_INPUTS}) -> (Tensor, Tensor)",
-    f"step_out(Tensor x, {_INPUTS}, *, Tensor(a!) out, Tensor(b!)? m0=None) -> ()",
-    f"step_(Tensor(a!) x, {_INPUTS}, *, Tensor(b!)? m0=None) -> ()",
+    f"step_y(Tensor x, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    f"step_out(Tensor x, {_INPUTS}, *, Tensor(a!) out, {_OUTPUTS}) -> ()",
+    f"step_(Tensor(a!) x, {_INPUTS}, *, {_OUTPUTS}) -> ()",
+    "moments(Tensor f, Tensor? u=None, Tensor? rows=None, Tensor? index=None) -> Tensor",
     "normal(Tensor seeds, SymInt[] shape, *, ScalarType dtype, int draw=0, int stream=1) -> Tensor",
 )
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
@@ -63,42 +72,49 @@ for _schema in SCHEMAS:
 # ---- the reference as a backend of every op ----
 
 
-def _reference(x, f, rows, index, u, m1, m2, v, grad, noise, seeds):
-    check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    check_values(rows, index, u, m1, m2, v, noise, seeds)
-    return step_reference(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
+def _reference(inputs, named, writes_y=False):
+    """What step_reference returns, and all inputs by name."""
+    inputs = dict(zip(INPUTS, inputs, strict=False)) | named
+    check_step(**inputs)
+    check_values(inputs, writes_y)
+    return step_reference(**inputs), inputs
 
 
-def _like(result, x):
+def _like(results, x):
     """In the layout that torch.empty_like(x) has, as every backend returns it."""
-    return torch.empty_like(x).copy_(result)
+    return tuple(torch.empty_like(x).copy_(result) for result in results)
 
 
-def reference_step(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None):
-    return _like(_reference(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)[0], x)
+def reference_step(*inputs, **named):
+    results, inputs = _reference(inputs, named)
+    return _like(results[:1], inputs["x"])[0]
 
 
-def reference_step_m0(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None):
-    next_x, m0 = _reference(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    return _like(next_x, x), _like(m0, x)
+def reference_step_m0(*inputs, **named):
+    results, inputs = _reference(inputs, named)
+    return _like(results[:2], inputs["x"])
 
 
-def _reference_into(outputs, x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None):
-    next_x, next_m0 = _reference(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    inputs = {"x": x, "f": f, "u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": noise}
-    inputs |= {"rows": rows, "index": index, "seeds": seeds}
+def reference_step_y(*inputs, **named):
+    results, inputs = _reference(inputs, named, writes_y=True)
+    return _like(results[:3], inputs["x"])
+
+
+def _reference_into(outputs, inputs, named):
+    results, inputs = _reference(inputs, named, writes_y=outputs["y_out"] is not None)
     check_outputs(outputs, inputs)
-    for output, result in zip(outputs.values(), (next_x, next_m0), strict=True):
+    for output, result in zip(outputs.values(), results, strict=True):
         if output is not None:
-            output.copy_(result)
+            for half in output.split(len(result)):
+                half.copy_(result)
 
 
-def reference_step_out(*inputs, out, m0=None, **named):
-    _reference_into({"out": out, "m0": m0}, *inputs, **named)
+def reference_step_out(*inputs, out, m0=None, y_out=None, model_input=None, **named):
+    _reference_into({"out": out, "m0": m0, "y_out": y_out, "model_input": model_input}, inputs, named)
 
 
-def reference_step_(x, *inputs, m0=None, **named):
-    _reference_into({"x": x, "m0": m0}, x, *inputs, **named)
+def reference_step_(x, *inputs, m0=None, y_out=None, model_input=None, **named):
+    _reference_into({"x": x, "m0": m0, "y_out": y_out, "model_input": model_input}, (x, *inputs), named)
 
 
 def reference_normal(seeds, shape, *, dtype, draw=0, stream=STREAM_INITIAL):
@@ -106,11 +122,21 @@ def reference_normal(seeds, shape, *, dtype, draw=0, stream=STREAM_INITIAL):
     return normal_reference(seeds, shape, draw, stream).to(dtype).contiguous()
 
 
+def reference_moments(f, u=None, rows=None, index=None):
+    """In PyTorch's ops, on any device: what runs where there is no kernel for it, which is everywhere but on the CPU."""
+    check_moments(f, u, rows, index)
+    if u is not None and f.device.type == "cpu":
+        rows_in_use(rows, index)
+    return moments_reference(f, u, rows, index)
+
+
 REFERENCE = {
     "step": reference_step,
     "step_m0": reference_step_m0,
+    "step_y": reference_step_y,
     "step_out": reference_step_out,
     "step_": reference_step_,
+    "moments": reference_moments,
     "normal": reference_normal,
 }
 
@@ -153,31 +179,38 @@ def _triton_functions():
 
 
 for _name in REFERENCE:
-    _library.impl(_name, _stand_in(_name), "CompositeExplicitAutograd")
+    _function = reference_moments if _name == "moments" else _stand_in(_name)
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("epskernels::step", lib=_library)
-def _(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None):
-    check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    return torch.empty_like(x)
+def _register_fake_step(name, results):
+    @torch.library.register_fake(f"epskernels::{name}", lib=_library)
+    def _(x, *inputs, **named):
+        check_step(x, *inputs, **named)
+        made = tuple(torch.empty_like(x) for _ in range(results))
+        return made if results > 1 else made[0]
 
 
-@torch.library.register_fake("epskernels::step_m0", lib=_library)
-def _(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None):
-    check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    return torch.empty_like(x), torch.empty_like(x)
+for _name, _results in (("step", 1), ("step_m0", 2), ("step_y", 3)):
+    _register_fake_step(_name, _results)
 
 
 @torch.library.register_fake("epskernels::step_out", lib=_library)
-def _(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, *, out, m0=None):
-    check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    check_outputs_like(x, {"out": out, "m0": m0})
+def _(x, f, *inputs, out, m0=None, y_out=None, model_input=None, **named):
+    check_step(x, f, *inputs, **named)
+    check_outputs_like(x, f, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input})
 
 
 @torch.library.register_fake("epskernels::step_", lib=_library)
-def _(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, *, m0=None):
-    check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    check_outputs_like(x, {"m0": m0})
+def _(x, f, *inputs, m0=None, y_out=None, model_input=None, **named):
+    check_step(x, f, *inputs, **named)
+    check_outputs_like(x, f, {"m0": m0, "y_out": y_out, "model_input": model_input})
+
+
+@torch.library.register_fake("epskernels::moments", lib=_library)
+def _(f, u=None, rows=None, index=None):
+    check_moments(f, u, rows, index)
+    return f.new_empty((f.shape[0], 2 if u is None else 4), dtype=torch.float64)
 
 
 @torch.library.register_fake("epskernels::normal", lib=_library)
@@ -197,6 +230,7 @@ class _Functions(typing.NamedTuple):
 
     step: typing.Callable
     step_m0: typing.Callable
+    step_y: typing.Callable
     step_out: typing.Callable
     normal: typing.Callable
 
@@ -287,7 +321,7 @@ def _log_call(name, functions, backend, tensors):
         kernel = f"the CPU kernel ({build.extension().cpu_capability()})" if kind == "cpu" else "the CUDA kernel"
     slower = []
     for key, tensor in tensors.items():
-        if not tensor.dim() or key == "seeds":
+        if key not in (*ELEMENTWISE, "rows", "out", "m0", "y_out", "model_input"):
             continue
         size = tensor.element_size()
         if key != "rows" and not tensor[0].is_contiguous():
@@ -323,26 +357,37 @@ def step(
     grad=None,
     noise=None,
     seeds=None,
+    y=None,
+    rescale=None,
+    threshold=None,
     out=None,
     m0=None,
+    y_out=None,
+    model_input=None,
     return_m0=False,
+    return_y=False,
     backend=None,
 ):
     """One model call's update: apply row `index` of `table` to the state x and the model's raw output f.
 
     x: (B, ...), float32, float16 or bfloat16. f: the model's output, x's shape, any of the three dtypes.
-    table: a Table, or its rows: float32 (R, 16). index: an int, or an int64 tensor, () for one row or (B,) for a row each.
+    table: a Table, or its rows: float32 (R, 24). index: an int, or an int64 tensor, () for one row or (B,) for a row each.
     u: unconditional output, as f; needed where the row's g is not 1. m1, m2: m0 of the one and two calls before, as x; needed
     where c_m1, c_m2 are not 0. v: the model's second half of channels (learned variance), as f. grad: a classifier's
     gradient, as x; rows with c_grad = 0 leave it out. seeds: (B,) int64, for the noise made in the kernel; or noise: standard
-    normals, as x; one of them needed where c_noise is not 0.
-    out: written instead of a new tensor; may be x itself. m0: written with the denoised estimate, as x; may be m1 or m2.
-    return_m0: return (x', m0) instead of x'. backend: one of BACKENDS, as in `use_backend`; default its choice.
+    normals, as x; one of them needed where c_noise is not 0. y: the second state of predictor-correctors, as x; needed where c_y
+    or k_y is not 0. rescale: (B,) float32, times the guided output (`guidance_rescale`). threshold: (B,) float32, finite and
+    above 0: m0 is held to it and divided by it (`dynamic_threshold`).
+    out: written instead of a new tensor; may be x itself. m0: written with the denoised estimate, as x; may be m1 or m2. y_out:
+    written with the second state y', as x; may be y. model_input: (B, ...) or (2B, ...), as f: written with what the model reads
+    next, the next row's c_in times x', in both halves where the batch is doubled for guidance.
+    return_m0: return (x', m0) instead of x'; return_y: (x', m0, y'). backend: one of BACKENDS, as in `use_backend`; default its
+    choice.
 
     Samples contiguous in themselves, at any batch stride, are read in place; other layouts through a copy.
-    Returns x', or (x', m0), in x's shape and dtype; the tensors given as out and m0 where they were.
-    Raises RuntimeError, naming the argument, before anything is written. On a GPU the values of index and rows are never read
-    by the host: a sample whose index is out of range, or whose row needs a tensor that is absent, comes out as NaN;
+    Returns x', or with m0, or with m0 and y', in x's shape and dtype; the tensors given as out, m0 and y_out where they were.
+    Raises RuntimeError, naming the argument, before anything is written. On a GPU the values of index, rows and threshold are
+    never read by the host: a sample whose index is out of range, or whose row needs a tensor that is absent, comes out as NaN;
     EPSKERNELS_CHECK_ROWS=1 reads them on the host at every call and raises, as on the CPU.
     """
     if isinstance(table, Table):
@@ -355,21 +400,36 @@ def step(
         if not -(2**63) <= index < 2**63:
             fail(f"index: expected an integer of 64 bits, got {index}")
         index = torch.tensor(index, device=getattr(x, "device", None))
-    inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
+    inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
     if is_grad_enabled():
-        _refuse_gradients(x=x, f=f, u=u, m1=m1, m2=m2, v=v, grad=grad, noise=noise, out=out, m0=m0)
+        given = dict(zip(INPUTS, inputs, strict=True)) | {
+            "out": out,
+            "m0": m0,
+            "y_out": y_out,
+            "model_input": model_input,
+        }
+        _refuse_gradients(**given)
     functions = _chosen(x, backend) if _choices or backend is not None else _DISPATCHED
     if _logs_calls and not is_compiling():
-        given = {"u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": noise, "out": out, "m0": m0}
-        _log_call("step", functions, backend, {"x": x, "f": f, "rows": rows} | given)
-    if out is None and m0 is None:
+        given = dict(zip(INPUTS, inputs, strict=True)) | {
+            "out": out,
+            "m0": m0,
+            "y_out": y_out,
+            "model_input": model_input,
+        }
+        _log_call("step", functions, backend, given)
+    if out is None and m0 is None and y_out is None and model_input is None:
+        if return_y:
+            return functions.step_y(*inputs)
         return functions.step_m0(*inputs) if return_m0 else functions.step(*inputs)
-    if return_m0 and m0 is None:
+    if m0 is None and (return_m0 or return_y):
         m0 = torch.empty_like(x)
+    if y_out is None and return_y:
+        y_out = torch.empty_like(x)
     if out is None:
         out = torch.empty_like(x)
-    functions.step_out(*inputs, out=out, m0=m0)
-    return (out, m0) if return_m0 else out
+    functions.step_out(*inputs, out=out, m0=m0, y_out=y_out, model_input=model_input)
+    return (out, m0, y_out) if return_y else (out, m0) if return_m0 else out
 
 
 def as_seeds(seeds, device="cpu"):

@@ -30,16 +30,19 @@ def sample(
     timesteps = torch.tensor(table["t"], dtype=torch.int64 if table.discrete else torch.float32, device=table.device)
 
     x = (table.initial_sigma * normal(seeds, shape)).to(dtype)
-    m1 = m2 = None
+    m1 = m2 = y = None
     for i in tqdm(range(len(table)), desc=table.name, disable=not progress):
         t, c_in = timesteps[i].expand(len(x)), table["c_in"][i]
         f, u, v = _outputs(model(x if c_in == 1 else c_in * x, t), x, table)
         grad = None if cond_fn is None else cond_fn(x, t).to(dtype)
         inputs = {"u": u, "v": v, "grad": grad, "m1": m1, "m2": m2, "seeds": seeds if table.needs_noise else None}
-        if table.history == 0 and callback is None:
+        if table.history == 0 and callback is None and not table.second_state:
             x = step(x, f, table, i, **inputs)
             continue
-        x, m0 = step(x, f, table, i, **inputs, return_m0=True)
+        if table.second_state:
+            x, m0, y = step(x, f, table, i, **inputs, y=y, return_y=True)
+        else:
+            x, m0 = step(x, f, table, i, **inputs, return_m0=True)
         m1, m2 = m0 if table.history > 0 else None, m1 if table.history > 1 else None
         if callback is not None:
             callback(i, x, m0)

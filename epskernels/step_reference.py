@@ -1,8 +1,9 @@
 """The specification: one row of a table applied to a batch, in eager PyTorch, float32, one rounding per operation.
 
-    fhat = u + g*(f - u)
-    m0   = clamp(d_x*x + d_f*fhat, -clip, clip)
-    x'   = c_x*x + c_f*fhat + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_grad*(s^2*grad) + c_noise*(s*z)
+    fhat = rescale*(u + g*(f - u))
+    m0   = clamp(d_x*x + d_f*fhat, -clip, clip), then clamp(m0, -threshold, threshold)/threshold
+    x'   = c_x*x + c_f*fhat + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_y*y + c_grad*(s^2*grad) + c_noise*(s*z)
+    y'   = k_x*x + k_m0*m0 + k_m1*m1 + k_m2*m2 + k_y*y
 
 Every other backend returns these bits. Mirrors csrc/step.h::step_value and csrc/philox.h. It does not check its arguments:
 epskernels/ops.py does.
@@ -118,13 +119,67 @@ def normal_reference(seeds, shape, draw, stream):
     return torch.stack(normals, dim=-1).reshape(len(seeds), -1)[:, :count].reshape(-1, *shape)
 
 
-def step_reference(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None):
-    """(x', m0), both in x's shape and dtype. Arguments as in epskernels.ops.step, already checked."""
-    dtype, shape = x.dtype, x.shape
+def clamp(value, bound):
+    """To [-bound, bound] by comparison: NaN stays NaN."""
+    value = torch.where(value < -bound, -bound, value)
+    return torch.where(value > bound, bound, value)
+
+
+def tree_sum(values):
+    """The sum over the last dimension, padded with zeros to a power of two: its halves are added, again and again."""
+    size = 1
+    while size < values.shape[-1]:
+        size *= 2
+    values = torch.nn.functional.pad(values, (0, size - values.shape[-1]))
+    while size > 1:
+        size //= 2
+        values = values[..., :size] + values[..., size:]
+    return values[..., 0]
+
+
+MOMENTS_TILE = 1024
+
+
+def moments_reference(f, u=None, rows=None, index=None):
+    """(B, 2) or, with u, (B, 4) float64: the sums of f and f^2, and of fhat and fhat^2, over each sample: by `tree_sum` over
+    tiles of 1,024 elements, then over the tiles. A float32's square is exact in float64. Mirrors csrc/step_cpu.cpp::moments."""
+    results = []
+    for value in (f, u if u is None else guided_output(f, u, rows, index)):
+        if value is None:
+            continue
+        value = value.double().reshape(len(f), -1)
+        value = torch.nn.functional.pad(value, (0, -value.shape[1] % MOMENTS_TILE)).reshape(len(f), -1, MOMENTS_TILE)
+        results += [tree_sum(tree_sum(power)) for power in (value, value * value)]
+    return torch.stack(results, dim=1)
+
+
+def guided_output(f, u, rows, index):
+    """fhat = u + g*(f - u), float32, as the step forms it; NaN for a sample whose index is out of range."""
+    good = (index >= 0) & (index < len(rows))
+    rows = rows.index_select(0, torch.where(good, index, 0).reshape(-1))
+    each = (-1, *[1] * (f.dim() - 1))
+    g, guided_channels = (rows[:, COLUMNS.index(name)].reshape(each) for name in ("g", "guided_channels"))
+    fhat = _guide(f.float(), u.float(), g, guided_channels)
+    return torch.where(good.reshape(each), fhat, float("nan"))
+
+
+def _guide(f, u, g, guided_channels):
+    channels = (*f.shape[1:2], *[1] * (f.dim() - 2))  # of a sample, and each one's number
+    channel = torch.arange(channels[0] if channels else 1, device=f.device).reshape(1, *channels)
+    guided = (guided_channels == 0) | (channel < guided_channels)
+    return torch.where((g != 1) & guided, u + g * (f - u), f)
+
+
+def step_reference(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, y=None,
+                   rescale=None, threshold=None):  # fmt: skip
+    """(x', m0, y', the next model input): the first three in x's shape and dtype, the last in f's dtype. Arguments as in
+    epskernels.ops.step, already checked."""
+    dtype, f_dtype, shape = x.dtype, f.dtype, x.shape
     row = rows[index] if index.dim() else rows[index].reshape(1, -1)
     row = dict(zip(COLUMNS, row.reshape(-1, len(COLUMNS), *[1] * (x.dim() - 1)).unbind(1), strict=True))
-    tensors = (x, f, u, m1, m2, v, grad, noise)
-    x, f, u, m1, m2, v, grad, noise = (t if t is None else t.float() for t in tensors)
+    tensors = (x, f, u, m1, m2, v, grad, noise, y)
+    x, f, u, m1, m2, v, grad, noise, y = (t if t is None else t.float() for t in tensors)
+    each = (-1, *[1] * (x.dim() - 1))  # one number for each sample
 
     def term(total, name, value):
         """total + coefficient*value, where the coefficient is not zero and the tensor is there."""
@@ -134,10 +189,12 @@ def step_reference(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=Non
 
     fhat = f
     if u is not None:
-        fhat = torch.where(row["g"] != 1, u + row["g"] * (f - u), f)
-    m0 = row["d_x"] * x + row["d_f"] * fhat
-    m0 = torch.where(m0 < -row["clip"], -row["clip"], m0)
-    m0 = torch.where(m0 > row["clip"], row["clip"], m0)
+        fhat = _guide(f, u, row["g"], row["guided_channels"])
+    if rescale is not None:
+        fhat = rescale.reshape(each) * fhat
+    m0 = clamp(row["d_x"] * x + row["d_f"] * fhat, row["clip"])
+    if threshold is not None:
+        m0 = clamp(m0, threshold.reshape(each)) / threshold.reshape(each)
 
     z = noise
     if seeds is not None:
@@ -155,6 +212,12 @@ def step_reference(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=Non
     total = total + row["c_m0"] * m0
     total = term(total, "c_m1", m1)
     total = term(total, "c_m2", m2)
+    total = term(total, "c_y", y)
     total = term(total, "c_grad", grad)
     total = term(total, "c_noise", z)
-    return total.to(dtype), m0.to(dtype)
+    next_x = total.to(dtype)
+
+    second = row["k_x"] * x + row["k_m0"] * m0
+    for name, value in (("k_m1", m1), ("k_m2", m2), ("k_y", y)):
+        second = term(second, name, value)
+    return next_x, m0.to(dtype), second.to(dtype), (row["c_in_next"] * next_x.float()).to(f_dtype)

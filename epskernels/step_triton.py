@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from torch.library import triton_op, wrap_triton
 
 from . import build, step_reference
-from .checks import check_normal, check_outputs, check_outputs_like, check_step, check_values, fail
+from .checks import INPUTS, check_normal, check_outputs, check_outputs_like, check_step, check_values, fail
 from .step_reference import STREAM_INITIAL
 
 LOG = tl.constexpr(tuple(step_reference.LOG))
@@ -88,6 +88,13 @@ def exp_poly(y):
 
 
 @device_function
+def _clamp(value, bound):
+    low = mul(bound, -1.0)
+    value = tl.where(value < low, low, value)
+    return tl.where(value > bound, bound, value)
+
+
+@device_function
 def philox(c0, c1, c2, c3, key0, key1):
     for _ in tl.static_range(10):
         product0 = c0.to(tl.uint64) * 0xD2511F53
@@ -142,21 +149,30 @@ def _lanes(BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 
 @device_function
-def _load(ptr, stride, sample, start, count, lane):
-    """The first `count` elements of a tile, in float32; the others are not read, and 0."""
-    value = tl.load(ptr + sample * stride + start + lane, mask=lane < count, other=0.0)
+def _widen(value):
     if INTERPRETED and value.dtype == tl.bfloat16:  # Triton's interpreter misreads bfloat16's subnormals
         value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return value.to(tl.float32)
 
 
 @device_function
-def _store(ptr, stride, sample, start, count, lane, value):
-    if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:  # Triton's interpreter truncates
+def _rounded(value, dtype: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter truncates
         bits = value.to(tl.uint32, bitcast=True)
         bits = tl.where(value == value, bits + (0x7FFF + ((bits >> 16) & 1)), 0x7FC00000)
         value = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    tl.store(ptr + sample * stride + start + lane, value.to(ptr.dtype.element_ty), mask=lane < count)
+    return value.to(dtype)
+
+
+@device_function
+def _load(ptr, stride, sample, start, count, lane):
+    """The first `count` elements of a tile, in float32; the others are not read, and 0."""
+    return _widen(tl.load(ptr + sample * stride + start + lane, mask=lane < count, other=0.0))
+
+
+@device_function
+def _store(ptr, stride, sample, start, count, lane, value):
+    tl.store(ptr + sample * stride + start + lane, _rounded(value, ptr.dtype.element_ty), mask=lane < count)
 
 
 @device_function
@@ -175,11 +191,11 @@ def _tile(numel, tiles, BLOCK: tl.constexpr):
 
 @triton.jit
 def step_kernel(
-    out_ptr, out_stride, m0_ptr, m0_stride,
-    x_ptr, x_stride, f_ptr, f_stride, u_ptr, u_stride, m1_ptr, m1_stride, m2_ptr, m2_stride,
-    v_ptr, v_stride, grad_ptr, grad_stride, noise_ptr, noise_stride,
+    out_ptr, out_stride, m0_ptr, m0_stride, y_out_ptr, y_out_stride, model_input_ptr, model_input_stride,
+    x_ptr, x_stride, f_ptr, f_stride, u_ptr, u_stride, m1_ptr, m1_stride, m2_ptr, m2_stride, y_ptr, y_stride,
+    v_ptr, v_stride, grad_ptr, grad_stride, noise_ptr, noise_stride, rescale_ptr, rescale_stride, threshold_ptr, threshold_stride,
     seeds_ptr, seeds_stride, rows_ptr, rows_stride, rows_count, index_ptr, index_stride,
-    numel, tiles, BLOCK: tl.constexpr,
+    numel, channel_numel, tiles, batch, DOUBLED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     VEC: tl.constexpr = 4 if x_ptr.dtype.element_ty == tl.float32 or f_ptr.dtype.element_ty == tl.float32 else 8
     sample, start, count = _tile(numel, tiles, BLOCK)
@@ -193,24 +209,39 @@ def step_kernel(
     # The order of table.py::COLUMNS.
     d_x, d_f, clip, g = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     c_x, c_f, c_m0, c_m1 = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-    c_m2, c_grad, c_noise = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10)
-    logvar_min, logvar_max, draw = tl.load(row + 11), tl.load(row + 12), tl.load(row + 13)
+    c_m2, c_grad, c_noise, draw = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10), tl.load(row + 11)
+    logvar_min, logvar_max, guided_channels, c_in_next = (
+        tl.load(row + 12),
+        tl.load(row + 13),
+        tl.load(row + 14),
+        tl.load(row + 15),
+    )
+    c_y, k_x, k_m0, k_m1 = tl.load(row + 16), tl.load(row + 17), tl.load(row + 18), tl.load(row + 19)
+    k_m2, k_y = tl.load(row + 20), tl.load(row + 21)
 
     # What the row asks for is read; where it is not there, the sample is NaN.
     guidance, variance = g != 1.0, (logvar_min != 0.0) | (logvar_max != 0.0)
     good &= clip.to(tl.uint32, bitcast=True) <= 0x7F800000  # at least 0, and not the negative zero
+    channels = tl.where((guided_channels >= 0.0) & (guided_channels < 2.0**24), guided_channels, 0.0).to(tl.int32)
+    good &= channels.to(tl.float32) == guided_channels
     if u_ptr is None:
         good &= g == 1.0
     else:
         u = _load(u_ptr, u_stride, sample, start, tl.where(guidance, count, 0), lane)
     if m1_ptr is None:
-        good &= c_m1 == 0.0
+        good &= (c_m1 == 0.0) & (k_m1 == 0.0)
     else:
-        m1 = _load(m1_ptr, m1_stride, sample, start, tl.where(c_m1 != 0.0, count, 0), lane)
+        m1 = _load(m1_ptr, m1_stride, sample, start, tl.where((c_m1 != 0.0) | (k_m1 != 0.0), count, 0), lane)
     if m2_ptr is None:
-        good &= c_m2 == 0.0
+        good &= (c_m2 == 0.0) & (k_m2 == 0.0)
     else:
-        m2 = _load(m2_ptr, m2_stride, sample, start, tl.where(c_m2 != 0.0, count, 0), lane)
+        m2 = _load(m2_ptr, m2_stride, sample, start, tl.where((c_m2 != 0.0) | (k_m2 != 0.0), count, 0), lane)
+    if y_ptr is None:
+        good &= (c_y == 0.0) & (k_y == 0.0)
+    else:
+        y = _load(y_ptr, y_stride, sample, start, tl.where((c_y != 0.0) | (k_y != 0.0), count, 0), lane)
+    if y_out_ptr is None:
+        good &= (k_x == 0.0) & (k_m0 == 0.0) & (k_m1 == 0.0) & (k_m2 == 0.0) & (k_y == 0.0)
     if v_ptr is None:
         good &= (logvar_min == 0.0) & (logvar_max == 0.0)
     else:
@@ -228,16 +259,23 @@ def step_kernel(
             good &= drawn.to(tl.float32) == draw
             seed = tl.load(seeds_ptr + sample * seeds_stride)
             z = _normals(seed, drawn, tl.full([], STREAM_STEP, tl.uint32), start, BLOCK, VEC)
-    d_x, c_x = tl.where(good, d_x, float("nan")), tl.where(good, c_x, float("nan"))
+    if threshold_ptr is not None:
+        threshold = tl.load(threshold_ptr + sample * threshold_stride)
+        good &= (threshold != threshold) | ((threshold > 0.0) & (threshold < float("inf")))
+    nan = float("nan")
+    d_x, c_x, k_x = tl.where(good, d_x, nan), tl.where(good, c_x, nan), tl.where(good, k_x, nan)
 
     fhat = f
     if u_ptr is not None:
         if guidance:
             fhat = u + mul(g, f - u)
-    m0 = mul(d_x, x) + mul(d_f, fhat)
-    low = mul(clip, -1.0)
-    m0 = tl.where(m0 < low, low, m0)
-    m0 = tl.where(m0 > clip, clip, m0)
+            if channels != 0:
+                fhat = tl.where(start + lane < channels.to(tl.int64) * channel_numel, fhat, f)
+    if rescale_ptr is not None:
+        fhat = mul(tl.load(rescale_ptr + sample * rescale_stride), fhat)
+    m0 = _clamp(mul(d_x, x) + mul(d_f, fhat), clip)
+    if threshold_ptr is not None:
+        m0 = tl.div_rn(_clamp(m0, threshold), threshold + tl.zeros_like(m0))
 
     if v_ptr is not None:
         if variance:
@@ -258,6 +296,9 @@ def step_kernel(
     if m2_ptr is not None:
         if c_m2 != 0.0:
             total += mul(c_m2, m2)
+    if y_ptr is not None:
+        if c_y != 0.0:
+            total += mul(c_y, y)
     if grad_ptr is not None:
         if c_grad != 0.0:
             total += mul(c_grad, grad)
@@ -268,6 +309,25 @@ def step_kernel(
     _store(out_ptr, out_stride, sample, start, count, lane, total)
     if m0_ptr is not None:
         _store(m0_ptr, m0_stride, sample, start, count, lane, m0)
+    if y_out_ptr is not None:
+        second = mul(k_x, x)
+        second += mul(k_m0, m0)
+        if m1_ptr is not None:
+            if k_m1 != 0.0:
+                second += mul(k_m1, m1)
+        if m2_ptr is not None:
+            if k_m2 != 0.0:
+                second += mul(k_m2, m2)
+        if y_ptr is not None:
+            if k_y != 0.0:
+                second += mul(k_y, y)
+        _store(y_out_ptr, y_out_stride, sample, start, count, lane, second)
+    if model_input_ptr is not None:
+        stored = _widen(_rounded(total, out_ptr.dtype.element_ty))
+        model_input = mul(c_in_next, stored)
+        _store(model_input_ptr, model_input_stride, sample, start, count, lane, model_input)
+        if DOUBLED:
+            _store(model_input_ptr, model_input_stride, sample + batch, start, count, lane, model_input)
 
 
 @triton.jit
@@ -303,26 +363,29 @@ def _batch(tensor, numel, written=False):
     return (torch.empty_like if written else torch.clone)(tensor, memory_format=torch.contiguous_format), numel
 
 
-def _run_step(launch, out, m0, x, f, rows, index, u, m1, m2, v, grad, noise, seeds, block=None):
-    """One call of `launch`, with the grid, the kernel's arguments and its options."""
+def _run_step(launch, written, x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold, block=None):
+    """One call of `launch`, with the grid, the kernel's arguments and its options. written: out, m0, y_out, model_input."""
     batch, rows = x.shape[0], rows.resolve_neg()
-    numel = x.numel() // batch
-    outputs = [_batch(tensor, numel, written=True) for tensor in (out, m0)]
-    tensors = outputs + [_batch(tensor, numel) for tensor in (x, f, u, m1, m2, v, grad, noise)]
-    if seeds is None and index.dim() == 0 and all(stride == numel for t, stride in tensors if t is not None):
-        batch, numel = 1, batch * numel  # one sample: programs are not wasted on small ones
+    numel, channels = x.numel() // batch, x.shape[1] if x.dim() > 1 else 1
+    outputs = [_batch(tensor, numel, written=True) for tensor in written]
+    tensors = outputs + [_batch(tensor, numel) for tensor in (x, f, u, m1, m2, y, v, grad, noise)]
+    channel_numel, doubled = numel // channels, written[3] is not None and written[3].shape[0] != batch
+    # One sample, where nothing depends on the sample or its channels: programs are not wasted on small ones.
+    alone = u is None and seeds is None and rescale is None and threshold is None and index.dim() == 0 and not doubled
+    if alone and all(stride == numel for t, stride in tensors if t is not None):
+        batch, numel = 1, batch * numel
     size, warps = block or _block_of(numel)
     tiles = triton.cdiv(numel, size)
     launch(
         (batch * tiles,),
         *(item for pair in tensors for item in pair),
-        seeds, 0 if seeds is None else seeds.stride(0),
+        *(item for t in (rescale, threshold, seeds) for item in (t, 0 if t is None else t.stride(0))),
         rows, rows.stride(0), rows.shape[0], index, index.stride(0) if index.dim() else 0,
-        numel, None if batch == 1 else tiles, BLOCK=size, num_warps=warps,
+        numel, channel_numel, None if batch == 1 else tiles, x.shape[0], DOUBLED=doubled, BLOCK=size, num_warps=warps,
     )  # fmt: skip
-    for tensor, (written, _) in zip((out, m0), outputs, strict=True):
-        if written is not tensor:
-            tensor.copy_(written)
+    for tensor, (result, _) in zip(written, outputs, strict=True):
+        if result is not tensor:
+            tensor.copy_(result)
 
 
 def _run_normal(launch, out, seeds, draw, stream, block=None):
@@ -347,18 +410,20 @@ def _launcher(kernel, device):
 # ---- for torch.compile: ops whose bodies it traces, down to the kernel ----
 
 
-@triton_op("epskernels::triton_step_out", mutates_args={"out", "m0"})
+@triton_op("epskernels::triton_step_out", mutates_args={"out", "m0", "y_out", "model_input"})
 def triton_step_out_op(
     x: Tensor, f: Tensor, rows: Tensor, index: Tensor, u: Tensor | None, m1: Tensor | None, m2: Tensor | None,
-    v: Tensor | None, grad: Tensor | None, noise: Tensor | None, seeds: Tensor | None, out: Tensor, m0: Tensor | None,
+    v: Tensor | None, grad: Tensor | None, noise: Tensor | None, seeds: Tensor | None, y: Tensor | None, rescale: Tensor | None,
+    threshold: Tensor | None, out: Tensor, m0: Tensor | None, y_out: Tensor | None, model_input: Tensor | None,
 ) -> None:  # fmt: skip
-    check_step(x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    check_outputs_like(x, {"out": out, "m0": m0})
+    inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
+    check_step(*inputs)
+    check_outputs_like(x, f, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input})
 
     def launch(grid, *arguments, **options):
         wrap_triton(step_kernel)[grid](*arguments, **options)
 
-    _run_step(launch, out, m0, x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
+    _run_step(launch, (out, m0, y_out, model_input), *inputs)
 
 
 @triton_op("epskernels::triton_normal", mutates_args=())
@@ -375,45 +440,53 @@ def triton_normal_op(seeds: Tensor, shape: list[int], dtype: torch.dtype, draw: 
 
 # ---- the functions of the backend, by op ----
 
-_NAMES = ("x", "f", "rows", "index", "u", "m1", "m2", "v", "grad", "noise", "seeds")
+
+def _step(outputs, inputs, named):
+    """Runs the step into `outputs`: {"out" or "x": tensor, "m0", "y_out", "model_input": tensor or None}."""
+    inputs = dict.fromkeys(INPUTS) | dict(zip(INPUTS, inputs, strict=False)) | named
+    x = inputs["x"]
+    if is_compiling():
+        torch.ops.epskernels.triton_step_out(*inputs.values(), *_made(outputs, x).values())
+        return tuple(outputs.values())
+    check_step(**inputs)
+    if os.environ.get("EPSKERNELS_CHECK_ROWS") == "1":
+        check_values(inputs, outputs["y_out"] is not None)
+    launch = _launcher(step_kernel, x.device)
+    check_outputs({key: tensor for key, tensor in outputs.items() if tensor is not NEW}, inputs)
+    _run_step(launch, tuple(_made(outputs, x).values()), *inputs.values())
+    return tuple(outputs.values())
 
 
-def _step(outputs, x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None):
-    """(x', m0), written to `outputs`: {"out" or "x": tensor, "m0": tensor or None}, or if m0 is to be made at all."""
-    inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds)
-    compiling = is_compiling()
-    if not compiling:
-        check_step(*inputs)
-        if os.environ.get("EPSKERNELS_CHECK_ROWS") == "1":
-            check_values(rows, index, u, m1, m2, v, noise, seeds)
-        launch = _launcher(step_kernel, x.device)
-    if isinstance(outputs, dict):
-        if not compiling:
-            check_outputs(outputs, dict(zip(_NAMES, inputs, strict=True)))
-        out, m0 = outputs.values()
-    else:
-        out, m0 = torch.empty_like(x), torch.empty_like(x) if outputs else None
-    if compiling:
-        torch.ops.epskernels.triton_step_out(*inputs, out, m0)
-    else:
-        _run_step(launch, out, m0, *inputs)
-    return out, m0
+NEW = object()  # an output to be made, once all inputs are known to be good
+
+
+def _made(outputs, x):
+    outputs |= {key: torch.empty_like(x) for key, tensor in outputs.items() if tensor is NEW}
+    return outputs
+
+
+def _new(*names):
+    return dict.fromkeys(("out", "m0", "y_out", "model_input")) | dict.fromkeys(names, NEW)
 
 
 def triton_step(*inputs, **named):
-    return _step(False, *inputs, **named)[0]
+    return _step(_new("out"), inputs, named)[0]
 
 
 def triton_step_m0(*inputs, **named):
-    return _step(True, *inputs, **named)
+    return _step(_new("out", "m0"), inputs, named)[:2]
 
 
-def triton_step_out(*inputs, out, m0=None, **named):
-    _step({"out": out, "m0": m0}, *inputs, **named)
+def triton_step_y(*inputs, **named):
+    return _step(_new("out", "m0", "y_out"), inputs, named)[:3]
 
 
-def triton_step_(x, *inputs, m0=None, **named):
-    _step({"x": x, "m0": m0}, x, *inputs, **named)
+def triton_step_out(*inputs, out, m0=None, y_out=None, model_input=None, **named):
+    _step({"out": out, "m0": m0, "y_out": y_out, "model_input": model_input}, inputs, named)
+
+
+def triton_step_(x, *inputs, m0=None, y_out=None, model_input=None, **named):
+    _step({"x": x, "m0": m0, "y_out": y_out, "model_input": model_input}, (x, *inputs), named)
 
 
 def triton_normal(seeds, shape, *, dtype, draw=0, stream=STREAM_INITIAL):
@@ -429,6 +502,7 @@ def triton_normal(seeds, shape, *, dtype, draw=0, stream=STREAM_INITIAL):
 TRITON = {
     "step": triton_step,
     "step_m0": triton_step_m0,
+    "step_y": triton_step_y,
     "step_out": triton_step_out,
     "step_": triton_step_,
     "normal": triton_normal,

@@ -1,10 +1,12 @@
 """A sampler's table: one row of coefficients per model call, float64 until it becomes the kernel's float32 rows.
 
-    mean      c_x*alpha_in + c_f*f_x0 + c_m0 + c_m1 + c_m2 = alpha_out
-    variance  (c_x*sigma_in + c_f*f_eps)^2 + (c_noise*s_min)^2 = sigma_out^2 + excess,  s_min^2 = exp(logvar_min)
+    mean      c_x*alpha_in + c_f*f_x0 + c_m0 + c_m1 + c_m2 + c_y*y_x0 = alpha_out
+    variance  (c_x*sigma_in + c_f*f_eps + c_y*y_eps)^2 + (c_noise*s_min)^2 = sigma_out^2 + excess,  s_min^2 = exp(logvar_min)
 
-hold for every row of every sampler (x_t = alpha_t*x_0 + sigma_t*eps; the model's output f = f_x0*x_0 + f_eps*eps), whatever
-lambda: the constructor checks them, so a table that breaks them cannot exist. A wrong split between c_m0 and c_m1 passes.
+hold for every row of every sampler (x_t = alpha_t*x_0 + sigma_t*eps; the model's output f = f_x0*x_0 + f_eps*eps; the second
+state y = y_x0*x_0 + y_eps*eps), whatever lambda: the constructor checks them, so a table that breaks them cannot exist. So do
+k_x*alpha_in + k_m0 + k_m1 + k_m2 + k_y*y_x0 = y_out_x0 and k_x*sigma_in + k_y*y_eps = y_out_eps, the second state's; and each row
+reads the second state that the row before it wrote. A wrong split between c_m0 and c_m1 passes.
 """
 
 from collections.abc import Mapping
@@ -15,12 +17,17 @@ import torch
 # The order of csrc/step.h::StepRow.
 COLUMNS = (
     "d_x", "d_f", "clip", "g",
-    "c_x", "c_f", "c_m0", "c_m1", "c_m2", "c_grad", "c_noise",
-    "logvar_min", "logvar_max", "draw", "t", "c_in",
+    "c_x", "c_f", "c_m0", "c_m1", "c_m2", "c_grad", "c_noise", "draw",
+    "logvar_min", "logvar_max", "guided_channels", "c_in_next",
+    "c_y", "k_x", "k_m0", "k_m1", "k_m2", "k_y", "t", "c_in",
 )  # fmt: skip
-# Where a row comes from: the path's two ends, lambda_t, what the model's output is made of, and the variance that the
-# sampler adds on purpose beyond sigma_out^2 (fixed_large, S_noise).
-PROVENANCE = ("alpha_in", "sigma_in", "alpha_out", "sigma_out", "lambda_t", "f_x0", "f_eps", "excess")
+SECOND_STATE = ("k_x", "k_m0", "k_m1", "k_m2", "k_y")  # of y'
+# Where a row comes from: the path's two ends, lambda_t, what the model's output is made of, the variance that the sampler adds on
+# purpose beyond sigma_out^2 (fixed_large, S_noise), and what the second state is made of, before and after.
+PROVENANCE = (
+    "alpha_in", "sigma_in", "alpha_out", "sigma_out", "lambda_t", "f_x0", "f_eps", "excess",
+    "y_x0", "y_eps", "y_out_x0", "y_out_eps",
+)  # fmt: skip
 _DEFAULTS = {"clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0}
 _TOLERANCE = 1e-9
 
@@ -28,14 +35,15 @@ _TOLERANCE = 1e-9
 class Table:
     """An immutable table of R rows.
 
-    values: for each name of COLUMNS and PROVENANCE, R numbers or one for all (absent: 0; clip inf; g, c_in, lambda_t 1).
+    values: for each name of COLUMNS and PROVENANCE, R numbers or one for all (absent: 0; clip inf; g, c_in, lambda_t 1;
+    c_in_next that of the row after, and 1 for the last).
     name: what repr shows. initial_sigma: standard deviation of the initial latent, which starts at row 0.
     discrete: the model's t is an integer timestep, not a noise level.
 
     Raises ValueError naming the column: unknown, not of length R, not finite (clip may be inf), clip <= 0, a draw that is no
-    integer in [0, 2^24), lambda_t <= 0, or rows that break the mean or the variance above.
+    integer in [0, 2^24) (nor guided_channels), lambda_t <= 0, or rows that break the mean or the variance above.
 
-    Attributes: rows, float32 (R, 16) on the table's device; index, int64 (R,), 0 to R - 1, there too; row_index, the same as
+    Attributes: rows, float32 (R, 24) on the table's device; index, int64 (R,), 0 to R - 1, there too; row_index, the same as
     a tuple of R scalar tensors, ready to pass to the ops; parts, a (name, first row, rows, initial_sigma) for each table that
     this one was concatenated from.
     """
@@ -59,7 +67,10 @@ class Table:
             if column.ndim > 1 or column.size not in (1, length):
                 raise ValueError(f"{key}: expected {length} values or one, got shape {column.shape}")
             columns[key] = np.broadcast_to(column.reshape(-1), (length,)) + 0.0  # a copy, without -0
-            columns[key].setflags(write=False)
+        if "c_in_next" not in values:
+            columns["c_in_next"] = np.append(columns["c_in"][1:], 1.0)
+        for column in columns.values():
+            column.setflags(write=False)
         if not (np.isfinite(initial_sigma) and initial_sigma >= 0):
             raise ValueError(f"initial_sigma: expected a finite value >= 0, got {initial_sigma}")
         parts = tuple(parts) if parts else ((name, 0, length, float(initial_sigma)),)
@@ -111,7 +122,13 @@ class Table:
     @property
     def history(self):
         """How many earlier m0 the rows read: 0, 1 or 2."""
-        return 2 if self["c_m2"].any() else 1 if self["c_m1"].any() else 0
+        second = self["c_m2"].any() or self["k_m2"].any()
+        return 2 if second else 1 if self["c_m1"].any() or self["k_m1"].any() else 0
+
+    @property
+    def second_state(self):
+        """Some row writes, or reads, the second state y."""
+        return any(self[key].any() for key in ("c_y", *SECOND_STATE))
 
     @property
     def needs_noise(self):
@@ -139,7 +156,7 @@ class Table:
 
     def __repr__(self):
         shown = ["t", "lambda_t", "d_x", "d_f", "c_x", "c_m0"]
-        shown += [key for key in ("c_f", "c_m1", "c_m2", "c_noise", "c_grad") if self[key].any()]
+        shown += [key for key in ("c_f", "c_m1", "c_m2", "c_y", "c_noise", "c_grad", *SECOND_STATE) if self[key].any()]
         head = "  row" + "".join(f"{key:>12}" for key in shown)
         picked = range(len(self)) if len(self) <= 8 else [0, 1, 2, None, len(self) - 2, len(self) - 1]
         lines = ["  ..." if i is None else f"{i:>5}" + "".join(f"{self[k][i]:>12.6g}" for k in shown) for i in picked]
@@ -191,18 +208,33 @@ def _check(columns, parts):
             else:
                 refuse(key, ~np.isfinite(column), "a finite value")
                 refuse(key, ~np.isfinite(column.astype(np.float32)), "a value within float32")
-    draw = columns["draw"]
-    refuse("draw", (draw < 0) | (draw >= 2**24) | (draw != np.floor(draw)), "an integer in [0, 2^24)")
+    for key in ("draw", "guided_channels"):
+        count = columns[key]
+        refuse(key, (count < 0) | (count >= 2**24) | (count != np.floor(count)), "an integer in [0, 2^24)")
     refuse("lambda_t", columns["lambda_t"] <= 0, "a value above 0")
 
     c = columns
-    mean = c["c_x"] * c["alpha_in"] + c["c_f"] * c["f_x0"] + c["c_m0"] + c["c_m1"] + c["c_m2"]
-    scale = 1 + np.abs(c["c_x"] * c["alpha_in"]) + np.abs(c["c_m0"]) + np.abs(c["c_m1"]) + np.abs(c["c_m2"])
-    _agree("mean", mean, c["alpha_out"], scale, names)
-    drift = c["c_x"] * c["sigma_in"] + c["c_f"] * c["f_eps"]
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows does not agree
+        _agree_sum("mean", [c["c_x"] * c["alpha_in"], c["c_f"] * c["f_x0"], c["c_m0"], c["c_m1"], c["c_m2"],
+                            c["c_y"] * c["y_x0"]], c["alpha_out"], names)  # fmt: skip
+        _agree_sum("mean of y", [c["k_x"] * c["alpha_in"], c["k_m0"], c["k_m1"], c["k_m2"], c["k_y"] * c["y_x0"]],
+                   c["y_out_x0"], names)  # fmt: skip
+        _agree_sum("noise of y", [c["k_x"] * c["sigma_in"], c["k_y"] * c["y_eps"]], c["y_out_eps"], names)
+        drift = c["c_x"] * c["sigma_in"] + c["c_f"] * c["f_eps"] + c["c_y"] * c["y_eps"]
         variance = drift**2 + c["c_noise"] ** 2 * np.exp(c["logvar_min"])
     _agree("variance", variance, c["sigma_out"] ** 2 + c["excess"], 1 + c["sigma_in"] ** 2, names)
+
+    first = np.isin(np.arange(len(c["t"])), [start for _, start, _, _ in parts])
+    for key in ("c_y", "k_y"):
+        refuse(key, first & (c[key] != 0), "0 in a sampler's first row: no row before it has written y")
+    reads = (c["c_y"] != 0) | (c["k_y"] != 0)
+    for key in ("x0", "eps"):
+        before = np.append(0.0, c[f"y_out_{key}"][:-1])
+        _agree("second state", np.where(reads, c[f"y_{key}"], 0), np.where(reads, before, 0), 1 + np.abs(before), names)
+
+
+def _agree_sum(what, terms, expected, names):
+    _agree(what, sum(terms), expected, 1 + sum(np.abs(term) for term in terms), names)
 
 
 def _agree(what, got, expected, scale, names):

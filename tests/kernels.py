@@ -12,6 +12,7 @@ import os
 import pathlib
 import subprocess
 
+import filelock
 import torch
 
 import epskernels
@@ -28,6 +29,22 @@ if wanted := os.environ.get("EPSKERNELS_TEST_KERNELS"):  # some of them, such as
     KERNELS = [name for name in KERNELS if name in wanted.split(",")]
 
 
+def compile_for_host(sources, here, sanitizers, target):
+    torch_folder = pathlib.Path(torch.__file__).parent
+    include = torch_folder / "include"
+    command = [
+        "c++", "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off",
+        "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wl,-Bsymbolic",
+        # A 16-byte access at another address, or an index outside an array, ends the process.
+        f"-fsanitize={sanitizers}", "-fsanitize-undefined-trap-on-error",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DEPSKERNELS_LIBRARY=epskernels_cuda_on_host",
+        "-DEPSKERNELS_KEY=CPU", '-DEPSKERNELS_CUDA_TARGETS="the host"', "-isystem", include,
+        "-isystem", include / "torch" / "csrc" / "api" / "include", "-I", here, "-I", ROOT / "csrc", "-x", "c++",
+        *sources, "-L", torch_folder / "lib", "-ltorch_cpu", "-o", target,
+    ]  # fmt: skip
+    subprocess.run([str(part) for part in command], check=True)
+
+
 @functools.cache
 def cuda_on_host():
     """The ops of csrc/step_cuda.cu and csrc/ops_cuda.cpp over tests/cuda_on_host, compiled where they have changed."""
@@ -36,21 +53,10 @@ def cuda_on_host():
     here = ROOT / "tests" / "cuda_on_host"
     sources = [ROOT / "csrc" / "step_cuda.cu", ROOT / "csrc" / "ops_cuda.cpp", here / "device.cpp"]
     newest = max(path.stat().st_mtime for path in (*here.iterdir(), *(ROOT / "csrc").iterdir()))
-    if not target.exists() or target.stat().st_mtime < newest:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch_folder = pathlib.Path(torch.__file__).parent
-        include = torch_folder / "include"
-        command = [
-            "c++", "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off",
-            "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wl,-Bsymbolic",
-            # A 16-byte access at another address, or an index outside an array, ends the process.
-            f"-fsanitize={sanitizers}", "-fsanitize-undefined-trap-on-error",
-            "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DEPSKERNELS_LIBRARY=epskernels_cuda_on_host",
-            "-DEPSKERNELS_KEY=CPU", '-DEPSKERNELS_CUDA_TARGETS="the host"', "-isystem", include,
-            "-isystem", include / "torch" / "csrc" / "api" / "include", "-I", here, "-I", ROOT / "csrc", "-x", "c++",
-            *sources, "-L", torch_folder / "lib", "-ltorch_cpu", "-o", target,
-        ]  # fmt: skip
-        subprocess.run([str(part) for part in command], check=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.with_suffix(".lock")):  # between the processes of a test run
+        if not target.exists() or target.stat().st_mtime < newest:
+            compile_for_host(sources, here, sanitizers, target)
     library = torch.library.Library("epskernels_cuda_on_host", "DEF")
     for schema in ops.SCHEMAS:
         library.define(schema)

@@ -4,6 +4,7 @@ And its other side: what looks odd but is allowed (in place, interleaved, expand
 bits.
 """
 
+import itertools
 import re
 
 import kernels
@@ -13,14 +14,15 @@ import torch
 
 import epskernels
 from epskernels import Table, ops, samplers, scaling, schedule
-from epskernels.table import COLUMNS
+from epskernels.table import COLUMNS, SECOND_STATE
 
 pytestmark = pytest.mark.usefixtures("extension")
 
 BATCH, SHAPE = 3, (3, 2, 5)
-LIKE_X, LIKE_F = ("m1", "m2", "grad", "noise"), ("u", "v")
+LIKE_X, LIKE_F = ("m1", "m2", "y", "grad", "noise"), ("u", "v")
 FLOATS = ("x", "f", *LIKE_F, *LIKE_X)
-TENSORS = (*FLOATS, "rows", "index", "seeds")
+PER_SAMPLE = ("rescale", "threshold")
+TENSORS = (*FLOATS, "rows", "index", "seeds", *PER_SAMPLE)
 SENTINEL = 12345.0
 R = re.escape
 
@@ -50,7 +52,7 @@ def make_rows():
     """A row that asks for every tensor, one with the least, one that makes noise."""
     everything = make_row(
         d_x=0.9, d_f=-0.4, clip=2.0, g=1.5, c_x=0.6, c_f=0.1, c_m0=0.3, c_m1=-0.2, c_m2=0.1, c_grad=0.05, c_noise=0.3,
-        logvar_min=-1.0, logvar_max=0.5, draw=7.0,
+        c_y=0.07, logvar_min=-1.0, logvar_max=0.5, draw=7.0, guided_channels=1.0, c_in_next=0.5,
     )  # fmt: skip
     plain = make_row(d_x=1.1, d_f=-0.3, c_x=0.5, c_m0=0.5)
     noisy = make_row(d_x=1.1, d_f=-0.3, c_x=0.5, c_m0=0.5, c_noise=0.2, draw=3.0)
@@ -62,6 +64,7 @@ def good(**changes):
     generator = torch.Generator().manual_seed(1)
     a = {name: torch.randn(SHAPE, generator=generator) for name in FLOATS if name != "noise"}
     a |= {"rows": make_rows(), "index": torch.zeros(BATCH, dtype=torch.int64), "seeds": torch.arange(5, 5 + BATCH)}
+    a |= {"rescale": torch.tensor([0.9, 1.0, 1.1]), "threshold": torch.tensor([1.5, 1.0, 2.0])}
     return {name: value for name, value in (a | changes).items() if value is not None or name in changes}
 
 
@@ -97,9 +100,9 @@ def refused(backend, a, message, how, **outputs):
     before = [memory(value) for value in held]
     with pytest.raises(RuntimeError, match=message):
         if how == "step_":
-            op(backend, "step_")(**a, **{key: value for key, value in outputs.items() if key == "m0"})
+            op(backend, "step_")(**a, **{key: value for key, value in outputs.items() if key not in ("out", "x")})
         else:
-            call(a, **outputs, **({"return_m0": True} if how == "step_m0" else {}))
+            call(a, **outputs, return_m0=how == "step_m0", return_y=how == "step_y")
     assert unchanged(before, [memory(value) for value in held])
 
 
@@ -137,7 +140,7 @@ BAD = {
         "seeds or noise: missing, and row 2 needs it",
     ),
 }
-for name in ("u", "m1", "m2", "v"):
+for name in ("u", "m1", "m2", "v", "y"):
     BAD[f"{name}: missing"] = (lambda name=name: good(**{name: None}), rf"\b{name}: missing, and row 0 needs it")
 for name in FLOATS:
     reason = "as x has" if name in ("f", *LIKE_X) else "as f has"
@@ -176,17 +179,17 @@ for name in ("x", "f", "rows", "index"):
     BAD[f"{name}: None"] = (lambda name=name: good(**{name: None}), f"argument '{name}' but instead found type 'None")
 
 for title, rows, got in (
-    ("15 columns", torch.ones(3, 15), "(3, 15)"),
-    ("17 columns", torch.ones(3, 17), "(3, 17)"),
-    ("transposed", torch.ones(16, 3), "(16, 3)"),
-    ("one dimension", torch.ones(16), "(16,)"),
-    ("three dimensions", torch.ones(1, 3, 16), "(1, 3, 16)"),
-    ("none", torch.ones(0, 16), "(0, 16)"),
+    ("23 columns", torch.ones(3, 23), "(3, 23)"),
+    ("25 columns", torch.ones(3, 25), "(3, 25)"),
+    ("transposed", torch.ones(24, 3), "(24, 3)"),
+    ("one dimension", torch.ones(24), "(24,)"),
+    ("three dimensions", torch.ones(1, 3, 24), "(1, 3, 24)"),
+    ("none", torch.ones(0, 24), "(0, 24)"),
     ("no elements", torch.ones(0), "(0,)"),
 ):
     BAD[f"rows: {title}"] = (
         lambda rows=rows: good(rows=rows),
-        rf"rows: expected shape \(R, 16\) with R >= 1, got {R(got)}",
+        rf"rows: expected shape \(R, 24\) with R >= 1, got {R(got)}",
     )
 for dtype in dtypes("float64", "float16", "int32"):
     text = str(dtype).removeprefix("torch.")
@@ -195,10 +198,10 @@ for dtype in dtypes("float64", "float16", "int32"):
         f"rows: expected dtype float32, got {text}",
     )
 for title, rows, strides in (
-    ("columns apart", torch.ones(3, 32)[:, ::2], (32, 2)),
-    ("columns first", torch.ones(16, 3).t(), (1, 3)),
-    ("expanded", torch.ones(1, 16).expand(3, 16), (0, 1)),
-    ("overlapping", torch.ones(64).as_strided((3, 16), (8, 1)), (8, 1)),
+    ("columns apart", torch.ones(3, 48)[:, ::2], (48, 2)),
+    ("columns first", torch.ones(24, 3).t(), (1, 3)),
+    ("expanded", torch.ones(1, 24).expand(3, 24), (0, 1)),
+    ("overlapping", torch.ones(64).as_strided((3, 24), (8, 1)), (8, 1)),
 ):
     BAD[f"rows: {title}"] = (
         lambda rows=rows: good(rows=rows),
@@ -222,10 +225,26 @@ for column in COLUMNS:
         )
 BAD["rows: clip -0"] = (lambda: good(rows=rows_with("clip", -0.0)), "rows: .*clip >= 0, got -0(.0)? in row 0, column 2")
 BAD["rows: clip -1"] = (lambda: good(rows=rows_with("clip", -1)), "rows: .*clip >= 0, got -1(.0)? in row 0, column 2")
-for value in (-1.0, 0.5, 2.0**24):
-    BAD[f"rows: draw {value:g}"] = (
-        lambda value=value: good(rows=rows_with("draw", value)),
-        r"rows: expected draw to be an integer in \[0, 2\^24\), got .* in row 0",
+for value, column in itertools.product((-1.0, 0.5, 2.0**24), ("draw", "guided_channels")):
+    BAD[f"rows: {column} {value:g}"] = (
+        lambda value=value, column=column: good(rows=rows_with(column, value)),
+        rf"rows: expected {column} to be an integer in \[0, 2\^24\), got .* in row 0",
+    )
+for name, shape in itertools.product(PER_SAMPLE, ((), (1,), (BATCH, 1), (0,), (BATCH + 1,))):
+    BAD[f"{name}: {shape}"] = (
+        lambda name=name, shape=shape: good(**{name: torch.ones(shape)}),
+        rf"{name}: expected shape \({BATCH},\), got {R(str(shape))}",
+    )
+for name, dtype in itertools.product(PER_SAMPLE, dtypes("float64", "float16", "int64", "bool")):
+    text = str(dtype).removeprefix("torch.")
+    BAD[f"{name}: {text}"] = (
+        lambda name=name, dtype=dtype: good(**{name: torch.ones(BATCH, dtype=dtype)}),
+        f"{name}: expected dtype float32, got {text}",
+    )
+for value in (0.0, -0.0, -1.0, np.inf, -np.inf):
+    BAD[f"threshold: {value}"] = (
+        lambda value=value: good(threshold=torch.tensor([1.0, value, 1.0])),
+        rf"threshold: expected finite values above 0, got {value:g}(\.0)? for sample 1",
     )
 BAD["rows: NaN in the last sample's row"] = (
     lambda: good(rows=rows_with("d_f", np.nan, row=2), index=torch.tensor([0, 0, 2])),
@@ -269,12 +288,12 @@ for dtype in dtypes("int32", "float64", "bool"):
     )
 
 
-@pytest.mark.parametrize("how", ["step", "step_m0", "step_out", "step_"])
+@pytest.mark.parametrize("how", ["step", "step_m0", "step_y", "step_out", "step_"])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(backend, case, how):
     make, message = BAD[case]
     a = make()
-    if how in ("step", "step_m0"):
+    if how in ("step", "step_m0", "step_y"):
         refused(backend, a, message, how)
     elif how == "step_out":
         refused(backend, a, message, how, out=torch.full(SHAPE, SENTINEL), m0=torch.full(SHAPE, SENTINEL))
@@ -379,31 +398,95 @@ for name in TENSORS:
         )
 
 
-@pytest.mark.parametrize("name", ["out", "m0"])
+@pytest.mark.parametrize("name", ["out", "m0", "y_out"])
 @pytest.mark.parametrize("case", BAD_OUTPUTS)
 def test_bad_output(backend, case, name):
     make, message = BAD_OUTPUTS[case]
     a, output = make()
-    outputs = {"out": output} if name == "out" else {"out": torch.full(SHAPE, SENTINEL), "m0": output}
+    outputs = {"out": output} if name == "out" else {"out": torch.full(SHAPE, SENTINEL), name: output}
     refused(backend, a, message.replace("NAME", name), "step_out", **outputs)
 
 
+@pytest.mark.parametrize("name", ["m0", "y_out"])
 @pytest.mark.parametrize("case", BAD_OUTPUTS)
-def test_bad_m0_in_place(backend, case):
+def test_bad_output_in_place(backend, case, name):
     make, message = BAD_OUTPUTS[case]
     a, output = make()
-    refused(backend, a, message.replace("NAME", "m0"), "step_", m0=output)
+    refused(backend, a, message.replace("NAME", name), "step_", **{name: output})
+
+
+WIDE = (2 * BATCH, *SHAPE[1:])
+BAD_MODEL_INPUTS = {
+    "three times the batch": (torch.full((3 * BATCH, 2, 5), SENTINEL), "expected shape .*, or twice the batch, got"),
+    "half of the batch": (torch.full((1, 2, 5), SENTINEL), "expected shape .*, or twice the batch, got"),
+    "other sample": (torch.full((BATCH, 2, 6), SENTINEL), "expected shape .*, or twice the batch, got"),
+    "other rank": (torch.full((BATCH, 10), SENTINEL), "expected shape .*, or twice the batch, got"),
+    "no dimensions": (torch.tensor(SENTINEL), "expected shape .*, or twice the batch, got"),
+    "half precision": (torch.full(WIDE, SENTINEL, dtype=torch.float16), "expected dtype float32 as f has, got float16"),
+    "integers": (torch.ones(WIDE, dtype=torch.int64), "expected dtype float32 as f has, got int64"),
+    "on meta": (torch.ones(WIDE, device="meta"), "expected a tensor on cpu, as x is, got one on meta"),
+    "sparse": (torch.ones(WIDE).to_sparse(), "expected a dense tensor, got sparse_coo"),
+    "expanded": (torch.full((1, 2, 5), SENTINEL).expand(WIDE), "expected every element at its own address"),
+}
+
+
+@pytest.mark.parametrize("how", ["step_out", "step_"])
+@pytest.mark.parametrize("case", BAD_MODEL_INPUTS)
+def test_bad_model_input(backend, case, how):
+    model_input, message = BAD_MODEL_INPUTS[case]
+    outputs = {"out": torch.full(SHAPE, SENTINEL)} if how == "step_out" else {}
+    refused(backend, good(), f"model_input: {message}", how, **outputs, model_input=model_input)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_model_input_over_an_input(backend, name):
+    a = complete(name)
+    refused(
+        backend,
+        a,
+        f"model_input: overlaps the memory of {name}",
+        "step_out",
+        model_input=a[name],
+        out=torch.zeros(SHAPE),
+    )
+
+
+@pytest.mark.parametrize("name", ["out", "m0", "y_out"])
+def test_model_input_over_an_output(backend, name):
+    outputs = {key: torch.full(SHAPE, SENTINEL) for key in ("out", "m0", "y_out")}
+    message = f"model_input: overlaps the memory of {name}"
+    refused(backend, good(), message, "step_out", **outputs, model_input=outputs[name])
+
+
+def test_y_out_over_m0(backend):
+    out, m0 = torch.full(SHAPE, SENTINEL), torch.full(SHAPE, SENTINEL)
+    refused(backend, good(), "y_out: overlaps the memory of m0", "step_out", out=out, m0=m0, y_out=m0)
+
+
+@pytest.mark.parametrize("column", SECOND_STATE)
+@pytest.mark.parametrize("how", ["step", "step_m0", "step_out", "step_"])
+def test_a_second_state_that_would_be_lost(backend, column, how):
+    a = good(rows=rows_with(column, 0.5))
+    outputs = {"out": torch.full(SHAPE, SENTINEL)} if how == "step_out" else {}
+    refused(backend, a, "y_out: missing, and row 0 needs it", how, **outputs)
+
+
+@pytest.mark.parametrize("column, name", [("k_m1", "m1"), ("k_m2", "m2"), ("k_y", "y")])
+def test_inputs_of_the_second_state_alone(backend, column, name):
+    rows = rows_with(column, 0.5)
+    rows[0, COLUMNS.index(f"c_{name}")] = 0
+    refused(backend, good(rows=rows, **{name: None}), f"{name}: missing, and row 0 needs it .{column}", "step_y")
 
 
 def test_rows_as_output(backend):
     rows = make_rows()
-    a = good(rows=rows, index=1, **{name: torch.ones(3, 16) for name in FLOATS if name != "noise"})
+    a = good(rows=rows, index=1, **{name: torch.ones(3, 24) for name in FLOATS if name != "noise"})
     refused(backend, a, "out: overlaps the memory of rows", "step_out", out=rows)
 
 
 def test_same_memory_as_another_dtype(backend):
     f = torch.ones(SHAPE, dtype=torch.bfloat16)
-    halves = {name: torch.ones(SHAPE, dtype=torch.float16) for name in ("x", "m1", "m2", "grad")}
+    halves = {name: torch.ones(SHAPE, dtype=torch.float16) for name in ("x", "m1", "m2", "y", "grad")}
     a = good(f=f, u=f.clone(), v=f.clone(), **halves)
     refused(backend, a, "out: overlaps the memory of f without", "step_out", out=f.view(torch.float16))
 
@@ -414,10 +497,10 @@ def test_m0_over_out(backend, by):
     refused(backend, good(), "m0: overlaps the memory of out", "step_out", out=out, m0=m0)
 
 
-@pytest.mark.parametrize("name", ["out", "m0", "x"])
+@pytest.mark.parametrize("name", ["out", "m0", "y_out", "model_input", "x"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_output_that_requires_grad(backend, name, layout):
-    outputs = {key: torch.full(SHAPE, SENTINEL) for key in ("out", "m0")}
+    outputs = {key: torch.full(SHAPE, SENTINEL) for key in ("out", "m0", "y_out", "model_input")}
     a = good()
     tensor = a["x"] if name == "x" else outputs[name]
     if layout == "transposed":
@@ -557,13 +640,13 @@ def test_rows_out_of_use_are_not_judged(backend):
 
 def test_tensors_that_no_row_needs(backend):
     plain = torch.tensor(1)
-    expected = call(good(index=plain, u=None, m1=None, m2=None, v=None, grad=None, seeds=None))
-    nans = {name: torch.full(SHAPE, np.nan) for name in ("u", "m1", "m2", "v", "grad")}
+    expected = call(good(index=plain, u=None, m1=None, m2=None, v=None, grad=None, seeds=None, y=None))
+    nans = {name: torch.full(SHAPE, np.nan) for name in ("u", "m1", "m2", "v", "grad", "y")}
     assert same(call(good(index=plain, **nans)), expected)
 
 
 def test_clip_0_and_one_row_of_any_stride(backend):
-    rows = torch.zeros(1, 99)[:, :16]
+    rows = torch.zeros(1, 99)[:, :24]
     rows[0] = rows_with("clip", 0.0)[0]
     assert (call(good(rows=rows), return_m0=True)[1] == 0).all()
 
@@ -705,7 +788,7 @@ def table(**values):
 LINEAR, ZERO_SNR = schedule.linear(), schedule.linear().zero_terminal_snr()
 KARRAS, FLOW = schedule.KarrasSchedule(), schedule.FlowSchedule()
 BAD_CONSTRUCTORS = {
-    "Table: unknown column": (lambda: table(c_y=1.0), ValueError, r"values: unknown columns \['c_y'\], expected some"),
+    "Table: unknown column": (lambda: table(c_z=1.0), ValueError, r"values: unknown columns \['c_z'\], expected some"),
     "Table: no rows": (lambda: Table({}), ValueError, "values: expected at least one row, got none"),
     "Table: empty columns": (lambda: Table({"d_x": []}), ValueError, "values: expected at least one row, got none"),
     "Table: length": (
@@ -730,7 +813,7 @@ BAD_CONSTRUCTORS = {
     ),
     "Table: initial_sigma NaN": (lambda: Table(KEPT, initial_sigma=np.nan), ValueError, "initial_sigma: .* got nan"),
     "Table: assignment": (lambda: setattr(table(), "rows", None), AttributeError, "immutable: cannot set rows"),
-    "Table: reading an unknown column": (lambda: table()["c_y"], KeyError, "'c_y'.*: expected one of"),
+    "Table: reading an unknown column": (lambda: table()["c_z"], KeyError, "'c_z'.*: expected one of"),
     "concat: nothing": (lambda: epskernels.concat([]), ValueError, "tables: expected at least one, got none"),
     "concat: devices": (lambda: epskernels.concat([table(), table().to("meta")]), ValueError, "tables: .* one device"),
     "concat: discrete and not": (

@@ -135,7 +135,7 @@ def test_environment_forces_the_instruction_set():
 
 CALLS = """
 import torch, epskernels
-x, row = torch.ones(2, 3, 4, 4), torch.zeros(1, 16)
+x, row = torch.ones(2, 3, 4, 4), torch.zeros(1, 24)
 row[0, 3] = row[0, 4] = 1
 epskernels.step(x.mT, x, row, 0)
 epskernels.step(x, x, row, 0, backend="reference")

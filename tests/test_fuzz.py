@@ -21,12 +21,12 @@ import torch
 
 import epskernels
 from epskernels import _C, ops
-from epskernels.table import COLUMNS
+from epskernels.table import COLUMNS, SECOND_STATE
 
 CALLS, LEAST_REFUSED, LEAST_RETURNED = 15000, 10000, 3000
 ALLOWED = (RuntimeError, TypeError, ValueError)
-INPUTS = ("x", "f", "rows", "index", "u", "m1", "m2", "v", "grad", "noise", "seeds")
-LIKE_X, LIKE_F = ("x", "m1", "m2", "grad", "noise"), ("f", "u", "v")
+LIKE_X, LIKE_F = ("x", "m1", "m2", "y", "grad", "noise"), ("f", "u", "v")
+OUTPUTS = ("out", "m0", "y_out", "model_input")
 FLOATS = (*LIKE_X, *LIKE_F)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ANY_DTYPE = (
@@ -72,8 +72,11 @@ def random_row(rng):
     row = {name: rng.choice((0.0, rng.gauss(0, 1))) for name in COLUMNS}
     row |= {"d_x": rng.gauss(0, 1), "d_f": rng.gauss(0, 1), "clip": rng.choice((math.inf, 1.0, 0.0, 0.3))}
     row |= {"g": rng.choice((1.0, 0.0, 7.5)), "draw": float(rng.choice((0, 1, 999, 2**24 - 1)))}
+    row["guided_channels"] = float(rng.choice((0, 0, 1, 2, 100)))
     if rng.random() < 0.7:
         row |= {"logvar_min": 0.0, "logvar_max": 0.0}
+    if rng.random() < 0.6:
+        row |= dict.fromkeys(("c_y", *SECOND_STATE), 0.0)
     return [row[name] for name in COLUMNS]
 
 
@@ -86,11 +89,14 @@ def random_step(rng, name):
         rows = torch.cat([rows, rows], dim=1)[:, : len(COLUMNS)]
     index = torch.tensor([rng.randrange(count) for _ in range(batch)]) if rng.random() < 0.6 else rng.randrange(count)
     index = random_layout(rng, index) if torch.is_tensor(index) else torch.tensor(index)
+    if name not in ("step_y", "step_out", "step_"):
+        rows[:, [COLUMNS.index(key) for key in SECOND_STATE]] = 0
     used = {key: column for key, column in zip(COLUMNS, rows[index].view(-1, len(COLUMNS)).unbind(1), strict=True)}
     needed = {
         "u": (used["g"] != 1).any(),
-        "m1": used["c_m1"].any(),
-        "m2": used["c_m2"].any(),
+        "m1": used["c_m1"].any() or used["k_m1"].any(),
+        "m2": used["c_m2"].any() or used["k_m2"].any(),
+        "y": used["c_y"].any() or used["k_y"].any(),
         "v": used["logvar_min"].any() or used["logvar_max"].any(),
         "noise": used["c_noise"].any(),
     }
@@ -103,17 +109,26 @@ def random_step(rng, name):
     if "noise" in a and rng.random() < 0.7:
         del a["noise"]
         a["seeds"] = random_layout(rng, torch.tensor([rng.randrange(-(2**63), 2**63) for _ in range(batch)]))
+    for key in ("rescale", "threshold"):
+        if rng.random() < 0.2:
+            a[key] = random_layout(rng, torch.tensor([rng.uniform(0.1, 2.0) for _ in range(batch)]))
     if name == "step_out":
         a["out"] = random_output(rng, a, "x")
-    if name in ("step_out", "step_") and rng.random() < 0.5:
-        a["m0"] = random_output(rng, a, "x" if name == "step_out" else "m1", taken=a.get("out"))
+    if name in ("step_out", "step_"):
+        if rng.random() < 0.5:
+            a["m0"] = random_output(rng, a, "x" if name == "step_out" else "m1", taken=(a.get("out"),))
+        if any(used[key].any() for key in SECOND_STATE) or rng.random() < 0.2:
+            a["y_out"] = random_output(rng, a, "x" if name == "step_out" else "y", taken=(a.get("out"), a.get("m0")))
+        if rng.random() < 0.3:
+            doubled = torch.full((batch * rng.randrange(1, 3), *sample), 7.0, dtype=f_dtype)
+            a["model_input"] = random_layout(rng, doubled, may_expand=False)
     return a
 
 
-def random_output(rng, a, favourite, taken=None):
+def random_output(rng, a, favourite, taken):
     """A new tensor, or now and then one of the inputs that an output may stand on."""
     like = a["x"]
-    old = [a[key] for key in (favourite, "m1", "m2", "f") if key in a and a[key] is not taken]
+    old = [a[key] for key in (favourite, "m1", "m2", "f") if key in a and all(a[key] is not t for t in taken)]
     old = [t for t in old if t.dtype == like.dtype and 0 not in t.stride() and (favourite == "x" or t is not like)]
     if old and rng.random() < 0.4:
         return rng.choice(old)
@@ -174,7 +189,9 @@ def break_rows(rng, a, key):
     if rng.random() < 0.6:
         rows[row, rng.randrange(len(COLUMNS))] = rng.choice((math.nan, math.inf, -math.inf))
     else:
-        column, value = rng.choice((("clip", -1.0), ("draw", -1.0), ("draw", 0.5), ("draw", 2.0**24), ("clip", -0.0)))
+        bad = [("clip", -1.0), ("clip", -0.0)]
+        bad += [(column, value) for column in ("draw", "guided_channels") for value in (-1.0, 0.5, 2.0**24)]
+        column, value = rng.choice(bad)
         rows[row, COLUMNS.index(column)] = value
 
 
@@ -205,7 +222,7 @@ def add_both(rng, a, key):
 
 def overlap(rng, a, key):
     """An output and another tensor move into one buffer, some elements apart."""
-    output = rng.choice([name for name in ("out", "m0", "x") if name in a])
+    output = rng.choice([name for name in (*OUTPUTS, "x") if name in a])
     other = rng.choice([name for name in a if name != output])
     words, more = a[output].numel(), a[other].numel() * a[other].element_size()
     size = a[output].element_size()
@@ -220,7 +237,7 @@ def overlap(rng, a, key):
 
 def fold_output(rng, a, key):
     """Strides with which elements of an output share their memory."""
-    output = rng.choice([name for name in ("out", "m0", "x") if name in a])
+    output = rng.choice([name for name in (*OUTPUTS, "x") if name in a])
     t = a[output]
     if rng.random() < 0.5:
         a[output] = t.reshape(-1)[:1].clone().view([1] * t.dim()).expand(t.shape)
@@ -259,7 +276,7 @@ def random_call(number):
     """(op, arguments, what was done to them); equal numbers give equal calls, in memory of their own."""
     rng = random.Random(number)
     torch.default_generator.manual_seed(number)
-    name = rng.choice(("step", "step_m0", "step_out", "step_out", "step_", "step_", "normal"))
+    name = rng.choice(("step", "step_m0", "step_y", "step_out", "step_out", "step_", "step_", "normal"))
     a = random_normal(rng) if name == "normal" else random_step(rng, name)
     done = []
     if rng.random() < 0.78:
@@ -342,7 +359,7 @@ def check(number, counts):
             if one is not None:
                 assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride()), said
                 assert not plain(one) or same_bits(one, other), f"{said}; other bits"
-        outputs = [a[key] for key in ("out", "m0", *(("x",) if name == "step_" else ())) if key in before]
+        outputs = [a[key] for key in (*OUTPUTS, *(("x",) if name == "step_" else ())) if key in before]
         written = {t.untyped_storage().data_ptr(): t.dtype for t in outputs}
         for key, kept in before.items():
             dtype = written.get(a[key].untyped_storage().data_ptr())

@@ -17,10 +17,11 @@ import epskernels
 from epskernels import _C, samplers, schedule
 from epskernels.checks import DTYPES
 from epskernels.ops import REFERENCE
-from epskernels.table import COLUMNS
+from epskernels.table import COLUMNS, SECOND_STATE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OPTIONAL = ("u", "m1", "m2", "v", "grad", "noise", "seeds")
+OPTIONAL = ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold", "noise", "seeds")
+PER_SAMPLE = ("rescale", "threshold")  # one float32 number each
 LIKE_F = ("f", "u", "v")  # in the model's dtype; the rest are in the state's
 INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 SPECIAL = torch.tensor(
@@ -65,6 +66,12 @@ def assert_same_bits(got, expected, what):
         )
 
 
+def assert_all_same_bits(got, expected):
+    for what, a, b in zip(RESULTS, got, expected, strict=False):
+        assert_same_bits(a, b, what)
+    assert len(got) == len(expected)
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -85,11 +92,14 @@ def random_rows(count, names, seed, idle=0.25):
     has_noise = "noise" in names or "seeds" in names
     absent = {"c_m1": "m1" not in names, "c_m2": "m2" not in names, "c_noise": not has_noise}
     absent |= {"g": "u" not in names, "logvar_min": "v" not in names, "logvar_max": "v" not in names}
+    absent |= dict.fromkeys(("c_y", *SECOND_STATE), "y" not in names)
+    absent |= {"k_m1": "m1" not in names or "y" not in names, "k_m2": "m2" not in names or "y" not in names}
     for i, column in enumerate(COLUMNS):
         off[:, i] |= absent.get(column, False)
         rows[off[:, i], i] = 1.0 if column == "g" else float("inf") if column == "clip" else 0.0
     rows[:, COLUMNS.index("clip")].abs_()
     rows[:, COLUMNS.index("draw")] = torch.randint(0, 2**24, (count,), generator=g).float()
+    rows[:, COLUMNS.index("guided_channels")] = torch.randint(0, 4, (count,), generator=g).float()
     return rows
 
 
@@ -101,6 +111,9 @@ def make_inputs(shape, names, seed, x_dtype=torch.float32, f_dtype=torch.float32
         if key == "seeds":
             inputs[key] = torch.randint(-(2**63), 2**63 - 1, (shape[0],), generator=g)
             continue
+        if key in PER_SAMPLE:
+            inputs[key] = torch.rand(shape[0], generator=g) + 0.1
+            continue
         value = torch.randn(shape, generator=g)
         picked = SPECIAL[torch.randint(len(SPECIAL), shape, generator=g)]
         value = torch.where(torch.rand(shape, generator=g) < special, picked, value)
@@ -108,10 +121,13 @@ def make_inputs(shape, names, seed, x_dtype=torch.float32, f_dtype=torch.float32
     return inputs
 
 
+RESULTS = ("x'", "m0", "y'")
+
+
 def reference(rows, index, inputs):
-    """(x', m0) of the reference, from contiguous copies."""
+    """(x', m0), and y' where y is among the inputs, of the reference, from contiguous copies."""
     inputs = {key: value.clone(memory_format=torch.contiguous_format) for key, value in inputs.items()}
-    return REFERENCE["step_m0"](rows=rows, index=index, **inputs)
+    return REFERENCE["step_y" if "y" in inputs else "step_m0"](rows=rows, index=index, **inputs)
 
 
 def step(rows, index, inputs, **kwargs):
@@ -121,9 +137,8 @@ def step(rows, index, inputs, **kwargs):
 
 
 def check(rows, index, inputs):
-    got, expected = step(rows, index, inputs, return_m0=True), reference(rows, index, inputs)
-    assert_same_bits(got[1], expected[1], "m0")
-    assert_same_bits(got[0], expected[0], "x'")
+    got = step(rows, index, inputs, return_m0=True, return_y="y" in inputs)
+    assert_all_same_bits(got, reference(rows, index, inputs))
 
 
 @pytest.mark.parametrize("op", REFERENCE)
@@ -140,6 +155,8 @@ INPUT_SETS = {
     "seeds": ("seeds",),
     "learned_variance": ("v", "grad", "seeds"),
     "all_with_noise": ("u", "m1", "m2", "v", "grad", "noise"),
+    "second_state": ("m1", "m2", "y", "seeds"),
+    "all_with_seeds": ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold", "seeds"),
 }
 each_input_set = pytest.mark.parametrize("names", INPUT_SETS.values(), ids=list(INPUT_SETS))
 
@@ -161,10 +178,12 @@ MIXED_PAIRS = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), 
 @pytest.mark.parametrize("index", ["one_row", "row_each"])
 @pytest.mark.parametrize("x_dtype, f_dtype", MIXED_PAIRS, ids=[f"x_{name(x)}-f_{name(f)}" for x, f in MIXED_PAIRS])
 def test_step_of_many_tiles(kernel, x_dtype, f_dtype, index):
-    names = ("u", "m1", "m2", "v", "grad", "seeds")
+    names = ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold", "seeds")
     inputs = make_inputs((2, 65537), names, 0, x_dtype, f_dtype)
     rows = random_rows(2, names, 11, idle=0)
-    check(rows, torch.tensor(1) if index == "one_row" else torch.tensor([1, 0]), inputs)
+    for guided in (0, 1, 1500, 40000, 65536):  # channels of one element each
+        rows[:, COLUMNS.index("guided_channels")] = guided
+        check(rows, torch.tensor(1) if index == "one_row" else torch.tensor([1, 0]), inputs)
 
 
 SUBSETS = [names for count in range(6) for names in itertools.combinations(OPTIONAL[:5], count)]
@@ -203,7 +222,7 @@ def test_step_rounds_tiny_and_huge_results(kernel, dtype, scale):
 @pytest.mark.parametrize("special", [0.5, 1.0])
 @each_dtype_pair
 def test_step_of_special_values(kernel, x_dtype, f_dtype, special):
-    names = ("u", "m1", "m2", "v", "grad", "noise")
+    names = ("u", "m1", "m2", "v", "grad", "y", "noise", "rescale", "threshold")
     inputs = make_inputs((8, 1000), names, 21, x_dtype, f_dtype, special)
     check(random_rows(8, names, 22), torch.arange(8), inputs)
 
@@ -312,7 +331,7 @@ READ_LAYOUTS = LAYOUTS | {
     "expanded_channels": lambda t: t[:, :1].expand_as(t),
     "one_value": lambda t: t[:1, :1, :1, :1].expand_as(t),
 }
-ALL_TENSORS = ("u", "m1", "m2", "v", "grad", "noise")
+ALL_TENSORS = ("u", "m1", "m2", "v", "grad", "noise", "y")
 SHAPE = (4, 6, 5, 7)
 
 
@@ -359,14 +378,42 @@ def test_layout_of_outputs(kernel, dtype, out_layout, m0_layout):
     inputs = make_inputs(SHAPE, ALL_TENSORS, 45, dtype, dtype)
     rows, index = random_rows(4, ALL_TENSORS, 46, idle=0), torch.arange(4)
     expected = reference(rows, index, inputs)
-    out, m0 = LAYOUTS[out_layout](inputs["x"] * 0), LAYOUTS[m0_layout](inputs["x"] * 0)
-    strides = out.stride(), m0.stride()
-    assert step(rows, index, inputs, out=out, m0=m0) is out
-    assert_same_bits(out, expected[0], "x'")
-    assert_same_bits(m0, expected[1], "m0")
-    assert (out.stride(), m0.stride()) == strides
-    _assert_nothing_written_around(out)
-    _assert_nothing_written_around(m0)
+    out, m0, y_out = (LAYOUTS[layout](inputs["x"] * 0) for layout in (out_layout, m0_layout, m0_layout))
+    strides = out.stride(), m0.stride(), y_out.stride()
+    assert step(rows, index, inputs, out=out, m0=m0, y_out=y_out) is out
+    assert_all_same_bits((out, m0, y_out), expected)
+    assert (out.stride(), m0.stride(), y_out.stride()) == strides
+    for written in (out, m0, y_out):
+        _assert_nothing_written_around(written)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "second_channel_half", "odd_batch_stride", "channels_last"])
+@pytest.mark.parametrize("halves", [1, 2], ids=["as_x", "doubled"])
+@each_dtype_pair
+def test_model_input(kernel, x_dtype, f_dtype, halves, layout):
+    """The next row's c_in times x' as it is stored, in the model's dtype."""
+    inputs = make_inputs(SHAPE, ("u", "seeds"), 47, x_dtype, f_dtype)
+    rows, index = random_rows(4, ("u", "seeds"), 48, idle=0), torch.arange(4)
+    out, _ = reference(rows, index, inputs)
+    c_in = rows[:, COLUMNS.index("c_in_next")].reshape(4, 1, 1, 1)
+    model_input = LAYOUTS[layout](torch.zeros(halves * SHAPE[0], *SHAPE[1:], dtype=f_dtype))
+    assert_same_bits(step(rows, index, inputs, model_input=model_input), out, "x'")
+    assert_same_bits(model_input, (c_in * out.float()).to(f_dtype).repeat(halves, 1, 1, 1), "model_input")
+    _assert_nothing_written_around(model_input)
+
+
+@pytest.mark.parametrize("index", ["one_row", "row_each"])
+@pytest.mark.parametrize("size", [1, 37, 1024, 5000])
+def test_model_input_beside_everything_else(kernel, index, size):
+    inputs = make_inputs((3, size), OPTIONAL[:9], size, torch.bfloat16, torch.float16)
+    rows = random_rows(3, OPTIONAL[:9], size, idle=0)
+    index = torch.tensor(1) if index == "one_row" else torch.arange(3)
+    expected = reference(rows, index, inputs)
+    model_input = torch.zeros(6, size, dtype=torch.float16)
+    got = step(rows, index, inputs, model_input=model_input, out=inputs["x"], y_out=inputs["y"], return_y=True)
+    assert_all_same_bits(got, expected)
+    c_in = rows[index, COLUMNS.index("c_in_next")].reshape(-1, 1)
+    assert_same_bits(model_input, (c_in * expected[0].float()).to(torch.float16).repeat(2, 1), "model_input")
 
 
 # ---- forms of the call ----
@@ -374,7 +421,7 @@ def test_layout_of_outputs(kernel, dtype, out_layout, m0_layout):
 
 def _form_step_(kernel, given, arguments):
     kernel.op("step_")(**arguments)
-    return given["x"], None
+    return (given["x"],)
 
 
 def _form_step_with_m0_over_m1(kernel, given, arguments):
@@ -382,51 +429,63 @@ def _form_step_with_m0_over_m1(kernel, given, arguments):
     return given["x"], given["m1"]
 
 
-def _form(out=None, m0=None, return_m0=False):
-    """epskernels.step with out and m0 the tensor named, or a "new" one."""
+def _form_step_with_y_in_place(kernel, given, arguments):
+    kernel.op("step_")(**arguments, m0=given["m2"], y_out=given["y"])
+    return given["x"], given["m2"], given["y"]
+
+
+def _form(out=None, m0=None, y_out=None, **returns):
+    """epskernels.step with out, m0 and y_out the tensor named, or a "new" one."""
 
     def run(kernel, given, arguments):
-        outputs = {key: given.get(target, given["x"].clone()) for key, target in (("out", out), ("m0", m0)) if target}
+        wanted = {"out": out, "m0": m0, "y_out": y_out}
+        outputs = {key: given.get(target, given["x"].clone()) for key, target in wanted.items() if target}
         arguments["table"] = arguments.pop("rows")
-        result = epskernels.step(**arguments, **outputs, return_m0=return_m0)
-        assert "out" not in outputs or (result[0] if return_m0 else result) is outputs["out"]
-        assert not return_m0 or "m0" not in outputs or result[1] is outputs["m0"]
-        return result if return_m0 else (result, outputs.get("m0"))
+        results = epskernels.step(**arguments, **outputs, **returns)
+        results = results if returns else (results,)
+        for key, result in zip(wanted, results, strict=False):
+            assert key not in outputs or result is outputs[key]
+        return results if returns or not m0 else (*results, outputs["m0"])
 
     return run
 
 
-# Each returns (x', m0), m0 None where the form does not give it.
+# Each returns x', and m0 and y' where the form gives them.
 FORMS = {
     "functional": _form(),
     "return_m0": _form(return_m0=True),
+    "return_y": _form(return_y=True),
     "m0": _form(m0="new"),
     "out": _form(out="new"),
     "out_and_return_m0": _form(out="new", return_m0=True),
+    "out_and_return_y": _form(out="new", return_y=True),
     "in_place": _form(out="x"),
     "in_place_m0_over_m1": _form(out="x", m0="m1", return_m0=True),
+    "in_place_y": _form(out="x", m0="m2", y_out="y", return_y=True),
+    "y_over_m1": _form(y_out="m1", return_y=True),
     "m0_over_m2": _form(m0="m2", return_m0=True),
     "step_": _form_step_,
     "step_with_m0_over_m1": _form_step_with_m0_over_m1,
+    "step_with_y_in_place": _form_step_with_y_in_place,
 }
 WRITES = {
     "in_place": {"x"}, "step_": {"x"}, "in_place_m0_over_m1": {"x", "m1"}, "step_with_m0_over_m1": {"x", "m1"},
-    "m0_over_m2": {"m2"},
+    "m0_over_m2": {"m2"}, "in_place_y": {"x", "m2", "y"}, "step_with_y_in_place": {"x", "m2", "y"}, "y_over_m1": {"m1"},
 }  # fmt: skip
+WITH_Y = ("return_y", "out_and_return_y", "in_place_y", "y_over_m1", "step_with_y_in_place")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "second_channel_half", "channels_last", "sliced"])
 @pytest.mark.parametrize("form", FORMS)
 @each_dtype
 def test_form(kernel, dtype, form, layout):
-    inputs = make_inputs(SHAPE, ALL_TENSORS, 51, dtype, torch.float32)
-    rows, index = random_rows(4, ALL_TENSORS, 52, idle=0), torch.arange(4)
+    names = ALL_TENSORS if form in WITH_Y else ALL_TENSORS[:-1]
+    inputs = make_inputs(SHAPE, names, 51, dtype, torch.float32)
+    rows, index = random_rows(4, names, 52, idle=0), torch.arange(4)
     expected = reference(rows, index, inputs)
     given = {key: LAYOUTS[layout](value) for key, value in inputs.items()}
-    next_x, m0 = FORMS[form](kernel, given, {"rows": rows, "index": index} | given)
-    assert_same_bits(next_x, expected[0], "x'")
-    if m0 is not None:
-        assert_same_bits(m0, expected[1], "m0")
+    results = FORMS[form](kernel, given, {"rows": rows, "index": index} | given)
+    assert_all_same_bits(results, expected[: len(results)])
     for key in set(inputs) - WRITES.get(form, set()):
         assert_same_bits(given[key], inputs[key], key)
     for key in WRITES.get(form, set()):
@@ -439,23 +498,43 @@ def test_any_input_may_be_overwritten(kernel, out, m0):
         inputs = make_inputs((2, 1100), ALL_TENSORS, 53, dtype, dtype)
         rows, index = random_rows(2, ALL_TENSORS, 54, idle=0), torch.arange(2)
         expected = reference(rows, index, inputs)
-        got = step(rows, index, inputs, out=inputs.get(out), m0=inputs.get(m0), return_m0=True)
-        assert_same_bits(got[0], expected[0], "x'")
-        assert_same_bits(got[1], expected[1], "m0")
+        got = step(rows, index, inputs, out=inputs.get(out), m0=inputs.get(m0), return_y=True)
+        assert_all_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("y_out", ["x", "f", *ALL_TENSORS])
+def test_any_input_may_be_overwritten_by_y(kernel, y_out):
+    for dtype in (torch.float32, torch.float16):
+        inputs = make_inputs((2, 1100), ALL_TENSORS, 55, dtype, dtype)
+        rows, index = random_rows(2, ALL_TENSORS, 56, idle=0), torch.arange(2)
+        expected = reference(rows, index, inputs)
+        assert_all_same_bits(step(rows, index, inputs, y_out=inputs[y_out], return_y=True), expected)
 
 
 @pytest.mark.parametrize("kernel", _C.cpu_capabilities(), indirect=True)
 @pytest.mark.parametrize("shape", [(3, 65537), (1, 70000), (300, 1000)], ids=str)
 @each_dtype
 def test_threads_do_not_change_bits(kernel, two_threads, dtype, shape):
-    names = ("u", "m1", "m2", "v", "grad", "seeds")
+    names = ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold", "seeds")
     inputs = make_inputs(shape, names, 61, dtype, dtype)
     rows, index = random_rows(3, names, 62, idle=0), torch.arange(shape[0]) % 3
-    two = step(rows, index, inputs, return_m0=True)
+    two = step(rows, index, inputs, return_y=True)
     torch.set_num_threads(1)
-    one = step(rows, index, inputs, return_m0=True)
-    assert_same_bits(two[0], one[0], "x'")
-    assert_same_bits(two[1], one[1], "m0")
+    assert_all_same_bits(step(rows, index, inputs, return_y=True), two)
+
+
+@pytest.mark.parametrize("kernel", _C.cpu_capabilities()[-1:], indirect=True)
+@each_dtype
+def test_a_state_larger_than_the_caches(kernel, dtype):
+    """Which goes past them: 32 MiB and some."""
+    inputs = make_inputs((2, 2**23 + 5), ("y",), 63, dtype, torch.float32)
+    rows, index = random_rows(2, ("y",), 64, idle=0), torch.arange(2)
+    expected, model_input = reference(rows, index, inputs), torch.zeros(4, 2**23 + 5)
+    for out in (torch.zeros_like(inputs["x"]), torch.zeros(2, 2**23 + 9, dtype=dtype)[:, 3:-1]):
+        got = step(rows, index, inputs, out=out, return_y=True, model_input=model_input)
+        assert_all_same_bits(got, expected)
+    c_in = rows[:, COLUMNS.index("c_in_next")].reshape(-1, 1)
+    assert_same_bits(model_input, (c_in * expected[0].float()).repeat(2, 1), "model_input")
 
 
 # ---- properties ----
@@ -471,9 +550,14 @@ def _random_row(draw, names):
     for column, needs in (
         ("d_x", ()), ("d_f", ()), ("c_x", ()), ("c_f", ()), ("c_m0", ()), ("c_grad", ()), ("c_m1", ("m1",)),
         ("c_m2", ("m2",)), ("c_noise", ("noise", "seeds")), ("logvar_min", ("v",)), ("logvar_max", ("v",)),
+        ("c_y", ("y",)), ("k_x", ("y",)), ("k_m0", ("y",)), ("k_y", ("y",)),
     ):  # fmt: skip
         if not needs or set(needs) & set(names):
             row[column] = draw(_coefficient)
+    for column, history in (("k_m1", "m1"), ("k_m2", "m2")):
+        if {"y", history} <= set(names):
+            row[column] = draw(_coefficient)
+    row["guided_channels"] = float(draw(st.integers(0, 20)))
     if "u" in names:
         row["g"] = draw(st.one_of(st.just(1.0), _coefficient))
     row["draw"] = float(draw(st.integers(0, 2**24 - 1)))
@@ -482,7 +566,7 @@ def _random_row(draw, names):
 
 @st.composite
 def _random_call(draw):
-    names = draw(st.sets(st.sampled_from(OPTIONAL[:5]))) | draw(st.sampled_from([set(), {"noise"}, {"seeds"}]))
+    names = draw(st.sets(st.sampled_from(OPTIONAL[:8]))) | draw(st.sampled_from([set(), {"noise"}, {"seeds"}]))
     names = tuple(key for key in OPTIONAL if key in names)
     batch, size = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 8, 15, 16, 17, 31, 33, 65]))
     rows = torch.tensor(draw(st.lists(_random_row(names), min_size=1, max_size=3)))
@@ -493,7 +577,7 @@ def _random_call(draw):
     inputs = make_inputs((batch, size), names, seed, x_dtype, f_dtype, special=0.5 if kind == "special" else 0.0)
     if kind == "bits":
         for key, value in inputs.items():
-            if value.dtype.is_floating_point:
+            if value.dtype.is_floating_point and key not in PER_SAMPLE:
                 bits = torch.randint(-(2**31), 2**31, value.shape, generator=generator(seed), dtype=torch.int64)
                 inputs[key] = bits.to(INTEGERS[value.dtype]).view(value.dtype)
                 seed += 1
@@ -533,6 +617,7 @@ ONE_HOT = {
     "c_m0_of_f": ({"c_m0": 1, "d_f": 1}, "f", "f"),
     "c_m1": ({"c_m1": 1}, "m1", None),
     "c_m2": ({"c_m2": 1}, "m2", None),
+    "c_y": ({"c_y": 1}, "y", None),
     "c_grad": ({"c_grad": 1}, "grad", None),
     "c_noise": ({"c_noise": 1}, "noise", None),
 }
@@ -555,6 +640,63 @@ def test_guidance_column(backend):
     row = make_row(d_f=1, g=3)
     _, m0 = epskernels.step(inputs["x"], inputs["f"], row, 0, u=inputs["u"], return_m0=True)
     assert torch.equal(m0, inputs["u"] + 3 * (inputs["f"] - inputs["u"]))
+
+
+# column, the others that it shows through, and what y' then is.
+ONE_HOT_Y = {
+    "k_x": ({"k_x": 1}, "x"), "k_m0": ({"k_m0": 1, "d_x": 1}, "x"), "k_m1": ({"k_m1": 1}, "m1"), "k_m2": ({"k_m2": 1}, "m2"),
+    "k_y": ({"k_y": 1}, "y"), "none": ({"c_y": 1}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ONE_HOT_Y)
+@each_dtype
+def test_one_hot_second_state(backend, dtype, case):
+    columns, second = ONE_HOT_Y[case]
+    inputs = {key: value.to(dtype) for key, value in _distinct().items()}
+    rest = dict(inputs)
+    got = epskernels.step(rest.pop("x"), rest.pop("f"), make_row(**columns), 0, **rest, return_y=True)
+    assert torch.equal(got[2], torch.zeros(2, 63, dtype=dtype) if second is None else inputs[second])
+
+
+@pytest.mark.parametrize("channels", [0, 1, 2, 5, 6, 7])
+def test_guided_channels_column(backend, channels):
+    x, f, u = (torch.full((2, 6, 3, 3), value) for value in (1.0, 2.0, 5.0))
+    got = epskernels.step(x, f, make_row(c_f=1, g=3, guided_channels=channels), 0, u=u)
+    guided = 6 if channels == 0 else min(channels, 6)
+    assert torch.equal(got[:, :guided], torch.full((2, guided, 3, 3), -4.0))
+    assert torch.equal(got[:, guided:], f[:, guided:])
+
+
+def test_c_in_next_column(backend):
+    x, model_input = torch.full((2, 63), 3.0), torch.zeros(4, 63)
+    got = epskernels.step(x, x, make_row(c_x=2, c_in_next=0.25), 0, model_input=model_input)
+    assert (got == 6).all() and (model_input == 1.5).all()
+
+
+def test_rescale(backend):
+    """Of the guided output, which m0 and c_f then see."""
+    x, f, u = (torch.full((2, 63), value) for value in (0.0, 2.0, 5.0))
+    rescale = torch.tensor([0.5, 2.0])
+    got, m0 = epskernels.step(x, f, make_row(c_f=1, d_f=3, g=3), 0, u=u, rescale=rescale, return_m0=True)
+    assert torch.equal(got[:, 0], -4 * rescale) and torch.equal(m0[:, 0], -12 * rescale)
+    assert torch.equal(epskernels.step(x, f, make_row(c_f=1), 0, rescale=rescale)[:, 0], 2 * rescale)
+
+
+def test_threshold(backend):
+    """After the clip: m0 is held to it, and then divided by it."""
+    x = torch.tensor([-8.0, -1.0, -0.0, 0.5, 2.0, 8.0]).repeat(3, 1)
+    threshold = torch.tensor([1.0, 2.0, 4.0])
+    got, m0 = epskernels.step(x, x, make_row(c_m0=1, d_x=1, clip=3), 0, threshold=threshold, return_m0=True)
+    held = x.clamp(-3, 3).clamp(-threshold[:, None], threshold[:, None]) / threshold[:, None]
+    assert torch.equal(m0, held) and torch.equal(got, held)
+
+
+@pytest.mark.parametrize("key", PER_SAMPLE)
+def test_nan_of_a_sample_makes_that_sample_nan(backend, key):
+    x, value = torch.ones(3, 63), torch.tensor([1.0, float("nan"), 1.0])
+    got = epskernels.step(x, x, make_row(c_m0=1, d_f=1), 0, **{key: value})
+    assert got[1].isnan().all() and got[0].isfinite().all() and got[2].isfinite().all()
 
 
 @pytest.mark.parametrize("x, clamped", [(-9.0, -0.5), (-0.25, -0.25), (0.25, 0.25), (9.0, 0.5)])
@@ -583,16 +725,17 @@ def test_draw_column(backend):
 @pytest.mark.parametrize("column", ["t", "c_in"])
 def test_columns_for_the_model_do_not_enter(backend, column):
     inputs = _distinct()
-    rows = random_rows(1, ("u", "m1", "m2", "v", "grad", "noise"), 5, idle=0)
+    rows = random_rows(1, ALL_TENSORS, 5, idle=0)
     other = rows.clone()
     other[0, COLUMNS.index(column)] = 1e30
     x, f = inputs.pop("x"), inputs.pop("f")
-    assert torch.equal(epskernels.step(x, f, rows, 0, **inputs), epskernels.step(x, f, other, 0, **inputs))
+    got = [epskernels.step(x, f, table, 0, **inputs, return_y=True) for table in (rows, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
 
 
 IDLE = {
-    "u": {"g": 1.0}, "m1": {"c_m1": 0.0}, "m2": {"c_m2": 0.0}, "grad": {"c_grad": 0.0}, "noise": {"c_noise": 0.0},
-    "v": {"logvar_min": 0.0, "logvar_max": 0.0},
+    "u": {"g": 1.0}, "m1": {"c_m1": 0.0, "k_m1": 0.0}, "m2": {"c_m2": 0.0, "k_m2": 0.0}, "y": {"c_y": 0.0, "k_y": 0.0},
+    "grad": {"c_grad": 0.0}, "noise": {"c_noise": 0.0}, "v": {"logvar_min": 0.0, "logvar_max": 0.0},
 }  # fmt: skip
 
 
@@ -607,10 +750,9 @@ def test_idle_term_is_left_out(backend, dtype, key, poison):
         rows[1, COLUMNS.index(column)] = value
     inputs[key][1] = poison
     alone = {k: value[1:] for k, value in inputs.items() if k != key}
-    got = epskernels.step(inputs.pop("x"), inputs.pop("f"), rows, torch.arange(2), **inputs, return_m0=True)
-    expected = epskernels.step(alone.pop("x"), alone.pop("f"), rows, 1, **alone, return_m0=True)
-    assert_same_bits(got[0][1:], expected[0], "x'")
-    assert_same_bits(got[1][1:], expected[1], "m0")
+    got = epskernels.step(inputs.pop("x"), inputs.pop("f"), rows, torch.arange(2), **inputs, return_y=True)
+    expected = epskernels.step(alone.pop("x"), alone.pop("f"), rows, 1, **alone, return_y=True)
+    assert_all_same_bits([result[1:] for result in got], expected)
     assert expected[0].isfinite().all()
 
 
@@ -618,7 +760,7 @@ def test_all_idle_terms_at_once(backend):
     inputs = make_inputs((2, 1000), (), 73, special=0)
     nan = torch.full((2, 1000), float("nan"))
     row = make_row(d_x=1.5, d_f=-0.5, c_x=0.25, c_m0=0.5, clip=1)
-    got = epskernels.step(**inputs, table=row, index=0, u=nan, m1=nan, m2=nan, v=nan, grad=nan, noise=nan)
+    got = epskernels.step(**inputs, table=row, index=0, u=nan, m1=nan, m2=nan, v=nan, grad=nan, noise=nan, y=nan)
     assert_same_bits(got, epskernels.step(**inputs, table=row, index=0), "x'")
     assert got.isfinite().all()
 
@@ -645,7 +787,7 @@ PASSED = {
     "x": {"c_x": 1, "d_x": 1, "clip": 1},
     "f": {"c_f": 1, "d_f": 1, "clip": 1},
     "u": {"c_f": 1, "g": 0, "d_f": 1, "clip": 1},
-    "m1": {"c_m1": 1}, "m2": {"c_m2": 1}, "grad": {"c_grad": 1}, "noise": {"c_noise": 1},
+    "m1": {"c_m1": 1}, "m2": {"c_m2": 1}, "grad": {"c_grad": 1}, "noise": {"c_noise": 1}, "y": {"c_y": 1},
 }  # fmt: skip
 
 
@@ -706,21 +848,27 @@ def test_results_are_rounded_as_torch_rounds(kernel, dtype, output, width):
 
 # ---- what torch.compile is told ----
 
-OPCHECK_SETS = {"bare": (), "history": ("m1", "m2"), "seeds": ("u", "seeds"), "all_with_noise": ALL_TENSORS}
+OPCHECK_SETS = {
+    "bare": (),
+    "history": ("m1", "m2"),
+    "seeds": ("u", "seeds"),
+    "all_with_noise": (*ALL_TENSORS, "rescale", "threshold"),
+}
 
 
 @pytest.mark.parametrize("index", ["one_row", "row_each"])
 @pytest.mark.parametrize("names", OPCHECK_SETS.values(), ids=list(OPCHECK_SETS))
-@pytest.mark.parametrize("op", ["step", "step_m0", "step_out", "step_out_m0", "step_", "step_with_m0"])
+@pytest.mark.parametrize("op", ["step", "step_m0", "step_y", "step_out", "step_out_all", "step_", "step_with_all"])
 def test_opcheck_step(op, names, index):
     inputs = make_inputs((2, 3, 5), names, 81, special=0)
-    rows = random_rows(2, names, 82)
+    writes_y = op == "step_y" or op.endswith("_all")
+    rows = random_rows(2, names if writes_y else tuple(name for name in names if name != "y"), 82)
     arguments = (inputs.pop("x"), inputs.pop("f"), rows, torch.tensor(1) if index == "one_row" else torch.arange(2))
     if op.startswith("step_out"):
         inputs["out"] = torch.zeros(2, 3, 5)
-    if op in ("step_out_m0", "step_with_m0"):
-        inputs["m0"] = torch.zeros(2, 3, 5)
-    op = {"step_out_m0": "step_out", "step_with_m0": "step_"}.get(op, op)
+    if op.endswith("_all"):
+        inputs |= {"m0": torch.zeros(2, 3, 5), "y_out": torch.zeros(2, 3, 5), "model_input": torch.zeros(4, 3, 5)}
+    op = {"step_out_all": "step_out", "step_with_all": "step_"}.get(op, op)
     overload = getattr(torch.ops.epskernels, op).default
     torch.library.opcheck(overload, arguments, inputs, test_utils=("test_schema", "test_faketensor"))
 
@@ -746,7 +894,7 @@ def test_outputs_are_laid_out_as_foretold(kernel, layout, kind):
     x = FAKE_LAYOUTS[layout](torch.randn(SHAPE, generator=generator(1)))
     arguments = [x, x.clone(), make_row(c_x=1), torch.tensor(0)]
     mode = torch._subclasses.FakeTensorMode()
-    for name in ("step", "step_m0"):
+    for name in ("step", "step_m0", "step_y"):
         op, real = getattr(torch.ops.epskernels, name), kernel.op(name)(*arguments)
         if kind == "fake":
             with mode:
@@ -754,7 +902,7 @@ def test_outputs_are_laid_out_as_foretold(kernel, layout, kind):
         else:
             told = op(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in arguments))
         with epskernels.use_backend("reference"):
-            standing_in = epskernels.step(*arguments, return_m0=not isinstance(real, torch.Tensor))
+            standing_in = epskernels.step(*arguments, return_m0=name == "step_m0", return_y=name == "step_y")
         results = [[t] if isinstance(t, torch.Tensor) else t for t in (real, told, standing_in)]
         for a, b, c in zip(*results, strict=True):
             assert a.shape == b.shape == c.shape == x.shape and a.dtype == b.dtype == c.dtype

@@ -162,7 +162,7 @@ def test_equations_by_hand():
 
 
 def test_rows_are_the_columns_rounded_once(table):
-    assert table.rows.dtype == torch.float32 and table.rows.shape == (len(table), 16) == (len(table), len(COLUMNS))
+    assert table.rows.dtype == torch.float32 and table.rows.shape == (len(table), 24) == (len(table), len(COLUMNS))
     for i, column in enumerate(COLUMNS):
         assert table[column].dtype == np.float64 and table[column].shape == (len(table),)
         expected = table[column].astype(np.float32)
@@ -173,6 +173,7 @@ def test_rows_are_the_columns_rounded_once(table):
 def test_columns_left_out_take_their_defaults():
     table = Table({"c_x": [1.0, 1.0], "alpha_in": 1.0, "alpha_out": 1.0})
     defaults = {"clip": np.inf, "g": 1, "c_in": 1, "lambda_t": 1, "c_x": 1, "alpha_in": 1, "alpha_out": 1}
+    defaults["c_in_next"] = 1
     for key in COLUMNS + PROVENANCE:
         assert table[key].tolist() == [defaults.get(key, 0)] * 2, key
     assert table.parts == (("table", 0, 2, 1.0),) and table.name == "table"
@@ -207,8 +208,69 @@ def test_provenance_is_the_path():
 
 
 def test_unknown_column_lists_the_known():
-    with pytest.raises(KeyError, match="c_y.*d_x.*excess"):
-        made("ddpm")["c_y"]
+    with pytest.raises(KeyError, match="c_z.*d_x.*excess"):
+        made("ddpm")["c_z"]
+
+
+def _with_second_state(**changed):
+    """Two rows: the first keeps half of the mean in y, the second takes it back."""
+    columns = {
+        "c_x": [0.5, 0.25], "c_m0": [0.5, 0.25], "k_x": [0.25, 0], "k_m0": [0.25, 0], "c_y": [0, 1],
+        "alpha_in": 1.0, "alpha_out": 1.0, "sigma_in": [1.0, 0.5], "sigma_out": [0.5, 0.375],
+        "y_out_x0": [0.5, 0], "y_out_eps": [0.25, 0], "y_x0": [0, 0.5], "y_eps": [0, 0.25],
+    }  # fmt: skip
+    return columns | changed
+
+
+def test_second_state():
+    table = Table(_with_second_state())
+    assert table.second_state and not made("ddpm").second_state and table.history == 0
+    assert Table(_with_second_state(k_m0=[0, 0], k_m1=[0.25, 0])).history == 1
+    assert Table(_with_second_state(k_m0=[0, 0], k_m2=[0.25, 0])).history == 2
+    assert "c_y" in repr(table) and "k_x" in repr(table)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"c_y": [0, 0.9]}, "mean of row 1"),
+        ({"k_m0": [0.3, 0]}, "mean of y of row 0"),
+        ({"k_x": [0.3, 0], "k_m0": [0.2, 0]}, "noise of y of row 0"),
+        ({"y_x0": [0, 0.4], "c_m0": [0.5, 0.35]}, "second state of row 1"),
+        ({"y_eps": [0, 0.2], "sigma_out": [0.5, 0.325]}, "second state of row 1"),
+        (
+            {"c_y": [0.1, 1]},
+            "c_y: expected 0 in a sampler's first row: no row before it has written y, got 0.1 in row 0",
+        ),
+        ({"k_y": [0.1, 0]}, "k_y: expected 0 in a sampler's first row"),
+    ],
+)
+def test_a_second_state_that_does_not_fit_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        Table(_with_second_state(**changed))
+
+
+def test_the_second_state_does_not_pass_from_one_sampler_to_the_next():
+    one = Table(_with_second_state())
+    assert len(epskernels.concat([one, one])) == 4
+
+
+@pytest.mark.parametrize("name", ["guided_channels", "draw"])
+@pytest.mark.parametrize("value", [-1, 0.5, 2**24])
+def test_counts(name, value):
+    with pytest.raises(ValueError, match=rf"{name}: expected an integer in \[0, 2\^24\), got"):
+        Table({"c_x": 1.0, "alpha_in": 1, "alpha_out": 1, name: value})
+
+
+def test_c_in_next_is_that_of_the_row_after(table):
+    assert table["c_in_next"].tolist() == [*table["c_in"][1:], 1.0]
+
+
+def test_c_in_next_of_a_concatenated_table():
+    """Each sampler's last row hands over the state itself."""
+    heun, euler = made("edm_heun"), made("edm_euler")
+    both = epskernels.concat([heun, euler])
+    assert both["c_in_next"].tolist() == [*heun["c_in"][1:], 1.0, *euler["c_in"][1:], 1.0]
 
 
 def test_concat():

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from epskernels import build
+from epskernels.checks import INPUTS as INPUT_NAMES
 
 pytestmark = [
     pytest.mark.skipif(bool(build.why_missing("triton")), reason=str(build.why_missing("triton"))),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # the interpreter's numpy meets NaN
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EVERYTHING = ("u", "m1", "m2", "v", "grad")
+EVERYTHING = ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold")
 
 # ---- compiled ahead ----
 
@@ -38,8 +39,8 @@ INPUTS = {
     "bare": (),
     "guidance_history": ("u", "m1", "m2", "m0"),
     "seeds": ("seeds",),
-    "everything_seeds": (*EVERYTHING, "seeds", "m0"),
-    "everything_noise": (*EVERYTHING, "noise", "m0"),
+    "everything_seeds": (*EVERYTHING, "seeds", "m0", "y_out", "model_input"),
+    "everything_noise": (*EVERYTHING, "noise", "m0", "y_out", "model_input"),
 }
 # What the launches have in common with none of the above, to compile at all: arguments that Triton makes constants, those of
 # 64 bits, and memory that is not aligned.
@@ -71,12 +72,16 @@ def _use_driver(architecture):
 
 
 def _tensors(names, x_dtype, f_dtype, shape, make):
-    tensors = {"x": make(shape, x_dtype), "f": make(shape, f_dtype), "rows": make((3, 16), torch.float32)}
-    tensors |= {"index": make(shape[:1], torch.int64), "out": make(shape, x_dtype), "m0": None}
-    for key in (*EVERYTHING, "noise", "seeds"):
+    tensors = {"x": make(shape, x_dtype), "f": make(shape, f_dtype), "rows": make((3, 24), torch.float32)}
+    tensors |= {"index": make(shape[:1], torch.int64)}
+    for key in ("u", "m1", "m2", "v", "grad", "noise", "seeds", "y", "rescale", "threshold"):
         dtype = torch.int64 if key == "seeds" else f_dtype if key in ("u", "v") else x_dtype
-        tensors[key] = make(shape[:1] if key == "seeds" else shape, dtype) if key in names else None
-    return tensors | {"m0": make(shape, x_dtype) if "m0" in names else None}
+        dtype = torch.float32 if key in ("rescale", "threshold") else dtype
+        each = key in ("seeds", "rescale", "threshold")
+        tensors[key] = make(shape[:1] if each else shape, dtype) if key in names else None
+    written = [make(shape, x_dtype), *(make(shape, x_dtype) if key in names else None for key in ("m0", "y_out"))]
+    doubled = make((2 * shape[0], *shape[1:]), f_dtype) if "model_input" in names else None
+    return tensors | {"written": (*written, doubled)}
 
 
 def _make(shape, dtype):
@@ -243,7 +248,7 @@ def _capture():
 
     _use_driver(90)
     x, f, m1 = torch.zeros(3, 2, 64, 64)
-    rows, seeds = torch.zeros(3, 16), torch.zeros(2, dtype=torch.int64)
+    rows, seeds = torch.zeros(3, 24), torch.zeros(2, dtype=torch.int64)
     index = torch.zeros((), dtype=torch.int64)
     functions = {
         "step": lambda: epskernels.step(x, f, rows, index, seeds=seeds, backend="triton"),
@@ -307,14 +312,13 @@ def test_step_does_not_depend_on_the_block(dtypes, names):
 
     rows, inputs = _call(names, *dtypes)
     index = torch.arange(3, device=DEVICE)
-    arguments = {key: inputs.get(key) for key in ("x", "f", *EVERYTHING, "noise", "seeds")}
+    arguments = {key: inputs.get(key) for key in INPUT_NAMES if key not in ("rows", "index")}
     launch = step_triton._launcher(step_triton.step_kernel, rows.device)
-    expected = step_triton.TRITON["step_m0"](rows=rows, index=index, **arguments)
+    expected = step_triton.TRITON["step_y"](rows=rows, index=index, **arguments)
     for block in ((64, 1), (256, 2), (2048, 8)):
-        out, m0 = torch.full_like(inputs["x"], 7), torch.full_like(inputs["x"], 7)
-        step_triton._run_step(launch, out, m0, rows=rows, index=index, block=block, **arguments)
-        _helpers().assert_same_bits(out, expected[0], f"x' of {block}")
-        _helpers().assert_same_bits(m0, expected[1], f"m0 of {block}")
+        written = [torch.full_like(inputs["x"], 7) for _ in range(3)]
+        step_triton._run_step(launch, (*written, None), rows=rows, index=index, block=block, **arguments)
+        _helpers().assert_all_same_bits(written, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -356,8 +360,8 @@ def test_index_out_of_range_gives_nan(bad):
     from epskernels.step_triton import TRITON
 
     rows, inputs = _call(EVERYTHING + ("seeds",), torch.float32, torch.float32)
-    good = TRITON["step_m0"](rows=rows, index=torch.tensor([2, 1, 0], device=DEVICE), **inputs)
-    got = TRITON["step_m0"](rows=rows, index=torch.tensor([2, bad, 0], device=DEVICE), **inputs)
+    good = TRITON["step_y"](rows=rows, index=torch.tensor([2, 1, 0], device=DEVICE), **inputs)
+    got = TRITON["step_y"](rows=rows, index=torch.tensor([2, bad, 0], device=DEVICE), **inputs)
     for result, expected in zip(got, good, strict=True):
         assert result[1].isnan().all()
         _helpers().assert_same_bits(result[::2], expected[::2], "the other samples")
