@@ -2,6 +2,8 @@
 every backend. See README.md and docs/architecture.md."""
 
 from . import samplers, scaling, schedule
+from .graphed import GraphedSampler
+from .guidance import dynamic_threshold, guidance_rescale, moments
 from .ops import as_seeds, normal, step, use_backend
 from .sample import sample
 from .scaling import EpsilonScaling, published
@@ -9,6 +11,6 @@ from .table import Table, concat
 
 __version__ = "0.1.0"
 __all__ = [
-    "EpsilonScaling", "Table", "as_seeds", "concat", "normal", "published", "sample", "samplers", "scaling", "schedule",
-    "step", "use_backend",
+    "EpsilonScaling", "GraphedSampler", "Table", "as_seeds", "concat", "dynamic_threshold", "guidance_rescale", "moments",
+    "normal", "published", "sample", "samplers", "scaling", "schedule", "step", "use_backend",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ def bench(path, only, **environment):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "run.json"
-    done = bench(path, r"^(call|memory|batch|size plain, 10\^[34])")
+    done = bench(path, r"^(call|memory|batch|growth 10\^[456]|size plain, 10\^[34])")
     assert done.returncode == 0, done.stderr
     return path
 
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 def test_run(run):
     results = harness.load(run)
     assert {"processor", "versions", "commit", "command", "threads", "date"} <= results["machine"].keys()
-    assert {row["group"] for row in results["rows"]} == {"call", "batch", "size"}
+    assert {row["group"] for row in results["rows"]} == {"call", "batch", "growth", "size"}
     for row in results["rows"]:
         low, high = row["interval"]
         assert 0 < low <= row["ratio"] <= high and row["rounds"] == 30
@@ -131,5 +131,5 @@ def test_report(run, tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "benchmarks.md").read_text()
     assert "run.json" in page and "## Memory of a call" in page and "Not measured: the run left it out" in page
-    for plot in ("share_of_copy", "beside_compile", "by_batch"):
+    for plot in ("share_of_copy", "beside_compile", "by_batch", "by_size"):
         assert (tmp_path / "benchmarks" / f"{plot}.svg").stat().st_size > 5000 and f"{plot}.svg" in page

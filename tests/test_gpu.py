@@ -182,6 +182,61 @@ def test_compiled_graphs(backend):
     assert_same_bits(got.cpu(), expected.cpu(), "x'")
 
 
+# ---- GraphedSampler ----
+
+GRAPHED = {
+    "ddpm": lambda: samplers.ddpm(schedule.linear(), 7, scaling=1.01),
+    "edm_heun": lambda: samplers.edm_heun(schedule.KarrasSchedule(), 5, S_churn=10),
+    "dpmpp_2m": lambda: samplers.dpmpp_2m(schedule.linear(), 7, scaling=1.005),
+}
+
+
+def halved(x, t):
+    """A model whose bits do not depend on the device: x is halved, and every other timestep shifts it."""
+    return 0.5 * x + 0.25 * (t.reshape(-1, 1, 1, 1) > 500).to(x.dtype)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "row_by_row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("sampler", GRAPHED)
+def test_graphed_sampler(sampler, dtype, whole):
+    table = GRAPHED[sampler]()
+    made = epskernels.GraphedSampler(halved, table, 2, (3, 9, 9), dtype=dtype, whole=whole, device="cuda")
+    assert made.graphed and made.why_not is None
+    for seeds in ([5, 6], [7, 2**64 - 1]):
+        expected = epskernels.sample(lambda x, t: halved(x.to(dtype), t), table, seeds, (3, 9, 9), dtype=dtype)
+        assert_same_bits(made(seeds).cpu(), expected, "samples")
+
+
+def test_graphed_sampler_of_a_doubled_batch():
+    table = samplers.edm_euler(schedule.KarrasSchedule(), 5, guidance=3.0)
+
+    def doubled(x, t):
+        return torch.cat([0.125 * x[:2], 0.5 * x[2:]])
+
+    made = epskernels.GraphedSampler(
+        doubled, table, 2, (3, 9, 9), model_dtype=torch.bfloat16, doubled=True, device="cuda"
+    )
+    pair = lambda x, t: (0.5 * x.to(torch.bfloat16), 0.125 * x.to(torch.bfloat16))  # noqa: E731
+    assert_same_bits(made([3, 4]).cpu(), epskernels.sample(pair, table, [3, 4], (3, 9, 9)), "samples")
+
+
+def test_a_graphed_loop_has_one_kernel_of_the_sampler_per_model_call():
+    """Counted by the profiler: a model of one kernel, and the step."""
+    table = samplers.ddpm(schedule.linear(), 7)
+    made = epskernels.GraphedSampler(lambda x, t: x * 0.5, table, 2, (3, 64, 64), device="cuda")
+    made([1, 2])
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        made([1, 2])
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [kernel for kernel in kernels if "Mem" not in kernel]
+    steps = [i for i, kernel in enumerate(kernels) if "step_kernel" in kernel]
+    assert len(steps) == len(table), kernels
+    assert all(after - before == 2 for before, after in itertools.pairwise(steps)), kernels
+
+
 # ---- several devices ----
 
 

@@ -1,0 +1,154 @@
+"""The sampling loop without the host: model and step in a CUDA graph, static tensors, one sampler's kernel per model call.
+
+The step writes the model's next input itself (c_in times x', in the model's dtype, in both halves of a doubled guidance batch),
+so that nothing stands between a model call and the next but the step. Without CUDA the loop runs without a graph, and says so.
+"""
+
+import threading
+import warnings
+
+import torch
+
+from .checks import DTYPES
+from .ops import as_seeds, normal, step
+from .sample import _outputs
+
+
+class GraphedSampler:
+    """A sampler whose whole loop is captured once, for one table, batch and shape, and replayed for any seeds.
+
+    model: any callable (x, t) -> f, or -> (f, u), as in `sample`; what it is conditioned on it reads from tensors of its own,
+    which may be written between calls. doubled: it takes and returns (2B, ...) instead, u in the first half and f in the second.
+    x comes in model_dtype (default: dtype), and f must have it too; t is (B,) or (2B,), int64 timesteps or float32 noise levels.
+    table: one sampler's Table. batch, shape: of the samples, (batch, *shape). dtype: of the state. device: default the table's.
+    whole: capture the loop over all rows, one replay per call of the sampler; else a graph of one row, replayed for each, its
+    index advancing on the device: less memory for long tables, and a few small kernels more for each row.
+
+    Calls give the bits of `sample` with the same table and seeds where the model does. One call at a time: others wait.
+    Attributes: graphed, whether a CUDA graph is replayed; why_not, else the reason, which a RuntimeWarning tells too.
+    Raises ValueError, TypeError or RuntimeError naming the argument; what the model raises, when it is first called.
+    """
+
+    def __init__(
+        self,
+        model,
+        table,
+        batch,
+        shape,
+        *,
+        dtype=torch.float32,
+        model_dtype=None,
+        doubled=False,
+        whole=True,
+        device=None,
+    ):
+        if len(table.parts) != 1:
+            raise ValueError(f"table: expected one sampler's, got {len(table.parts)} concatenated: {table.name}")
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
+        for name, value in (("dtype", dtype), ("model_dtype", model_dtype or dtype)):
+            if value not in DTYPES:
+                raise ValueError(f"{name}: expected float32, float16 or bfloat16, got {value}")
+        self.table = table = table.to(device or table.device)
+        self.model, self.doubled, self.whole = model, doubled, whole
+        device, copies = table.device, 2 if doubled else 1
+        timesteps = torch.tensor(table["t"], dtype=torch.int64 if table.discrete else torch.float32, device=device)
+        self._timesteps = timesteps[:, None].repeat(1, copies * batch)
+        self._timestep_rows = self._timesteps.unbind()
+        self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._index = torch.zeros((), dtype=torch.int64, device=device)
+        self._x = torch.zeros(batch, *shape, dtype=dtype, device=device)
+        self._history = [torch.zeros_like(self._x) for _ in range(table.history)]  # m1, m2
+        self._y = torch.zeros_like(self._x) if table.second_state else None
+        self._model_input = torch.zeros(copies * batch, *shape, dtype=model_dtype or dtype, device=device)
+        self._lock, self._graph = threading.Lock(), None
+        self.why_not = None if device.type == "cuda" else f"the table is on {device}, and CUDA graphs need a GPU"
+        if self.why_not:
+            warnings.warn(
+                f"epskernels.GraphedSampler runs without a graph: {self.why_not}", RuntimeWarning, stacklevel=2
+            )
+        else:
+            self._capture()
+
+    @property
+    def graphed(self):
+        return self._graph is not None
+
+    @torch.no_grad()
+    def __call__(self, seeds):
+        """Samples (B, *shape), one for each seed: int64 (B,), or a list or range of integers. ValueError for another number."""
+        seeds = as_seeds(seeds, self.table.device)
+        if len(seeds) != len(self._x):
+            raise ValueError(f"seeds: expected {len(self._x)}, the batch that was captured, got {len(seeds)}")
+        with self._lock:
+            self._seeds.copy_(seeds)
+            if self.whole:
+                self._loop() if self._graph is None else self._graph.replay()
+            else:
+                self._begin()
+                for _ in range(len(self.table)):
+                    self._next_row() if self._graph is None else self._graph.replay()
+            return self._x.clone()
+
+    # ---- what is captured ----
+
+    def _begin(self):
+        """The initial latent, and the model's first input."""
+        x = self.table.initial_sigma * normal(self._seeds, self._x.shape[1:])
+        self._x.copy_(x)
+        self._index.zero_()
+        first = self.table["c_in"][0] * self._x.float()
+        for half in self._model_input.split(len(self._x)):
+            half.copy_(first)
+
+    def _row(self, index, t, m0):
+        """One model call and one step, in place."""
+        output = self.model(self._model_input, t)
+        if self.doubled:
+            u, f = output.chunk(2)
+            f, _, v = _outputs(f, self._x, self.table)
+            u = _outputs(u, self._x, self.table)[0]
+        else:
+            f, u, v = _outputs(output, self._x, self.table)
+        m1, m2 = (*self._history, None, None)[:2]
+        seeds = self._seeds if self.table.needs_noise else None
+        step(
+            self._x, f, self.table.rows, index, u=u, v=v, m1=m1, m2=m2, y=self._y, seeds=seeds,
+            out=self._x, m0=m0, y_out=self._y, model_input=self._model_input,
+        )  # fmt: skip
+
+    def _loop(self):
+        self._begin()
+        for i, index in enumerate(self.table.row_index):
+            self._row(index, self._timestep_rows[i], self._history[-1] if self._history else None)
+            self._history = self._history[-1:] + self._history[:-1]  # what was written last is m1
+
+    def _next_row(self):
+        oldest = self._history[-1] if self._history else None
+        self._row(self._index, self._timesteps.index_select(0, self._index.reshape(1))[0], oldest)
+        if len(self._history) == 2:  # the tensors of a graph cannot change places, but their contents can
+            m1, m2 = self._history
+            newest = m2.clone()
+            m2.copy_(m1)
+            m1.copy_(newest)
+        self._index.add_(1)
+
+    @torch.no_grad()
+    def _capture(self):
+        def run():
+            return self._loop() if self.whole else self._next_row()
+
+        with torch.cuda.device(self.table.device):
+            stream = (
+                torch.cuda.Stream()
+            )  # libraries make their workspaces, and the model its mistakes, before the capture
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._begin()
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._begin()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            self._graph = graph
