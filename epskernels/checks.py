@@ -54,7 +54,7 @@ def _check_integers(name, tensor, may_be_scalar, x):
         fail(f"{name}: expected a tensor on {x.device}, as x is, got one on {tensor.device}")
     if tensor.dtype != torch.int64:
         fail(f"{name}: expected dtype int64, got {dtype_name(tensor)}")
-    if not (may_be_scalar and tensor.dim() == 0) and tuple(tensor.shape) != (len(x),):
+    if not (may_be_scalar and tensor.dim() == 0) and tensor.shape != x.shape[:1]:
         fail(f"{name}: expected shape {'() or ' if may_be_scalar else ''}({len(x)},), got {shape_of(tensor)}")
 
 
@@ -259,9 +259,9 @@ def check_normal(seeds, shape, dtype, draw, stream):
         fail(f"seeds: expected dtype int64, got {dtype_name(seeds)}")
     if seeds.dim() != 1:
         fail(f"seeds: expected shape (B,), got {shape_of(seeds)}")
-    if len(seeds) == 0:
+    numel = seeds.shape[0]  # len() would make a symbolic size a number
+    if numel == 0:
         fail("seeds: expected at least one seed, got none")
-    numel = len(seeds)
     for size in shape:
         if size < 1:
             fail(f"shape: expected sizes of at least 1, got {size}")
