@@ -19,7 +19,7 @@ NEW ?= $(RUN)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/schemas.py $(wildcard csrc/*)
 
 .PHONY: build sample test sanitize gpu-check bench bench-full bench-dispatch bench-compare report train clean
 

@@ -6,10 +6,12 @@
 
 #include "cpu_capability.h"
 #include "philox.h"
+#include "schemas_defined.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, module) {
+  epskernels::schemas_defined() = true;  // by ops.py, before it imports this module
   module.doc() = "Build information and host utilities of epskernels.";
   module.def("cpu_capabilities", &epskernels::cpu_capabilities,
              "Instruction sets that the CPU kernel can use on this machine, the best last.");

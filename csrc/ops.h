@@ -3,7 +3,7 @@
 //   read_rows(tensors, views) -> Rows
 //   run(operands, Rows)   the step
 //   normal(operands, seeds)
-// Checks everything before anything is written. The schemas are in epskernels/ops.py.
+// Checks everything before anything is written. The schemas are in epskernels/schemas.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

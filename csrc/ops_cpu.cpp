@@ -4,6 +4,7 @@
 #include "cpu_capability.h"
 #include "ops.h"
 #include "rows.h"
+#include "schemas_defined.h"
 
 namespace epskernels {
 namespace {
@@ -101,6 +102,12 @@ Tensor moments(Tensor f_tensor, OptionalTensor u_tensor, OptionalTensor rows_ten
 }
 
 }  // namespace
+
+bool& schemas_defined() {
+  static bool defined = false;
+  return defined;
+}
+
 }  // namespace epskernels
 
 STABLE_TORCH_LIBRARY_IMPL(epskernels, CPU, library) {

@@ -1,4 +1,4 @@
-"""The ops torch.ops.epskernels.*: schemas, checks, fake kernels, choice of backend.
+"""The ops torch.ops.epskernels.*: definition, checks, fake kernels, choice of backend.
 
 step         (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold) -> x'
 step_m0      the same -> (x', m0)
@@ -40,23 +40,10 @@ from .checks import (
     rows_in_use,
     shape_of,
 )
+from .schemas import SCHEMAS
 from .step_reference import STREAM_INITIAL, moments_reference, normal_reference, step_reference
 from .table import Table
 
-_INPUTS = (
-    "Tensor f, Tensor rows, Tensor index, Tensor? u=None, Tensor? m1=None, Tensor? m2=None, Tensor? v=None, Tensor? grad=None, "
-    "Tensor? noise=None, Tensor? seeds=None, Tensor? y=None, Tensor? rescale=None, Tensor? threshold=None"
-)
-_OUTPUTS = "Tensor(b!)? m0=None, Tensor(c!)? y_out=None, Tensor(d!)? model_input=None"
-SCHEMAS = (
-    f"step(Tensor x, {_INPUTS}) -> Tensor",
-    f"step_m0(Tensor x, {_INPUTS}) -> (Tensor, Tensor)",
-    f"step_y(Tensor x, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
-    f"step_out(Tensor x, {_INPUTS}, *, Tensor(a!) out, {_OUTPUTS}) -> ()",
-    f"step_(Tensor(a!) x, {_INPUTS}, *, {_OUTPUTS}) -> ()",
-    "moments(Tensor f, Tensor? u=None, Tensor? rows=None, Tensor? index=None) -> Tensor",
-    "normal(Tensor seeds, SymInt[] shape, *, ScalarType dtype, int draw=0, int stream=1) -> Tensor",
-)
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
 _log = logging.getLogger("epskernels")
@@ -64,6 +51,11 @@ if os.environ.get("EPSKERNELS_LOG") == "debug":
     logging.basicConfig()
     _log.setLevel(logging.DEBUG)
 _logs_calls = _log.isEnabledFor(logging.DEBUG)  # as it is at import: a call then costs nothing more
+if hasattr(torch.ops.epskernels, "step"):  # and torch takes no fake kernels from Python for ops so defined
+    raise ImportError(
+        "epskernels: this process has loaded libepskernels.so, which defines the ops for programs without Python; "
+        "import epskernels before it is loaded: it then leaves the ops as they are"
+    )
 _library = torch.library.Library("epskernels", "DEF")
 for _schema in SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -117,7 +109,7 @@ def reference_step_(x, *inputs, m0=None, y_out=None, model_input=None, **named):
     _reference_into({"x": x, "m0": m0, "y_out": y_out, "model_input": model_input}, (x, *inputs), named)
 
 
-def reference_normal(seeds, shape, *, dtype, draw=0, stream=STREAM_INITIAL):
+def reference_normal(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
     check_normal(seeds, shape, dtype, draw, stream)
     return normal_reference(seeds, shape, draw, stream).to(dtype).contiguous()
 
@@ -214,7 +206,7 @@ def _(f, u=None, rows=None, index=None):
 
 
 @torch.library.register_fake("epskernels::normal", lib=_library)
-def _(seeds, shape, *, dtype, draw=0, stream=STREAM_INITIAL):
+def _(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
     check_normal(seeds, shape, dtype, draw, stream)
     return torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
 

@@ -489,7 +489,7 @@ def triton_step_(x, *inputs, m0=None, y_out=None, model_input=None, **named):
     _step({"x": x, "m0": m0, "y_out": y_out, "model_input": model_input}, (x, *inputs), named)
 
 
-def triton_normal(seeds, shape, *, dtype, draw=0, stream=STREAM_INITIAL):
+def triton_normal(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
     if is_compiling():
         return torch.ops.epskernels.triton_normal(seeds, shape, dtype, draw, stream)
     check_normal(seeds, shape, dtype, draw, stream)

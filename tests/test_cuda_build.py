@@ -54,7 +54,7 @@ def test_undefined_symbols_are_torch_s_stable_abi_and_the_system_s():
     assert "aoti_torch_get_current_cuda_stream" in lines
 
 
-@pytest.mark.parametrize("library", ["libepskernels_cpu.so", "libepskernels_cuda.so"])
+@pytest.mark.parametrize("library", ["libepskernels.so", "libepskernels_cpu.so", "libepskernels_cuda.so"])
 def test_abi_audit(library):
     tool = pathlib.Path(sysconfig.get_path("scripts")) / "torch-abi-audit"
     if not tool.exists():
@@ -75,14 +75,55 @@ assert not torch._C._dispatch_find_dangling_impls()
 """
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA: the library is loaded for real")
-def test_it_registers_every_op_for_cuda(tmp_path):
-    source, stand_in = tmp_path / "torch_cuda.c", tmp_path / "libtorch_cuda.so"
+without_cuda = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="this torch has CUDA: the library is loaded for real"
+)
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    source, library = tmp_path / "torch_cuda.c", tmp_path / "libtorch_cuda.so"
     source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
-    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", stand_in], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", library], check=True)
+    return library
+
+
+@without_cuda
+def test_it_registers_every_op_for_cuda(stand_in):
     command = [sys.executable, "-c", REGISTERS, stand_in, LIBRARY]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+BRINGS = """
+import ctypes, sys
+import torch
+if sys.argv[3] == "with":
+    ctypes.CDLL(sys.argv[1])
+torch.ops.load_library(sys.argv[2])
+loaded = open("/proc/self/maps").read()
+assert ("libepskernels_cuda.so" in loaded) == (sys.argv[4] == "True")
+for op in sys.argv[5:]:
+    for key in ("CPU", "CUDA")[: 1 + ("libepskernels_cuda.so" in loaded)]:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"epskernels::{op}", key), (op, key)
+assert not torch._C._dispatch_find_dangling_impls()
+"""
+
+
+@without_cuda
+@pytest.mark.parametrize("built", [True, False], ids=["built", "not built"])
+@pytest.mark.parametrize("torch_cuda", ["with", "without"])
+def test_without_python_it_comes_where_torch_has_cuda(stand_in, tmp_path, torch_cuda, built):
+    """libepskernels.so brings it, and says so where it is wanted and missing."""
+    for name in ("libepskernels.so", "libepskernels_cpu.so", *["libepskernels_cuda.so"] * built):
+        (tmp_path / "package").mkdir(exist_ok=True)
+        shutil.copy(PACKAGE / name, tmp_path / "package")
+    library, comes = tmp_path / "package" / "libepskernels.so", built and torch_cuda == "with"
+    arguments = [stand_in, library, torch_cuda, str(comes), *epskernels.ops.REFERENCE]
+    result = subprocess.run([sys.executable, "-c", BRINGS, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    missing = torch_cuda == "with" and not built
+    assert ("epskernels: no kernels for CUDA tensors: " in result.stderr) == missing
 
 
 def test_a_torch_without_cuda_does_not_load_it():
