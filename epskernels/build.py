@@ -1,4 +1,4 @@
-"""Which compiled parts this installation has, and why one is missing."""
+"""Which compiled parts this installation has, why one is missing, and where a C++ build finds them."""
 
 import functools
 import importlib
@@ -11,6 +11,7 @@ import torch
 
 _FOLDER = pathlib.Path(__file__).parent
 _NOTES = {"cpu": _FOLDER / "not_built.txt", "cuda": _FOLDER / "not_built_cuda.txt"}
+_LIBRARY = _FOLDER / "libepskernels.so"
 _CUDA_LIBRARY = _FOLDER / "libepskernels_cuda.so"
 _MEND = "install {} and torch>=2.11, then the package again: pip install --force-reinstall --no-deps ..."
 _log = logging.getLogger("epskernels")
@@ -48,6 +49,24 @@ def load_kernels():
 def _note(backend, error):
     note = _NOTES[backend] if _NOTES[backend].exists() else _NOTES["cpu"]
     return note.read_text().strip() if note.exists() else str(error)
+
+
+def library():
+    """Path of libepskernels.so: the ops, with their schemas, for a program without Python to link to, or to load with dlopen.
+
+    A Python process has no need of it. Raises RuntimeError where it was not built, saying why.
+    """
+    if not _LIBRARY.exists():
+        raise RuntimeError(f"epskernels: {why_missing() or f'{_LIBRARY} is missing'}")
+    return _LIBRARY
+
+
+def cmake_dir():
+    """Folder for CMake's -Depskernels_DIR: find_package(epskernels) gives the target epskernels::epskernels.
+
+    Raises as `library` does.
+    """
+    return library().parent / "cmake"
 
 
 def extension():

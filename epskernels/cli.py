@@ -44,7 +44,8 @@ def build_parser():
     )
     parser.add_argument("--version", action="version", version=f"epskernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("info", help="versions, compiled parts, backends, and why one is missing")
+    info = commands.add_parser("info", help="versions, compiled parts, backends, and why one is missing")
+    info.add_argument("--cmakedir", action="store_true", help="print only the folder for CMake's -Depskernels_DIR")
 
     run = commands.add_parser(
         "sample",
@@ -241,7 +242,9 @@ def _version(name):
 
 
 def run_info(args):
-    del args
+    if args.cmakedir:
+        print(build.cmake_dir())
+        return
     print(f"epskernels {__version__}, in {pathlib.Path(__file__).parent}")
     names = ("torch", "numpy", "triton", "diffusers")
     print(f"python {platform.python_version()}, " + ", ".join(f"{name} {_version(name)}" for name in names))
@@ -251,6 +254,7 @@ def run_info(args):
         print(f"compiled: {extension.__file__}\n  {details}")
         print(f"cpu capability: {extension.cpu_capability()} of {', '.join(extension.cpu_capabilities())}, ", end="")
         print(f"{torch.get_num_threads()} threads")
+        print(f"for programs without Python: {build.library()}, epskernels_DIR={build.cmake_dir()}")
     print(f"cuda kernel: {build.cuda_targets() or 'not compiled'}")
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)

@@ -20,6 +20,9 @@ USE = (
     "with epskernels.use_backend('reference'):\n"
     "    assert torch.equal(y, epskernels.step(x, x, table, 3, seeds=torch.arange(2)))\n"
     "assert (models.DIGITS / 'unet' / 'diffusion_pytorch_model.safetensors').exists()\n"
+    "if not build.why_missing():\n"
+    "    torch.ops.load_library(build.library())\n"
+    "    assert (build.cmake_dir() / 'epskernels-config.cmake').exists()\n"
     "print('why', build.why_missing())\n"
     "print('cuda', build.why_missing('cuda'))\n"
 )
