@@ -2,10 +2,13 @@
 are in test_step_bits.py, test_noise.py and test_rows_on_device.py, which run on the GPU's kernels too where there is one."""
 
 import itertools
+import subprocess
 
 import kernels
+import markdown_examples
 import pytest
 import torch
+from test_export import OUTPUTS, Step, dynamic_shapes, step_inputs
 from test_step_bits import assert_same_bits, make_inputs, name, random_rows, reference
 
 import epskernels
@@ -292,3 +295,33 @@ def test_more_elements_than_32_bits_count(backend):
         assert_same_bits(latent[:, place].cpu(), expected, f"normal from {place.start}")
     del latent
     torch.cuda.empty_cache()
+
+
+# ---- packages, and C++ without Python ----
+
+
+def test_a_package_has_the_bits_of_the_cpu(tmp_path):
+    """The same program as test_export.py packages, compiled for the GPU, with batches and tables of other sizes."""
+
+    def there(values):
+        return tuple(value.cuda() for value in values)
+
+    program = torch.export.export(Step(), there(step_inputs(4, 3, 1)), dynamic_shapes=dynamic_shapes())
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "step.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    for batch, row_count in ((4, 3), (9, 12), (1, 1)):
+        inputs = step_inputs(batch, row_count, batch)
+        for got, wanted, what in zip(package(*there(inputs)), Step()(*inputs), OUTPUTS, strict=True):
+            assert_same_bits(got.cpu(), wanted, f"{what}, batch {batch}")
+
+
+def test_the_c_plus_plus_example_samples_on_the_gpu(tmp_path):
+    """Its job's tensors are on the GPU, so its ops run there; libepskernels.so has brought their kernels."""
+    markdown_examples.build_cpp(tmp_path / "build")
+    table, seeds = samplers.ddpm(schedule.cosine(), 20, scaling=1.01), torch.arange(5)
+    job = {"rows": table.rows.cuda(), "initial_sigma": table.initial_sigma, "seeds": seeds.cuda(), "shape": [3, 8, 8]}
+    torch.save(job, tmp_path / "job.pt")
+    subprocess.run([tmp_path / "build" / "sampler", tmp_path / "job.pt", tmp_path / "samples.pt"], check=True)
+    samples = torch.load(tmp_path / "samples.pt")
+    assert samples.device.type == "cuda"
+    assert torch.equal(samples.cpu(), epskernels.sample(lambda x, t: 0.1 * x, table, seeds, (3, 8, 8)))

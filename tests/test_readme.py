@@ -1,15 +1,11 @@
 """The README's Python blocks run as they stand."""
 
-import pathlib
-import re
-
 import torch
-
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+from markdown_examples import blocks
 
 
 def test_examples_run_and_agree():
-    example, equivalent = re.findall(r"```python\n(.*?)```", README, re.S)
+    example, equivalent = (code for _, _, code in blocks("README.md", "python"))
     names = {}
     exec(example, names)
     assert names["images"].shape == (8, 3, 32, 32) and names["images"].isfinite().all()
