@@ -21,6 +21,7 @@ struct StepOperands {
   Batch out, m0, y_out, model_input;         // all but out may be absent
   bool doubled = false;                      // model_input has a second half, of `batch` samples more
   int64_t batch, sample_numel, channel_numel;
+  int64_t guided_period;  // elements after which channels begin anew: a sample's, where a batch is taken for one long sample too
 };
 
 struct MomentsOperands {

@@ -93,6 +93,7 @@ struct Ops {
     operands.batch = a.batch();
     operands.sample_numel = a.sample_numel();
     operands.channel_numel = a.channel_numel();
+    operands.guided_period = operands.sample_numel;
     Backend::run(operands, rows);
     layouts.finish();
   }

@@ -110,9 +110,8 @@ struct Cuda {
         {&a.m2, a.x_dtype},    {&a.v, a.f_dtype},        {&a.grad, a.x_dtype}, {&a.noise, a.x_dtype},
         {&a.y, a.x_dtype},     {&a.out, a.x_dtype},      {&a.m0, a.x_dtype}, {&a.y_out, a.x_dtype},
         {&a.model_input, a.f_dtype}};
-    // One row for a batch without gaps, where nothing depends on the sample or on its channels: one long sample, so that short
-    // samples fill their blocks.
-    bool one_sample = p.index.stride == 0 && !p.seeds.data && !(p.present & (TERM_GUIDANCE | TERM_RESCALE | TERM_THRESHOLD));
+    // One row for a batch without gaps, where nothing depends on the sample: one long sample, so that short ones fill their blocks.
+    bool one_sample = p.index.stride == 0 && !p.seeds.data && !(p.present & (TERM_RESCALE | TERM_THRESHOLD));
     for (const auto& [tensor, dtype] : all)
       if (tensor->data && tensor->stride != a.sample_numel * size_of(dtype)) one_sample = false;
     if (one_sample) {

@@ -139,7 +139,7 @@ struct SampleRow {
   StepRow row;
   unsigned terms;  // asked for by the row and present
   uint64_t seed;
-  int64_t guided;  // so many of the sample's elements are
+  int64_t guided;  // so many of a sample's elements are
   float rescale, threshold;
 };
 
@@ -166,7 +166,7 @@ __device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t s
     if ((result.terms & TERM_NOISE) && p.seeds.data && !valid_count(row.draw)) good = false;
     if (!valid_count(row.guided_channels)) good = false;
     if (!(result.terms & TERM_GUIDANCE)) result.terms &= ~TERM_CHANNELS;
-    if (result.terms & TERM_CHANNELS) result.guided = guided_numel(row, p.operands.sample_numel, p.operands.channel_numel);
+    if (result.terms & TERM_CHANNELS) result.guided = guided_numel(row, p.operands.guided_period, p.operands.channel_numel);
     if (present & TERM_RESCALE) result.rescale = p.rescale.data[sample * p.rescale.stride];
     if (present & TERM_THRESHOLD) {
       result.threshold = p.threshold.data[sample * p.threshold.stride];
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
         in.rescale = s.rescale;
         in.threshold = s.threshold;
       }
-      if constexpr (may_guide) in.guided = !(s.terms & TERM_CHANNELS) || tile.begin + tile.at(i) + j < s.guided;
+      if constexpr (may_guide) in.guided = !(s.terms & TERM_CHANNELS) || (tile.begin + tile.at(i) + j) % a.guided_period < s.guided;
       in.grad = scaled_grad[j];
       in.z = z[i][j];
       return in;

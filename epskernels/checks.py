@@ -117,10 +117,13 @@ def check_moments(f, u=None, rows=None, index=None):
     _check_type("f", f, torch.Tensor, "Tensor")
     if (rows is None) != (u is None) or (index is None) != (u is None):
         fail("u, rows, index: expected all of them, or none")
-    if u is None:
-        u, index = f, torch.empty((), dtype=torch.int64, device=f.device)
-        rows = torch.empty(1, len(COLUMNS), device=f.device)
-    check_step(f, f, rows, index, u)
+    _check_dense("f", f)
+    if f.dtype not in DTYPES:
+        fail(f"f: expected dtype float32, float16 or bfloat16, got {dtype_name(f)}")
+    if f.dim() < 1 or f.numel() == 0:
+        fail(f"f: expected shape (B, ...) with at least one element, got {shape_of(f)}")
+    if u is not None:
+        check_step(f, f, rows, index, u)
 
 
 def rows_in_use(rows, index):

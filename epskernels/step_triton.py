@@ -195,7 +195,7 @@ def step_kernel(
     x_ptr, x_stride, f_ptr, f_stride, u_ptr, u_stride, m1_ptr, m1_stride, m2_ptr, m2_stride, y_ptr, y_stride,
     v_ptr, v_stride, grad_ptr, grad_stride, noise_ptr, noise_stride, rescale_ptr, rescale_stride, threshold_ptr, threshold_stride,
     seeds_ptr, seeds_stride, rows_ptr, rows_stride, rows_count, index_ptr, index_stride,
-    numel, channel_numel, tiles, batch, DOUBLED: tl.constexpr, BLOCK: tl.constexpr,
+    numel, guided_period, channel_numel, tiles, batch, DOUBLED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     VEC: tl.constexpr = 4 if x_ptr.dtype.element_ty == tl.float32 or f_ptr.dtype.element_ty == tl.float32 else 8
     sample, start, count = _tile(numel, tiles, BLOCK)
@@ -270,7 +270,7 @@ def step_kernel(
         if guidance:
             fhat = u + mul(g, f - u)
             if channels != 0:
-                fhat = tl.where(start + lane < channels.to(tl.int64) * channel_numel, fhat, f)
+                fhat = tl.where((start + lane) % guided_period < channels.to(tl.int64) * channel_numel, fhat, f)
     if rescale_ptr is not None:
         fhat = mul(tl.load(rescale_ptr + sample * rescale_stride), fhat)
     m0 = _clamp(mul(d_x, x) + mul(d_f, fhat), clip)
@@ -370,8 +370,11 @@ def _run_step(launch, written, x, f, rows, index, u, m1, m2, v, grad, noise, see
     outputs = [_batch(tensor, numel, written=True) for tensor in written]
     tensors = outputs + [_batch(tensor, numel) for tensor in (x, f, u, m1, m2, y, v, grad, noise)]
     channel_numel, doubled = numel // channels, written[3] is not None and written[3].shape[0] != batch
-    # One sample, where nothing depends on the sample or its channels: programs are not wasted on small ones.
-    alone = u is None and seeds is None and rescale is None and threshold is None and index.dim() == 0 and not doubled
+    # One sample, where nothing depends on the sample: programs are not wasted on small ones.
+    guided_period, alone = (
+        numel,
+        seeds is None and rescale is None and threshold is None and index.dim() == 0 and not doubled,
+    )
     if alone and all(stride == numel for t, stride in tensors if t is not None):
         batch, numel = 1, batch * numel
     size, warps = block or _block_of(numel)
@@ -381,7 +384,8 @@ def _run_step(launch, written, x, f, rows, index, u, m1, m2, v, grad, noise, see
         *(item for pair in tensors for item in pair),
         *(item for t in (rescale, threshold, seeds) for item in (t, 0 if t is None else t.stride(0))),
         rows, rows.stride(0), rows.shape[0], index, index.stride(0) if index.dim() else 0,
-        numel, channel_numel, None if batch == 1 else tiles, x.shape[0], DOUBLED=doubled, BLOCK=size, num_warps=warps,
+        numel, guided_period, channel_numel, None if batch == 1 else tiles, x.shape[0],
+        DOUBLED=doubled, BLOCK=size, num_warps=warps,
     )  # fmt: skip
     for tensor, (result, _) in zip(written, outputs, strict=True):
         if result is not tensor:

@@ -113,7 +113,7 @@ def random_step(rng, name):
         if rng.random() < 0.2:
             a[key] = random_layout(rng, torch.tensor([rng.uniform(0.1, 2.0) for _ in range(batch)]))
     if name == "step_out":
-        a["out"] = random_output(rng, a, "x")
+        a["out"] = random_output(rng, a, "x", taken=())
     if name in ("step_out", "step_"):
         if rng.random() < 0.5:
             a["m0"] = random_output(rng, a, "x" if name == "step_out" else "m1", taken=(a.get("out"),))

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # the interpreter's numpy meets NaN
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EVERYTHING = ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold")
+EVERYTHING = ("u", "m1", "m2", "v", "grad", "y", "rescale")
 
 # ---- compiled ahead ----
 
@@ -44,7 +44,7 @@ INPUTS = {
 }
 # What the launches have in common with none of the above, to compile at all: arguments that Triton makes constants, those of
 # 64 bits, and memory that is not aligned.
-ODD = ("one_element", "beyond_32_bits", "misaligned", "expanded")
+ODD = ("one_element", "beyond_32_bits", "misaligned", "expanded", "threshold")
 
 
 class _Driver:
@@ -112,6 +112,7 @@ def _calls():
     calls["one_element"] = step(INPUTS["everything_seeds"], shape=(1, 1))
     calls["beyond_32_bits"] = step(INPUTS["everything_seeds"], shape=(2, 2**33))
     calls["misaligned"] = step(INPUTS["everything_noise"], make=_make_misaligned)
+    calls["threshold"] = step(("threshold", "m0"))
     calls["expanded"] = step(INPUTS["bare"], expand=True)
     return calls
 
@@ -192,7 +193,8 @@ def test_no_operation_is_fused_and_no_subnormal_flushed(ahead, architecture, nam
     ptx = (ahead[architecture] / f"{name}.ptx").read_text()
     assert _products(ptx) > 0
     assert ".ftz" not in ptx
-    assert not re.search(r"\b(?:ex2|lg2|sin|cos|rsqrt|rcp|div|sqrt\.approx)\.\S*f32", ptx)
+    assert not re.search(r"\b(?:ex2|lg2|sin|cos|rsqrt|rcp|div\.(?!rn\.f32)|sqrt\.approx)\.?\S*f32", ptx)
+    assert ("div.rn.f32" in ptx) == (name == "threshold")
     assert bool(re.search(r"sqrt\.rn\.f32", ptx)) == ("seeds" in name or "normal" in name or name in ODD[:2])
 
 
@@ -204,14 +206,16 @@ def test_memory_is_accessed_by_128_bits(ahead, architecture, name):
     found = collections.Counter(re.findall(r"\b(ld|st)\.(global|local|shared)\S*?(\.v\d)?\.b(\d+)", ptx))
     inputs, dtypes = name.split("-")
     dtypes = DTYPES.get(dtypes, (getattr(torch, dtypes, None),) * 2)
-    like_f = {"f", "u", "v"} & {"f", *INPUTS.get(inputs, ())} if inputs != "normal" else set()
-    like_x = ({"x", "out", *INPUTS.get(inputs, ())} if inputs != "normal" else {"out"}) - like_f - {"seeds"}
+    given = set() if inputs == "normal" else {"x", "f", *INPUTS.get(inputs, ())}
+    like_f = given & {"f", "u", "v", "model_input"}
+    like_x = {"out", *given} - like_f - {"seeds", "rescale"}
     expected = collections.Counter()
     for names, dtype in ((like_x, dtypes[0]), (like_f, dtypes[1])):
         mixed = dtype.itemsize < max(dtypes, key=lambda d: d.itemsize).itemsize
         for key in names:  # 8 elements a thread
-            access = "st" if key in ("out", "m0") else "ld"
-            expected[access, "global", ".v2" if mixed else ".v4", "32"] += 2 if mixed or dtype.itemsize == 4 else 1
+            access = "st" if key in ("out", "m0", "y_out", "model_input") else "ld"
+            words = 2 if mixed or dtype.itemsize == 4 else 1
+            expected[access, "global", ".v2" if mixed else ".v4", "32"] += 2 * words if key == "model_input" else words
     scalars = {key for key in found if key[0] == "ld" and not key[2]}  # the row, its index, the seed
     assert {key[1] for key in scalars} == {"global"}
     assert {key: count for key, count in found.items() if key not in scalars} == expected
