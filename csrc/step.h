@@ -127,48 +127,53 @@ struct StepInputs {
   float x, f, u, m1, m2, y;
   float grad, z;  // with learned variance, s^2*grad and s*z
   float rescale, threshold;
-  bool guided = true;
+  uint32_t guided = ~0u;  // all ones, or none
 };
 
 struct StepOutputs {
   float x, m0, y;
 };
 
-HOST_DEVICE float guided_value(float g, float f, float u, bool guided) {
-  const float value = u + g * (f - u);
-  return guided ? value : f;
+// A term's mask, all ones or none: of terms that the compiler knows, or on a GPU. The CPU kernel has another for terms of a row.
+HOST_DEVICE uint32_t mask_of(unsigned term, unsigned terms) { return terms & term ? ~0u : 0u; }
+
+HOST_DEVICE float choose(uint32_t mask, float yes, float no) {
+#if defined(__CUDA_ARCH__)
+  return mask ? yes : no;
+#else
+  return float_from_bits((bits_from_float(yes) & mask) | (bits_from_float(no) & ~mask));
+#endif
 }
 
-HOST_DEVICE StepOutputs step_value(const StepRow& row, unsigned terms, const StepInputs& in) {
-  StepOutputs out;
-  float fhat = in.f;
-  if (terms & TERM_GUIDANCE) fhat = guided_value(row.g, in.f, in.u, in.guided);
-  if (terms & TERM_RESCALE) fhat = in.rescale * fhat;
+HOST_DEVICE float guided_value(float g, float f, float u, uint32_t guided) { return choose(guided, u + g * (f - u), f); }
 
-  float m0 = row.d_x * in.x + row.d_f * fhat;
-  if (terms & TERM_CLIP) m0 = clamp(m0, row.clip);
-  if (terms & TERM_THRESHOLD) m0 = divide(clamp(m0, in.threshold), in.threshold);
-  out.m0 = m0;
+template <typename Terms>
+HOST_DEVICE StepOutputs step_value(const StepRow& row, const Terms& terms, const StepInputs& in) {
+  const auto add = [&terms](unsigned term, float total, float coefficient, float value) {
+    return choose(mask_of(term, terms), total + coefficient * value, total);
+  };
+  const float guided = guided_value(row.g, in.f, in.u, mask_of(TERM_GUIDANCE, terms) & in.guided);
+  const float fhat = choose(mask_of(TERM_RESCALE, terms), in.rescale * guided, guided);
+
+  const float denoised = row.d_x * in.x + row.d_f * fhat;
+  const float clipped = choose(mask_of(TERM_CLIP, terms), clamp(denoised, row.clip), denoised);
+  const float m0 = choose(mask_of(TERM_THRESHOLD, terms), divide(clamp(clipped, in.threshold), in.threshold), clipped);
 
   float next = row.c_x * in.x;
-  if (terms & TERM_F) next = next + row.c_f * fhat;
+  next = add(TERM_F, next, row.c_f, fhat);
   next = next + row.c_m0 * m0;
-  if (terms & TERM_M1) next = next + row.c_m1 * in.m1;
-  if (terms & TERM_M2) next = next + row.c_m2 * in.m2;
-  if (terms & TERM_Y) next = next + row.c_y * in.y;
-  if (terms & TERM_GRAD) next = next + row.c_grad * in.grad;
-  if (terms & TERM_NOISE) next = next + row.c_noise * in.z;
-  out.x = next;
+  next = add(TERM_M1, next, row.c_m1, in.m1);
+  next = add(TERM_M2, next, row.c_m2, in.m2);
+  next = add(TERM_Y, next, row.c_y, in.y);
+  next = add(TERM_GRAD, next, row.c_grad, in.grad);
+  next = add(TERM_NOISE, next, row.c_noise, in.z);
 
-  if (terms & TERM_Y_OUT) {
-    float second = row.k_x * in.x;
-    second = second + row.k_m0 * m0;
-    if (terms & TERM_K_M1) second = second + row.k_m1 * in.m1;
-    if (terms & TERM_K_M2) second = second + row.k_m2 * in.m2;
-    if (terms & TERM_K_Y) second = second + row.k_y * in.y;
-    out.y = second;
-  }
-  return out;
+  float second = row.k_x * in.x;
+  second = second + row.k_m0 * m0;
+  second = add(TERM_K_M1, second, row.k_m1, in.m1);
+  second = add(TERM_K_M2, second, row.k_m2, in.m2);
+  second = add(TERM_K_Y, second, row.k_y, in.y);
+  return {next, m0, second};
 }
 
 }  // namespace epskernels

@@ -228,15 +228,32 @@ constexpr StepTiles step_tiles(std::integer_sequence<unsigned, variants...>) {
 }
 constexpr StepTiles STEP_TILES = step_tiles(std::make_integer_sequence<unsigned, 2 * KEEP_M0>{});
 
+// Masks that the compiler knows nothing of: it would make branches of them, and leave the loop without vectors.
+struct TermMasks {
+  uint32_t masks[16];
+
+  explicit TermMasks(unsigned terms) {
+    for (int i = 0; i < 16; ++i) {
+      volatile uint32_t mask = terms >> i & 1 ? ~0u : 0u;
+      masks[i] = mask;
+    }
+  }
+};
+inline uint32_t mask_of(unsigned term, const TermMasks& terms) { return terms.masks[__builtin_ctz(term)]; }
+
 // Any terms: each is computed, and chosen where it is there. All pointers can be read and written, an absent tensor's too.
-void step_tile_any(const StepRow& row_in_memory, unsigned terms, const TileInputs& in, const TileOutputs& out, int64_t count) {
+void step_tile_any(const StepRow& row_in_memory, const TermMasks& terms_in_memory, const TileInputs& in, const TileOutputs& out, int64_t count) {
   const StepRow row = row_in_memory;
   const float *x = in.x, *f = in.f, *u = in.u, *m1 = in.m1, *m2 = in.m2, *y = in.y, *grad = in.grad, *z = in.z;
   float *next = out.x, *m0 = out.m0, *second = out.y;
+  const TermMasks terms = terms_in_memory;
+  const float rescale = in.rescale, threshold = in.threshold;
+  const int guided = in.guided < 0 ? 0 : in.guided < TILE ? static_cast<int>(in.guided) : static_cast<int>(TILE);
   NO_LOOP_DEPENDENCE
-  for (int64_t i = 0; i < count; ++i) {
-    const StepInputs element{x[i], f[i], u[i], m1[i], m2[i], y[i], grad[i], z[i], in.rescale, in.threshold, i < in.guided};
-    const StepOutputs value = step_value(row, terms | TERM_Y_OUT, element);
+  for (int i = 0; i < static_cast<int>(count); ++i) {
+    const StepInputs element{x[i], f[i], u[i], m1[i], m2[i], y[i], grad[i], z[i], rescale, threshold,
+                             0u - static_cast<uint32_t>(i < guided)};
+    const StepOutputs value = step_value(row, terms, element);
     m0[i] = value.m0;
     second[i] = value.y;
     next[i] = value.x;
@@ -265,7 +282,7 @@ void model_input_tile(float c_in, const float* x, float* model_input, int64_t co
 }
 
 // Room for one tensor's tile each.
-enum Buffer { X, F, U, M1, M2, Y, GRAD, NOISE, V, SCALED_NOISE, SCALED_GRAD, OUT, M0, Y_OUT, MODEL_INPUT, BUFFERS };
+enum Buffer { ABSENT, X, F, U, M1, M2, Y, GRAD, NOISE, V, SCALED_NOISE, SCALED_GRAD, OUT, M0, Y_OUT, MODEL_INPUT, BUFFERS };
 
 void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
   const StepOperands& operands = call.operands;
@@ -275,13 +292,15 @@ void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
   const Dtype x_dtype = operands.x_dtype, f_dtype = operands.f_dtype;
   const bool common = !(terms & ~(COMMON_TERMS | TERM_VARIANCE)), keep_m0 = operands.m0.data != nullptr;
   const int64_t guided = terms & TERM_CHANNELS ? guided_numel(row, operands.sample_numel, operands.channel_numel) : end;
+  const TermMasks masks(terms);
   const auto at = [](const Batch& batch, int64_t sample) { return batch.data + sample * batch.stride; };
   alignas(64) float buffers[BUFFERS][TILE];
+  if (!common) std::memset(buffers[ABSENT], 0, sizeof buffers[ABSENT]);
 
   for (; begin < end; begin += TILE) {
     const int64_t count = end - begin < TILE ? end - begin : TILE;
     const auto read = [&](bool present, Dtype dtype, const Batch& tensor, Buffer buffer) {
-      return present ? widen_tile(dtype, at(tensor, index), begin, count, buffers[buffer]) : buffers[buffer];
+      return present ? widen_tile(dtype, at(tensor, index), begin, count, buffers[buffer]) : buffers[ABSENT];
     };
     TileInputs in{};
     in.x = read(true, x_dtype, operands.x, X);
@@ -292,8 +311,10 @@ void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
     in.y = read(reads & TERM_Y, x_dtype, operands.y, Y);
     in.grad = read(reads & TERM_GRAD, x_dtype, operands.grad, GRAD);
     in.z = read((reads & TERM_NOISE) && operands.noise.data, x_dtype, operands.noise, NOISE);
-    if ((terms & TERM_NOISE) && !operands.noise.data)
+    if ((terms & TERM_NOISE) && !operands.noise.data) {
       normal_tile(sample.seed, static_cast<uint32_t>(row.draw), STREAM_STEP, begin, count, buffers[NOISE]);
+      in.z = buffers[NOISE];
+    }
     if ((terms & TERM_VARIANCE) && (terms & (TERM_NOISE | TERM_GRAD))) {
       const float* v = read(true, f_dtype, operands.v, V);
       learned_tile(row, v, terms & TERM_NOISE ? in.z : nullptr, buffers[SCALED_NOISE],
@@ -314,7 +335,7 @@ void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
       in.rescale = sample.rescale;
       in.threshold = sample.threshold;
       in.guided = guided - begin;
-      step_tile_any(row, terms, in, out, count);
+      step_tile_any(row, masks, in, out, count);
     }
     const auto write = [&](float* tile, const Batch& tensor, Buffer buffer) {
       if (tensor.data && tile == buffers[buffer]) store_tile(x_dtype, tile, at(tensor, index), begin, count, call.stream);
@@ -358,8 +379,8 @@ void moments(const MomentsOperands& operands, int64_t index, float g, int64_t gu
   moments_tile(f, sums);
   if (!operands.u.data) return;
   read(operands.u, u);
-  const bool guides = g != 1.0f;
-  for (int64_t i = 0; i < TILE; ++i) fhat[i] = guided_value(g, f[i], u[i], guides && begin + i < guided);
+  const int64_t guided_here = g != 1.0f ? guided - begin : 0;
+  for (int64_t i = 0; i < TILE; ++i) fhat[i] = guided_value(g, f[i], u[i], 0u - static_cast<uint32_t>(i < guided_here));
   moments_tile(fhat, sums + 2);
 }
 

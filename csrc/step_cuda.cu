@@ -202,7 +202,7 @@ __device__ __forceinline__ void step_unit(const SampleRow& s, const Value& value
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     StepInputs in = value(i);
-    if constexpr (!(possible & TERM_CHANNELS)) in.guided = true;
+    if constexpr (!(possible & TERM_CHANNELS)) in.guided = ~0u;
     const StepOutputs out = step_value(s.row, certain | (s.terms & possible), in);
     next[i] = out.x;
     m0[i] = out.m0;
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
         in.rescale = s.rescale;
         in.threshold = s.threshold;
       }
-      if constexpr (may_guide) in.guided = !(s.terms & TERM_CHANNELS) || (tile.begin + tile.at(i) + j) % a.guided_period < s.guided;
+      if constexpr (may_guide) in.guided = !(s.terms & TERM_CHANNELS) || (tile.begin + tile.at(i) + j) % a.guided_period < s.guided ? ~0u : 0u;
       in.grad = scaled_grad[j];
       in.z = z[i][j];
       return in;
