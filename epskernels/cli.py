@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -11,8 +12,10 @@ import time
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
-from . import __version__, build, models, ops, samplers, scaling, schedule
+from . import __version__, build, models, ops, samplers, scaling, schedule, shards
+from .ranks import Ranks
 from .sample import sample
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -55,7 +58,8 @@ def build_parser():
         epilog="examples:\n"
         "  epskernels sample --out digits.png\n"
         "  epskernels sample --sampler ddim --steps 20 --lambda 1.004 --compare --out both.png\n"
-        "  epskernels sample --published ADM CIFAR-10 20 linear --steps 20 --seeds 0-255 --out samples.npz",
+        "  epskernels sample --published ADM CIFAR-10 20 linear --steps 20 --seeds 0-255 --out samples.npz\n"
+        "  torchrun --nproc-per-node 4 -m epskernels sample --seeds 0-49999 --out samples",
     )
     run.add_argument(
         "--model",
@@ -108,7 +112,14 @@ def build_parser():
         type=pathlib.Path,
         action="append",
         metavar="FILE",
-        help=".png for a grid of images, .npz for the samples and seeds; may be given twice",
+        help=".png for a grid of images, .npz for the samples and seeds, a name without suffix for a directory that is written "
+        "a batch at a time, by all processes of torchrun, and continued where a run was interrupted; may be given again",
+    )
+    run.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of each process; default: torch's, and 1 for a directory written on CPUs",
     )
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
@@ -172,61 +183,179 @@ def _write(path, runs, args):
     print(f"wrote {path}")
 
 
-def _sha256(tensor):
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+def _sha256(tensors):
+    """Of all of them as if they were one."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_usage(args):
+    """The directory among --out, or None."""
+    if args.steps < 1 or args.batch < 1:
+        raise UsageError("--steps, --batch: expected at least 1")
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads: expected at least 1, got {args.threads}")
+    for path in args.out or ():
+        if path.suffix not in ("", ".png", ".npz"):
+            raise UsageError(f"--out: expected a .png or .npz file, or a directory (no suffix), got {path}")
+    directories = [path for path in args.out or () if not path.suffix]
+    if len(directories) > 1:
+        raise UsageError(f"--out: expected one directory, got {len(directories)}")
+    if args.compare and not (args.lambda_ or args.lambda_linear or args.published):
+        raise UsageError("--compare: expected a scaling to compare with none: --lambda, --lambda-linear or --published")
+    return directories[0] if directories else None
+
+
+class _Sampling:
+    """The model and the tables that the arguments name; counts the seconds in the model and in all."""
+
+    def __init__(self, args, device):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+            raise UsageError(f"--device: {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+        try:
+            self.model = models.load(args.model, device)
+            self.call = self.model.callable(args.label, args.guidance)
+            scalings = {"samples": _scaling(args)}
+            if args.compare:
+                scalings = {"baseline": scaling.constant(1.0)} | scalings
+            self.tables = {name: make_table(args, self.model, value).to(device) for name, value in scalings.items()}
+        except ImportError as error:
+            raise UsageError(f"{error.name} is missing: pip install 'epskernels[models]'") from error
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
+        self.args, self.device, self.model_seconds, self.seconds = args, device, 0.0, 0.0
+
+    def _timed(self, x, t):
+        start = time.perf_counter()
+        output = self.call(x, t)
+        _wait(self.device)
+        self.model_seconds += time.perf_counter() - start
+        return output
+
+    def __call__(self, name, seeds, progress=False):
+        """The samples of a batch of seeds, on the host."""
+        start = time.perf_counter()
+        dtype = DTYPES[self.args.dtype]
+        samples = sample(self._timed, self.tables[name], seeds, self.model.shape, dtype=dtype, progress=progress).cpu()
+        self.seconds += time.perf_counter() - start
+        return samples
+
+    def settings(self):
+        """All that decides the bits of a chunk, for run.json. Not the backend: all have the same bits."""
+        args, seeds = self.args, self.args.seeds
+        network = self.model.network
+        config = {key: value for key, value in network.config.items() if not key.startswith("_")}  # not where it lies
+        weights = _sha256(network.state_dict().values())
+        on_gpu = self.device.type == "cuda"
+        cpu = f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        return {
+            "names": list(self.tables), "sampler": args.sampler, "steps": args.steps, "scaling": str(_scaling(args)),
+            "eta": args.eta, "direction": args.direction, "variance": args.variance, "class": args.label,
+            "guidance": args.guidance, "dtype": args.dtype, "batch": args.batch, "shape": list(self.model.shape),
+            "seeds": f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, {_digest(seeds)}",
+            "model": f"{_digest(config)} {weights}",
+            "tables": {name: _sha256([table.rows]) for name, table in self.tables.items()},
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu,
+            "epskernels": __version__, "torch": torch.__version__,
+        }  # fmt: skip
+
+
+def _digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def run_sample(args):
-    if args.steps < 1 or args.batch < 1:
-        raise UsageError("--steps, --batch: expected at least 1")
-    for path in args.out or ():
-        if path.suffix not in (".png", ".npz"):
-            raise UsageError(f"--out: expected a .png or .npz file, got {path}")
-    if args.compare and not (args.lambda_ or args.lambda_linear or args.published):
-        raise UsageError("--compare: expected a scaling to compare with none: --lambda, --lambda-linear or --published")
+    directory = _check_usage(args)
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        ranks = Ranks(args.device)
+    except (ValueError, RuntimeError) as error:
         raise UsageError(f"--device: {args.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if ranks.size > 1 and directory is None:
+        raise UsageError(f"--out: expected a directory (no suffix), which {ranks.size} processes can write to")
+    threads, before = args.threads, torch.get_num_threads()
+    if directory and ranks.device.type == "cpu":
+        threads = threads or 1  # the same bits, whatever torchrun and the machine make of it
     try:
-        model = models.load(args.model, args.device)
-        call = model.callable(args.label, args.guidance)
-        tables = {"samples": make_table(args, model, _scaling(args)).to(args.device)}
-        if args.compare:
-            tables = {"baseline": make_table(args, model, scaling.constant(1.0)).to(args.device)} | tables
-    except ImportError as error:
-        raise UsageError(f"{error.name} is missing: pip install 'epskernels[models]'") from error
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
+        if threads:
+            torch.set_num_threads(threads)
+        with ops.use_backend(args.backend), ranks:
+            sampling = _Sampling(args, ranks.device)
+            (_sample_in_memory if directory is None else _sample_into)(args, sampling, ranks, directory)
+    finally:
+        torch.set_num_threads(before)
 
-    model_seconds = 0.0
 
-    def timed(x, t):
-        nonlocal model_seconds
-        start = time.perf_counter()
-        output = call(x, t)
-        _wait(args.device)
-        model_seconds += time.perf_counter() - start
-        return output
-
-    with ops.use_backend(args.backend):
-        runs, started = {}, time.perf_counter()
-        for name, table in tables.items():
-            batches = [args.seeds[i : i + args.batch] for i in range(0, len(args.seeds), args.batch)]
-            options = {"dtype": DTYPES[args.dtype], "progress": not args.quiet}
-            runs[name] = torch.cat([sample(timed, table, seeds, model.shape, **options).cpu() for seeds in batches])
-        _wait(args.device)
-        total = time.perf_counter() - started
-        noise = ops.normal(args.seeds, model.shape, device=args.device).cpu()
+def _sample_in_memory(args, sampling, ranks, directory):
+    del ranks, directory
+    batches = [args.seeds[i : i + args.batch] for i in range(0, len(args.seeds), args.batch)]
+    runs = {name: torch.cat([sampling(name, seeds, not args.quiet) for seeds in batches]) for name in sampling.tables}
+    noise = ops.normal(args.seeds, sampling.model.shape, device=sampling.device)
     if not all(samples.isfinite().all() for samples in runs.values()):
         print("warning: some samples are not finite", file=sys.stderr)
     print(f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {_scaling(args)}")
-    print(f"time in the model {model_seconds:.2f} s, in the step and the loop around it {total - model_seconds:.2f} s")
-    print(f"sha256 of the initial noise {_sha256(noise)}")
+    _print_times(sampling.model_seconds, sampling.seconds)
+    print(f"sha256 of the initial noise {_sha256([noise])}")
     for name, samples in runs.items():
-        print(f"sha256 of the {name} {_sha256(samples)}")
+        print(f"sha256 of the {name} {_sha256([samples])}")
     for path in args.out or ():
         _write(path, runs, args)
+
+
+def _sample_into(args, sampling, ranks, directory):
+    """Chunk by chunk into a directory: what is missing there, each rank every size-th of the list that rank 0 made."""
+    settings = sampling.settings()
+
+    def begin():
+        run = shards.begin(directory, settings, args.seeds)
+        missing, damaged = run.missing()
+        for path in damaged:
+            print(f"warning: {path} is damaged, and is made again", file=sys.stderr)
+        return run, missing
+
+    try:
+        run, missing = ranks.from_first(begin)
+        shards.compare(run.settings, {"format": shards.FORMAT, **settings}, f"rank {ranks.rank}")
+    except ValueError as error:
+        raise UsageError(f"--out: {error}") from error
+    mine = missing[ranks.rank :: ranks.size]
+    for name, chunk in tqdm(mine, desc=f"{directory}", unit="chunk", disable=args.quiet or ranks.rank > 0):
+        run.write(name, chunk, sampling(name, run.seeds_of(chunk)).float().numpy())
+
+    counts = ranks.gather((len(mine), sampling.model_seconds, sampling.seconds))
+    if ranks.rank > 0:
+        return
+    run.clean()
+    made, model_seconds, seconds = (sum(values) for values in zip(*counts, strict=True))
+    print(f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {_scaling(args)}")
+    chunks, by = len(run) * len(run.names), " ".join(str(count) for count, *_ in counts)
+    print(f"{chunks} chunks of up to {args.batch} seeds in {directory}, {chunks - made} of them before; by rank: {by}")
+    _print_times(model_seconds, seconds)
+    finite = []
+
+    def stored(name):
+        """The state's dtype holds them exactly: the hash is that of the same samples in memory."""
+        for _, array in run.chunks(name):
+            yield torch.from_numpy(np.array(array)).to(DTYPES[args.dtype])
+            finite.append(np.isfinite(array).all())
+
+    for name in run.names:
+        print(f"sha256 of the {name} {_sha256(stored(name))}")
+    if not all(finite):
+        print("warning: some samples are not finite", file=sys.stderr)
+    files = [path for path in args.out if path.suffix]
+    loaded = {name: torch.from_numpy(run.load(name)) for name in run.names} if files else None
+    for path in files:
+        _write(path, loaded, args)
+
+
+def _print_times(model_seconds, seconds):
+    print(
+        f"time in the model {model_seconds:.2f} s, in the step and the loop around it {seconds - model_seconds:.2f} s"
+    )
 
 
 def _wait(device):

@@ -1,0 +1,38 @@
+"""Sampling into a directory on a GPU, by torchrun over NCCL; skipped where there is none."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_distributed import build_model
+
+from epskernels import cli, shards
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def test_ranks_on_gpus_write_what_one_process_writes(tmp_path):
+    """As many processes as there are GPUs, up to three; with one, torchrun all the same, and no NCCL."""
+    (tmp_path / "model").mkdir()
+    arguments = [
+        "--model",
+        build_model(tmp_path / "model"),
+        "--steps",
+        "4",
+        "--seeds",
+        "0-24",
+        "--batch",
+        "4",
+        "--quiet",
+    ]
+    assert cli.main(["sample", *arguments, "--device", "cuda", "--out", str(tmp_path / "one")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(min(3, torch.cuda.device_count())), "-m", "epskernels", "sample"]
+    command = [*launcher, *arguments, "--device", "cuda", "--out", str(tmp_path / "many")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, many = (shards.Shards(tmp_path / name) for name in ("one", "many"))
+    assert np.array_equal(many.load(), one.load()) and len(many) == 7
+    assert many.settings["device"] == torch.cuda.get_device_name()
