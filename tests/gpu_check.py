@@ -148,7 +148,9 @@ def main():
             started = {"tests": pool.submit(pytest_stage, folder, "tests", matrix, 420, *parallel)}
             started |= {tool: pool.submit(sanitize_stage, folder, tool) for tool in SANITIZERS}
             stages.update({stage: future.result() for stage, future in started.items()})
-        stages["gpu_tests"] = pytest_stage(folder, "gpu_tests", ["tests/test_gpu.py"], 240)
+        stages["gpu_tests"] = pytest_stage(
+            folder, "gpu_tests", [str(path) for path in sorted((ROOT / "tests").glob("test_gpu*.py"))], 400
+        )
         report = folder / "benchmark.json"
         report.unlink(missing_ok=True)
         command = [sys.executable, "benchmarks/bench_gpu.py", "--json", report]

@@ -1,4 +1,4 @@
-"""Sampling into a directory on a GPU, by torchrun over NCCL; skipped where there is none."""
+"""Serving on a GPU, and sampling into a directory by torchrun, over NCCL where there are several; skipped without one."""
 
 import subprocess
 import sys
@@ -6,15 +6,29 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_distributed import build_model
+from test_serving import ALL, SHAPE, Batch, alone, model, serve, unlike
 
 from epskernels import cli, shards
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["active slots", "padded"])
+def test_each_request_is_as_alone(dtype, padded):
+    batch, requests = Batch(model, SHAPE, slots=5, dtype=dtype, padded=padded, device="cuda", **ALL), unlike(40)
+    for tensor in batch.history:
+        tensor.fill_(float("nan"))
+    for request, sample in zip(requests, serve(batch, requests), strict=True):
+        assert sample.is_cuda and sample.dtype == dtype
+        assert torch.equal(sample, alone(request, dtype=dtype, device="cuda")), request
+
+
 def test_ranks_on_gpus_write_what_one_process_writes(tmp_path):
     """As many processes as there are GPUs, up to three; with one, torchrun all the same, and no NCCL."""
+    pytest.importorskip("diffusers")
+    from test_distributed import build_model
+
     (tmp_path / "model").mkdir()
     arguments = [
         "--model",
