@@ -284,13 +284,15 @@ def run_sample(args):
             torch.set_num_threads(threads)
         with ops.use_backend(args.backend), ranks:
             sampling = _Sampling(args, ranks.device)
-            (_sample_in_memory if directory is None else _sample_into)(args, sampling, ranks, directory)
+            if directory is None:
+                _sample_in_memory(args, sampling)
+            else:
+                _sample_into(args, sampling, ranks, directory)
     finally:
         torch.set_num_threads(before)
 
 
-def _sample_in_memory(args, sampling, ranks, directory):
-    del ranks, directory
+def _sample_in_memory(args, sampling):
     batches = [args.seeds[i : i + args.batch] for i in range(0, len(args.seeds), args.batch)]
     runs = {name: torch.cat([sampling(name, seeds, not args.quiet) for seeds in batches]) for name in sampling.tables}
     noise = ops.normal(args.seeds, sampling.model.shape, device=sampling.device)

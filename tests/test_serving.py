@@ -130,7 +130,8 @@ def test_padded_batches_do_not_depend_on_the_load():
         return x / (1 + x * x) * (1 + 1e-3 * len(x))
 
     requests = [Request(TABLES[name], seed) for seed in range(4) for name in ("ddpm", "ddim", "dpmpp_2m")]
-    options = {"slots": 6, "padded": True, "max_rows": 6 + 5 + 8}  # none to spare: idle slots must not look past the end
+    # Not a row to spare: idle slots must not look past the end.
+    options = {"slots": 6, "padded": True, "max_rows": 6 + 5 + 8}
     loaded = serve(Batch(by_size, SHAPE, **options), requests)
     each = [serve(Batch(by_size, SHAPE, **options), [request])[0] for request in requests]
     assert all(map(torch.equal, loaded, each))
