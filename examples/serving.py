@@ -4,9 +4,10 @@
            x, m0 = step(x, f, rows, index, ...)            one launch: every slot reads its own row
            index += 1
 
-Index, seeds, history and conditions are tensors, a slot each, and the rows of all tables lie in one buffer, so a tick does
-nothing per request; joining and leaving, between ticks, do. A request comes out with the bits of epskernels.sample alone, if
-the model gives a sample the same bits in any batch: convolutions and matrix products in general do not (see Batch, `padded`).
+Index, seeds, history and conditions are tensors with an entry for each slot, and the rows of all tables lie in one buffer, so a
+tick does nothing per request; joining and leaving, between ticks, do. A request comes out with the bits of epskernels.sample
+alone, if the model gives a sample the same bits in any batch: convolutions and matrix products in general do not (see Batch,
+`padded`).
 
     python examples/serving.py      # unlike requests for digits, sampled together
 """
@@ -109,7 +110,8 @@ class Batch:
     model: (x, t, **conditions) -> f, or (f, u) where `guided`; with twice the channels where `learned_variance`. x: (B, *shape),
     c_in times the states; t: (B,) float32, in which timesteps are exact.
     slots: the most requests that run at once. max_rows: of all their tables. conditions: for each name that the model takes, the
-    tensor of a request that does not give it. history: the most earlier m0 that a table may read.
+    tensor of a request that does not give it. history: the most earlier m0 that a table may read. second_state: tables may have
+    one.
     padded: call the model on all slots, idle ones too. Convolutions and matrix products choose their algorithm, and so the
     order of their sums, by the batch's size: results then do not depend on the load, but are those of a batch of `slots`.
     """
@@ -125,6 +127,7 @@ class Batch:
         guided=False,
         learned_variance=False,
         history=1,
+        second_state=False,
         padded=False,
         dtype=torch.float32,
         device="cpu",
@@ -137,8 +140,9 @@ class Batch:
         self.conditions = {n: default.expand(slots, *default.shape).clone() for n, default in self.defaults.items()}
         self.x = torch.zeros(slots, *self.shape, dtype=dtype, device=device)
         self.index, self.seeds = torch.zeros(2, slots, dtype=torch.int64, device=device)
-        # Never initialised: a table's first rows do not read it.
+        # Never initialised: a table's first rows do not read them.
         self.history = [torch.empty_like(self.x) for _ in range(history)]
+        self.y = [torch.empty_like(self.x)] if second_state else []
         self.jobs, self.ticks = [], 0  # job i runs in slot i
         self._ends = collections.defaultdict(list)  # by tick, the jobs that are done after it
         self._members_changed()
@@ -154,6 +158,7 @@ class Batch:
         limits = (
             (len(table), len(self.rows.buffer), "rows, max_rows"),
             (table.history, len(self.history), "earlier m0, history"),
+            (table.second_state, bool(self.y), "the second state, second_state"),
             (table.guided, self.guided, "the unconditional output, guided"),
             (table.learned_variance, self.learned_variance, "the learned variance, learned_variance"),
         )
@@ -194,7 +199,7 @@ class Batch:
         """The last slot moves into the job's, so that the active ones are always the first."""
         last = self.jobs.pop()
         if last is not job:
-            for tensor in (self.x, self.index, self.seeds, *self.history, *self.conditions.values()):
+            for tensor in (self.x, self.index, self.seeds, *self.history, *self.y, *self.conditions.values()):
                 tensor[job.slot] = tensor[last.slot]
             self.jobs[job.slot], last.slot = last, job.slot
         self.index[len(self.jobs)] = 0  # a row that is there, for `padded`
@@ -208,6 +213,7 @@ class Batch:
     def _members_changed(self):
         tables = [job.request.table for job in self.jobs]
         self._depth = max((table.history for table in tables), default=0)
+        self._second_state = any(table.second_state for table in tables)
         self._scales_input = any((table["c_in"] != 1).any() for table in tables)
 
     @torch.no_grad()
@@ -242,8 +248,9 @@ class Batch:
         u, v = None if u is None else _halves(u, self.shape)[0], v if self.learned_variance else None
         m1, m2 = ([m[:count] for m in self.history[: self._depth]] + [None, None])[:2]
         m0 = m2 if self._depth == 2 else m1  # over the oldest, which is read for the last time
-        inputs = {"u": u, "v": v, "m1": m1, "m2": m2, "seeds": self.seeds[:count], "backend": self.backend}
-        epskernels.step(x, f, self.rows.buffer, index, **inputs, out=x, m0=m0)
+        y = self.y[0][:count] if self._second_state else None
+        inputs = {"u": u, "v": v, "m1": m1, "m2": m2, "y": y, "seeds": self.seeds[:count], "backend": self.backend}
+        epskernels.step(x, f, self.rows.buffer, index, **inputs, out=x, m0=m0, y_out=y)
         if self._depth == 2:
             self.history.reverse()
         index += 1

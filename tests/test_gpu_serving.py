@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("padded", [False, True], ids=["active slots", "padded"])
 def test_each_request_is_as_alone(dtype, padded):
     batch, requests = Batch(model, SHAPE, slots=5, dtype=dtype, padded=padded, device="cuda", **ALL), unlike(40)
-    for tensor in batch.history:
+    for tensor in (*batch.history, *batch.y):
         tensor.fill_(float("nan"))
     for request, sample in zip(requests, serve(batch, requests), strict=True):
         assert sample.is_cuda and sample.dtype == dtype

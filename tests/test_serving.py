@@ -38,6 +38,22 @@ def second_history(steps=5):
     return epskernels.Table(columns | {"c_m0": 0.5 - columns["c_m1"] - columns["c_m2"]}, name="third order")
 
 
+def predictor_corrector(steps=6):
+    """A table with a second state, which the first row does not read."""
+    rows, sigma, y_x0, y_eps = [], 4.0, 0.0, 0.0
+    for i in range(steps):
+        later = float(i > 0)
+        row = {"t": steps - i, "d_x": 0.5, "d_f": -0.25, "alpha_in": 1.0, "alpha_out": 1.0, "sigma_in": sigma}
+        row |= {"y_x0": y_x0, "y_eps": y_eps, "c_x": 0.5, "c_m1": -0.25 * later, "c_y": 0.25 * later}
+        row["c_m0"] = 1 - row["c_x"] - row["c_m1"] - row["c_y"] * y_x0
+        row |= {"k_x": 0.25, "k_m0": 0.5, "k_m1": 0.125 * later, "k_y": 0.25 * later}
+        sigma = row["sigma_out"] = row["c_x"] * sigma + row["c_y"] * y_eps
+        y_eps = row["y_out_eps"] = row["k_x"] * row["sigma_in"] + row["k_y"] * y_eps
+        y_x0 = row["y_out_x0"] = row["k_x"] + row["k_m0"] + row["k_m1"] + row["k_y"] * y_x0
+        rows.append(row)
+    return epskernels.Table({key: [row[key] for row in rows] for key in rows[0]}, name="predictor corrector")
+
+
 TABLES = {
     "ddpm": samplers.ddpm(LINEAR, 6, scaling=1.01),
     "ddpm 9": samplers.ddpm(LINEAR, 9, scaling=0.995),
@@ -50,9 +66,17 @@ TABLES = {
     "dpmpp_2m guided": samplers.dpmpp_2m(LINEAR, 5, guidance=1.5),
     "one step": samplers.ddim(LINEAR, 1),
     "third order": second_history(),
+    "predictor corrector": predictor_corrector(),
 }
 LABELS = {"label": torch.tensor(0)}
-ALL = {"conditions": LABELS, "guided": True, "learned_variance": True, "history": 2, "max_rows": 80}
+ALL = {
+    "conditions": LABELS,
+    "guided": True,
+    "learned_variance": True,
+    "history": 2,
+    "second_state": True,
+    "max_rows": 80,
+}
 
 
 def plain(x, t, label):
@@ -100,7 +124,7 @@ def serve(batch, requests, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_each_request_is_as_alone(dtype, slots, padded):
     batch, requests = Batch(model, SHAPE, slots=slots, dtype=dtype, padded=padded, **ALL), unlike(40)
-    for tensor in batch.history:
+    for tensor in (*batch.history, *batch.y):
         tensor.fill_(float("nan"))
     for request, sample in zip(requests, serve(batch, requests), strict=True):
         assert sample.dtype == dtype and sample.isfinite().all()
@@ -174,14 +198,14 @@ def joined(batch, requests):
 
 def test_a_tick_costs_the_same_for_any_number_of_requests():
     counted = {}
-    deepest = [Request(TABLES[name], 1) for name in ("third order", "edm_heun")]  # with history and scaled input
+    deepest = [Request(TABLES[name], 1) for name in ("third order", "predictor corrector", "edm_heun")]
     for count in (0, 9):
         batch, calls = Batch(model, SHAPE, slots=16, **ALL), []
         batch.model = lambda x, t, label, calls=calls: calls.append(len(x)) or model(x, t, label)
         joined(batch, deepest + unlike(count))
         with Count() as counter:
             assert batch.tick() == []
-        assert calls == [2 + count] and sum("epskernels" in op for op in counter.ops) == 1
+        assert calls == [3 + count] and sum("epskernels" in op for op in counter.ops) == 1
         counted[count] = counter.ops
     assert counted[0] == counted[9]
 
@@ -367,6 +391,7 @@ REFUSED = {
     "seed of floats": (Request(TABLES["ddim"], 0.5), "seeds: expected an int64 tensor"),
     "rows": (Request(samplers.ddim(LINEAR, 13), 0), r"needs 13 \(rows, max_rows is 12"),
     "history": (Request(TABLES["third order"], 0), r"needs 2 \(earlier m0, history is 1"),
+    "second state": (Request(TABLES["predictor corrector"], 0), "needs True .the second state, second_state is False"),
     "guidance": (Request(TABLES["ddim guided"], 0), "needs True .the unconditional output, guided is False"),
     "variance": (Request(TABLES["ddpm learned"], 0), "needs True .the learned variance"),
     "condition": (Request(TABLES["ddim"], 0, {"text": 1}), r"condition: expected some of \['label'\], got \['text'\]"),
