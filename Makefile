@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Pinned: a release whose plain wheel is CPU-only where such a wheel is offered. Any torch from 2.11 on works.
 TORCH ?= torch==2.13.0
+# Of `make test`.
+WORKERS ?= 2
 # The digits of `make sample`.
 SEEDS ?= 0-63
 STEPS ?= 20
@@ -37,8 +39,9 @@ $(READY): $(VENV)/.torch $(SOURCES)
 sample: $(READY)
 	$(BIN)/epskernels sample --steps $(STEPS) --lambda $(LAMBDA) --compare --seeds $(SEEDS) --out samples.png
 
+# Each worker on one thread; modules whose fixtures are expensive stay on one worker (xdist_group).
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/sanitize.sh

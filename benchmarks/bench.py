@@ -236,6 +236,22 @@ def by_batch():
         yield Comparison("batch", f"{batch} samples of (4, 64, 64)", make, {"batch": batch})
 
 
+def by_growth(full):
+    """The cost of a state over that of one of 1,000 elements, into given tensors: growth."""
+    for power in range(4, 9 if full else 8):
+
+        def make(numel=10**power):
+            table = FEATURES["plain"][0]
+            x, f, y = torch.randn(1, numel), torch.randn(1, numel), torch.empty(1, numel)
+            one, other, z = torch.randn(1, 1000), torch.randn(1, 1000), torch.empty(1, 1000)
+            return {
+                OURS: lambda: step(x, f, table, ROW, out=y),
+                "1,000 elements": lambda: step(one, other, table, ROW, out=z),
+            }
+
+        yield Comparison("growth", f"10^{power} elements", make, {"numel": 10**power})
+
+
 def by_rows():
     """Distinct rows in a batch of 64, beside the same batch on one row."""
     for distinct in (1, 2, 8, 64):
@@ -368,16 +384,16 @@ class MemoryEvent:
 
 
 def growth(rows):
-    """Exponent of the cost with the batch: log-log slope, 1 where cost is proportional."""
-    batch = [(row["axes"]["batch"], row["ratio"]) for row in rows if row["group"] == "batch"]
-    if len(batch) < 3:
-        return {}
-    sizes, costs = np.log(np.array(batch, dtype=float)).T
-    half = len(batch) // 2
-    return {
-        "batch, exponent over all": float(np.polyfit(sizes, costs, 1)[0]),
-        "batch, exponent of the larger half": float(np.polyfit(sizes[half:], costs[half:], 1)[0]),
-    }
+    """Exponents of the cost with the batch and with the size: log-log slopes, 1 where cost is proportional."""
+    fits = {}
+    for group, axis in (("batch", "batch"), ("growth", "numel")):
+        points = [(row["axes"][axis], row["ratio"]) for row in rows if row["group"] == group]
+        if len(points) >= 3:
+            sizes, costs = np.log(np.array(points, dtype=float)).T
+            half = len(points) // 2
+            fits[f"{group}, exponent over all"] = float(np.polyfit(sizes, costs, 1)[0])
+            fits[f"{group}, exponent of the larger half"] = float(np.polyfit(sizes[half:], costs[half:], 1)[0])
+    return fits
 
 
 def gpu_results():
@@ -394,7 +410,8 @@ def gpu_results():
 
 def comparisons(full, only):
     everything = [
-        *by_limit(), *by_size(full), *by_feature(), *by_dtype(), *by_scheduler(), *by_formula(), *by_batch(), *by_rows(),
+        *by_limit(), *by_size(full), *by_feature(), *by_dtype(), *by_scheduler(), *by_formula(), *by_batch(), *by_growth(full),
+        *by_rows(),
         *by_threads(), *by_loop(full), *by_real_model(), *by_call(),
     ]  # fmt: skip
     return [c for c in everything if re.search(only, f"{c.group} {c.name}")]

@@ -2,12 +2,15 @@
 
 import torch
 
+from epskernels.table import COLUMNS
+
 # ---- the same math as a stateless function, eager and under torch.compile ----
 
 
 def functional_step(x, f, row, u=None, m1=None, z=None, v=None):
     """float32 inside; the row is a tensor, so that no step recompiles."""
-    d_x, d_f, clip, g, c_x, c_m0, c_m1, c_noise = row[0], row[1], row[2], row[3], row[4], row[6], row[7], row[10]
+    names = ("d_x", "d_f", "clip", "g", "c_x", "c_m0", "c_m1", "c_noise", "logvar_min", "logvar_max")
+    d_x, d_f, clip, g, c_x, c_m0, c_m1, c_noise, logvar_min, logvar_max = (row[COLUMNS.index(name)] for name in names)
     dtype, x, f = x.dtype, x.float(), f.float()
     fhat = f if u is None else u.float() + g * (f - u.float())
     m0 = torch.clamp(d_x * x + d_f * fhat, -clip, clip)
@@ -17,7 +20,7 @@ def functional_step(x, f, row, u=None, m1=None, z=None, v=None):
     if z is not None:
         if v is not None:
             frac = (v.float() + 1) / 2
-            z = torch.exp(0.5 * (frac * row[12] + (1 - frac) * row[11])) * z
+            z = torch.exp(0.5 * (frac * logvar_max + (1 - frac) * logvar_min)) * z
         total = total + c_noise * z
     return total.to(dtype), m0.to(dtype)
 

@@ -24,6 +24,7 @@ TITLES = {
     "loop": "Whole trajectories, with a model that costs nothing",
     "real model": "Whole trajectories with the bundled model: what is above 1 is all that is not the model",
     "batch": "Growth with the batch",
+    "growth": "Growth with the size",
     "rows": "Distinct rows in a batch",
     "threads": "Threads",
     "call": "What a call costs, at 1,024 elements",
@@ -78,12 +79,18 @@ def draw(results, folder):
         axis.set_yscale("log")
 
     def by_batch(axis):
-        rows = list(rows_of(results, "batch"))
-        line(axis, rows, lambda row: row["axes"]["batch"], lambda r: r, "step, out=")
-        batch = sorted(row["axes"]["batch"] for row in rows)
-        axis.plot(batch, batch, color="black", linewidth=0.8, label="proportional")
+        growth(axis, "batch", "batch", 1, base=2)
+
+    def by_size(axis):
+        growth(axis, "growth", "numel", 1000, base=10)
+
+    def growth(axis, group, name, one, base):
+        rows = list(rows_of(results, group))
+        line(axis, rows, lambda row: row["axes"][name], lambda r: r, "step, out=")
+        sizes = sorted(row["axes"][name] for row in rows)
+        axis.plot(sizes, [size / one for size in sizes], color="black", linewidth=0.8, label="proportional")
         for scale in (axis.set_xscale, axis.set_yscale):
-            scale("log", base=2)
+            scale("log", base=base)
 
     plots = [
         figure("share_of_copy", "Share of the speed of a copy of the same bytes, out=", "elements", "share", roofline),
@@ -91,6 +98,8 @@ def draw(results, folder):
     ]
     if list(rows_of(results, "batch")):
         plots.append(figure("by_batch", "Cost of a batch over that of one sample", "samples", "ratio", by_batch))
+    if list(rows_of(results, "growth")):
+        plots.append(figure("by_size", "Cost of a state over that of 1,000 elements", "elements", "ratio", by_size))
     return plots
 
 
@@ -127,8 +136,8 @@ def page(results, run, plots):
         if rows:
             yield f"\n## {title}\n"
             yield from table(rows)
-            if group == "batch":
-                yield from (f"\n{name}: {exponent:.3f}" for name, exponent in results["growth"].items())
+            fits = {name: fit for name, fit in results["growth"].items() if name.startswith(f"{group},")}
+            yield from (f"\n{name}: {exponent:.3f}" for name, exponent in fits.items())
     if results["memory"]:
         yield "\n## Memory of a call\n"
         yield "Counted, not timed: allocations, and the most memory held beyond the inputs, in units of the state."

@@ -50,6 +50,27 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+# Their fixtures compile, or start processes, for many tests at once.
+ON_ONE_WORKER = ("test_bench", "test_cli", "test_distributed", "test_export", "test_install", "test_triton")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.module.__name__ in ON_ONE_WORKER:
+                item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["compared"] = dict(kernels.compared)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    kernels.compared.update(getattr(node, "workeroutput", {}).get("compared", {}))
+
+
 def pytest_terminal_summary(terminalreporter):
     counts = ", ".join(f"{name} {count:,}" for name, count in kernels.compared.items())
     if counts:
