@@ -1,5 +1,6 @@
 """GraphedSampler where there is no GPU: the loop that would be captured, run as it stands. tests/test_gpu.py has the graphs."""
 
+import markdown_examples
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,3 +131,10 @@ def test_a_model_of_another_dtype_than_it_was_told():
     made = sampler(lambda x, t: x.float(), TABLES["ddim"], 2, SHAPE, model_dtype=torch.float16)
     with pytest.raises(RuntimeError, match="model_input: expected dtype float32 as f has, got float16"):
         made([1, 2])
+
+
+@pytest.mark.filterwarnings("ignore:epskernels.GraphedSampler runs without a graph:RuntimeWarning")
+def test_the_page_on_production(tmp_path):
+    names = markdown_examples.run("docs/production.md", tmp_path)
+    assert names["images"].shape == names["x"].shape == (4, 3, 32, 32)
+    assert names["images"].isfinite().all() and names["x"].isfinite().all()
