@@ -10,10 +10,14 @@ normal       (seeds, shape, dtype, draw, stream) -> the generator's normals
 
 The compiled kernels register themselves, for CPU and for CUDA tensors. Where one is missing, CUDA tensors run on the Triton
 kernel; failing that the reference stands in, and says so once.
+
+The ops themselves have no gradient, which costs their callers nothing: `step` takes the way through autograd where an input
+requires grad. torch.vmap folds its dimension into the batch, for `step` and for the ops that write nothing.
 """
 
 import contextlib
 import contextvars
+import functools
 import logging
 import operator
 import os
@@ -23,7 +27,9 @@ import warnings
 
 import torch
 from torch import is_grad_enabled
-from torch.compiler import is_compiling
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import build
 from .checks import (
@@ -41,6 +47,7 @@ from .checks import (
     shape_of,
 )
 from .schemas import SCHEMAS
+from .step_gradient import noise_rows, step_gradients
 from .step_reference import STREAM_INITIAL, moments_reference, normal_reference, step_reference
 from .table import Table
 
@@ -278,13 +285,19 @@ def use_backend(name):
         _forced.reset(token)
 
 
+def _chosen_name(backend):
+    if is_compiling():
+        return backend or "auto"
+    return backend or _forced.get() or _DEFAULT_BACKEND or "auto"
+
+
 def _chosen(tensor, backend):
     """The functions of the backend that was asked for: by the call, else by the context, else for the process."""
     if is_compiling() and backend in (None, *_BACKENDS):
         return _BACKENDS[backend or "auto"][0]()
     if backend is not None:
         _check_backend(backend)
-    name = backend or _forced.get() or _DEFAULT_BACKEND or "auto"
+    name = _chosen_name(backend)
     functions, kind = _BACKENDS[name]
     if kind and isinstance(tensor, torch.Tensor) and tensor.device.type != kind:
         fail(f"backend {name!r} was asked for, and the tensors are on {tensor.device}")
@@ -324,13 +337,133 @@ def _log_call(name, functions, backend, tensors):
     _log.debug("%s on %s runs on %s, %s%s", name, first.device, kernel, why, "".join(f"; {text}" for text in slower))
 
 
+# ---- gradients and vmap ----
+
+
+_transforms_active = torch._C._are_functorch_transforms_active
+_NO_OUTPUTS = (None, None, None)
+
+
+def _require_grad(x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold, *outputs):
+    try:
+        if x.requires_grad or f.requires_grad or rows.requires_grad:
+            return True
+        for tensor in (u, m1, m2, v, grad, noise, y, rescale, threshold, *outputs):
+            if tensor is not None and tensor.requires_grad:
+                return True
+    except AttributeError:
+        return False  # not a tensor: about to be refused
+    return _transforms_active()  # torch.func's: what vmap has wrapped does not tell
+
+
+def _by_name(inputs, outputs):
+    return dict(zip((*INPUTS, "out", "m0", "y_out", "model_input"), (*inputs, *outputs), strict=True))
+
+
 def _refuse_gradients(**tensors):
     """A gradient would stop here in silence."""
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             fail(
-                f"{name}: expected a tensor that does not require grad, or torch.no_grad(): the step has no gradient yet"
+                f"{name}: expected a tensor that does not require grad, or torch.no_grad(): a step that writes to "
+                "given tensors has no gradient"
             )
+
+
+def _refuse_tangents(inputs):
+    for name, tensor in zip(INPUTS, inputs, strict=True):
+        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            fail(f"{name}: expected a tensor without a tangent: the step has no forward-mode derivative")
+
+
+class _Step(torch.autograd.Function):
+    """An op with its gradient, on a backend by name. Only the inputs are kept; noise made from seeds is made again."""
+
+    @staticmethod
+    def forward(backend, op, x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold):
+        run = getattr(_BACKENDS[backend][0](), op)
+        return run(x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, next_bar, m0_bar=None, second_bar=None):
+        x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold = ctx.saved_tensors
+        wanted = [name for name, needed in zip(INPUTS, ctx.needs_input_grad[2:], strict=True) if needed]
+        z = noise
+        if seeds is not None and ("v" in wanted or "rows" in wanted):
+            zeros = torch.zeros_like(x, dtype=torch.float32)
+            drawn = noise_rows(rows.detach())
+            z = _BACKENDS[ctx.backend][0]().step(zeros, zeros, drawn, index, None, None, None, None, None, None, seeds)
+        bars = step_gradients(
+            wanted, (next_bar, m0_bar, second_bar), x, f, rows, index, u, m1, m2, v, grad, z, y, rescale, threshold
+        )
+        return None, None, *(bars.get(name) for name in INPUTS)
+
+    @staticmethod
+    def vmap(info, in_dims, backend, op, *inputs):
+        return _folded(functools.partial(_Step.apply, backend, op), info, in_dims[2:], inputs)
+
+
+def _folded(run, info, in_dims, inputs):
+    """vmap of `run`: its dimension becomes the outer part of the batch."""
+    size = info.batch_size
+    one = [t if dim is None else t.select(dim, 0) for t, dim in zip(inputs, in_dims, strict=True)]
+    check_step(*one)
+
+    def outermost(tensor, dim):
+        return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+    tensors = dict(zip(INPUTS, inputs, strict=True))
+    dims = dict(zip(INPUTS, in_dims, strict=True))
+    rows, index, count = tensors["rows"], tensors["index"], one[2].shape[0]
+    if dims["rows"] is not None or dims["index"] is not None or index.dim():
+        index = outermost(index, dims["index"])
+        index = (index if index.dim() == 2 else index[:, None]).expand(size, one[0].shape[0])
+        if dims["rows"] is not None:
+            rows = outermost(rows, dims["rows"]).flatten(0, 1)
+            first = count * torch.arange(size, device=index.device)[:, None]
+            index = torch.where((index >= 0) & (index < count), first + index, -1)
+        index = index.flatten()
+    folded = {name: t if t is None else outermost(t, dims[name]).flatten(0, 1) for name, t in tensors.items()
+              if name not in ("rows", "index")}  # fmt: skip
+    folded |= {"rows": rows, "index": index}
+    results = run(*(folded[name] for name in INPUTS))
+    if isinstance(results, tuple):
+        return tuple(result.unflatten(0, (size, -1)) for result in results), (0, 0)
+    return results.unflatten(0, (size, -1)), 0
+
+
+def _register_vmap(op):
+    def rule(info, in_dims, *inputs):
+        absent = [None] * (len(INPUTS) - len(inputs))
+        return _folded(getattr(_DISPATCHED, op), info, [*in_dims, *absent], [*inputs, *absent])
+
+    torch.library.register_vmap(f"epskernels::{op}", rule, lib=_library)
+
+
+def _refuse_vmap(op):
+    def refuse(*args, **kwargs):
+        fail(f"{op}: expected no torch.vmap around an op that writes to its arguments; step, step_m0 and step_y take it")
+
+    _library.impl(op, refuse, "FuncTorchBatched")
+
+
+def _vmap_normal(info, in_dims, seeds, shape, *options, **named):
+    seeds = seeds.movedim(in_dims[0], 0)
+    if seeds.dim() != 2:
+        fail(f"seeds: expected shape (B,), got {shape_of(seeds[0])}")
+    return _DISPATCHED.normal(seeds.flatten(), shape, *options, **named).unflatten(0, seeds.shape), 0
+
+
+for _name in ("step", "step_m0", "step_y"):
+    _register_vmap(_name)
+for _name in ("step_out", "step_"):
+    _refuse_vmap(_name)
+torch.library.register_vmap("epskernels::normal", _vmap_normal, lib=_library)
 
 
 # ---- the public functions ----
@@ -385,7 +518,8 @@ def step(
     if isinstance(table, Table):
         rows = table.rows
         if type(index) is int and 0 <= index < len(table.row_index):
-            index = table.row_index[index]
+            # A compiled graph then takes any row, an eager call a tensor made before.
+            index = table.index[index] if is_dynamo_compiling() else table.row_index[index]
     else:
         rows = table
     if type(index) is int:
@@ -393,23 +527,19 @@ def step(
             fail(f"index: expected an integer of 64 bits, got {index}")
         index = torch.tensor(index, device=getattr(x, "device", None))
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
-    if is_grad_enabled():
-        given = dict(zip(INPUTS, inputs, strict=True)) | {
-            "out": out,
-            "m0": m0,
-            "y_out": y_out,
-            "model_input": model_input,
-        }
-        _refuse_gradients(**given)
+    outputs = (out, m0, y_out, model_input)
     functions = _chosen(x, backend) if _choices or backend is not None else _DISPATCHED
     if _logs_calls and not is_compiling():
-        given = dict(zip(INPUTS, inputs, strict=True)) | {
-            "out": out,
-            "m0": m0,
-            "y_out": y_out,
-            "model_input": model_input,
-        }
-        _log_call("step", functions, backend, given)
+        _log_call("step", functions, backend, _by_name(inputs, outputs))
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(inputs)
+    if is_grad_enabled() and _require_grad(*inputs, *outputs):
+        if out is None and m0 is None and y_out is None and model_input is None:
+            if is_compiling() and _transforms_active():  # Dynamo would drop the gradient
+                fail("step: expected no transform of torch.func within torch.compile, which would lose its gradient")
+            op = "step_y" if return_y else "step_m0" if return_m0 else "step"
+            return _Step.apply(_chosen_name(backend), op, *inputs)
+        _refuse_gradients(**_by_name(inputs, outputs))
     if out is None and m0 is None and y_out is None and model_input is None:
         if return_y:
             return functions.step_y(*inputs)
@@ -421,6 +551,9 @@ def step(
     if out is None:
         out = torch.empty_like(x)
     functions.step_out(*inputs, out=out, m0=m0, y_out=y_out, model_input=model_input)
+    if not is_dynamo_compiling():  # autograd may have kept what is overwritten, and then refuses to go on with it
+        outputs = (out, m0, y_out, model_input)
+        increment_version(out if outputs[1:] == _NO_OUTPUTS else [t for t in outputs if t is not None])
     return (out, m0, y_out) if return_y else (out, m0) if return_m0 else out
 
 

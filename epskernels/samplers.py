@@ -6,7 +6,7 @@ denoised estimate m0 from the model's output with lambda_t folded in, and x' as 
 
 import numpy as np
 
-from .scaling import as_scaling
+from .scaling import as_scaling, scale
 from .schedule import DiscreteSchedule, FlowSchedule, Grid, KarrasSchedule
 from .table import Table
 
@@ -53,8 +53,8 @@ def denoiser(prediction, grid, lambda_t):
         row = int(np.flatnonzero(scaled & (alpha == 0))[0])
         raise ValueError(f"lambda: expected 1 where alpha is 0 (step {row}), got {lambda_t[row]:g}")
     safe_alpha = np.where(alpha == 0, 1.0, alpha)
-    d_x = np.where(scaled, d_x / lambda_t + (1 - 1 / lambda_t) / safe_alpha, d_x)
-    return d_x, np.where(scaled, d_f / lambda_t, d_f), f_x0, f_eps
+    scaled_d_x, scaled_d_f = scale(d_x, d_f, safe_alpha, lambda_t)
+    return np.where(scaled, scaled_d_x, d_x), np.where(scaled, scaled_d_f, d_f), f_x0, f_eps
 
 
 def _clip_value(clip):

@@ -109,6 +109,12 @@ def as_scaling(scaling):
     raise TypeError(f"scaling: expected an EpsilonScaling or a number, got {type(scaling).__name__}")
 
 
+def scale(d_x, d_f, alpha, lambda_t):
+    """(d_x, d_f) of m0 = d_x*x + d_f*f with eps -> eps/lambda_t: x0' = (1 - 1/lambda_t)*x/alpha + x0/lambda_t. For arrays or
+    tensors."""
+    return d_x / lambda_t + (1 - 1 / lambda_t) / alpha, d_f / lambda_t
+
+
 # ---- the published settings (FIDs: baseline, then with Epsilon Scaling) ----
 
 _ADM_DATASETS = ("CIFAR-10", "LSUN tower 64", "FFHQ 128", "ImageNet 64", "ImageNet 128")

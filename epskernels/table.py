@@ -14,6 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from .scaling import scale
+
 # The order of csrc/step.h::StepRow.
 COLUMNS = (
     "d_x", "d_f", "clip", "g",
@@ -48,7 +50,7 @@ class Table:
     this one was concatenated from.
     """
 
-    __slots__ = ("_values", "rows", "index", "row_index", "parts", "discrete")
+    __slots__ = ("_values", "_unscaled", "rows", "index", "row_index", "parts", "discrete")
 
     def __init__(self, values, *, name="table", initial_sigma=1.0, discrete=False, parts=None, device="cpu"):
         if not isinstance(values, Mapping):
@@ -80,6 +82,7 @@ class Table:
         index = torch.arange(length, device=device)
         for attribute, value in (
             ("_values", columns),
+            ("_unscaled", _unscaled(columns)),
             ("rows", rows.to(device)),
             ("index", index),
             ("row_index", index.unbind()),
@@ -148,6 +151,36 @@ class Table:
         """Some row can shift its mean by a classifier's gradient."""
         return bool(self["c_grad"].any())
 
+    def scaled_rows(self, lambda_t):
+        """The rows with another lambda_t, differentiable in it: float32 (R, columns), to pass in the table's place.
+
+        lambda_t: float32 or float64, () or (R,), a value for each row (edm_heun has two rows in a step), on the table's
+        device. Worked out in float64 and rounded once, as a sampler does it. Where alpha_in is 0 a row stays as it is: no
+        other lambda_t is defined there. One that is not above 0 gives a row of NaN: the step refuses it, a GPU's passes it on.
+        Raises ValueError for another shape, dtype or device, or a table whose d_x and d_f are not those of its provenance.
+        """
+        if self._unscaled is None:
+            raise ValueError(
+                f"scaled_rows: {self.name} has d_x, d_f that its alpha_in, sigma_in, f_x0, f_eps and lambda_t do not give"
+            )
+        if not isinstance(lambda_t, torch.Tensor) or lambda_t.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"lambda_t: expected a tensor of float32 or float64, got {getattr(lambda_t, 'dtype', lambda_t)}"
+            )
+        if lambda_t.dim() > 1 or lambda_t.numel() != len(self) ** lambda_t.dim() or lambda_t.device != self.device:
+            raise ValueError(
+                f"lambda_t: expected shape () or ({len(self)},) on {self.device}, "
+                f"got {tuple(lambda_t.shape)} on {lambda_t.device}"
+            )
+        d_x, d_f, alpha = self._unscaled.to(self.device).unbind()
+        lambda_t = torch.where(lambda_t > 0, lambda_t.double(), torch.nan)
+        scaled = scale(d_x, d_f, torch.where(alpha == 0, 1.0, alpha), lambda_t)
+        columns = list(self.rows.unbind(1))
+        for name, column in zip(("d_x", "d_f"), scaled, strict=True):
+            i = COLUMNS.index(name)
+            columns[i] = torch.where(alpha == 0, columns[i], column.float())
+        return torch.stack(columns, 1)
+
     def to(self, device):
         """The same table with its rows on `device`."""
         if torch.device(device) == self.device:
@@ -191,6 +224,19 @@ def concat(tables):
         parts += [(name, first + start, length, sigma) for name, start, length, sigma in table.parts]
         first += len(table)
     return Table(values, discrete=tables[0].discrete, parts=parts, device=tables[0].device)
+
+
+def _unscaled(columns):
+    """d_x and d_f for lambda_t = 1, and alpha_in: float64 (3, R); None where lambda_t does not lead from them to the columns."""
+    alpha, sigma, f_x0, f_eps = (columns[key] for key in ("alpha_in", "sigma_in", "f_x0", "f_eps"))
+    with np.errstate(all="ignore"):
+        determinant = alpha * f_eps - sigma * f_x0
+        d_x, d_f = f_eps / determinant, -sigma / determinant
+        scaled = scale(d_x, d_f, np.where(alpha == 0, 1.0, alpha), columns["lambda_t"])
+        for key, column in zip(("d_x", "d_f"), scaled, strict=True):
+            if not (np.abs(column - columns[key]) <= _TOLERANCE * (1 + np.abs(column))).all():
+                return None
+    return torch.from_numpy(np.stack([d_x, d_f, alpha]))
 
 
 def _check(columns, parts):

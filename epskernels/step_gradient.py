@@ -1,0 +1,143 @@
+"""The step's gradient, in PyTorch operations, so that it can be differentiated and compiled; the forward pass stays one kernel.
+
+a_bar is the derivative of the loss by a. Written out by hand from epskernels/step_reference.py::step_reference, with m0 the
+clamp of p = d_x*x + d_f*fhat and T = m0_bar + c_m0*x'_bar + k_m0*y'_bar (without threshold and rescale):
+
+    p_bar = T where -clip <= p <= clip, else 0             torch.clamp's: it passes at the bounds
+    fhat_bar = d_f*p_bar + c_f*x'_bar,  f_bar = g*fhat_bar,  u_bar = (1 - g)*fhat_bar
+    x_bar = c_x*x'_bar + k_x*y'_bar + d_x*p_bar
+
+and so on. Rounding counts as the identity. A coefficient's gradient is a sum over the elements of all samples that use its row.
+An idle coefficient has its term's gradient where the term's tensor is there, but for elements that are not finite, which
+count as zero: uninitialised history stays harmless. `draw`, `guided_channels`, `t`, `c_in` and `c_in_next` have none.
+"""
+
+import torch
+
+from .table import COLUMNS
+
+
+def noise_rows(rows):
+    """Rows by which the step's x' is the noise that `rows` draw, for an x and an f of zeros."""
+    made = torch.zeros_like(rows)
+    made[:, COLUMNS.index("draw")] = rows[:, COLUMNS.index("draw")]
+    made[:, COLUMNS.index("clip")] = float("inf")
+    made[:, COLUMNS.index("g")] = made[:, COLUMNS.index("c_noise")] = 1.0
+    return made
+
+
+def step_gradients(wanted, bars_out, x, f, rows, index, u, m1, m2, v, grad, z, y, rescale, threshold):
+    """{name: gradient, in the tensor's dtype} of those inputs of a step that `wanted` names.
+
+    bars_out: x'_bar, m0_bar and y'_bar, as x; the last two may be None. z: the normals, given or made, or None where neither
+    v nor rows is wanted. Computed in float32, or in float64 where x is.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    given = {"x": x, "f": f, "rows": rows, "u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": z, "y": y,
+             "rescale": rescale, "threshold": threshold}  # fmt: skip
+    dtypes = {name: tensor.dtype for name, tensor in given.items() if tensor is not None}
+    x, f, u, m1, m2, v, grad, z, y = (t if t is None else t.to(dtype) for t in (x, f, u, m1, m2, v, grad, z, y))
+    next_bar, m0_bar, second_bar = (bar if bar is None else bar.to(dtype) for bar in bars_out)
+    each = (-1, *[1] * (x.dim() - 1))  # one number for each sample
+    # By index_select, which does not wait for the device; a sample whose index is out of range is NaN already.
+    which = index.reshape(-1).clamp(0, rows.shape[0] - 1)
+    row = rows.index_select(0, which).to(dtype).reshape(-1, len(COLUMNS), *each[1:])
+    row = dict(zip(COLUMNS, row.unbind(1), strict=True))
+
+    def held(tensor, idle):
+        return tensor if tensor is None else torch.where(idle & ~tensor.isfinite(), 0.0, tensor)
+
+    def through(c, k):
+        """The derivative by what x' has c times, and y' k times."""
+        bar = row[c] * next_bar
+        return bar if second_bar is None else bar + row[k] * second_bar
+
+    output, gain = f, None  # of the network, guided; its derivative by f
+    if u is not None:
+        channels = (*x.shape[1:2], *[1] * (x.dim() - 2))
+        channel = torch.arange(channels[0] if channels else 1, device=x.device).reshape(1, *channels)
+        guided = (row["guided_channels"] == 0) | (channel < row["guided_channels"])
+        plain = (row["g"] == 1) | ~guided
+        difference = torch.where(guided, held(f - u, plain), 0.0)
+        gain = torch.where(guided, row["g"], 1.0)
+        # Of the same value as f where that is the output, and with a derivative by g.
+        output = torch.where(plain, f + (row["g"] - 1) * difference, u + row["g"] * difference)
+    fhat = output if rescale is None else rescale.to(dtype).reshape(each) * output
+    p = row["d_x"] * x + row["d_f"] * fhat
+    m0 = clamped = p.clamp(-row["clip"], row["clip"])
+    m0_total = through("c_m0", "k_m0")
+    m0_total = m0_total if m0_bar is None else m0_bar + m0_total
+    clamped_bar = m0_total
+    if threshold is not None:
+        bound = threshold.to(dtype).reshape(each)
+        m0 = clamped.clamp(-bound, bound) / bound
+        clamped_bar = torch.where((clamped >= -bound) & (clamped <= bound), m0_total, 0.0) / bound
+    p_bar = torch.where((p >= -row["clip"]) & (p <= row["clip"]), clamped_bar, 0.0)
+    fhat_bar = row["d_f"] * p_bar + row["c_f"] * next_bar
+    output_bar = fhat_bar if rescale is None else rescale.to(dtype).reshape(each) * fhat_bar
+    z, grad = held(z, row["c_noise"] == 0), held(grad, row["c_grad"] == 0)
+
+    s = None
+    if v is not None:
+        idle = (row["logvar_min"] == 0) & (row["logvar_max"] == 0)
+        known = ~idle | v.isfinite()
+        frac = (held(v, idle) + 1.0) * 0.5
+        exponent = 0.5 * (frac * row["logvar_max"] + (1.0 - frac) * row["logvar_min"])
+        s = exponent.clamp(-87.0, 88.0).exp()
+        s_bar = torch.zeros_like(s)
+        if z is not None:
+            s_bar = s_bar + row["c_noise"] * z * next_bar
+        if grad is not None:
+            s_bar = s_bar + row["c_grad"] * 2.0 * s * grad * next_bar
+        exponent_bar = torch.where(known & (exponent >= -87.0) & (exponent <= 88.0), s_bar * s, 0.0)
+
+    bars = {}
+    if "x" in wanted:
+        bars["x"] = through("c_x", "k_x") + row["d_x"] * p_bar
+    if "f" in wanted:
+        bars["f"] = output_bar if gain is None else gain * output_bar
+    if "u" in wanted:
+        bars["u"] = (1.0 - gain) * output_bar
+    for name in ("m1", "m2", "y"):
+        if name in wanted:
+            bars[name] = through(f"c_{name}", f"k_{name}")
+    if "v" in wanted:
+        bars["v"] = exponent_bar * (0.25 * (row["logvar_max"] - row["logvar_min"]))
+    if "grad" in wanted:
+        bars["grad"] = row["c_grad"] * (next_bar if s is None else s * s * next_bar)
+    if "noise" in wanted:
+        bars["noise"] = row["c_noise"] * (next_bar if s is None else s * next_bar)
+    if "rescale" in wanted:
+        bars["rescale"] = (fhat_bar * output).sum_to_size(x.shape[0], *each[1:]).flatten()
+    if "threshold" in wanted:
+        bars["threshold"] = (-clamped_bar * clamped / bound).sum_to_size(x.shape[0], *each[1:]).flatten()
+    if "rows" in wanted:
+        terms = {
+            "d_x": p_bar * x,
+            "d_f": p_bar * fhat,
+            "clip": torch.where(p > row["clip"], clamped_bar, torch.where(p < -row["clip"], -clamped_bar, 0.0)),
+            "c_x": next_bar * x,
+            "c_f": next_bar * fhat,
+            "c_m0": next_bar * m0,
+        }
+        if u is not None:
+            terms["g"] = output_bar * difference
+        if grad is not None:
+            terms["c_grad"] = next_bar * (grad if s is None else s * s * grad)
+        if z is not None:
+            terms["c_noise"] = next_bar * (z if s is None else s * z)
+        if v is not None:
+            terms["logvar_max"] = exponent_bar * 0.5 * frac
+            terms["logvar_min"] = exponent_bar * 0.5 * (1.0 - frac)
+        if second_bar is not None:
+            terms |= {"k_x": second_bar * x, "k_m0": second_bar * m0}
+        for name, tensor in (("m1", m1), ("m2", m2), ("y", y)):
+            if tensor is not None:
+                terms[f"c_{name}"] = next_bar * held(tensor, row[f"c_{name}"] == 0)
+                if second_bar is not None:
+                    terms[f"k_{name}"] = second_bar * held(tensor, row[f"k_{name}"] == 0)
+        sums = {name: term.sum_to_size(row["c_x"].shape).flatten() for name, term in terms.items()}
+        none = torch.zeros_like(sums["c_x"])
+        by_sample = torch.stack([sums.get(name, none) for name in COLUMNS], 1)
+        bars["rows"] = torch.zeros_like(rows).index_add(0, which, by_sample.to(rows.dtype))
+    return {name: bar.to(dtypes[name]) for name, bar in bars.items()}
