@@ -393,11 +393,11 @@ def _run_step(launch, written, x, f, rows, index, u, m1, m2, v, grad, noise, see
 
 
 def _run_normal(launch, out, seeds, draw, stream, block=None):
-    numel = out.numel() // len(seeds)
+    numel = out.numel() // seeds.shape[0]
     size, warps = block or _block_of(numel)
     tiles = triton.cdiv(numel, size)
-    arguments = out, seeds, seeds.stride(0), draw, stream, numel, None if len(seeds) == 1 else tiles
-    launch((len(seeds) * tiles,), *arguments, BLOCK=size, num_warps=warps)
+    arguments = out, seeds, seeds.stride(0), draw, stream, numel, None if seeds.shape[0] == 1 else tiles
+    launch((seeds.shape[0] * tiles,), *arguments, BLOCK=size, num_warps=warps)
 
 
 def _launcher(kernel, device):
@@ -437,7 +437,7 @@ def triton_normal_op(seeds: Tensor, shape: list[int], dtype: torch.dtype, draw: 
     def launch(grid, *arguments, **options):
         wrap_triton(normal_kernel)[grid](*arguments, **options)
 
-    out = torch.empty((len(seeds), *shape), dtype=dtype, device=seeds.device)
+    out = torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
     _run_normal(launch, out, seeds, draw, stream)
     return out
 
@@ -498,7 +498,7 @@ def triton_normal(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
         return torch.ops.epskernels.triton_normal(seeds, shape, dtype, draw, stream)
     check_normal(seeds, shape, dtype, draw, stream)
     launch = _launcher(normal_kernel, seeds.device)
-    out = torch.empty((len(seeds), *shape), dtype=dtype, device=seeds.device)
+    out = torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
     _run_normal(launch, out, seeds, draw, stream)
     return out
 

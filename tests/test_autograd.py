@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from test_step_bits import assert_same_bits, each_dtype_pair, make_row, random_rows
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import epskernels
 from epskernels import samplers, schedule
@@ -482,6 +483,20 @@ def test_compiled_gradients(names):
     got = backward(compiled(leaves, index), weights, leaves)
     for key, gradient in got.items():
         assert torch.equal(gradient, expected[key]), key
+
+
+def test_compiled_gradients_of_any_size_are_compiled_once():
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(functools.partial(step, return_m0=True), backend=counter, fullgraph=True, dynamic=True)
+    for shape in ((2, 4, 5), (4, 6, 7), (5, 7, 9)):  # none of 3, the number of rows: Dynamo takes equal sizes for one
+        rows, inputs = call(("u", "v", "seeds"), 46, shape)
+        index, weights = torch.arange(shape[0]) % 3, torch.randn(2, *shape)
+        leaves = required(inputs, rows)
+        expected = backward(step(leaves, index, return_m0=True), weights, leaves)
+        for key, gradient in backward(compiled(leaves, index), weights, leaves).items():
+            assert torch.equal(gradient, expected[key]), key
+    assert counter.frame_count == 1
 
 
 def test_compiled_gradients_by_inductor():
