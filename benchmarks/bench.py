@@ -331,20 +331,56 @@ def by_real_model():
 
 
 def by_call():
-    """What a call costs: 1,024 elements."""
+    """What a call costs: 1,024 elements; as PyTorch's modes have it, and compiled."""
     table, _, _ = FEATURES["plain"]
     op, index = torch.ops.epskernels.step.default, table.row_index[ROW]
+    add = "torch.add(x, f)"
 
-    def make(run):
+    def make(run, around=lambda function: function):
         x, f, y = torch.randn(1, 1024), torch.randn(1, 1024), torch.empty(1, 1024)
-        return {OURS: lambda: run(x, f, y), "torch.add(x, f)": lambda: torch.add(x, f)}
+        return {OURS: around(lambda: run(x, f, y)), add: around(lambda: torch.add(x, f))}
 
+    def within(mode):
+        def hundred(function):
+            def run():
+                with mode():
+                    for _ in range(100):
+                        function()
+
+            return run
+
+        return hundred
+
+    def make_compiled(run):
+        ours = compiled(run)  # which forgets what was compiled before
+        peer = torch.compile(torch.add, dynamic=False, fullgraph=True)
+        x, f, y, i = torch.randn(1, 1024), torch.randn(1, 1024), torch.empty(1, 1024), index
+        return {
+            OURS: lambda: ours(x, f, i, y),
+            "torch.compile of torch.add": lambda: peer(x, f),
+            add: lambda: torch.add(x, f),
+        }
+
+    functional, into = lambda x, f, y: step(x, f, table, ROW), lambda x, f, y: step(x, f, table, ROW, out=y)  # noqa: E731
     for name, run, target in (
         ("torch.ops.epskernels.step", lambda x, f, y: op(x, f, table.rows, index), 4.0),
-        ("epskernels.step", lambda x, f, y: step(x, f, table, ROW), 4.0),
-        ("epskernels.step, out=", lambda x, f, y: step(x, f, table, ROW, out=y), None),
+        ("epskernels.step", functional, 4.0),
+        ("epskernels.step, out=", into, None),
     ):
-        yield Comparison("call", name, lambda run=run: make(run), {"numel": 1024}, {"torch.add(x, f)": target})
+        yield Comparison("call", name, lambda run=run: make(run), {"numel": 1024}, {add: target})
+    for name, mode in (
+        ("inference_mode", torch.inference_mode),
+        ("grad mode, no input requires grad", torch.enable_grad),
+    ):
+        for form, run in (("", functional), (", out=", into)):
+            making = lambda run=run, mode=mode: make(run, within(mode))  # noqa: E731
+            yield Comparison("call", f"100 of epskernels.step{form}, {name}", making, {"numel": 1024})
+    for form, run in (
+        ("", lambda x, f, i, y: step(x, f, table, i)),
+        (", out=", lambda x, f, i, y: step(x, f, table, i, out=y)),
+    ):
+        making = lambda run=run: make_compiled(run)  # noqa: E731
+        yield Comparison("call", f"epskernels.step{form}, compiled", making, {"numel": 1024})
 
 
 def memory():

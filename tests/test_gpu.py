@@ -240,6 +240,97 @@ def test_a_graphed_loop_has_one_kernel_of_the_sampler_per_model_call():
     assert all(after - before == 2 for before, after in itertools.pairwise(steps)), kernels
 
 
+def as_argument(backend):
+    """A compiled graph dispatches by device, which is the CUDA kernel, unless told otherwise."""
+    return None if backend == "cuda" else backend
+
+
+@each_backend
+def test_reduce_overhead_replays_for_every_row(backend):
+    """Inductor's CUDA graphs: nothing keeps it from them, and the row's index is read anew in each replay."""
+    table, seeds = samplers.ddpm(schedule.linear(), 8, scaling=1.01).to("cuda"), torch.arange(3, device="cuda")
+
+    def run(x, index, seeds):
+        return epskernels.step(x, x * 0.5, table.rows, index, seeds=seeds, backend=as_argument(backend))
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(run, mode="reduce-overhead", fullgraph=True)
+    x = expected = epskernels.normal(seeds, (3, 33))
+    for index in table.row_index:
+        torch.compiler.cudagraph_mark_step_begin()
+        x = compiled(x, index, seeds).clone()
+        expected = run(expected, index, seeds)
+        assert_same_bits(x.cpu(), expected.cpu(), "x'")
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+@each_backend
+def test_a_compiled_step_is_one_kernel(backend):
+    """In place, in a new tensor, and with its noise: the device runs one kernel for a model call's update."""
+    table, seeds = samplers.ddpm(schedule.linear(), 8, scaling=1.01).to("cuda"), torch.arange(3, device="cuda")
+    x, f = torch.randn(2, 3, 5, 64, 64, device="cuda")
+    forms = {
+        "new": lambda x, f, index: epskernels.step(x, f, table.rows, index, seeds=seeds, backend=as_argument(backend)),
+        "out": lambda x, f, index: epskernels.step(
+            x, f, table.rows, index, seeds=seeds, out=x, backend=as_argument(backend)
+        ),
+    }
+    for called, form in forms.items():
+        torch._dynamo.reset()
+        compiled = torch.compile(form, fullgraph=True)
+        for index in table.row_index[:2]:
+            compiled(x, f, index)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for index in table.row_index:
+                compiled(x, f, index)
+            torch.cuda.synchronize()
+        ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        assert len(ran) == len(table), (called, ran)
+
+
+@each_backend
+def test_compiled_for_any_size_once(backend):
+    table = samplers.ddpm(schedule.linear(), 8, scaling=1.01).to("cuda")
+
+    def run(x, index, seeds):
+        return epskernels.step(x * 2, x, table.rows, index, seeds=seeds, backend=as_argument(backend))
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=True)
+    for shape in ((2, 3, 17, 19), (5, 4, 20, 22)):
+        x, seeds = torch.randn(shape, device="cuda"), torch.arange(shape[0], device="cuda")
+        assert_same_bits(compiled(x, seeds, seeds).cpu(), run(x, seeds, seeds).cpu(), "x'")
+    assert counter.frame_count == 1
+
+
+@each_backend
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_are_those_of_the_cpu(backend, compiled):
+    inputs = make_inputs((3, 1003), NAMES, 16, special=0)
+    rows, index = random_rows(4, NAMES, 17, idle=0).clamp(-2, 2), torch.tensor([3, 0, 3])
+    rows[:, COLUMNS.index("clip")].clamp_(min=0.5)
+    rows[:, COLUMNS.index("draw")] = torch.arange(4.0)
+    found = []
+    torch._dynamo.reset()
+    for device in ("cpu", "cuda"):
+        leaves = on_gpu(inputs | {"rows": rows}, device)
+        leaves = {key: leaf if key == "seeds" else leaf.detach().requires_grad_() for key, leaf in leaves.items()}
+        wanted = [leaf for key, leaf in leaves.items() if key != "seeds"]
+
+        def loss(x, f, rows, device=device, **more):
+            chosen = as_argument(backend) if device == "cuda" else None
+            results = epskernels.step(x, f, rows, index.to(device), **more, return_m0=True, backend=chosen)
+            return sum((result * result).sum() for result in results)
+
+        run = torch.compile(loss, fullgraph=True) if compiled and device == "cuda" else loss
+        found.append([gradient.cpu() for gradient in torch.autograd.grad(run(**leaves), wanted)])
+    for got, expected in zip(*reversed(found), strict=True):
+        assert ((got - expected).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1)).item()
+
+
 # ---- several devices ----
 
 
