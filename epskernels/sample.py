@@ -1,6 +1,7 @@
 """The sampling loop: one model call and one step per row of a table. It knows no sampler by name."""
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from tqdm.auto import tqdm
 
 from .ops import as_seeds, normal, step
@@ -27,12 +28,14 @@ def sample(
         raise ValueError(f"cond_fn: {table.name} has no classifier guidance (c_grad is 0)")
     table = table.to(device or table.device)
     seeds = as_seeds(seeds, table.device)
-    timesteps = torch.tensor(table["t"], dtype=torch.int64 if table.discrete else torch.float32, device=table.device)
+    t_dtype = torch.int64 if table.discrete else torch.float32
+    timesteps = torch.tensor([t for t, _ in table.calls], dtype=t_dtype, device=table.device)
 
     x = (table.initial_sigma * normal(seeds, shape)).to(dtype)
     m1 = m2 = y = None
-    for i in tqdm(range(len(table)), desc=table.name, disable=not progress):
-        t, c_in = timesteps[i].expand(len(x)), table["c_in"][i]
+    rows = range(len(table))
+    for i in rows if is_dynamo_compiling() else tqdm(rows, desc=table.name, disable=not progress):
+        t, c_in = timesteps[i].expand(x.shape[0]), table.calls[i][1]
         f, u, v = _outputs(model(x if c_in == 1 else c_in * x, t), x, table)
         grad = None if cond_fn is None else cond_fn(x, t).to(dtype)
         inputs = {"u": u, "v": v, "grad": grad, "m1": m1, "m2": m2, "seeds": seeds if table.needs_noise else None}

@@ -34,6 +34,16 @@ _DEFAULTS = {"clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0}
 _TOLERANCE = 1e-9
 
 
+_TRAITS = {}
+
+
+def _trait(function):
+    """A property worked out once, in the constructor: torch.compile then sees a plain value, and guards on that."""
+    name = function.__name__
+    _TRAITS[name] = function
+    return property(lambda self: self._traits[name], doc=function.__doc__)
+
+
 class Table:
     """An immutable table of R rows.
 
@@ -50,7 +60,7 @@ class Table:
     this one was concatenated from.
     """
 
-    __slots__ = ("_values", "_unscaled", "rows", "index", "row_index", "parts", "discrete")
+    __slots__ = ("_values", "_unscaled", "_traits", "rows", "index", "row_index", "parts", "discrete")
 
     def __init__(self, values, *, name="table", initial_sigma=1.0, discrete=False, parts=None, device="cpu"):
         if not isinstance(values, Mapping):
@@ -90,6 +100,7 @@ class Table:
             ("discrete", bool(discrete)),
         ):
             object.__setattr__(self, attribute, value)
+        object.__setattr__(self, "_traits", {name: function(self) for name, function in _TRAITS.items()})
 
     def __setattr__(self, name, value):
         raise AttributeError(f"a Table is immutable: cannot set {name}")
@@ -122,31 +133,37 @@ class Table:
         """Standard deviation of the initial latent of the first part."""
         return self.parts[0][3]
 
-    @property
+    @_trait
+    def calls(self):
+        """What each model call is fed: a tuple of R pairs (t, c_in), t an int where it is discrete."""
+        t = self["t"].astype(np.int64) if self.discrete else self["t"]
+        return tuple(zip(t.tolist(), self["c_in"].tolist(), strict=True))
+
+    @_trait
     def history(self):
         """How many earlier m0 the rows read: 0, 1 or 2."""
         second = self["c_m2"].any() or self["k_m2"].any()
         return 2 if second else 1 if self["c_m1"].any() or self["k_m1"].any() else 0
 
-    @property
+    @_trait
     def second_state(self):
         """Some row writes, or reads, the second state y."""
         return any(self[key].any() for key in ("c_y", *SECOND_STATE))
 
-    @property
+    @_trait
     def needs_noise(self):
         return bool(self["c_noise"].any())
 
-    @property
+    @_trait
     def learned_variance(self):
         return bool(self["logvar_min"].any() or self["logvar_max"].any())
 
-    @property
+    @_trait
     def guided(self):
         """Some row has g != 1, and so needs the unconditional output u."""
         return bool((self["g"] != 1).any())
 
-    @property
+    @_trait
     def takes_grad(self):
         """Some row can shift its mean by a classifier's gradient."""
         return bool(self["c_grad"].any())

@@ -3,6 +3,7 @@
 import collections
 import functools
 
+import markdown_examples
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
@@ -175,6 +176,25 @@ def test_a_compiled_model_and_step_is_compiled_once_for_all_rows():
     assert torch.equal(x, expected) and counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_sample_is_one_graph(name):
+    """The package's own loop, model and all; other seeds take the same graph."""
+    table, counter = TABLES[name], CompileCounter()
+
+    def model(x, t):
+        f = torch.tanh(x + t.reshape(-1, 1, 1) * 1e-3) * 0.5
+        f = torch.cat([f, torch.sin(f)], 1) if table.learned_variance else f
+        return (f, f * 0.3) if table.guided else f
+
+    def run(seeds):
+        return epskernels.sample(model, table, seeds, (3, 5))
+
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for seeds in (torch.tensor([7, 8]), torch.tensor([-1, 2**62])):
+        assert torch.equal(compiled(seeds), run(seeds))
+    assert counter.frame_count == 1
+
+
 # ---- what Inductor makes of it ----
 
 
@@ -282,3 +302,7 @@ def test_reduce_overhead():
         x = compiled(x, index)
         expected = epskernels.step(expected, expected * 0.5, TABLE, index, seeds=seeds)
     assert torch.equal(x, expected)
+
+
+def test_the_page_on_production_use(tmp_path):
+    markdown_examples.run("docs/production_compile.md", tmp_path)
