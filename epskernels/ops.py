@@ -433,7 +433,7 @@ def _folded(run, info, in_dims, inputs):
     folded |= {"rows": rows, "index": index}
     results = run(*(folded[name] for name in INPUTS))
     if isinstance(results, tuple):
-        return tuple(result.unflatten(0, (size, -1)) for result in results), (0, 0)
+        return tuple(result.unflatten(0, (size, -1)) for result in results), (0,) * len(results)
     return results.unflatten(0, (size, -1)), 0
 
 
@@ -447,7 +447,9 @@ def _register_vmap(op):
 
 def _refuse_vmap(op):
     def refuse(*args, **kwargs):
-        fail(f"{op}: expected no torch.vmap around an op that writes to its arguments; step, step_m0 and step_y take it")
+        fail(
+            f"{op}: expected no torch.vmap around an op that writes to its arguments; step, step_m0 and step_y take it"
+        )
 
     _library.impl(op, refuse, "FuncTorchBatched")
 

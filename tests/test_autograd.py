@@ -10,34 +10,61 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import epskernels
 from epskernels import samplers, schedule
-from epskernels.step_gradient import INPUTS, step_gradients
+from epskernels.checks import INPUTS
+from epskernels.step_gradient import step_gradients
 from epskernels.table import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-OPTIONAL = ("u", "m1", "m2", "v", "grad")
+OPTIONAL = ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold")
+PER_SAMPLE = ("rescale", "threshold")
 ALL = (*OPTIONAL, "noise")
 SUBSETS = [
     (*names, *noise)
-    for names in itertools.chain.from_iterable(itertools.combinations(OPTIONAL, n) for n in range(6))
+    for names in (*itertools.chain.from_iterable(itertools.combinations(OPTIONAL[:6], n) for n in range(7)), OPTIONAL)
     for noise in ((), ("noise",), ("seeds",))
 ]
-each_set = pytest.mark.parametrize("names", [(), ("u", "seeds"), ("m1", "m2"), ("v", "grad", "seeds"), ALL], ids=str)
+SOME = [(), ("u", "seeds"), ("m1", "m2"), ("v", "grad", "seeds"), ("u", "rescale", "threshold"), ("m1", "m2", "y"), ALL]
+FORMULA = (
+    "u",
+    "m1",
+    "m2",
+    "v",
+    "grad",
+    "noise",
+    "y",
+    "rescale",
+    "threshold",
+)  # in the order of the formula's arguments
+each_set = pytest.mark.parametrize("names", SOME, ids=lambda names: "-".join(names) or "bare")
 
 
-def formula(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, z=None):
-    """(x', m0) by the README's formula; no term is left out of it."""
-    row = dict(zip(COLUMNS, rows[index].reshape(-1, len(COLUMNS), *[1] * (x.dim() - 1)).unbind(1), strict=True))
-    fhat = f if u is None else u + row["g"] * (f - u)
+def formula(
+    x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, z=None, y=None, rescale=None, threshold=None
+):
+    """(x', m0, y') by the README's formula; no term is left out of it."""
+    each = (-1, *[1] * (x.dim() - 1))
+    row = dict(zip(COLUMNS, rows[index].reshape(-1, len(COLUMNS), *each[1:]).unbind(1), strict=True))
+    fhat = f
+    if u is not None:
+        guided = row["guided_channels"].expand_as(x[:, :1] if x.dim() > 1 else x)
+        channel = torch.arange(x.shape[1]).reshape(1, -1, *[1] * (x.dim() - 2)) if x.dim() > 1 else torch.zeros(1)
+        fhat = torch.where((guided == 0) | (channel < guided), u + row["g"] * (f - u), f)
+    fhat = fhat if rescale is None else rescale.reshape(each) * fhat
     m0 = torch.clamp(row["d_x"] * x + row["d_f"] * fhat, -row["clip"], row["clip"])
+    if threshold is not None:
+        bound = threshold.reshape(each)
+        m0 = torch.clamp(m0, -bound, bound) / bound
     s = 1.0
     if v is not None:
         frac = (v + 1) / 2
         s = torch.exp((frac * row["logvar_max"] + (1 - frac) * row["logvar_min"]) / 2)
     total = row["c_x"] * x + row["c_f"] * fhat + row["c_m0"] * m0
-    for name, tensor in (("c_m1", m1), ("c_m2", m2)):
-        total = total if tensor is None else total + row[name] * tensor
+    second = row["k_x"] * x + row["k_m0"] * m0
+    for name, tensor in (("m1", m1), ("m2", m2), ("y", y)):
+        if tensor is not None:
+            total, second = total + row[f"c_{name}"] * tensor, second + row[f"k_{name}"] * tensor
     total = total if grad is None else total + row["c_grad"] * (s**2 * grad)
-    return total if z is None else total + row["c_noise"] * (s * z), m0
+    return total if z is None else total + row["c_noise"] * (s * z), m0, second
 
 
 def call(names, seed, shape=(2, 3), idle=0.25, x_dtype=torch.float32, f_dtype=torch.float32):
@@ -48,9 +75,10 @@ def call(names, seed, shape=(2, 3), idle=0.25, x_dtype=torch.float32, f_dtype=to
         at = rows[:, COLUMNS.index(column)]
         off = at == (float("inf") if column == "clip" else 1 if column == "g" else 0)
         at.copy_(torch.where(off, at, torch.empty(3).uniform_(low, high)))
-    for column in ("d_x", "d_f", *[column for column in COLUMNS if column.startswith("c_")]):
+    for column in ("d_x", "d_f", *[column for column in COLUMNS if column[:2] in ("c_", "k_")]):
         rows[:, COLUMNS.index(column)].clamp_(-2, 2)
     inputs = {key: torch.randn(shape).to(f_dtype if key in ("f", "u", "v") else x_dtype) for key in ("x", "f", *names)}
+    inputs |= {key: torch.empty(shape[0]).uniform_(0.4, 1.2) for key in PER_SAMPLE if key in names}
     if "seeds" in names:
         inputs["seeds"] = torch.randint(2**62, shape[:1])
     return rows, inputs
@@ -75,7 +103,7 @@ def required(inputs, rows):
 def backward(results, weights, leaves):
     """The leaves' gradients of a loss that is not linear in the results."""
     loss = sum(
-        (result.double() * w + (result.double() * w) ** 2).sum() for result, w in zip(results, weights, strict=True)
+        (result.double() * w + (result.double() * w) ** 2).sum() for result, w in zip(results, weights, strict=False)
     )
     wanted = {key: leaf for key, leaf in leaves.items() if key != "seeds"}
     found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
@@ -87,7 +115,8 @@ def expected_gradients(rows, index, inputs, weights):
     z = noise_of(rows, index, inputs)
     inputs = {key: value.double() for key, value in inputs.items() if key not in ("noise", "seeds")}
     leaves = required(inputs | ({} if z is None else {"z": z.double()}), rows.double())
-    gradients = backward(formula(index=index, **leaves), weights, leaves)
+    results = formula(index=index, **leaves)
+    gradients = backward(results if "y" in inputs else results[:2], weights, leaves)
     return {"noise" if key == "z" else key: value for key, value in gradients.items()}
 
 
@@ -96,6 +125,11 @@ def assert_close(got, expected, tolerance, what=""):
         size = expected[key].abs().max().clamp(min=1)
         error = ((gradient.double() - expected[key]).abs().max() / size).item()
         assert error <= tolerance, f"{what}: gradient by {key} is off by {error} of its largest"
+
+
+def results_of(leaves, index):
+    """x', m0, and y' where y is among the inputs: a row then writes it."""
+    return step(leaves, index, **{"return_y" if "y" in leaves else "return_m0": True})
 
 
 def step(leaves, index, **options):
@@ -112,15 +146,15 @@ class Float64Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, index, *tensors):
         ctx.save_for_backward(index, *tensors)
-        x, f, rows, u, m1, m2, v, grad, z = tensors
-        return formula(x, f, rows, index, u, m1, m2, v, grad, z)
+        x, f, rows, *more = tensors
+        return formula(x, f, rows, index, *more)
 
     @staticmethod
-    def backward(ctx, next_bar, m0_bar):
-        index, x, f, rows, u, m1, m2, v, grad, z = ctx.saved_tensors
-        names = ("x", "f", "rows", "u", "m1", "m2", "v", "grad", "noise")
+    def backward(ctx, *bars_out):
+        index, x, f, rows, *more = ctx.saved_tensors
+        names = ("x", "f", "rows", "u", "m1", "m2", "v", "grad", "noise", "y", "rescale", "threshold")
         wanted = [name for name, needed in zip(names, ctx.needs_input_grad[1:], strict=True) if needed]
-        bars = step_gradients(wanted, next_bar, m0_bar, x, f, rows, index, u, m1, m2, v, grad, z)
+        bars = step_gradients(wanted, bars_out, x, f, rows, index, *more)
         return None, *(bars.get(name) for name in names)
 
 
@@ -131,8 +165,9 @@ def test_gradcheck(names, index, idle):
     """First and second derivatives, of idle coefficients too."""
     names = tuple("noise" if name == "seeds" else name for name in names)
     rows, inputs = call(names, 3, (2, 2), idle)
+    rows[:, COLUMNS.index("guided_channels")] = torch.tensor([9.5, 0.5, 1.5])  # no numbers at which the result jumps
     inputs = {key: value.double().requires_grad_() for key, value in inputs.items()}
-    tensors = [inputs["x"], inputs["f"], rows.double().requires_grad_(), *(inputs.get(key) for key in ALL)]
+    tensors = [inputs["x"], inputs["f"], rows.double().requires_grad_(), *(inputs.get(key) for key in FORMULA)]
     function = functools.partial(Float64Step.apply, index)
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
@@ -145,10 +180,10 @@ def test_gradcheck(names, index, idle):
 def test_gradients_of_every_subset_of_inputs(names):
     for index, idle in ((torch.tensor([2, 0]), 0.25), (torch.tensor([1, 1]), 0), (torch.tensor(1), 0)):
         rows, inputs = call(names, 5, (2, 33), idle)
-        weights = torch.randn(2, 2, 33)
+        weights = torch.randn(3, 2, 33)
         leaves = required(inputs, rows)
-        results = step(leaves, index, return_m0=True)
-        for result, plain in zip(results, step(inputs | {"rows": rows}, index, return_m0=True), strict=True):
+        results = results_of(leaves, index)
+        for result, plain in zip(results, results_of(inputs | {"rows": rows}, index), strict=True):
             assert_same_bits(result.detach(), plain, "forward")
         got = backward(results, weights, leaves)
         assert_close(got, expected_gradients(rows, index, inputs, weights), 3e-5, f"index {index.tolist()}")
@@ -158,9 +193,9 @@ def test_gradients_of_every_subset_of_inputs(names):
 def test_gradients_have_their_inputs_dtype(x_dtype, f_dtype):
     names = (*OPTIONAL, "seeds")
     rows, inputs = call(names, 7, (2, 65), 0, x_dtype, f_dtype)
-    index, weights = torch.tensor([0, 2]), torch.randn(2, 2, 65)
+    index, weights = torch.tensor([0, 2]), torch.randn(3, 2, 65)
     leaves = required(inputs, rows)
-    got = backward(step(leaves, index, return_m0=True), weights, leaves)
+    got = backward(results_of(leaves, index), weights, leaves)
     assert {key: value.dtype for key, value in got.items()} == {
         key: leaf.dtype for key, leaf in leaves.items() if key != "seeds"
     }
@@ -170,10 +205,9 @@ def test_gradients_have_their_inputs_dtype(x_dtype, f_dtype):
 
 
 def layouts(tensor):
-    wide = torch.empty(tensor.shape[0], 2 * tensor.shape[1], *tensor.shape[2:])
     return {
         "channels_last": tensor.contiguous(memory_format=torch.channels_last),
-        "channel_half": wide[:, : tensor.shape[1]].copy_(tensor),
+        "channel_half": torch.cat([tensor, tensor], 1)[:, : tensor.shape[1]],
         "transposed": tensor.transpose(2, 3).contiguous().transpose(2, 3),
     }
 
@@ -182,13 +216,11 @@ def layouts(tensor):
 def test_gradients_in_any_layout(layout):
     names = (*OPTIONAL, "seeds")
     rows, inputs = call(names, 9, (2, 4, 3, 5))
-    index, weights = torch.tensor([0, 2]), torch.randn(2, 2, 4, 3, 5)
-    laid = {key: value if key == "seeds" else layouts(value)[layout] for key, value in inputs.items()}
-    leaves = {key: value if key == "seeds" else value.requires_grad_() for key, value in laid.items()} | {
-        "rows": rows.requires_grad_()
-    }
-    got = backward(step(leaves, index, return_m0=True), weights, leaves)
-    assert_close(got, expected_gradients(rows.detach(), index, inputs, weights), 3e-5)
+    index, weights = torch.tensor([0, 2]), torch.randn(3, 2, 4, 3, 5)
+    leaves = required(inputs, rows)
+    laid = {key: layouts(leaf)[layout] if leaf.dim() == 4 else leaf for key, leaf in leaves.items()}
+    got = backward(results_of(laid, index), weights, leaves)
+    assert_close(got, expected_gradients(rows, index, inputs, weights), 3e-5)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 1), (3, 2, 1, 1, 2)], ids=str)
@@ -217,26 +249,26 @@ def test_an_expanded_gradient_and_one_result_unused():
 def test_one_input_alone_requires_grad(alone):
     rows, inputs = call((*OPTIONAL, "seeds"), 15)
     leaves = required(inputs, rows)
-    everything = backward(step(leaves, torch.tensor(1), return_m0=True), torch.ones(2, 2, 3), leaves)
+    everything = backward(results_of(leaves, torch.tensor(1)), torch.ones(3, 2, 3), leaves)
     others = {key: value.detach() for key, value in leaves.items()} | {alone: leaves[alone]}
-    got = backward(step(others, torch.tensor(1), return_m0=True), torch.ones(2, 2, 3), {alone: leaves[alone]})
+    got = backward(results_of(others, torch.tensor(1)), torch.ones(3, 2, 3), {alone: leaves[alone]})
     assert torch.equal(got[alone], everything[alone])
 
 
 def test_gradients_by_backend(kernel):
     """On any kernel, which makes the noise again."""
     rows, inputs = call((*OPTIONAL, "seeds"), 17, (2, 70))
-    index, weights = torch.tensor([1, 2]), torch.randn(2, 2, 70)
+    index, weights = torch.tensor([1, 2]), torch.randn(3, 2, 70)
     if kernel.gpu:
         pytest.skip("the mirrored tensors of the host have no graph; tests/test_gpu.py has the GPU's")
     leaves = required(inputs, rows)
-    got = backward(step(leaves, index, return_m0=True), weights, leaves)
+    got = backward(results_of(leaves, index), weights, leaves)
     assert_close(got, expected_gradients(rows, index, inputs, weights), 3e-5)
 
 
 def test_double_backward():
     rows, inputs = call((*OPTIONAL, "seeds"), 19, (2, 7), 0.3)
-    index, weights = torch.tensor([0, 2]), torch.randn(2, 2, 7)
+    index, weights = torch.tensor([0, 2]), torch.randn(3, 2, 7)
     found = []
     z = noise_of(rows, index, inputs)
     for double in (False, True):
@@ -244,7 +276,7 @@ def test_double_backward():
         if double:
             cast = {key: value for key, value in cast.items() if key != "seeds"}
         leaves = required(cast, rows.double() if double else rows)
-        results = formula(index=index, **leaves, z=z.double()) if double else step(leaves, index, return_m0=True)
+        results = formula(index=index, **leaves, z=z.double()) if double else results_of(leaves, index)
         loss = sum((result * w).pow(2).sum() for result, w in zip(results, weights.to(results[0]), strict=True))
         wanted = [leaf for key, leaf in leaves.items() if key != "seeds"]
         first = torch.autograd.grad(loss, wanted, create_graph=True)
@@ -268,13 +300,14 @@ def test_uninitialised_history_is_harmless_where_it_is_idle():
     row = make_row(d_x=0.5, d_f=0.25, clip=2, c_x=1, c_m0=0.5)
     x, f = torch.randn(1, 6), torch.randn(1, 6)
     bare = required({"x": x, "f": f}, row)
-    expected = backward(step(bare, 0, return_m0=True), torch.ones(2, 1, 6), bare)
+    expected = backward(step(bare, 0, return_y=True), torch.ones(3, 1, 6), bare)
     poison = torch.tensor([[float("nan"), float("inf"), -float("inf")] * 2])
-    leaves = required({"x": x, "f": f} | dict.fromkeys(ALL, poison), row)
-    got = backward(step(leaves, 0, return_m0=True), torch.ones(2, 1, 6), leaves)
+    elementwise = [key for key in ALL if key not in PER_SAMPLE]
+    leaves = required({"x": x, "f": f} | dict.fromkeys(elementwise, poison), row)
+    got = backward(step(leaves, 0, return_y=True), torch.ones(3, 1, 6), leaves)
     assert torch.equal(got["x"], expected["x"]) and torch.equal(got["f"], expected["f"])
     assert torch.equal(got["rows"], expected["rows"])
-    for key in ALL:
+    for key in elementwise:
         assert torch.equal(got[key], torch.zeros(1, 6)), key
 
 
@@ -292,7 +325,7 @@ def test_only_inputs_are_kept():
     rows, inputs = call((*OPTIONAL, "seeds"), 23)
     leaves, kept = required(inputs, rows), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        step(leaves, torch.tensor(1))
+        results_of(leaves, torch.tensor(1))
     index = 1  # of its own storage, made by the call
     assert len(kept) == len(leaves) + index and {leaf.data_ptr() for leaf in leaves.values()} <= set(kept)
 
@@ -309,18 +342,19 @@ def test_no_graph_where_none_is_asked_for():
 # ---- what is refused, and what autograd must notice ----
 
 
-@pytest.mark.parametrize("key", ["x", "f", "u", "m1", "m2", "v", "grad", "noise", "rows"])
-@pytest.mark.parametrize("form", ["out", "m0"])
+@pytest.mark.parametrize("key", ["x", "f", "rows", *ALL])
+@pytest.mark.parametrize("form", ["out", "m0", "y_out", "model_input"])
 def test_a_step_into_given_tensors_refuses_gradients(key, form):
     rows, inputs = call(ALL, 27)
     tensors = inputs | {"rows": rows}
     tensors[key].requires_grad_()
-    written = torch.full((2, 3), 7.0)
+    outputs = {"y_out": torch.full((2, 3), 7.0)}  # which the rows ask for
+    outputs[form] = written = torch.full((2, 3), 7.0)
     with pytest.raises(RuntimeError, match=f"{key}: expected a tensor that does not require grad, or torch.no_grad"):
-        step(tensors, 0, **{form: written})
+        step(tensors, 0, **outputs)
     assert (written == 7).all()
     with torch.no_grad():
-        step(tensors, 0, **{form: written})
+        step(tensors, 0, **outputs)
     assert not (written == 7).any()
 
 
@@ -333,7 +367,7 @@ def test_forward_mode_is_refused():
             torch.func.jvp(run, (inputs[key],), (inputs[key],))
 
 
-@pytest.mark.parametrize("written", ["out", "m0"])
+@pytest.mark.parametrize("written", ["out", "m0", "y_out"])
 def test_autograd_notices_what_a_step_overwrites(written):
     weight = torch.ones(1, requires_grad=True)
     rows, inputs = call((), 31)
@@ -416,21 +450,24 @@ VMAPPED = {
 
 
 @pytest.mark.parametrize("index", [torch.tensor(1), torch.tensor([2, 0])], ids=["one_row", "row_each"])
-@pytest.mark.parametrize("op", ["public", "step", "step_m0"])
+@pytest.mark.parametrize("op", ["public", "step", "step_m0", "step_y"])
 @pytest.mark.parametrize("dims", VMAPPED.values(), ids=list(VMAPPED))
 def test_vmap(dims, op, index):
     """Bit for bit the calls one by one."""
-    size, names = 3, ("u", "m1", "m2", "v", "grad", "seeds")
+    size, names = 3, (*OPTIONAL, "seeds")
+    absent = ("noise",)
+    if op in ("step", "step_m0"):  # which cannot write a second state
+        absent, names = ("noise", "y"), tuple(name for name in names if name != "y")
     calls = []
     for seed in range(size):
         rows, inputs = call(names, 40 + seed)
-        calls.append(inputs | {"rows": rows, "index": (index + seed) % 3, "noise": None})
-    in_dims = {name: dims.get(name) for name in INPUTS} | {"noise": None}
+        calls.append(inputs | {"rows": rows, "index": (index + seed) % 3} | dict.fromkeys(absent))
+    in_dims = {name: dims.get(name) for name in INPUTS} | dict.fromkeys(absent)
     stacked = {name: calls[0][name] if in_dims[name] is None else torch.stack([c[name] for c in calls], in_dims[name])
                for name in INPUTS}  # fmt: skip
 
     def public(x, f, rows, index, *more):
-        return epskernels.step(x, f, rows, index, **dict(zip(INPUTS[4:], more, strict=True)), return_m0=True)
+        return epskernels.step(x, f, rows, index, **dict(zip(INPUTS[4:], more, strict=True)), return_y=True)
 
     run = public if op == "public" else getattr(torch.ops.epskernels, op)
     got = torch.vmap(run, in_dims=tuple(in_dims.values()))(*stacked.values())
@@ -475,11 +512,11 @@ def test_vmap_refuses(batched):
 def test_compiled_gradients(names):
     """Forward and backward in one graph each: the eager bits."""
     rows, inputs = call(names, 45, (2, 9))
-    index, weights = torch.tensor([1, 2]), torch.randn(2, 2, 9)
+    index, weights = torch.tensor([1, 2]), torch.randn(3, 2, 9)
     leaves = required(inputs, rows)
-    expected = backward(step(leaves, index, return_m0=True), weights, leaves)
+    expected = backward(results_of(leaves, index), weights, leaves)
     torch._dynamo.reset()
-    compiled = torch.compile(functools.partial(step, return_m0=True), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(results_of, backend="aot_eager", fullgraph=True)
     got = backward(compiled(leaves, index), weights, leaves)
     for key, gradient in got.items():
         assert torch.equal(gradient, expected[key]), key
@@ -488,12 +525,12 @@ def test_compiled_gradients(names):
 def test_compiled_gradients_of_any_size_are_compiled_once():
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    compiled = torch.compile(functools.partial(step, return_m0=True), backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(results_of, backend=counter, fullgraph=True, dynamic=True)
     for shape in ((2, 4, 5), (4, 6, 7), (5, 7, 9)):  # none of 3, the number of rows: Dynamo takes equal sizes for one
         rows, inputs = call(("u", "v", "seeds"), 46, shape)
-        index, weights = torch.arange(shape[0]) % 3, torch.randn(2, *shape)
+        index, weights = torch.arange(shape[0]) % 3, torch.randn(3, *shape)
         leaves = required(inputs, rows)
-        expected = backward(step(leaves, index, return_m0=True), weights, leaves)
+        expected = backward(results_of(leaves, index), weights, leaves)
         for key, gradient in backward(compiled(leaves, index), weights, leaves).items():
             assert torch.equal(gradient, expected[key]), key
     assert counter.frame_count == 1
@@ -501,10 +538,10 @@ def test_compiled_gradients_of_any_size_are_compiled_once():
 
 def test_compiled_gradients_by_inductor():
     rows, inputs = call((*OPTIONAL, "seeds"), 47, (2, 9))
-    index, weights = torch.tensor([1, 2]), torch.randn(2, 2, 9)
+    index, weights = torch.tensor([1, 2]), torch.randn(3, 2, 9)
     leaves = required(inputs, rows)
     torch._dynamo.reset()
-    compiled = torch.compile(functools.partial(step, return_m0=True), fullgraph=True)
+    compiled = torch.compile(results_of, fullgraph=True)
     got = backward(compiled(leaves, index), weights, leaves)
     assert_close(got, expected_gradients(rows, index, inputs, weights), 3e-5)
 
