@@ -21,9 +21,16 @@ def moments(f, u=None, table=None, index=None):
     f: (B, ...), float32, float16 or bfloat16. u: as f; table (or its rows) and index as in `step`: fhat = u + g*(f - u), in
     float32, as the step forms it. The same bits on every device: tiles of 1,024 elements, halves added to halves, then the
     tiles likewise.
-    Raises RuntimeError naming the argument.
+    Raises RuntimeError naming the argument; for one that requires grad too: there is no gradient, and the sums of f.detach() are
+    constants.
     """
     rows = table.rows if isinstance(table, Table) else table
+    if torch.is_grad_enabled():
+        for name, tensor in (("f", f), ("u", u), ("rows", rows)):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                fail(
+                    f"{name}: expected a tensor that does not require grad, or torch.no_grad(): moments have no gradient"
+                )
     if isinstance(index, int) and not isinstance(index, bool):
         index = torch.tensor(index, device=f.device)
     return torch.ops.epskernels.moments(f, u, rows, index)

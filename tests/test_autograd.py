@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -365,6 +366,35 @@ def test_forward_mode_is_refused():
         run = lambda t, key=key, others=others: step(others | {key: t}, 0)  # noqa: E731
         with pytest.raises(RuntimeError, match=f"{key}: expected a tensor without a tangent"):
             torch.func.jvp(run, (inputs[key],), (inputs[key],))
+
+
+def test_a_threshold_from_the_state_passes_its_gradient_on():
+    """dynamic_threshold is a step and a quantile: the derivative of both, beside the formula's."""
+    rows, inputs = call((), 30, (2, 40), 0)
+    rows[:, COLUMNS.index("d_x")] = 2
+    rows[:, COLUMNS.index("clip")] = math.inf
+    leaves, index, weights = required(inputs, rows), torch.tensor([0, 2]), torch.randn(3, 2, 40)
+    threshold = epskernels.dynamic_threshold(
+        leaves["x"], leaves["f"], leaves["rows"], index, ratio=0.8, sample_max_value=math.inf
+    )
+    got = backward(results_of(leaves | {"threshold": threshold}, index), weights, leaves)
+    doubles = required(inputs | {"x": inputs["x"].double(), "f": inputs["f"].double()}, rows.double())
+    m0 = formula(index=index, **doubles)[1]
+    bound = m0.abs().quantile(0.8, dim=1)
+    assert (bound > 1).all()
+    expected = backward(formula(index=index, **doubles, threshold=bound)[:2], weights, doubles)
+    assert_close(got, expected, 3e-5)
+
+
+@pytest.mark.parametrize("key", ["f", "u", "rows"])
+def test_sums_of_a_sample_refuse_gradients(key):
+    rows, inputs = call(("u",), 32)
+    tensors = inputs | {"rows": rows}
+    tensors[key].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"{key}: expected a tensor that does not require grad, or torch.no_grad"):
+        epskernels.guidance_rescale(tensors["f"], tensors["u"], tensors["rows"], 0)
+    with torch.no_grad():
+        epskernels.guidance_rescale(tensors["f"], tensors["u"], tensors["rows"], 0)
 
 
 @pytest.mark.parametrize("written", ["out", "m0", "y_out"])

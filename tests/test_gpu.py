@@ -309,8 +309,9 @@ def test_compiled_for_any_size_once(backend):
 @each_backend
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_gradients_are_those_of_the_cpu(backend, compiled):
-    inputs = make_inputs((3, 1003), NAMES, 16, special=0)
-    rows, index = random_rows(4, NAMES, 17, idle=0).clamp(-2, 2), torch.tensor([3, 0, 3])
+    names = (*NAMES, "y", "rescale", "threshold")
+    inputs = make_inputs((3, 1003), names, 16, special=0)
+    rows, index = random_rows(4, names, 17, idle=0).clamp(-2, 2), torch.tensor([3, 0, 3])
     rows[:, COLUMNS.index("clip")].clamp_(min=0.5)
     rows[:, COLUMNS.index("draw")] = torch.arange(4.0)
     found = []
@@ -322,7 +323,7 @@ def test_gradients_are_those_of_the_cpu(backend, compiled):
 
         def loss(x, f, rows, device=device, **more):
             chosen = as_argument(backend) if device == "cuda" else None
-            results = epskernels.step(x, f, rows, index.to(device), **more, return_m0=True, backend=chosen)
+            results = epskernels.step(x, f, rows, index.to(device), **more, return_y=True, backend=chosen)
             return sum((result * result).sum() for result in results)
 
         run = torch.compile(loss, fullgraph=True) if compiled and device == "cuda" else loss

@@ -246,6 +246,7 @@ def test_machine_code(ahead, architecture, name, record_property):
 
 def _capture():
     """{function: (kernels, written arguments, other calls of this package)} in the graph that Inductor would get."""
+    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
     import epskernels
@@ -261,19 +262,25 @@ def _capture():
         "normal": lambda: epskernels.normal(seeds, (3, 64), dtype=torch.bfloat16, backend="triton"),
     }
     seen = {}
+
+    def look(key, graph, inputs):
+        nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+        kernels = [node for node in nodes if "triton_kernel_wrapper" in str(node.target)]
+        written = [node.kwargs["tensors_to_clone"] for node in kernels]
+        seen[key] = len(kernels), written, [str(n.target) for n in nodes if "epskernels" in str(n.target)]
+        outputs = [node and node.meta["val"] for node in graph.graph.output_node().args[0]]
+        return make_boxed_func(
+            lambda *_: [o if o is None else torch.zeros([*map(int, o.shape)], dtype=o.dtype) for o in outputs]
+        )
+
     for name, function in functions.items():
         for dynamic in (False, True):
-
-            def compiler(graph, inputs, key=f"{name}-{dynamic}"):
-                nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
-                kernels = [node for node in nodes if "triton_kernel_wrapper" in str(node.target)]
-                written = [node.kwargs["tensors_to_clone"] for node in kernels]
-                seen[key] = len(kernels), written, [str(n.target) for n in nodes if "epskernels" in str(n.target)]
-                outputs = [node.meta["val"] for node in graph.graph.output_node().args[0]]
-                return lambda *_: [torch.zeros([*map(int, value.shape)], dtype=value.dtype) for value in outputs]
-
             torch.compiler.reset()
-            torch.compile(function, backend=aot_autograd(fw_compiler=compiler), fullgraph=True, dynamic=dynamic)()
+            backend = aot_autograd(fw_compiler=functools.partial(look, f"{name}-{dynamic}"))
+            torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)()
+    rows.requires_grad_()
+    both = {f"{way}_compiler": functools.partial(look, way) for way in ("fw", "bw")}
+    torch.compile(functions["step"], backend=aot_autograd(**both), fullgraph=True)().sum().backward()
     with pytest.raises(RuntimeError, match="backend 'triton' was asked for, and the tensors are on cpu"):
         from epskernels.step_triton import TRITON
 
@@ -282,11 +289,13 @@ def _capture():
 
 
 def test_inductor_sees_the_kernel(tmp_path):
-    """One launch, which writes the outputs and is known to write nothing else, and no opaque call."""
+    """One launch, which writes the outputs and is known to write nothing else, and no opaque call; in a gradient's forward
+    pass, and in its backward pass, which makes the noise again."""
     seen = json.loads(_finished(_process(tmp_path, "capture")).splitlines()[-1])
     both = ["out_ptr", "m0_ptr"]
     expected = {"step": ["out_ptr"], "step_m0": both, "in_place": both, "normal": ["out_ptr"]}
-    assert seen == {f"{name}-{d}": [1, [written], []] for name, written in expected.items() for d in (False, True)}
+    expected = {f"{name}-{d}": [1, [written], []] for name, written in expected.items() for d in (False, True)}
+    assert seen == expected | dict.fromkeys(("fw", "bw"), [1, [["out_ptr"]], []])
 
 
 # ---- bits, and what spoils a sample ----
