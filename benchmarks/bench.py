@@ -380,7 +380,7 @@ def by_call():
         (", out=", lambda x, f, i, y: step(x, f, table, i, out=y)),
     ):
         making = lambda run=run: make_compiled(run)  # noqa: E731
-        yield Comparison("call", f"epskernels.step{form}, compiled", making, {"numel": 1024})
+        yield Comparison("compiled call", f"epskernels.step{form}", making, {"numel": 1024})
 
 
 def memory():

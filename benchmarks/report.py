@@ -28,6 +28,7 @@ TITLES = {
     "rows": "Distinct rows in a batch",
     "threads": "Threads",
     "call": "What a call costs, at 1,024 elements",
+    "compiled call": "What a call costs under torch.compile, at 1,024 elements",
 }
 
 
