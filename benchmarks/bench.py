@@ -106,29 +106,36 @@ def step_and_peers(feature, shape, dtype, wanted):
 
 
 def into_out(feature, shape, wanted):
-    """Ours written into a given tensor, beside peers that do so too."""
+    """Ours written into a given tensor, beside peers that do so too: what a new one costs is the operating system's affair."""
 
     def make():
-        contenders = step_and_peers(feature, shape, FLOAT, wanted)()
-        table, names, _ = FEATURES[feature]
+        contenders = step_and_peers(feature, shape, FLOAT, [name for name in wanted if name != COMPILED])()
+        table, names, function = FEATURES[feature]
         tensors = tensors_of(shape, FLOAT, names)
         x, f, y = tensors.pop("x"), tensors.pop("f"), torch.empty(shape)
-        return contenders | {OURS: lambda: step(x, f, table, ROW, **tensors, out=y)}
+        contenders[OURS] = lambda: step(x, f, table, ROW, **tensors, out=y)
+        if COMPILED in wanted:
+            fused, rows, z = (
+                compiled(lambda z, *arguments: z.copy_(function(*arguments))),
+                table.rows[ROW],
+                torch.empty(shape),
+            )
+            contenders[COMPILED] = lambda: fused(z, x, f, rows)
+        return contenders
 
     return make
 
 
 def by_size(full):
-    """Beside the limit into a given tensor; beside torch.compile, both into new ones."""
+    """Beside the limit and torch.compile, all into given tensors."""
     for power in range(3, 9 if full else 8):
         shape, axes = (1, 10**power), {"numel": 10**power}
         for feature, target in (("plain", 1.0), ("noise", 0.1)):
             if power == 8 and feature == "noise":
                 continue  # PyTorch's generator alone would take minutes
             both = axes | {"feature": feature}
-            yield Comparison("size", f"{feature} into out, 10^{power}", into_out(feature, shape, [COPY]), both)
-            beside = step_and_peers(feature, shape, FLOAT, [COMPILED])
-            yield Comparison("size", f"{feature}, 10^{power}", beside, both, {COMPILED: target})
+            beside = into_out(feature, shape, [COPY, COMPILED])
+            yield Comparison("size", f"{feature} into out, 10^{power}", beside, both, {COMPILED: target})
 
 
 def by_limit():
@@ -477,6 +484,9 @@ def main():
     parser.add_argument("--full", action="store_true", help="more sizes, more rounds")
     parser.add_argument("--only", default="", help="only comparisons whose 'GROUP NAME' holds this expression")
     parser.add_argument("--json", default="benchmarks/results/latest.json")
+    parser.add_argument(
+        "--passes", type=int, help="processes to measure in, one after the other; default 6, or 8 with --full"
+    )
     parser.add_argument("--one-pass", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if build.why_missing():
@@ -496,7 +506,7 @@ def main():
         "gpu": None,
     }
     print(json.dumps(results["machine"]), flush=True)
-    blocks = list(passes(8 if args.full else 6, ["--only", args.only] + ["--full"] * args.full))
+    blocks = list(passes(args.passes or (8 if args.full else 6), ["--only", args.only] + ["--full"] * args.full))
     print(f"{'time of epskernels / time of the peer':<90} {'ratio':>8}  {'interval of 95 %':<18} target")
     for comparison in wanted:
         for row in harness.rows_of(comparison, [block[f"{comparison.group} {comparison.name}"] for block in blocks]):

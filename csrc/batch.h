@@ -19,6 +19,7 @@ struct StepOperands {
   Dtype x_dtype, f_dtype;                    // of x, m1, m2, y, grad, noise, out, m0, y_out; of f, u, v, model_input
   Batch x, f, u, m1, m2, y, v, grad, noise;  // without noise, a sample's seed makes it
   Batch out, m0, y_out, model_input;         // all but out may be absent
+  bool out_is_new = false;                   // its pages may not be there yet
   bool doubled = false;                      // model_input has a second half, of `batch` samples more
   int64_t batch, sample_numel, channel_numel;
   int64_t guided_period;  // elements after which channels begin anew: a sample's, where a batch is taken for one long sample too

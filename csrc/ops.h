@@ -68,7 +68,8 @@ struct Ops {
     const typename Backend::Rows rows = Backend::read_rows(tensors, a);
     check_outputs({optional_view(outputs.out_name, outputs.out), optional_view("m0", outputs.m0),
                    optional_view("y_out", outputs.y_out), optional_view("model_input", outputs.model_input)}, a);
-    if (!outputs.out) outputs.out = allocate_like(tensors.x, a.x);
+    const bool out_is_new = !outputs.out;
+    if (out_is_new) outputs.out = allocate_like(tensors.x, a.x);
     if (outputs.make_m0) outputs.m0 = allocate_like(tensors.x, a.x);
     if (outputs.make_y_out) outputs.y_out = allocate_like(tensors.x, a.x);
 
@@ -86,6 +87,7 @@ struct Ops {
     operands.grad = layouts.input(a.grad, tensors.grad);
     operands.noise = layouts.input(a.noise, tensors.noise);
     operands.out = layouts.output(*outputs.out);
+    operands.out_is_new = out_is_new;
     operands.m0 = layouts.output(outputs.m0);
     operands.y_out = layouts.output(outputs.y_out);
     operands.model_input = layouts.output(outputs.model_input);

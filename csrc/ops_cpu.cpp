@@ -28,8 +28,9 @@ struct Cpu {
 
   static void run(const StepOperands& operands, const Rows& rows) {
     const CpuKernels& kernels = cpu_kernels();
-    const bool in_place = operands.out.data == operands.x.data;  // its lines are in the cache already
-    const bool stream = !in_place && operands.batch * operands.sample_numel * size_of(operands.x_dtype) >= STREAM_BYTES;
+    // In place the lines are in the cache already, and a new page is there once it was cleared.
+    const bool cached = operands.out_is_new || operands.out.data == operands.x.data;
+    const bool stream = !cached && operands.batch * operands.sample_numel * size_of(operands.x_dtype) >= STREAM_BYTES;
     const StepCall call{operands, rows.samples.data(), stream};
     const int64_t numel = operands.sample_numel, tiles = (numel + TILE - 1) / TILE;
     const int64_t grain = std::max<int64_t>(1, (rows.draws ? GRAIN_NOISE : GRAIN_STEP) / std::min(TILE, numel));
