@@ -5,12 +5,12 @@ from . import samplers, scaling, schedule
 from .graphed import GraphedSampler
 from .guidance import dynamic_threshold, guidance_rescale, moments
 from .ops import as_seeds, normal, step, use_backend
-from .sample import sample
+from .sample import pfgmpp_prior, sample
 from .scaling import EpsilonScaling, published
 from .table import Table, concat
 
 __version__ = "0.1.0"
 __all__ = [
     "EpsilonScaling", "GraphedSampler", "Table", "as_seeds", "concat", "dynamic_threshold", "guidance_rescale", "moments",
-    "normal", "published", "sample", "samplers", "scaling", "schedule", "step", "use_backend",
+    "normal", "pfgmpp_prior", "published", "sample", "samplers", "scaling", "schedule", "step", "use_backend",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from . import __version__, build, models, ops, samplers, scaling, schedule, shar
 from .ranks import Ranks
 from .sample import sample
 
+NOT_HERE = {"flow_euler", "pfgmpp"}  # samplers for other networks than those of a diffusers UNet2DModel pipeline
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -68,7 +69,9 @@ def build_parser():
         metavar="DIR",
         help="a diffusers pipeline directory (unet/, scheduler/); default: the digits that ship with the package",
     )
-    run.add_argument("--sampler", choices=sorted(samplers.SAMPLERS), default="ddpm", help="default: %(default)s")
+    run.add_argument(
+        "--sampler", choices=sorted(set(samplers.SAMPLERS) - NOT_HERE), default="ddpm", help="default: %(default)s"
+    )
     run.add_argument("--steps", type=int, default=50, help="sampler steps; default: %(default)s")
     which = run.add_mutually_exclusive_group()
     which.add_argument(
@@ -146,10 +149,10 @@ def make_table(args, model, scaling_):
     path = model.schedule
     if args.sampler == "ddpm":
         given.setdefault("variance", "learned_range" if model.learned_variance else "fixed_small")
-    if args.sampler.startswith("edm_"):
+    if args.sampler.startswith("edm_") or args.sampler == "dpmpp_2s":
         path = schedule.KarrasSchedule(model=model.schedule)
-    elif isinstance(path, schedule.DiscreteSchedule):
-        given["spacing"] = "trailing" if args.sampler == "dpmpp_2m" else "leading"
+    elif args.sampler not in ("lcm", "tcd"):
+        given["spacing"] = "trailing" if args.sampler.startswith("dpmpp_") else "leading"
     return samplers.SAMPLERS[args.sampler](path, args.steps, **options, **given)
 
 

@@ -1,4 +1,6 @@
-"""The sampling loop: one model call and one step per row of a table. It knows no sampler by name."""
+"""The sampling loop: one model call and one step per row of a table, which knows no sampler by name; and PFGM++'s prior."""
+
+import math
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -9,7 +11,17 @@ from .ops import as_seeds, normal, step
 
 @torch.no_grad()
 def sample(
-    model, table, seeds, shape, *, dtype=torch.float32, device=None, cond_fn=None, progress=False, callback=None
+    model,
+    table,
+    seeds,
+    shape,
+    *,
+    dtype=torch.float32,
+    device=None,
+    start=None,
+    cond_fn=None,
+    progress=False,
+    callback=None,
 ):
     """Samples (B, *shape) from a table, one for each seed; a seed gives the same noise in any batch, on any device.
 
@@ -17,10 +29,11 @@ def sample(
     tensor (B,), int64 timesteps or float32 noise levels. f has x's shape, or twice its channels where the variance is
     learned: the second half is then v, which tables without learned variance ignore.
     table: one sampler's Table. seeds: int64 (B,), or a list or range of integers. shape: of one sample. dtype: of the state.
-    device: default the table's. cond_fn: (x, t) -> gradient of log p(y | x), for tables with classifier guidance.
-    progress: show a bar. callback: called as callback(i, x, m0) after row i.
-    Raises ValueError for a table of several samplers, a model output without the second half that the table needs, or a
-    cond_fn that the table cannot use; RuntimeError from the step for other mismatches.
+    device: default the table's. start: the state to start from, (B, *shape); default initial_sigma times the seeds' normals.
+    cond_fn: (x, t) -> gradient of log p(y | x), for tables with classifier guidance. progress: show a bar.
+    callback: called as callback(i, x, m0) after row i.
+    Raises ValueError for a table of several samplers, a start of another shape, a model output without the second half that the
+    table needs, or a cond_fn that the table cannot use; RuntimeError from the step for other mismatches.
     """
     if len(table.parts) != 1:
         raise ValueError(f"table: expected one sampler's, got {len(table.parts)} concatenated: {table.name}")
@@ -31,7 +44,10 @@ def sample(
     t_dtype = torch.int64 if table.discrete else torch.float32
     timesteps = torch.tensor([t for t, _ in table.calls], dtype=t_dtype, device=table.device)
 
-    x = (table.initial_sigma * normal(seeds, shape)).to(dtype)
+    x = table.initial_sigma * normal(seeds, shape) if start is None else start.to(table.device)
+    if x.shape != (len(seeds), *shape):
+        raise ValueError(f"start: expected shape {(len(seeds), *shape)}, got {tuple(x.shape)}")
+    x = x.to(dtype)
     m1 = m2 = y = None
     rows = range(len(table))
     for i in rows if is_dynamo_compiling() else tqdm(rows, desc=table.name, disable=not progress):
@@ -65,3 +81,19 @@ def _outputs(output, x, table):
         return f, u, None
     f, v = f.chunk(2, dim=1)
     return f, u if u is None else u.chunk(2, dim=1)[0], v if table.learned_variance else None
+
+
+def pfgmpp_prior(seeds, shape, sigma_max, D, *, device=None):
+    """PFGM++'s prior (arXiv 2302.04265, eq. 5): samples (B, *shape), float32, to pass as sample(..., start=).
+
+    Its radius is sigma_max*sqrt(D)*sqrt(b/(1 - b)), b ~ Beta(N/2, D/2), N the elements of a sample, its direction uniform. That
+    is sigma_max*z*sqrt(D/chi2), chi2 of D degrees: a Gaussian in the limit of D. A seed gives the same z as for other samplers.
+    """
+    if isinstance(D, bool) or not isinstance(D, int) or D < 1:
+        raise ValueError(f"D: expected an integer of at least 1, got {D!r}")
+    if not 0 < sigma_max < math.inf:
+        raise ValueError(f"sigma_max: expected a finite value above 0, got {sigma_max}")
+    seeds = as_seeds(seeds, device or getattr(seeds, "device", "cpu"))
+    chi2 = normal(seeds, (int(D),), draw=1).double().square().sum(1)
+    factor = (sigma_max * (D / chi2).sqrt()).reshape(-1, *[1] * len(shape))
+    return (factor * normal(seeds, shape).double()).float()

@@ -7,7 +7,7 @@ denoised estimate m0 from the model's output with lambda_t folded in, and x' as 
 import numpy as np
 
 from .scaling import as_scaling, scale
-from .schedule import DiscreteSchedule, FlowSchedule, Grid, KarrasSchedule
+from .schedule import DiscreteSchedule, FlowSchedule, Grid, KarrasSchedule, linear
 from .table import Table
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
@@ -110,6 +110,38 @@ def _posterior(grid):
     alpha_ts = grid.alpha / grid.alpha_next
     variance_ts = grid.sigma**2 - alpha_ts**2 * grid.sigma_next**2
     return alpha_ts, variance_ts, variance_ts * grid.sigma_next**2 / grid.sigma**2
+
+
+def _in_space(grid, space):
+    """The grid in another state's variables: "vp" as it is, "sigma" x/alpha = x_0 + (sigma/alpha)*eps (k-diffusion's; the
+    network is still fed what it knows). Raises ValueError for another one, or alpha = 0 in "sigma"."""
+    if space == "vp":
+        return grid
+    if space != "sigma":
+        raise ValueError(f"space: expected 'vp' or 'sigma', got {space!r}")
+    if (grid.alpha == 0).any() or grid.alpha_end == 0:
+        raise ValueError("space: 'sigma' needs alpha > 0 at every step; take 'vp'")
+    return Grid(
+        grid.t, np.ones(len(grid)), grid.sigma / grid.alpha, grid.c_in * grid.alpha,
+        float(grid.initial_sigma / grid.alpha[0]), 1.0, float(grid.sigma_end / grid.alpha_end), grid.discrete,
+    )  # fmt: skip
+
+
+def log_snr(alpha, sigma):
+    """log(alpha/sigma), the lambda of DPM-Solver's papers: -inf where alpha is 0, inf where sigma is."""
+    with np.errstate(divide="ignore"):
+        return np.log(alpha) - np.log(sigma)
+
+
+def differences(h, h1, h2):
+    """Weights of (m0, m1, m2) in DPM-Solver's D1 of order two, D1 of order three and D2, each (3, N).
+
+    h: this step's log SNR, h1 and h2: those of the two steps before (arXiv 2211.01095, eq. 9; its multistep third order).
+    """
+    zero = np.zeros_like(h)
+    first, before = np.array([h / h1, -h / h1, zero]), np.array([zero, h / h2, -h / h2])  # divided differences
+    r0, r1 = h1 / h, h2 / h
+    return first, first + r0 / (r0 + r1) * (first - before), (first - before) / (r0 + r1)
 
 
 # ---- the samplers ----
@@ -308,6 +340,54 @@ def edm_heun(
     return _edm("edm_heun", schedule, steps, scaling, prediction, clip, guidance, churn, heun=True)
 
 
+def _multistep(
+    name, schedule, steps, *, order, scaling, prediction, clip, guidance, lower_order_final, eta, solver, S_noise, space,
+    grid_options, third="published",
+):  # fmt: skip
+    """DPM-Solver++ of order two or three over h = log SNR(s) - log SNR(t); eta > 0 solves the SDE, with H = (1 + eta)*h.
+
+    x_s = (sigma_s/sigma_t)*exp(-eta*h)*x + alpha_s*(1 - exp(-H))*m0 + alpha_s*(weights of D1, D2) + noise
+    """
+    if solver not in ("midpoint", "heun"):
+        raise ValueError(f"solver: expected 'midpoint' or 'heun', got {solver!r}")
+    if third not in ("published", "exact"):
+        raise ValueError(f"third: expected 'published' or 'exact', got {third!r}")
+    eta, S_noise = _number("eta", eta, 0), _number("S_noise", S_noise, 0)
+    allowed = (DiscreteSchedule, KarrasSchedule, FlowSchedule)
+    grid = _in_space(_grid(schedule, steps, allowed, grid_options), space)
+    grid, columns = _first_order(grid, len(grid), scaling, prediction, clip, guidance, allowed, {})
+    n, at, after = len(grid), log_snr(grid.alpha, grid.sigma), log_snr(grid.alpha_next, grid.sigma_next)
+    h = after - at
+    decay = np.exp(-eta * h) if eta else np.ones(n)
+    c_x = grid.sigma_next / grid.sigma * decay
+    total = grid.alpha_next - c_x * grid.alpha  # alpha_s*(1 - exp(-H)), finite where sigma_s = 0
+    weights = np.zeros((3, n))
+    for i in range(1, n):
+        left = n - i  # steps to go, this one counted in
+        here = min(order, i + 1, left if lower_order_final else order)
+        if here > 1 and not np.isfinite([h[i], h[i - 1]]).all():
+            here = 1  # the previous step has infinite length, or this one has
+        if here > 2 and not np.isfinite(h[i - 2]):
+            here = 2
+        if here == 1:
+            continue
+        H = (1 + eta) * h[i]
+        second, D1, D2 = differences(h[i], h[i - 1], h[i - 2] if here > 2 else np.inf)
+        phi = 0.5 * total[i] if solver == "midpoint" else grid.alpha_next[i] - total[i] / H
+        if here == 2:
+            weights[:, i] = phi * second
+        else:
+            phi = grid.alpha_next[i] - total[i] / H
+            times = 2 if third == "exact" else 1
+            weights[:, i] = phi * D1 - times * (phi / H - 0.5 * grid.alpha_next[i]) * D2
+    columns["c_x"] = c_x
+    columns["c_m0"], columns["c_m1"], columns["c_m2"] = total + weights[0], weights[1], weights[2]
+    if eta:
+        variance = grid.sigma_next**2 * -np.expm1(-2 * eta * np.where(grid.sigma_next > 0, h, 0))
+        columns["c_noise"], columns["excess"] = S_noise * np.sqrt(variance), (S_noise**2 - 1) * variance
+    return _table(name, grid, columns, grid.initial_sigma)
+
+
 def dpmpp_2m(
     schedule,
     steps,
@@ -317,31 +397,355 @@ def dpmpp_2m(
     clip=None,
     guidance=1.0,
     lower_order_final=True,
+    solver="midpoint",
+    space="vp",
     **grid_options,
 ):
     """DPM-Solver++(2M), the deterministic multistep solver (arXiv 2211.01095, alg. 2), with eps/lambda_t in every m0.
 
-    lower_order_final: the last step is first order (it always is where it ends at sigma = 0). schedule: any of the three, or
-    a Grid, with alpha > 0 and sigma > 0 at every model call. The other arguments as in ddpm. Raises ValueError.
+    lower_order_final: the last step is first order (it always is where it ends at sigma = 0). solver: "midpoint" or "heun".
+    schedule: any of the three, or a Grid, with sigma > 0 at every model call. space: as in euler. The other arguments as in
+    ddpm. Raises ValueError.
+    """
+    return _multistep(
+        "dpmpp_2m", schedule, steps, order=2, scaling=scaling, prediction=prediction, clip=clip, guidance=guidance,
+        lower_order_final=lower_order_final, eta=0.0, solver=solver, S_noise=1.0, space=space, grid_options=grid_options,
+    )  # fmt: skip
+
+
+def dpmpp_2m_sde(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="epsilon",
+    clip=None,
+    guidance=1.0,
+    lower_order_final=True,
+    solver="midpoint",
+    eta=1.0,
+    S_noise=1.0,
+    space="vp",
+    **grid_options,
+):
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, appendix B; k-diffusion's dpmpp_2m_sde): dpmpp_2m with fresh noise in each step.
+
+    eta: 0 is dpmpp_2m, 1 the reverse SDE. S_noise scales the noise. The other arguments as in dpmpp_2m.
+    """
+    return _multistep(
+        "dpmpp_2m_sde", schedule, steps, order=2, scaling=scaling, prediction=prediction, clip=clip, guidance=guidance,
+        lower_order_final=lower_order_final, eta=eta, solver=solver, S_noise=S_noise, space=space,
+        grid_options=grid_options,
+    )  # fmt: skip
+
+
+def dpmpp_3m(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="epsilon",
+    clip=None,
+    guidance=1.0,
+    lower_order_final=True,
+    third="published",
+    space="vp",
+    **grid_options,
+):
+    """DPM-Solver++(3M): two earlier m0; the first steps are of orders one and two.
+
+    lower_order_final: so are the last two. third: "published", the weights of the authors' code, diffusers and k-diffusion, whose
+    second difference counts half, so that they converge with order two; "exact", with order three. The other arguments as in
+    dpmpp_2m.
+    """
+    return _multistep(
+        "dpmpp_3m", schedule, steps, order=3, scaling=scaling, prediction=prediction, clip=clip, guidance=guidance,
+        lower_order_final=lower_order_final, eta=0.0, solver="heun", S_noise=1.0, space=space, grid_options=grid_options,
+        third=third,
+    )  # fmt: skip
+
+
+def dpmpp_3m_sde(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="epsilon",
+    clip=None,
+    guidance=1.0,
+    lower_order_final=True,
+    eta=1.0,
+    S_noise=1.0,
+    space="vp",
+    **grid_options,
+):
+    """dpmpp_3m with fresh noise in each step (k-diffusion's dpmpp_3m_sde). Arguments as in dpmpp_2m_sde."""
+    return _multistep(
+        "dpmpp_3m_sde", schedule, steps, order=3, scaling=scaling, prediction=prediction, clip=clip, guidance=guidance,
+        lower_order_final=lower_order_final, eta=eta, solver="heun", S_noise=S_noise, space=space,
+        grid_options=grid_options,
+    )  # fmt: skip
+
+
+def euler(
+    schedule, steps, *, scaling=1.0, prediction="epsilon", clip=None, guidance=1.0, space="sigma", **grid_options
+):
+    """Euler's method for the probability flow: ddim's update (eta = 0), in either state.
+
+    schedule: any of the three, or a Grid. space: "sigma", the state x_0 + (sigma/alpha)*eps of k-diffusion, of which the network
+    is fed alpha times; or "vp", the state that the network was trained on. The same trajectory, but for that factor.
+    The other arguments as in ddpm. Raises ValueError: "sigma" where alpha is 0.
     """
     allowed = (DiscreteSchedule, KarrasSchedule, FlowSchedule)
-    grid, columns = _first_order(schedule, steps, scaling, prediction, clip, guidance, allowed, grid_options)
-    with np.errstate(divide="ignore"):
-        log_snr = np.log(grid.alpha) - np.log(grid.sigma)  # the paper's lambda, not the scaling's
-        log_snr_next = np.log(grid.alpha_next) - np.log(grid.sigma_next)
+    grid = _in_space(_grid(schedule, steps, allowed, grid_options), space)
+    grid, columns = _first_order(grid, len(grid), scaling, prediction, clip, guidance, allowed, {})
+    columns["c_x"] = grid.sigma_next / grid.sigma
+    columns["c_m0"] = grid.alpha_next - columns["c_x"] * grid.alpha
+    return _table("euler", grid, columns, grid.initial_sigma)
+
+
+def euler_ancestral(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="epsilon",
+    clip=None,
+    guidance=1.0,
+    eta=1.0,
+    S_noise=1.0,
+    space="sigma",
+    **grid_options,
+):
+    """Euler down to sigma_down, then noise up to sigma_s (k-diffusion's euler_ancestral); eta = 1 is the posterior's variance.
+
+    With r = sigma/alpha: up = min(r_s, eta*sqrt(r_s^2*(r_t^2 - r_s^2)/r_t^2)), down^2 = r_s^2 - up^2. Arguments as in euler.
+    """
+    eta, S_noise = _number("eta", eta, 0), _number("S_noise", S_noise, 0)
+    allowed = (DiscreteSchedule, KarrasSchedule, FlowSchedule)
+    grid = _in_space(_grid(schedule, steps, allowed, grid_options), space)
+    grid, columns = _first_order(grid, len(grid), scaling, prediction, clip, guidance, allowed, {})
+    down, up = ancestral(grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next, eta)
+    columns["c_x"] = down / grid.sigma
+    columns["c_m0"] = grid.alpha_next - columns["c_x"] * grid.alpha
+    columns["c_noise"], columns["excess"] = S_noise * up, (S_noise**2 - 1) * up**2
+    return _table("euler_ancestral", grid, columns, grid.initial_sigma)
+
+
+def ancestral(alpha, sigma, alpha_next, sigma_next, eta):
+    """(sigma_down, sigma_up) of an ancestral step, in the state's own variables; finite where alpha is 0."""
+    shrunk = np.clip(1 - (sigma_next * alpha / (alpha_next * sigma)) ** 2, 0, 1)  # 1 - (r_s/r_t)^2
+    up = sigma_next * np.minimum(1, eta * np.sqrt(shrunk))
+    return np.sqrt(np.maximum(sigma_next**2 - up**2, 0)), up
+
+
+def heun(schedule, steps, *, scaling=1.0, prediction="epsilon", clip=None, guidance=1.0, space="sigma", **grid_options):
+    """Heun's method on the points of the schedule itself (k-diffusion's heun without churn): 2*steps - 1 model calls.
+
+    The second row of a step is x' + kappa*(m0 - m1), evaluated at the next point; lambda_t of a step scales both. A step that
+    ends at sigma = 0 has one row. Arguments as in euler, with alpha > 0 at every step. Raises ValueError.
+    """
+    allowed = (DiscreteSchedule, KarrasSchedule, FlowSchedule)
+    grid = _in_space(_grid(schedule, steps, allowed, grid_options), space)
+    if (grid.alpha == 0).any():
+        raise ValueError("schedule: heun needs alpha > 0 at every step")
     ratio = grid.sigma_next / grid.sigma
-    total = grid.alpha_next - ratio * grid.alpha  # alpha_s*(1 - exp(-h)), finite where sigma_s = 0
-    second = np.zeros(len(grid))
-    for i in range(1, len(grid)):
-        last = i == len(grid) - 1
-        if grid.alpha[i - 1] == 0 or grid.sigma_next[i] == 0 or (last and lower_order_final):
-            continue  # the previous step has infinite length, or this one has: first order
-        h_before, h = log_snr[i] - log_snr[i - 1], log_snr_next[i] - log_snr[i]
-        second[i] = h / (2 * h_before)
-    columns["c_x"] = ratio
-    columns["c_m0"] = total * (1 + second)
-    columns["c_m1"] = -total * second
-    return _table("dpmpp_2m", grid, columns, grid.initial_sigma)
+    kappa = (grid.sigma / grid.alpha - grid.sigma_next / grid.alpha_next)[:-1] * grid.alpha_next[:-1] ** 2
+    return _two_calls(
+        "heun", grid, _points(grid, slice(1, None)), scaling, prediction, clip, guidance,
+        first={"c_x": ratio, "c_m0": grid.alpha_next - ratio * grid.alpha},
+        second={"c_x": np.ones(len(grid) - 1), "c_m0": kappa / (2 * grid.sigma[1:]), "c_m1": -kappa / (2 * grid.sigma[1:])},
+    )  # fmt: skip
 
 
-SAMPLERS = {sampler.__name__: sampler for sampler in (ddpm, ddim, edm_euler, edm_heun, dpmpp_2m)}
+def _points(grid, which):
+    return Grid(
+        grid.t[which],
+        grid.alpha[which],
+        grid.sigma[which],
+        grid.c_in[which],
+        grid.initial_sigma,
+        discrete=grid.discrete,
+    )
+
+
+def _two_calls(name, grid, middle, scaling, prediction, clip, guidance, first, second):
+    """The table of a method with a second model call in every step but the last, at the points `middle`, (N - 1,).
+
+    first: the first call's columns, of N values, which leads to the middle point but in the last step; second: those of N - 1.
+    """
+    lambda_t = as_scaling(scaling).values(len(grid))
+
+    def part(point, lambda_t, alpha_out, sigma_out, own):
+        d_x, d_f, f_x0, f_eps = denoiser(prediction, point, lambda_t)
+        columns = {
+            "t": point.t, "c_in": point.c_in, "lambda_t": lambda_t, "d_x": d_x, "d_f": d_f, "f_x0": f_x0, "f_eps": f_eps,
+            "alpha_in": point.alpha, "sigma_in": point.sigma, "alpha_out": alpha_out, "sigma_out": sigma_out,
+        }  # fmt: skip
+        zero = np.zeros(len(point))
+        return columns | {"c_m1": zero, "c_noise": zero, "excess": zero} | own
+
+    ends = {"alpha_out": np.append(middle.alpha, grid.alpha_end), "sigma_out": np.append(middle.sigma, grid.sigma_end)}
+    one = part(grid, lambda_t, **ends, own=first)
+    two = part(middle, lambda_t[:-1], grid.alpha_next[:-1], grid.sigma_next[:-1], second)
+    columns = {}
+    for key in one:
+        columns[key] = np.empty(2 * len(grid) - 1)
+        columns[key][0::2], columns[key][1::2] = one[key], two[key]
+    columns |= {"clip": _clip_value(clip), "g": _number("guidance", guidance)}
+    return _table(name, grid, columns, grid.initial_sigma)
+
+
+def dpmpp_2s(schedule, steps, *, scaling=1.0, prediction="sample", clip=None, guidance=1.0, eta=0.0, S_noise=1.0):
+    """DPM-Solver++(2S) (arXiv 2211.01095, alg. 1, r = 1/2), k-diffusion's dpmpp_2s_ancestral where eta > 0: 2*steps - 1 calls.
+
+    The first row leads to the middle of the step in log SNR, the second from there: x is what the first row made of it.
+    schedule: a KarrasSchedule, since the network is asked between its points. eta: as in euler_ancestral.
+    The other arguments as in ddpm. Raises ValueError or TypeError naming the argument.
+    """
+    if not isinstance(schedule, KarrasSchedule):
+        raise TypeError(f"schedule: expected a KarrasSchedule, got {type(schedule).__name__}")
+    eta, S_noise = _number("eta", eta, 0), _number("S_noise", S_noise, 0)
+    grid = schedule.grid(steps)
+    down, up = ancestral(1.0, grid.sigma, 1.0, grid.sigma_next, eta)
+    inner = slice(0, -1)  # the last step, to sigma = 0, is Euler's
+    sigma, end = grid.sigma[inner], down[inner]
+    if (end == 0).any():
+        raise ValueError(f"eta: expected a step down to sigma above 0, got {eta}")
+    middle = schedule.grid_at(np.sqrt(sigma * end))
+    to_middle, from_middle = np.append(middle.sigma, 0.0) / grid.sigma, end / middle.sigma
+    back = 1 - to_middle[inner]  # m1's share of the state at the middle
+    return _two_calls(
+        "dpmpp_2s", grid, middle, scaling, prediction, clip, guidance,
+        first={"c_x": to_middle, "c_m0": 1 - to_middle},
+        second={"c_x": from_middle, "c_m1": -from_middle * back, "c_m0": 1 - end / sigma,
+                "c_noise": S_noise * up[inner], "excess": (S_noise**2 - 1) * up[inner] ** 2},
+    )  # fmt: skip
+
+
+def _consistency_timesteps(schedule, steps, original_steps):
+    """The timesteps on which LCM and TCD were distilled, thinned out: (original_steps,) evenly spaced, then `steps` of them."""
+    if not isinstance(schedule, DiscreteSchedule):
+        raise TypeError(f"schedule: expected a DiscreteSchedule, got {type(schedule).__name__}")
+    if np.ndim(steps) == 1:
+        return schedule.timesteps(steps)
+    T = len(schedule)
+    if not 1 <= steps <= original_steps <= T:
+        raise ValueError(f"steps: expected 1 <= steps <= original_steps <= {T}, got {steps}, {original_steps}")
+    distilled = (np.arange(1, original_steps + 1) * (T // original_steps) - 1)[::-1]
+    return distilled[np.floor(np.linspace(0, original_steps, steps, endpoint=False)).astype(np.int64)]
+
+
+def lcm(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="epsilon",
+    clip=None,
+    guidance=1.0,
+    original_steps=50,
+    timestep_scaling=10.0,
+    sigma_data=0.5,
+):
+    """Latent consistency models' multistep sampling (arXiv 2310.04378, alg. 3): x_s = alpha_s*x_0' + sigma_s*z.
+
+    x_0' = c_skip*x + c_out*m0, the boundary condition at timestep_scaling*t; the last step is x_0' itself.
+    steps: a count, taken from the original_steps of the distillation, or timesteps. The other arguments as in ddpm.
+    """
+    t = _consistency_timesteps(schedule, steps, original_steps)
+    grid, columns = _first_order(schedule, t, scaling, prediction, clip, guidance, (DiscreteSchedule,), {})
+    c_skip, c_out = boundary(timestep_scaling * grid.t, sigma_data)
+    columns["c_x"], columns["c_m0"] = grid.alpha_next * c_skip, grid.alpha_next * c_out
+    columns["c_noise"] = grid.sigma_next
+    # The boundary condition moves the mean, and leaves some of x's noise in.
+    columns["alpha_out"] = grid.alpha_next * (c_skip * grid.alpha + c_out)
+    columns["excess"] = (columns["c_x"] * grid.sigma) ** 2
+    return _table("lcm", grid, columns, grid.initial_sigma)
+
+
+def boundary(scaled_t, sigma_data=0.5):
+    """(c_skip, c_out) of a consistency model."""
+    root = np.sqrt(scaled_t**2 + sigma_data**2)
+    return (sigma_data / root) ** 2, scaled_t / root
+
+
+def tcd(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="epsilon",
+    clip=None,
+    guidance=1.0,
+    gamma=0.3,
+    original_steps=50,
+):
+    """Trajectory consistency distillation's sampling (arXiv 2402.19159, alg. 4): to floor((1 - gamma)*s), then noise up to s.
+
+    gamma: 0 deterministic (diffusers' eta). The last step ends at timestep 0. The other arguments as in lcm.
+    """
+    gamma = _number("gamma", gamma, 0)
+    if gamma > 1:
+        raise ValueError(f"gamma: expected a value in [0, 1], got {gamma}")
+    t = _consistency_timesteps(schedule, steps, original_steps)
+    grid = schedule.grid(t, final="first")
+    grid, columns = _first_order(grid, len(grid), scaling, prediction, clip, guidance, (DiscreteSchedule,), {})
+    s = np.append(np.floor((1 - gamma) * t[1:]), 0).astype(np.int64)
+    down, up = grid.alpha_next / schedule.alpha[s] * schedule.sigma[s], 0.0
+    up = np.sqrt(np.maximum(grid.sigma_next**2 - down**2, 0)) * (np.append(t[1:], 0) > s)
+    columns["c_x"] = down / grid.sigma
+    columns["c_m0"] = grid.alpha_next - columns["c_x"] * grid.alpha
+    columns["c_noise"] = up
+    return _table("tcd", grid, columns, grid.initial_sigma)
+
+
+def flow_euler(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="flow",
+    clip=None,
+    guidance=1.0,
+    stochastic=False,
+    **grid_options,
+):
+    """Rectified flow's sampler: Euler on x_t = (1 - sigma)*x_0 + sigma*eps, or, stochastic, m0 with fresh noise in each step.
+
+    schedule: a FlowSchedule, or a Grid. scaling: lambda_t, 1 where alpha is 0: the first step of a flow from pure noise.
+    The other arguments as in ddpm. Raises ValueError naming the argument.
+    """
+    grid, columns = _first_order(schedule, steps, scaling, prediction, clip, guidance, (FlowSchedule,), grid_options)
+    columns["c_x"] = np.zeros(len(grid)) if stochastic else grid.sigma_next / grid.sigma
+    columns["c_m0"] = grid.alpha_next - columns["c_x"] * grid.alpha
+    columns["c_noise"] = grid.sigma_next * bool(stochastic)
+    return _table("flow_euler", grid, columns, grid.initial_sigma)
+
+
+def pfgmpp(schedule, steps, *, scaling=1.0, prediction="sample", clip=None, guidance=1.0):
+    """PFGM++ (arXiv 2302.04265, alg. 2): EDM's Heun, since r = sigma*sqrt(D), from another prior: epskernels.pfgmpp_prior.
+
+    Arguments as in edm_heun, without churn. D is nowhere in the table: it is the network's, and the prior's.
+    """
+    return _edm("pfgmpp", schedule, steps, scaling, prediction, clip, guidance, (0.0, 0.0, np.inf, 1.0), heun=True)
+
+
+def dit(steps=250, *, scaling=1.0, guidance=4.0, T=1000, **options):
+    """DiT's own sampling (arXiv 2212.09748): ddpm on linear betas, respaced as ADM's, learned variance, latents not clamped.
+
+    steps: a count, or ADM's section counts. guidance: the scale of classifier-free guidance, as its authors' default.
+    options: as in ddpm.
+    """
+    steps = str(steps) if isinstance(steps, (int, np.integer)) else steps
+    options = {"variance": "learned_range", "clip": None} | options
+    return ddpm(linear(T), steps, scaling=scaling, guidance=guidance, **options)
+
+
+SAMPLERS = {
+    sampler.__name__: sampler
+    for sampler in (
+        ddpm, ddim, edm_euler, edm_heun, euler, euler_ancestral, heun, dpmpp_2s, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde,
+        lcm, tcd, flow_euler, pfgmpp,
+    )
+}  # fmt: skip

@@ -302,3 +302,191 @@ def bayes_ancestral(denoise, x, alpha, sigma, noise, *, keep=exact):
             x = keep(mean + noise[j] / np.sqrt(precision))
         states.append(x)
     return states
+
+
+# ---- k-diffusion's samplers, on x = x0 + sigma*eps; denoise(x, sigma) is the plain denoiser, scaled here ----
+
+
+def _scaled(denoise, x, sigma, lam):
+    """x - sigma*eps/lambda of the denoiser's eps."""
+    eps = (x - denoise(x, sigma)) / sigma
+    return x - sigma * eps / lam
+
+
+def to_d(x, sigma, denoised):
+    return (x - denoised) / sigma
+
+
+def sigma_euler(denoise, x, sigmas, lam, noise, *, keep=exact):
+    states = []
+    for i in range(len(sigmas) - 1):
+        d = to_d(x, sigmas[i], _scaled(denoise, x, sigmas[i], lam[i]))
+        x = keep(x + d * (sigmas[i + 1] - sigmas[i]))
+        states.append(x)
+    return states
+
+
+def ancestral_step(sigma_from, sigma_to, eta):
+    sigma_up = min(sigma_to, eta * (sigma_to**2 * (sigma_from**2 - sigma_to**2) / sigma_from**2) ** 0.5)
+    return (sigma_to**2 - sigma_up**2) ** 0.5, sigma_up
+
+
+def sigma_euler_ancestral(denoise, x, sigmas, lam, noise, *, eta=1.0, s_noise=1.0, keep=exact):
+    states = []
+    for i in range(len(sigmas) - 1):
+        down, up = ancestral_step(sigmas[i], sigmas[i + 1], eta)
+        d = to_d(x, sigmas[i], _scaled(denoise, x, sigmas[i], lam[i]))
+        x = keep(x + d * (down - sigmas[i]) + noise[i] * s_noise * up)
+        states.append(x)
+    return states
+
+
+def sigma_heun(denoise, x, sigmas, lam, noise, *, keep=exact, keep_m0=None):
+    """As in edm_sampler, one state is stored: where that rounds, x follows from x_2 and the estimate kept (keep_m0)."""
+    states, keep_m0 = [], keep_m0 or keep
+    for i in range(len(sigmas) - 1):
+        d = to_d(x, sigmas[i], _scaled(denoise, x, sigmas[i], lam[i]))
+        dt = sigmas[i + 1] - sigmas[i]
+        if sigmas[i + 1] == 0:
+            x = keep(x + d * dt)
+        else:
+            x_2 = keep(x + d * dt)
+            if keep is not exact:
+                denoised = keep_m0(x - sigmas[i] * d)
+                d = to_d(x_2, sigmas[i + 1], denoised)
+                x = denoised + sigmas[i] * d
+            d_2 = to_d(x_2, sigmas[i + 1], _scaled(denoise, x_2, sigmas[i + 1], lam[i]))
+            x = keep(x + (d + d_2) / 2 * dt)
+        states.append(x)
+    return states
+
+
+def sigma_dpmpp_2s(denoise, x, sigmas, lam, noise, *, eta=0.0, s_noise=1.0, keep=exact):
+    """DPM-Solver++(2S) with r = 1/2 in t = -log(sigma), ancestral where eta > 0."""
+    states = []
+    for i in range(len(sigmas) - 1):
+        denoised = _scaled(denoise, x, sigmas[i], lam[i])
+        down, up = ancestral_step(sigmas[i], sigmas[i + 1], eta)
+        if down == 0:
+            x = x + to_d(x, sigmas[i], denoised) * (down - sigmas[i])
+        else:
+            t, t_next = -np.log(sigmas[i]), -np.log(down)
+            h = t_next - t
+            s = t + h / 2
+            x_2 = keep((np.exp(-s) / np.exp(-t)) * x - np.expm1(-h / 2) * denoised)
+            if keep is not exact:  # one state is stored, as in sigma_heun
+                x = (x_2 + np.expm1(-h / 2) * keep(denoised)) * np.exp(-t) / np.exp(-s)
+            denoised_2 = _scaled(denoise, x_2, np.exp(-s), lam[i])
+            x = (np.exp(-t_next) / np.exp(-t)) * x - np.expm1(-h) * denoised_2
+        x = keep(x + noise[i] * s_noise * up) if sigmas[i + 1] > 0 else keep(x)
+        states.append(x)
+    return states
+
+
+def sigma_dpmpp_2m_sde(denoise, x, sigmas, lam, noise, *, eta=1.0, s_noise=1.0, solver="midpoint", keep=exact):
+    states, old, h_last = [], None, None
+    for i in range(len(sigmas) - 1):
+        denoised = _scaled(denoise, x, sigmas[i], lam[i])
+        if sigmas[i + 1] == 0:
+            x = denoised
+        else:
+            h = -np.log(sigmas[i + 1]) + np.log(sigmas[i])
+            eta_h = eta * h
+            x = sigmas[i + 1] / sigmas[i] * np.exp(-eta_h) * x - np.expm1(-h - eta_h) * denoised
+            if old is not None:
+                r = h_last / h
+                if solver == "heun":
+                    x = x + (np.expm1(-h - eta_h) / (h + eta_h) + 1) * (1 / r) * (denoised - old)
+                else:
+                    x = x - 0.5 * np.expm1(-h - eta_h) * (1 / r) * (denoised - old)
+            x = x + noise[i] * sigmas[i + 1] * np.sqrt(-np.expm1(-2 * eta_h)) * s_noise
+            h_last = h
+        x, old = keep(x), keep(denoised)
+        states.append(x)
+    return states
+
+
+def sigma_dpmpp_3m_sde(denoise, x, sigmas, lam, noise, *, eta=1.0, s_noise=1.0, keep=exact):
+    states, denoised_1, denoised_2, h_1, h_2 = [], None, None, None, None
+    for i in range(len(sigmas) - 1):
+        denoised = _scaled(denoise, x, sigmas[i], lam[i])
+        if sigmas[i + 1] == 0:
+            x, h = denoised, None
+        else:
+            h = -np.log(sigmas[i + 1]) + np.log(sigmas[i])
+            h_eta = h * (eta + 1)
+            x = np.exp(-h_eta) * x - np.expm1(-h_eta) * denoised
+            phi_2 = np.expm1(-h_eta) / h_eta + 1
+            if h_2 is not None:
+                r0, r1 = h_1 / h, h_2 / h
+                d1_0, d1_1 = (denoised - denoised_1) / r0, (denoised_1 - denoised_2) / r1
+                d1 = d1_0 + (d1_0 - d1_1) * r0 / (r0 + r1)
+                d2 = (d1_0 - d1_1) / (r0 + r1)
+                x = x + phi_2 * d1 - (phi_2 / h_eta - 0.5) * d2
+            elif h_1 is not None:
+                x = x + phi_2 * (denoised - denoised_1) / (h_1 / h)
+            if eta:
+                x = x + noise[i] * sigmas[i + 1] * np.sqrt(-np.expm1(-2 * h * eta)) * s_noise
+        x, denoised_1, denoised_2, h_1, h_2 = keep(x), keep(denoised), denoised_1, h, h_1
+        states.append(x)
+    return states
+
+
+# ---- consistency models ----
+
+
+def consistency_timesteps(T, original_steps, steps):
+    origin = [i * (T // original_steps) - 1 for i in range(1, original_steps + 1)][::-1]
+    return [origin[int(i)] for i in np.floor(np.linspace(0, original_steps, steps, endpoint=False))]
+
+
+def lcm(model, x, betas, t, lam, noise, *, keep=exact):
+    """Luo et al., arXiv 2310.04378, algorithm 3, with the boundary condition of its code (timesteps times 10, sigma_data 1/2)."""
+    abar, states = np.cumprod(1 - betas), []
+    for j, tj in enumerate(t):
+        x0 = (x - np.sqrt(1 - abar[tj]) * model(x, tj) / lam[j]) / np.sqrt(abar[tj])
+        scaled_t = 10.0 * tj
+        c_skip, c_out = 0.25 / (scaled_t**2 + 0.25), scaled_t / np.sqrt(scaled_t**2 + 0.25)
+        x = c_skip * x + c_out * x0
+        if j < len(t) - 1:
+            x = np.sqrt(abar[t[j + 1]]) * x + np.sqrt(1 - abar[t[j + 1]]) * noise[j]
+        x = keep(x)
+        states.append(x)
+    return states
+
+
+def tcd(model, x, betas, t, lam, noise, *, gamma, keep=exact):
+    """Zheng et al., arXiv 2402.19159, algorithm 4."""
+    abar, states = np.cumprod(1 - betas), []
+    for j, tj in enumerate(t):
+        after = t[j + 1] if j < len(t) - 1 else 0
+        s = int(np.floor((1 - gamma) * after))
+        eps = model(x, tj) / lam[j]
+        x0 = (x - np.sqrt(1 - abar[tj]) * eps) / np.sqrt(abar[tj])
+        x = np.sqrt(abar[s]) * x0 + np.sqrt(1 - abar[s]) * eps
+        if j < len(t) - 1 and gamma > 0:
+            x = np.sqrt(abar[after] / abar[s]) * x + np.sqrt(1 - abar[after] / abar[s]) * noise[j]
+        x = keep(x)
+        states.append(x)
+    return states
+
+
+# ---- PFGM++ ----
+
+
+def pfgmpp_sampler(denoise, x, steps, lam, D, *, sigma_min=0.002, sigma_max=80.0, rho=7.0, keep=exact):
+    """Xu et al., arXiv 2302.04265, algorithm 2: the ODE in r = sigma*sqrt(D), Heun, on EDM's grid; denoise is told sigma."""
+    r = np.append(edm_sigmas(steps, sigma_min, sigma_max, rho)[:-1] * np.sqrt(D), 0.0)
+    states = []
+    for i in range(steps):
+        d = (x - _scaled(denoise, x, r[i] / np.sqrt(D), lam[i])) / r[i]
+        x_next = keep(x + (r[i + 1] - r[i]) * d)
+        if i < steps - 1:
+            if keep is not exact:  # one state is stored, as in sigma_heun
+                d = (x_next - (denoised := keep(x - r[i] * d))) / r[i + 1]
+                x = denoised + r[i] * d
+            d_next = (x_next - _scaled(denoise, x_next, r[i + 1] / np.sqrt(D), lam[i])) / r[i + 1]
+            x_next = keep(x + (r[i + 1] - r[i]) * (0.5 * d + 0.5 * d_next))
+        x = x_next
+        states.append(x)
+    return states

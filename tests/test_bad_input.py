@@ -961,7 +961,7 @@ for steps in (0, -3, True, 2.5, None):
             ValueError,
             f"T: expected an integer of at least 1, got {steps}",
         )
-SCHEDULES = {"edm_euler": KARRAS, "edm_heun": KARRAS}
+SCHEDULES = {name: KARRAS for name in ("edm_euler", "edm_heun", "dpmpp_2s", "pfgmpp")} | {"flow_euler": FLOW}
 for name, sampler in samplers.SAMPLERS.items():
     path = SCHEDULES.get(name, LINEAR)
     for argument, value, error, message in (
@@ -981,7 +981,19 @@ for name, sampler in samplers.SAMPLERS.items():
             message,
         )
     BAD_CONSTRUCTORS[f"{name}: schedule"] = (lambda s=sampler: s("linear", 5), TypeError, "schedule: expected .*str")
-    if path is KARRAS:
+    if path is not LINEAR or name in ("lcm", "tcd"):
+        continue
+    if name in ("euler", "euler_ancestral", "heun"):
+        BAD_CONSTRUCTORS[f"{name}: sigma space at alpha 0"] = (
+            lambda sampler=sampler: sampler(ZERO_SNR, 5, spacing="trailing"),
+            ValueError,
+            "space: 'sigma' needs alpha > 0 at every step; take 'vp'",
+        )
+        BAD_CONSTRUCTORS[f"{name}: space"] = (
+            lambda s=sampler: s(LINEAR, 5, space="x"),
+            ValueError,
+            "space: .* got 'x'",
+        )
         continue
     BAD_CONSTRUCTORS[f"{name}: epsilon at alpha 0"] = (
         lambda sampler=sampler: sampler(ZERO_SNR, 5, spacing="trailing"),
@@ -1020,6 +1032,36 @@ BAD_CONSTRUCTORS |= {
     "karras: no levels": (lambda: KARRAS.grid_at([]), ValueError, "sigma: expected .N,. finite values above 0"),
     "karras: nan level": (lambda: KARRAS.grid_at([np.nan]), ValueError, "sigma: expected .N,. finite values above 0"),
     "edm_heun: S_min nan": (lambda: samplers.edm_heun(KARRAS, 4, S_min=np.nan), ValueError, "S_min, S_max: expected"),
+    "heun: alpha 0": (
+        lambda: samplers.heun(ZERO_SNR, 5, spacing="trailing", space="vp", prediction="v_prediction"),
+        ValueError,
+        "schedule: heun needs alpha > 0 at every step",
+    ),
+    "dpmpp_2m: solver": (lambda: samplers.dpmpp_2m(LINEAR, 5, solver="x"), ValueError, "solver: .* got 'x'"),
+    "dpmpp_3m: third": (lambda: samplers.dpmpp_3m(LINEAR, 5, third="x"), ValueError, "third: .* got 'x'"),
+    "dpmpp_2m_sde: eta": (lambda: samplers.dpmpp_2m_sde(LINEAR, 5, eta=-1.0), ValueError, "eta: .* got -1"),
+    "euler_ancestral: S_noise": (
+        lambda: samplers.euler_ancestral(LINEAR, 5, S_noise=-1.0),
+        ValueError,
+        "S_noise: expected a finite value >= 0, got -1",
+    ),
+    "dpmpp_2s: all noise": (lambda: samplers.dpmpp_2s(KARRAS, 5, eta=1e3), ValueError, "eta: .* got 1000"),
+    "tcd: gamma": (
+        lambda: samplers.tcd(LINEAR, 4, gamma=1.5),
+        ValueError,
+        "gamma: expected a value in .0, 1., got 1.5",
+    ),
+    "lcm: too many steps": (
+        lambda: samplers.lcm(LINEAR, 60),
+        ValueError,
+        "steps: expected 1 <= steps <= .* got 60, 50",
+    ),
+    "pfgmpp_prior: D": (lambda: epskernels.pfgmpp_prior([1], (3,), 80.0, 0), ValueError, "D: .* got 0"),
+    "pfgmpp_prior: sigma_max": (
+        lambda: epskernels.pfgmpp_prior([1], (3,), -1.0, 8),
+        ValueError,
+        "sigma_max: expected a finite value above 0, got -1",
+    ),
     "ddim: guidance text": (
         lambda: samplers.ddim(LINEAR, 4, guidance="7"),
         ValueError,

@@ -39,7 +39,7 @@ def run(*arguments):
     return cli.main(["sample", "--quiet", *arguments])
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "edm_euler", "edm_heun", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "edm_euler", "edm_heun", "dpmpp_2m", "dpmpp_2s", "lcm"])
 def test_writes_samples_and_grid(tiny, sampler, tmp_path, capsys):
     npz, png = tmp_path / "new" / "samples.npz", tmp_path / "grid.png"
     arguments = ["--model", tiny["plain"], "--sampler", sampler, "--steps", "4", "--seeds", "0-4,9", "--batch", "4"]

@@ -247,6 +247,101 @@ def adm_predicting(prediction):
     )
 
 
+def in_sigma(name, on_vp=False, prediction=None, two_calls=False, steps=12, **options):
+    """k-diffusion's samplers on EDM's levels, for an EDM denoiser or a VP network."""
+    sampler = {"dpmpp_3m": "dpmpp_3m_sde", "heun": "heun"}.get(name, name)
+    extra = {"eta": 0.0} if name == "dpmpp_3m" else options
+    prediction = prediction or ("epsilon" if on_vp else "sample")
+    sigma = vp_sigmas(steps) if on_vp else oracles.edm_sigmas(steps)
+    network = oracles.vp_denoiser(vp_network(SCALED_LINEAR), SCALED_LINEAR) if on_vp else edm_network
+    made = schedule.KarrasSchedule(model=schedule.scaled_linear()) if on_vp else schedule.KarrasSchedule()
+    own = {"lower_order_final": False} if name.startswith("dpmpp") and name != "dpmpp_2s" else {}
+    return Case(
+        lambda s: samplers.SAMPLERS[name](
+            made, steps, scaling=s, prediction=prediction, **own,
+            **{{"s_noise": "S_noise"}.get(key, key): value for key, value in options.items()},
+        ),
+        lambda x, lam, noise, keep: getattr(oracles, f"sigma_{sampler}")(
+            network, x, sigma, lam, noise, keep=keep, **extra
+        ),
+        vp_network(SCALED_LINEAR, prediction) if on_vp else edm_network, steps, heun=two_calls,
+    )  # fmt: skip
+
+
+def on_timesteps(name, steps=12, space="sigma", prediction="epsilon", **options):
+    """The same on a VP schedule's own timesteps; the oracle's state is x/alpha, the table's x/alpha or x."""
+    abar, model = np.cumprod(1 - LINEAR), vp_network(LINEAR)
+    t = np.round(np.linspace(0, 999, steps))[::-1].astype(int)
+    ratios = np.append(np.sqrt((1 - abar[t]) / abar[t]), 0.0)
+    alpha = np.append(np.sqrt(abar[t]), 1.0) if space == "vp" else np.ones(steps + 1)
+
+    def denoise(y, ratio):
+        j = np.argmin(np.abs(ratios - ratio))
+        return y - ratio * model(np.sqrt(abar[t[j]]) * y, t[j])
+
+    def oracle(x, lam, noise, keep):
+        stored = np.append(np.repeat(alpha[1:-1], 2), 1.0) if name == "heun" else alpha[1:]
+        scales = iter(stored)
+
+        def kept(y):  # what is stored is alpha*y
+            a = next(scales)
+            return keep(a * y) / a
+
+        own = {"keep_m0": keep} if name == "heun" else {}
+        y_keep = kept if keep is not oracles.exact else keep
+        states = getattr(oracles, f"sigma_{name}")(
+            denoise, x / alpha[0], ratios, lam, noise, keep=y_keep, **own, **options
+        )
+        return [a * y for a, y in zip(alpha[1:], states, strict=True)]
+
+    return Case(
+        lambda s: samplers.SAMPLERS[name](
+            schedule.linear(), steps, scaling=s, prediction=prediction, space=space, spacing="linspace", **options
+        ),
+        oracle, vp_network(LINEAR, prediction), steps, heun=name == "heun",
+    )  # fmt: skip
+
+
+def consistency(name, steps, prediction="epsilon", **options):
+    model, t = vp_network(SCALED_LINEAR), oracles.consistency_timesteps(1000, 50, steps)
+    return Case(
+        lambda s: samplers.SAMPLERS[name](schedule.scaled_linear(), steps, scaling=s, prediction=prediction, **options),
+        lambda x, lam, noise, keep: getattr(oracles, name)(model, x, SCALED_LINEAR, t, lam, noise, keep=keep, **options),
+        vp_network(SCALED_LINEAR, prediction), steps,
+    )  # fmt: skip
+
+
+def pfgmpp():
+    return Case(
+        lambda s: samplers.pfgmpp(schedule.KarrasSchedule(), 10, scaling=s),
+        lambda x, lam, noise, keep: oracles.pfgmpp_sampler(edm_network, x, 10, lam, 128, keep=keep),
+        edm_network, 10, heun=True,
+    )  # fmt: skip
+
+
+def flow_euler(stochastic):
+    case = flow("ddim")
+    sigma = 3 * (s := np.linspace(1, 0, 17)) / (1 + 2 * s)
+
+    def oracle(x, lam, noise, keep):
+        states = []
+        for j in range(16):
+            x0 = fake_denoiser(x, 1000 * sigma[j])
+            if lam[j] != 1:
+                x0 = x - sigma[j] * ((x - x0) / sigma[j])  # v, and from it eps
+                eps = (x - (1 - sigma[j]) * x0) / sigma[j] / lam[j]
+                x0 = (x - sigma[j] * eps) / (1 - sigma[j])
+            x = keep((1 - sigma[j + 1]) * x0 + sigma[j + 1] * noise[j])
+            states.append(x)
+        return states
+
+    return dataclasses.replace(
+        case,
+        table=lambda s: samplers.flow_euler(schedule.FlowSchedule(3.0), 16, scaling=s, stochastic=stochastic),
+        oracle=oracle if stochastic else case.oracle,
+    )
+
+
 CHURN = {"S_churn": 4.0}
 EDM_CHURN = {"S_churn": 40.0, "S_min": 0.05, "S_max": 50.0, "S_noise": 1.003}
 CASES = {
@@ -289,6 +384,35 @@ CASES = {
     **{f"ldm-{kind}": ldm(0.7, 3.0, kind) for kind in samplers.PREDICTIONS[1:]},
     **{f"dpmpp_2m-{kind}": dpmpp_vp("first", False, kind) for kind in samplers.PREDICTIONS[1:]},
     "ddim-zero_terminal_snr": ddim_zero_snr(),
+    "euler": in_sigma("euler"),
+    "euler-vp": in_sigma("euler", True),
+    "euler-timesteps": on_timesteps("euler"),
+    "euler-timesteps-vp-space": on_timesteps("euler", space="vp"),
+    "euler-timesteps-v_prediction": on_timesteps("euler", prediction="v_prediction"),
+    "euler_ancestral": in_sigma("euler_ancestral"),
+    "euler_ancestral-eta-s_noise": in_sigma("euler_ancestral", eta=0.6, s_noise=1.003),
+    "euler_ancestral-timesteps": on_timesteps("euler_ancestral"),
+    "euler_ancestral-timesteps-vp-space": on_timesteps("euler_ancestral", space="vp"),
+    "heun": in_sigma("heun", two_calls=True),
+    "heun-timesteps": on_timesteps("heun"),
+    "heun-timesteps-vp-space": on_timesteps("heun", space="vp"),
+    "dpmpp_2s": in_sigma("dpmpp_2s", two_calls=True),
+    "dpmpp_2s-ancestral": in_sigma("dpmpp_2s", two_calls=True, eta=1.0, s_noise=1.002),
+    "dpmpp_2s-vp": in_sigma("dpmpp_2s", True, two_calls=True),
+    "dpmpp_2m_sde": in_sigma("dpmpp_2m_sde"),
+    "dpmpp_2m_sde-heun-eta-s_noise": in_sigma("dpmpp_2m_sde", solver="heun", eta=0.5, s_noise=1.003),
+    "dpmpp_2m_sde-vp": in_sigma("dpmpp_2m_sde", True),
+    "dpmpp_3m": in_sigma("dpmpp_3m"),
+    "dpmpp_3m_sde": in_sigma("dpmpp_3m_sde"),
+    "dpmpp_3m_sde-vp-v_prediction": in_sigma("dpmpp_3m_sde", True, "v_prediction"),
+    "lcm": consistency("lcm", 4),
+    "lcm-v_prediction": consistency("lcm", 8, "v_prediction"),
+    "tcd": consistency("tcd", 4, gamma=0.3),
+    "tcd-deterministic": consistency("tcd", 8, gamma=0.0),
+    "tcd-sample": consistency("tcd", 8, "sample", gamma=1.0),
+    "pfgmpp": pfgmpp(),
+    "flow_euler": flow_euler(False),
+    "flow_euler-stochastic": flow_euler(True),
     "ddim-rectified_flow": flow("ddim"),
     "ddpm-rectified_flow": flow("ddpm"),
 }
@@ -305,7 +429,7 @@ SCALINGS = {  # the package's, and lambda by hand, the noisiest step first
 
 def trajectory(table, case, x, step):
     """The states after every row: the network is called on float64, `step` decides what is rounded."""
-    states, m1 = [], None
+    states, m1, m2 = [], None, None
     for i in range(len(table)):
         inputs, t = table["c_in"][i] * x, table["t"][i]
         f, v = case.model(inputs, t), None
@@ -313,7 +437,8 @@ def trajectory(table, case, x, step):
             f, v = np.split(f, 2, axis=1)
         u = None if case.uncond is None else case.uncond(inputs, t)
         grad = None if case.cond_fn is None else case.cond_fn(x, t)
-        x, m1 = step(i, x, f, u=u, v=v, grad=grad, m1=m1)
+        x, m0 = step(i, x, f, u=u, v=v, grad=grad, m1=m1, m2=m2)
+        m1, m2 = m0, m1
         states.append(x)
     return states
 
@@ -322,16 +447,14 @@ def package_step(table, dtype):
     """epskernels.step, between float64 arrays. History that no row reads is NaN."""
     seeds = epskernels.as_seeds(SEEDS)
 
-    def step(i, x, f, *, u, v, grad, m1):
+    def step(i, x, f, *, u, v, grad, m1, m2):
         outputs = {key: None if a is None else torch.tensor(a).float() for key, a in (("u", u), ("v", v))}
         grad = None if grad is None else torch.tensor(grad).to(dtype)
         state = torch.tensor(x).to(dtype)
         absent = torch.full_like(state, float("nan"))
-        m1 = absent if m1 is None else torch.tensor(m1).to(dtype)
+        m1, m2 = (absent if m is None else torch.tensor(m).to(dtype) for m in (m1, m2))
         f = torch.tensor(f).float()
-        result = epskernels.step(
-            state, f, table, i, **outputs, m1=m1, m2=absent, grad=grad, seeds=seeds, return_m0=True
-        )
+        result = epskernels.step(state, f, table, i, **outputs, m1=m1, m2=m2, grad=grad, seeds=seeds, return_m0=True)
         return tuple(tensor.double().numpy() for tensor in result)
 
     return step
@@ -340,7 +463,7 @@ def package_step(table, dtype):
 def float64_step(table):
     """The row's formula on the table's float64 columns."""
 
-    def step(i, x, f, *, u, v, grad, m1):
+    def step(i, x, f, *, u, v, grad, m1, m2):
         row = {column: table[column][i] for column in COLUMNS}
         fhat = f if row["g"] == 1 else u + row["g"] * (f - u)
         m0 = np.clip(row["d_x"] * x + row["d_f"] * fhat, -row["clip"], row["clip"])
@@ -348,8 +471,9 @@ def float64_step(table):
         if row["logvar_min"] or row["logvar_max"]:
             s = np.exp(0.5 * ((1 + v) / 2 * row["logvar_max"] + (1 - v) / 2 * row["logvar_min"]))
         x = row["c_x"] * x + row["c_f"] * fhat + row["c_m0"] * m0
-        if row["c_m1"]:
-            x = x + row["c_m1"] * m1
+        for name, m in (("c_m1", m1), ("c_m2", m2)):
+            if row[name]:
+                x = x + row[name] * m
         if row["c_grad"] and grad is not None:
             x = x + row["c_grad"] * s**2 * grad
         return x + row["c_noise"] * s * drawn(table, i), m0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy import stats
 
 import epskernels
 from epskernels import samplers, schedule
@@ -15,6 +16,12 @@ TABLES = {
     "ddim-eta": samplers.ddim(LINEAR, 6, scaling=1.01, eta=0.7),
     "edm_heun": samplers.edm_heun(schedule.KarrasSchedule(), 4, S_churn=3.0, S_max=50.0),
     "dpmpp_2m": samplers.dpmpp_2m(LINEAR, 6, scaling=1.01),
+    "euler": samplers.euler(LINEAR, 6, scaling=1.01),
+    "heun": samplers.heun(LINEAR, 4, scaling=1.01),
+    "dpmpp_2s": samplers.dpmpp_2s(schedule.KarrasSchedule(), 4, scaling=1.01, eta=1.0),
+    "dpmpp_3m_sde": samplers.dpmpp_3m_sde(LINEAR, 7, scaling=1.01),
+    "lcm": samplers.lcm(LINEAR, 4, scaling=1.01),
+    "dit-learned": samplers.dit(7, scaling=1.01, guidance=1.0),
     "flow": samplers.ddim(schedule.FlowSchedule(shift=3.0), 5, prediction="flow"),
 }
 
@@ -145,3 +152,41 @@ def test_refused(kwargs, message):
 def test_guided_table_without_unconditional_output_is_refused():
     with pytest.raises(RuntimeError, match="u: missing"):
         epskernels.sample(model, samplers.ddim(LINEAR, 6, guidance=3.0), [1], SHAPE)
+
+
+def test_starts_from_the_state_given():
+    table, start = TABLES["ddim"], torch.randn(2, *SHAPE)
+    latents = table.initial_sigma * epskernels.normal([3, 4], SHAPE)
+    assert torch.equal(
+        epskernels.sample(model, table, [3, 4], SHAPE, start=latents), epskernels.sample(model, table, [3, 4], SHAPE)
+    )
+    assert not torch.equal(
+        epskernels.sample(model, table, [3, 4], SHAPE, start=start), epskernels.sample(model, table, [3, 4], SHAPE)
+    )
+    with pytest.raises(ValueError, match=r"start: expected shape \(3, 2, 5, 3\), got \(2, 2, 5, 3\)"):
+        epskernels.sample(model, table, [3, 4, 5], SHAPE, start=start)
+
+
+@pytest.mark.parametrize("D", [1, 128])
+def test_pfgmpp_prior(D):
+    """Its radius squared over sigma_max^2*D is a beta prime variable, its direction that of the seed's Gaussian."""
+    seeds, N = range(4000), 12
+    x = epskernels.pfgmpp_prior(seeds, (3, 4), 80.0, D).double()
+    radii = x.flatten(1).square().sum(1) / (80.0**2 * D)
+    assert stats.kstest(radii.numpy(), stats.betaprime(N / 2, D / 2).cdf).pvalue > 1e-3
+    z = epskernels.normal(seeds, (3, 4)).double()
+    cosine = torch.nn.functional.cosine_similarity(x.flatten(1), z.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(len(seeds), dtype=torch.float64), rtol=0, atol=1e-6)
+    assert torch.equal(epskernels.pfgmpp_prior([17], (3, 4), 80.0, D)[0].double(), x[17])
+
+
+def test_pfgmpp_is_edm_for_many_dimensions():
+    x = epskernels.pfgmpp_prior(range(5), SHAPE, 80.0, 10**6)
+    torch.testing.assert_close(x, 80.0 * epskernels.normal(range(5), SHAPE), rtol=5e-3, atol=0)
+    table = samplers.pfgmpp(schedule.KarrasSchedule(), 5)
+    assert torch.equal(table.rows, samplers.edm_heun(schedule.KarrasSchedule(), 5).rows)
+
+
+def test_dit_is_adm_without_clamping():
+    expected = samplers.ddpm(LINEAR, "50", scaling=1.003, variance="learned_range", clip=None, guidance=4.0)
+    assert torch.equal(samplers.dit(50, scaling=1.003).rows, expected.rows)
