@@ -1,0 +1,1268 @@
+"""Drop-in diffusers schedulers: their configuration, timesteps and noise; the step is one launch, with Epsilon Scaling in it.
+
+    x' = c_x*x + c_f*f + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_noise*z,   m0 = clamp(d_x*x + d_f*f)
+
+A class subclasses its namesake. `_formula` gives diffusers' own update as these columns, in float64, from the arrays that
+diffusers computed; the mixin folds lambda in (f becomes f/lambda + (1 - 1/lambda)*f_x0/alpha*x, f_x0 the share of x_0 in f) and
+keeps the result on the device: an immutable Plan, made once for a set_timesteps. What cannot be one launch is listed in
+docs/diffusers.md; what runs diffusers' own step, on the scaled output, says so in `scheduler.path` and in the log.
+"""
+
+import copy
+import functools
+import inspect
+import logging
+import math
+import types
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import schedulers as theirs
+from diffusers.utils.torch_utils import randn_tensor
+from torch import is_grad_enabled
+
+from . import scaling
+from .ops import as_seeds, normal, step
+from .samplers import ancestral, boundary, differences, log_snr
+from .step_reference import STREAM_STEP
+from .table import _DEFAULTS, COLUMNS
+
+_log = logging.getLogger("epskernels")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def as_eps_scaling(value):
+    """The EpsilonScaling that a scheduler's configuration names.
+
+    value: a number; lambda of each step, the noisiest first; {"k": , "b": , "origin": "cleanest" (default) or "noisiest"} for the
+    paper's linear schedule; or "SYSTEM/DATASET/STEPS[/KIND]", a published one. Raises ValueError, TypeError or KeyError.
+    """
+    if isinstance(value, str):
+        system, dataset, steps, *kind = (part.strip() for part in f"{value}///".split("/")[:-3] + [""] * 3)
+        kind = [part for part in kind if part]
+        if not steps.isdigit() or len(kind) > 1:
+            raise ValueError(f"eps_scaling: expected 'SYSTEM/DATASET/STEPS' or with '/KIND', got {value!r}")
+        return scaling.published(system, dataset, int(steps), *kind)
+    if isinstance(value, dict):
+        if not {"b"} <= set(value) <= {"k", "b", "origin"}:
+            raise ValueError(f"eps_scaling: expected the keys k, b and perhaps origin, got {sorted(value)}")
+        return scaling.linear(value.get("k", 0.0), value["b"], origin=value.get("origin", "cleanest"))
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return scaling.array(value, origin="noisiest")
+    return scaling.as_scaling(value)
+
+
+class Plan:
+    """One row of coefficients for each model call of a trajectory, on one device. Nothing changes it: requests may share it.
+
+    columns: float64, by name, (R,). rows: float32 (R, len(COLUMNS)). index: R scalar tensors. For each row: draws, whether the
+    step draws noise there; noisy, whether it uses it; before, the standard deviation of the noise that x gets before it (churn);
+    history, how many earlier m0 it reads; sound, whether it is finite, as it is not where diffusers' numbers are not. For each
+    step: lambda_t, and to_x: the scaled output is f/lambda_t + to_x*x.
+    """
+
+    __slots__ = ("columns", "rows", "index", "draws", "noisy", "before", "history", "sound", "lambda_t", "to_x")
+
+    def __init__(self, columns, draws, lambda_t, to_x, device):
+        columns = dict(columns)
+        before = columns.pop("before", 0.0)
+        length = max(np.size(column) for column in columns.values())
+        stacked = np.empty((length, len(COLUMNS)))
+        if unknown := set(columns) - set(COLUMNS):
+            raise ValueError(f"columns: unknown {sorted(unknown)}")
+        for j, name in enumerate(COLUMNS):
+            stacked[:, j] = columns.get(name, _DEFAULTS.get(name, 0.0))
+        with np.errstate(over="ignore"):
+            rows = stacked.astype(np.float32)
+        may_be_infinite = [COLUMNS.index(name) for name in COLUMNS if _DEFAULTS.get(name) == np.inf]
+        sound = np.isfinite(np.delete(rows, may_be_infinite, axis=1)).all(axis=1)
+        rows[~sound] = 0.0
+        values = {name: np.ascontiguousarray(stacked[:, j]) for j, name in enumerate(COLUMNS)}
+        for column in values.values():
+            column.setflags(write=False)
+        before = np.broadcast_to(before, (length,))
+        noisy = ((values["c_noise"] != 0) | (before != 0)) & sound
+        for attribute, value in (
+            ("columns", types.MappingProxyType(values)),
+            ("rows", torch.from_numpy(rows).to(device)),
+            ("index", torch.arange(length, device=device).unbind()),
+            ("draws", tuple(np.broadcast_to(draws, (length,)).tolist())),
+            ("noisy", tuple(noisy.tolist())),
+            ("before", tuple(before.tolist())),
+            ("history", tuple(np.where(values["c_m2"] != 0, 2, values["c_m1"] != 0).tolist())),
+            ("sound", tuple(sound.tolist())),
+            ("lambda_t", tuple(lambda_t.tolist())),
+            ("to_x", tuple(to_x.tolist())),
+        ):
+            object.__setattr__(self, attribute, value)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"a Plan is immutable: cannot set {name}")
+
+    def __len__(self):
+        return len(self.index)
+
+
+class _Fused:
+    """What all schedulers here share; the class after it in the order of inheritance is diffusers' own.
+
+    path: how the last step ran, "fused" or "diffusers: <why>". seeds: a sample's seed each, or None; steps then make their noise
+    in the kernel unless a generator is given.
+    """
+
+    _mixes = True  # a trajectory may go on with diffusers' own step, since its history is the same
+    _options = ()  # the arguments of step that change the rows, with their defaults
+    _plans = _seeds = _ran = path = sigmas = None
+
+    def __init_subclass__(cls):
+        parent = cls.__bases__[-1]
+        if parent is _Fused or parent.__name__ != cls.__name__:
+            return  # a mixin
+        parameters = inspect.signature(parent.__init__).parameters
+        own = inspect.Parameter("eps_scaling", inspect.Parameter.KEYWORD_ONLY, default=1.0)
+
+        @functools.wraps(parent.__init__)
+        def __init__(self, *args, eps_scaling=1.0, **kwargs):
+            as_eps_scaling(eps_scaling)
+            parent.__init__(self, *args, **kwargs)
+            self._adopt(eps_scaling)
+
+        __init__.__signature__ = inspect.Signature([*parameters.values(), own])
+
+        @functools.wraps(parent.set_timesteps)
+        def set_timesteps(self, *args, **kwargs):
+            parent.set_timesteps(self, *args, **kwargs)
+            self._plans = self._ran = None
+            if "eps_scaling" in self.config:  # not while diffusers' own constructor runs
+                self._plan(self._options, self.timesteps.device)
+
+        cls.__init__, cls.set_timesteps = __init__, set_timesteps
+        cls._theirs = parent
+
+    def _adopt(self, eps_scaling):
+        """The scaling into the configuration; a default one is not written where diffusers' own class would warn of it."""
+        as_eps_scaling(eps_scaling)
+        defaults = [name for name in self.config.get("_use_default_values", []) if name != "eps_scaling"]
+        if isinstance(eps_scaling, (int, float)) and eps_scaling == 1:
+            defaults.append("eps_scaling")
+        self.register_to_config(eps_scaling=eps_scaling, _use_default_values=defaults)
+        self._plans = self._ran = None
+        self._read_config()
+
+    def _read_config(self):
+        """What every step looks at: asking the configuration each time takes longer than the step."""
+        self._thresholds = bool(getattr(self.config, "thresholding", False))
+
+    # ---- the plan ----
+
+    def _formula(self, options):
+        """diffusers' update without lambda: (columns, draws). Columns by name, (R,) float64 or one number."""
+        raise NotImplementedError
+
+    def _model(self, options):
+        """(alpha, d_x, d_f) of x_0 = d_x*x + d_f*f as diffusers has it, for each step of the schedule."""
+        raise NotImplementedError
+
+    def _lambdas(self, alpha):
+        """lambda for each step; 1 where alpha is 0, where only that has a meaning: refused there if given one by one."""
+        value = self.config.eps_scaling
+        lambda_t = as_eps_scaling(value).values(self._steps())
+        nowhere = self._per_step(alpha) == 0
+        if (bad := nowhere & (lambda_t != 1)).any():
+            i = int(np.flatnonzero(bad)[0])
+            if isinstance(value, (list, tuple, np.ndarray)):
+                raise ValueError(f"eps_scaling: expected 1 where alpha is 0 (step {i}), got {lambda_t[i]:g}")
+            _say(self, f"eps_scaling is 1 in step {i}: alpha is 0 there")
+            lambda_t[nowhere] = 1.0
+        return lambda_t
+
+    def _steps(self):
+        return len(self.timesteps)
+
+    def _per_step(self, values):
+        return values
+
+    def _per_call(self, lambda_t):
+        return lambda_t
+
+    def _arrays(self):
+        """What the plan was made from: other objects mean that diffusers made new ones, or the user did."""
+        return (self.timesteps, self.sigmas)
+
+    def _plan(self, options, device):
+        kept = self._plans
+        if kept is None or kept["of"][0] is not self.timesteps or kept["of"][1] is not self.sigmas:
+            host = self.timesteps.tolist()
+            kept = {"of": self._arrays(), "host": host, "rank": {t: i for i, t in reversed(list(enumerate(host)))}}
+            kept["at"], kept["size"] = self.timesteps.data_ptr(), self.timesteps.element_size()
+            self._plans = kept
+        plan = kept.get((options, device))
+        if plan is None:
+            plan = kept[options, device] = Plan(*self._scaled_formula(options), device)
+        return plan
+
+    def _scaled_formula(self, options):
+        with np.errstate(all="ignore"):  # a row that is not finite is not used
+            columns, draws = self._formula(options)
+            alpha, d_x, d_f = self._model(options)
+            scale = self._per_call(self._lambdas(alpha))
+            on_x = np.where(scale == 1, 0.0, (1 - d_x * alpha) / d_f * (1 - 1 / scale) / alpha)
+            length = len(scale)
+            levels = max(np.size(column) for column in columns.values()) // length
+            columns = {name: np.broadcast_to(column, levels * length) + 0.0 for name, column in columns.items()}
+            lambda_t, to_x = np.tile(scale, levels), np.tile(on_x, levels)
+            columns["draw"] = np.tile(np.arange(length), levels)
+            zero = np.zeros(levels * length)
+            for x, f in (("d_x", "d_f"), ("c_x", "c_f")):
+                of_f = columns.get(f, zero)
+                columns[x], columns[f] = columns.get(x, zero) + of_f * to_x, of_f / lambda_t
+            if not (np.isfinite(columns.get("clip", np.inf)).any() or self._thresholds or "k_y" in columns):
+                # Nothing bends m0: its terms are x's and f's, with fewer roundings.
+                m0 = columns.pop("c_m0", zero)
+                columns["c_x"] = columns["c_x"] + m0 * columns["d_x"]
+                columns["c_f"] = columns["c_f"] + m0 * columns["d_f"]
+        return columns, draws, scale, on_x
+
+    # ---- which step ----
+
+    def _place(self, timestep):
+        """The index of a timestep in self.timesteps, or None. A view into it is recognised by its address, without reading it."""
+        kept = self._plans
+        if isinstance(timestep, torch.Tensor):
+            offset = timestep.data_ptr() - kept["at"]
+            if 0 <= offset < len(kept["host"]) * kept["size"] and timestep.numel():
+                return offset // kept["size"]
+            if timestep.numel() != 1:
+                return None
+            if timestep.device.type != "cpu":
+                _log.debug("%s: a timestep on %s was read back", type(self).__name__, timestep.device)
+            timestep = timestep.item()
+        return kept["rank"].get(timestep)
+
+    def _init_step_index(self, timestep):
+        """diffusers' choice, without reading a timestep back that is one of its own."""
+        if self.begin_index is not None:
+            self._step_index = self._begin_index
+            return
+        self._plan(self._options, self.timesteps.device)
+        i, host = self._place(timestep), self._plans["host"]
+        if i is None:
+            super()._init_step_index(timestep)
+        else:
+            same = [j for j, t in enumerate(host) if t == host[i]]
+            self._step_index = same[1 if len(same) > 1 else 0]
+
+    def _row(self, plan, timestep):
+        """The row of this call and its step, or None for both where the schedule does not have the timestep."""
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        return self._step_index, self._step_index
+
+    # ---- the step ----
+
+    @property
+    def seeds(self):
+        return self._seeds
+
+    @seeds.setter
+    def seeds(self, seeds):
+        self._seeds = None if seeds is None else as_seeds(seeds)
+
+    def fork(self):
+        """A scheduler with its own position, history and seeds, for one request; it shares the plan and the configuration."""
+        twin = copy.copy(self)
+        twin._restart()
+        return twin
+
+    def _restart(self):
+        for name in ("_step_index", "_begin_index"):
+            if name in self.__dict__:
+                setattr(self, name, None)
+        self._ran = self.path = self._seeds = None
+
+    def _enter(self, options, f, timestep, x):
+        """(plan, row, step, why): what this call applies, and why it cannot, or None."""
+        why = None
+        if not (isinstance(x, torch.Tensor) and isinstance(f, torch.Tensor)):
+            why = f"sample and model_output are {type(x).__name__} and {type(f).__name__}, not tensors"
+        elif x.dtype not in _DTYPES or f.dtype not in _DTYPES:
+            why = f"of dtypes {x.dtype} and {f.dtype}"
+        elif is_grad_enabled() and (x.requires_grad or f.requires_grad):
+            why = "gradients are asked for, which the fused step does not have"
+        plan = self._plan(options, self.timesteps.device if why else x.device)
+        row, i = self._row(plan, timestep)
+        if why is None and row is None:
+            why = f"timestep {timestep} is not one of the schedule's"
+        elif why is None and not plan.sound[row]:
+            why = f"the coefficients of step {i} are not finite"
+        return plan, row, i, why
+
+    def _own(self, entered, f, timestep, x, seeds=None, **arguments):
+        """diffusers' own step, on the output scaled by lambda: f/lambda plus its share of x_0 times x."""
+        plan, row, i, why = entered
+        if (seeds is not None or (self._seeds is not None and arguments.get("generator") is None)) and (
+            row is None or plan.draws[row]
+        ):
+            raise ValueError(f"seeds: diffusers' own step takes a generator, and it runs here: {why}")
+        if not self._mixes and self._ran == "fused":
+            raise RuntimeError(
+                f"{type(self).__name__}: cannot go on with diffusers' own step within a trajectory: {why}"
+            )
+        self._ran, self.path = "own", f"diffusers: {why}"
+        _say(self, f"runs diffusers' own step: {why}")
+        if i is not None:
+            lambda_t, to_x = plan.lambda_t[i], plan.to_x[i]
+            if to_x and plan.before[row]:
+                raise ValueError(f"eps_scaling: diffusers' own step adds churn after the scaling, and it runs here: {why}")
+            if lambda_t != 1:
+                f = self._scaled_output(f, x, lambda_t, to_x)
+        elif self.config.eps_scaling != 1:
+            raise ValueError(f"timestep: {timestep} is not one of the schedule's, so that it has no lambda")
+        return self._theirs.step(self, f, timestep, x, **arguments)
+
+    def _scaled_output(self, f, x, lambda_t, to_x):
+        if f.shape == x.shape:
+            return f / lambda_t + to_x * x
+        own, v = f.split([x.shape[1], f.shape[1] - x.shape[1]], dim=1)  # learned variance
+        return torch.cat([own / lambda_t + to_x * x, v], dim=1)
+
+    def _noise(self, plan, row, f, generator, seeds, given=None, dtype=None):
+        """{"noise": ...} or {"seeds": ...} for the step: diffusers' own draw from the generator, or the kernel's from seeds."""
+        if generator is not None and seeds is not None:
+            raise ValueError("generator, seeds: expected one of them, got both")
+        if not plan.draws[row]:
+            return {}
+        if given is None and generator is None:
+            seeds = self._seeds if seeds is None else as_seeds(seeds)
+            if seeds is not None:
+                return {"seeds": seeds.to(f.device)} if plan.noisy[row] else {}
+        if given is None:
+            given = randn_tensor(f.shape, generator=generator, device=f.device, dtype=dtype or f.dtype)
+        return {"noise": given.to(f.device)} if plan.noisy[row] else {}
+
+    def _as_tensor(self, noise, x, i):
+        """[the noise of step i] where it comes from seeds too, or []."""
+        if "seeds" in noise:
+            return [normal(noise["seeds"], list(x.shape[1:]), draw=i, stream=STREAM_STEP)]
+        return list(noise.values())
+
+    def _threshold(self, plan, row, f, x):
+        """Dynamic thresholding's (B,), as diffusers takes it (arXiv 2205.11487): a quantile of |x_0| in each sample."""
+        x0 = plan.columns["d_x"][row] * x.float() + plan.columns["d_f"][row] * f.float()
+        s = torch.quantile(x0.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
+        return s.clamp(min=1, max=self.config.sample_max_value)
+
+    def _step(self, plan, row, f, x, dtype=None, **inputs):
+        """(x', m0[, y']) of one row, x' in `dtype`; default x's. Noise of more digits than x widens x first."""
+        if not self._mixes and self._ran == "own":
+            raise RuntimeError(
+                f"{type(self).__name__}: cannot go on with the fused step within a trajectory: {self.path}"
+            )
+        self.path = self._ran = "fused"
+        dtype, noise = dtype or x.dtype, inputs.get("noise")
+        if noise is not None and noise.dtype is not x.dtype:
+            x = x.to(torch.promote_types(x.dtype, noise.dtype))
+            inputs |= {
+                name: inputs[name].to(x.dtype) for name in ("noise", "m1", "m2", "y") if inputs.get(name) is not None
+            }
+        if self._thresholds:
+            inputs["threshold"] = self._threshold(plan, row, f, x)
+        result = step(x, f, plan.rows, plan.index[row], return_m0=True, **inputs)
+        return result if x.dtype is dtype else (result[0].to(dtype), *result[1:])
+
+
+_said = set()
+
+
+def _say(scheduler, message):
+    """Once for each class and message."""
+    key = (type(scheduler).__name__, message)
+    if key not in _said:
+        _said.add(key)
+        _log.warning("epskernels.diffusers.%s %s", *key)
+
+
+def _double(values):
+    return np.asarray(torch.as_tensor(values).detach().cpu().double())
+
+
+def _state(f, x):
+    """x in the dtype that holds both."""
+    return x if x.dtype is f.dtype else x.to(torch.promote_types(x.dtype, f.dtype))
+
+
+def _vp_denoiser(prediction, alpha, sigma):
+    """(d_x, d_f) of x_0 on a variance-preserving path, as diffusers writes it."""
+    zero, one = np.zeros_like(alpha), np.ones_like(alpha)
+    known = {
+        "epsilon": (1 / alpha, -sigma / alpha),
+        "sample": (zero, one),
+        "v_prediction": (alpha + zero, -sigma + zero),
+        "flow_prediction": (one, -sigma + zero),
+    }
+    if prediction not in known:
+        raise ValueError(f"prediction_type: expected one of {tuple(known)}, got {prediction!r}")
+    return known[prediction]
+
+
+def _clip(config):
+    """The bound of clip_sample; thresholding comes first in diffusers."""
+    on = getattr(config, "clip_sample", False) and not getattr(config, "thresholding", False)
+    return float(config.clip_sample_range) if on else math.inf
+
+
+# ---- on timesteps: DDPM, DDIM ----
+
+
+class _OnTimesteps(_Fused):
+    """Each call finds its row by its timestep."""
+
+    def _t(self):
+        return np.asarray(self._plans["host"], dtype=np.int64)
+
+    def _abar(self, t, beyond=1.0):
+        """alphas_cumprod at t, `beyond` where t < 0."""
+        abar = _double(self.alphas_cumprod)
+        return np.where(t >= 0, abar[np.maximum(t, 0)], float(beyond))
+
+    def _row(self, plan, timestep):
+        return (self._place(timestep),) * 2
+
+    def _model(self, options):
+        abar = self._abar(self._t())
+        alpha = np.sqrt(abar)
+        return alpha, *_vp_denoiser(self.config.prediction_type, alpha, np.sqrt(1 - abar))
+
+
+class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
+    def _formula(self, options):
+        t = self._t()
+        abar, abar_prev = self._abar(t), self._abar(np.append(t[1:], -1))
+        alpha_ts, beta = abar / abar_prev, 1 - abar / abar_prev
+        d_x, d_f = self._model(options)[1:]
+        small = np.maximum((1 - abar_prev) / (1 - abar) * beta, 1e-20)
+        kind, inside = self.variance_type, t > 0
+        columns = {
+            "d_x": d_x, "d_f": d_f, "clip": _clip(self.config), "t": t,
+            "c_m0": np.sqrt(abar_prev) * beta / (1 - abar), "c_x": np.sqrt(alpha_ts) * (1 - abar_prev) / (1 - abar),
+        }  # fmt: skip
+        if kind in ("learned", "learned_range"):
+            columns["c_noise"] = np.ones(len(t))
+            if kind == "learned_range":
+                columns["logvar_min"], columns["logvar_max"] = np.log(small) * inside, np.log(beta) * inside
+        else:
+            variance = {
+                "fixed_small": small, "fixed_small_log": small, "fixed_large": beta, "fixed_large_log": np.log(beta),
+            }  # fmt: skip
+            columns["c_noise"] = np.sqrt(variance[kind])
+        columns["c_noise"] = np.where(inside, columns["c_noise"], 0.0)
+        return columns, inside
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        plan, i, _, why = entered = self._enter((), model_output, timestep, sample)
+        if why is not None:
+            return self._own(
+                entered, model_output, timestep, sample, seeds, generator=generator, return_dict=return_dict
+            )
+        f, v = model_output, None
+        if f.shape[1] == 2 * sample.shape[1] and self.variance_type in ("learned", "learned_range"):
+            f, v = f.split(sample.shape[1], dim=1)
+        x = _state(f, sample)
+        noise = self._noise(plan, i, f, generator, seeds)
+        if self.variance_type == "learned":  # its root scales the noise before the launch
+            noise, v = [("noise", v.sqrt() * z) for z in self._as_tensor(noise, x, i)], None
+        x, m0 = self._step(plan, i, f, x, v=v, **dict(noise))
+        if not return_dict:
+            return x, m0
+        return theirs.scheduling_ddpm.DDPMSchedulerOutput(prev_sample=x, pred_original_sample=m0)
+
+
+class DDIMScheduler(_OnTimesteps, diffusers.DDIMScheduler):
+    _options = (0.0, False)
+
+    def _formula(self, options):
+        eta, clipped = options
+        t = self._t()
+        # Before set_timesteps, diffusers refuses to step.
+        prev = t - self.config.num_train_timesteps // (self.num_inference_steps or np.nan)
+        abar, abar_prev = self._abar(t), self._abar(prev, self.final_alpha_cumprod)
+        alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+        d_x, d_f = self._model(options)[1:]
+        variance = (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
+        std = eta * np.sqrt(variance)
+        towards = np.sqrt(1 - abar_prev - std**2)
+        columns = {
+            "d_x": d_x,
+            "d_f": d_f,
+            "clip": _clip(self.config),
+            "c_m0": np.sqrt(abar_prev),
+            "c_noise": std,
+            "t": t,
+        }
+        if clipped:  # eps from x_0 as clamped
+            columns["c_x"] = towards / sigma
+            columns["c_m0"] = columns["c_m0"] - towards * alpha / sigma
+        else:
+            e_x, e_f = {
+                "epsilon": (0.0, 1.0), "sample": (1 / sigma, -alpha / sigma), "v_prediction": (sigma, alpha),
+            }[self.config.prediction_type]  # fmt: skip
+            columns["c_x"], columns["c_f"] = towards * e_x, towards * e_f
+        return columns, eta > 0
+
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        eta=0.0,
+        use_clipped_model_output=False,
+        generator=None,
+        variance_noise=None,
+        return_dict=True,
+        *,
+        seeds=None,
+    ):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        options = (float(eta), bool(use_clipped_model_output))
+        plan, i, _, why = entered = self._enter(options, model_output, timestep, sample)
+        if why is not None:
+            return self._own(
+                entered, model_output, timestep, sample, seeds, eta=eta, use_clipped_model_output=use_clipped_model_output,
+                generator=generator, variance_noise=variance_noise, return_dict=return_dict,
+            )  # fmt: skip
+        if eta > 0 and variance_noise is not None and generator is not None:
+            raise ValueError("generator, variance_noise: expected one of them, got both")
+        x = _state(model_output, sample)
+        noise = self._noise(plan, i, model_output, generator, seeds, variance_noise)
+        x, m0 = self._step(plan, i, model_output, x, **noise)
+        if not return_dict:
+            return x, m0
+        return theirs.scheduling_ddim.DDIMSchedulerOutput(prev_sample=x, pred_original_sample=m0)
+
+
+# ---- on steps counted from the first, x = x_0 + sigma*eps: Euler, Heun, EDM ----
+
+
+class _OnSigmas(_Fused):
+    def _sigmas(self):
+        """sigma at each model call, and where its step ends."""
+        sigmas, n = _double(self.sigmas), len(self.timesteps)  # of which "log_linear" has one too many
+        return sigmas[:n], sigmas[1 : n + 1]
+
+    def _input_scale(self):
+        return 1 / np.sqrt(self._sigmas()[0] ** 2 + 1)
+
+    def scale_model_input(self, sample, timestep):
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        self._plan(self._options, self.timesteps.device)
+        if "scale" not in self._plans:
+            self._plans["scale"] = self._input_scale().tolist()
+        self.is_scale_input_called = True
+        return sample * self._plans["scale"][self._step_index]
+
+    def _output(self, sigma, at=None):
+        """(d_x, d_f) of x_0; at: the level that v_prediction takes, where it is not sigma."""
+        zero, one, at = np.zeros_like(sigma), np.ones_like(sigma), sigma if at is None else at
+        kind = self.config.prediction_type
+        known = {
+            "epsilon": (one, -sigma), "sample": (zero, one), "original_sample": (zero, one),
+            "v_prediction": (1 / (at**2 + 1), -at / np.sqrt(at**2 + 1)),
+        }  # fmt: skip
+        if kind not in known:
+            raise ValueError(f"prediction_type: expected one of {tuple(known)}, got {kind!r}")
+        return known[kind]
+
+    def _model(self, options):
+        sigma = self._sigmas()[0]
+        return np.ones(len(sigma)), *self._output(sigma)
+
+    def _result(self, x, m0, return_dict):
+        self._step_index += 1
+        return self._output_class(prev_sample=x, pred_original_sample=m0) if return_dict else (x, m0)
+
+
+def _refuse_integers(scheduler, timestep):
+    if isinstance(timestep, (int, torch.IntTensor, torch.LongTensor)):
+        raise ValueError(
+            f"timestep: expected one of {type(scheduler).__name__}'s own timesteps, got the integer {timestep}"
+        )
+
+
+class _Euler(_OnSigmas):
+    """Euler with churn, whose noise the model's estimate sees too: x gets it in an operation of its own."""
+
+    _options = (0.0, 0.0, math.inf)
+
+    def _hat(self, options):
+        s_churn, s_tmin, s_tmax = options
+        sigma = self._sigmas()[0]
+        gamma = np.where((s_tmin <= sigma) & (sigma <= s_tmax), min(s_churn / (len(self.sigmas) - 1), 2**0.5 - 1), 0.0)
+        return sigma, sigma * (gamma + 1)
+
+    def _model(self, options):
+        sigma, hat = self._hat(options)
+        return np.ones(len(sigma)), *self._output(hat, sigma)
+
+    def _formula(self, options):
+        sigma, hat = self._hat(options)
+        d_x, d_f = self._output(hat, sigma)
+        ratio, before = self._sigmas()[1] / hat, np.sqrt(hat**2 - sigma**2)
+        return {"d_x": d_x, "d_f": d_f, "c_x": ratio, "c_m0": 1 - ratio, "before": before, "t": sigma}, before > 0
+
+    def _euler(self, f, timestep, x, churn, s_noise, generator, return_dict, seeds, **more):
+        _refuse_integers(self, timestep)
+        plan, i, _, why = entered = self._enter(tuple(float(bound) for bound in churn.values()), f, timestep, x)
+        if more.get("pred_original_sample") is not None:
+            *_, why = entered = (plan, i, i, "pred_original_sample is given")
+            if self.config.eps_scaling != 1:
+                raise ValueError("pred_original_sample: expected None, since it has its own lambda, got a tensor")
+        if why is not None:
+            return self._own(
+                entered, f, timestep, x, seeds, **churn, s_noise=s_noise, generator=generator, return_dict=return_dict,
+                **more,
+            )  # fmt: skip
+        x = _state(f, x)
+        for noise in self._as_tensor(self._noise(plan, i, f, generator, seeds), x, i):
+            x = torch.add(x.float(), noise, alpha=plan.before[i] * s_noise)
+        x, m0 = self._step(plan, i, f, x, f.dtype)
+        return self._result(x, m0, return_dict)
+
+
+class EulerDiscreteScheduler(_Euler, diffusers.EulerDiscreteScheduler):
+    _output_class = theirs.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
+
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        s_churn=0.0,
+        s_tmin=0.0,
+        s_tmax=float("inf"),
+        s_noise=1.0,
+        generator=None,
+        return_dict=True,
+        *,
+        seeds=None,
+    ):
+        """diffusers' step; seeds: (B,), for noise made by the package's generator."""
+        churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax}
+        return self._euler(model_output, timestep, sample, churn, s_noise, generator, return_dict, seeds)
+
+
+class _Preconditioned:
+    """EDM's c_skip and c_out (arXiv 2206.00364, table 1)."""
+
+    def _output(self, sigma, at=None):
+        data = self.config.sigma_data
+        root = np.sqrt(sigma**2 + data**2)
+        signs = {"epsilon": 1.0, "v_prediction": -1.0}
+        if self.config.prediction_type not in signs:
+            raise ValueError(f"prediction_type: expected one of {tuple(signs)}, got {self.config.prediction_type!r}")
+        return (data / root) ** 2, signs[self.config.prediction_type] * sigma * data / root
+
+    def _input_scale(self):
+        return 1 / np.sqrt(self._sigmas()[0] ** 2 + self.config.sigma_data**2)
+
+
+class EDMEulerScheduler(_Preconditioned, _Euler, diffusers.EDMEulerScheduler):
+    _output_class = theirs.scheduling_edm_euler.EDMEulerSchedulerOutput
+
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        s_churn=0.0,
+        s_tmin=0.0,
+        s_tmax=float("inf"),
+        s_noise=1.0,
+        generator=None,
+        return_dict=True,
+        pred_original_sample=None,
+        *,
+        seeds=None,
+    ):
+        """diffusers' step; seeds: (B,), for noise made by the package's generator."""
+        churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax}
+        return self._euler(
+            model_output, timestep, sample, churn, s_noise, generator, return_dict, seeds,
+            pred_original_sample=pred_original_sample,
+        )  # fmt: skip
+
+
+class EulerAncestralDiscreteScheduler(_OnSigmas, diffusers.EulerAncestralDiscreteScheduler):
+    _output_class = theirs.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
+
+    def _formula(self, options):
+        if self.config.prediction_type == "sample":
+            raise NotImplementedError("prediction_type: 'sample' is not one of EulerAncestralDiscreteScheduler's")
+        sigma, sigma_next = self._sigmas()
+        d_x, d_f = self._output(sigma)
+        down, up = ancestral(1.0, sigma, 1.0, sigma_next, 1.0)
+        ratio = down / sigma
+        return {"d_x": d_x, "d_f": d_f, "c_x": ratio, "c_m0": 1 - ratio, "c_noise": up, "t": sigma}, True
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        _refuse_integers(self, timestep)
+        f = model_output
+        plan, i, _, why = entered = self._enter((), f, timestep, sample)
+        if why is not None:
+            return self._own(entered, f, timestep, sample, seeds, generator=generator, return_dict=return_dict)
+        x = _state(f, sample)
+        x, m0 = self._step(plan, i, f, x, f.dtype, **self._noise(plan, i, f, generator, seeds))
+        return self._result(x, m0, return_dict)
+
+
+class HeunDiscreteScheduler(_OnSigmas, diffusers.HeunDiscreteScheduler):
+    """Two rows for each step but the last; the second goes on from the state that the first was given, as diffusers does."""
+
+    _output_class = theirs.scheduling_heun_discrete.HeunDiscreteSchedulerOutput
+    _mixes = False
+    _before = None
+
+    def _steps(self):
+        return (len(self.timesteps) + 1) // 2
+
+    def _per_call(self, lambda_t):
+        return np.repeat(lambda_t, 2)[: len(self.timesteps)]
+
+    def _per_step(self, values):
+        return values[::2]
+
+    def _formula(self, options):
+        at, after = self._sigmas()
+        second = np.arange(len(at)) % 2 == 1
+        start = np.where(second, np.roll(at, 1), at)  # where the step began
+        end = np.where(second, at, after)
+        d_x, d_f = self._output(at)
+        ratio, half = end / start, (end - start) / 2
+        columns = {
+            "d_x": d_x, "d_f": d_f, "clip": _clip(self.config), "t": at,
+            "c_x": np.where(second, half / end, ratio), "c_m0": np.where(second, -half / end, 1 - ratio),
+            "c_y": np.where(second, 1 + half / start, 0.0), "c_m1": np.where(second, -half / start, 0.0),
+        }  # fmt: skip
+        return columns, False
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        f = model_output
+        plan, i, _, why = entered = self._enter((), f, timestep, sample)
+        if why is not None:
+            return self._own(entered, f, timestep, sample, return_dict=return_dict)
+        x, inputs = _state(f, sample), {}
+        if not self.state_in_first_order:
+            inputs = {"y": _like(self.sample, x), "m1": _like(self._before, x)}
+        elif i % 2:
+            raise ValueError(f"timestep: {timestep} begins at the second half of a step, whose first half did not run")
+        next_x, m0 = self._step(plan, i, f, x, **inputs)
+        if inputs:
+            self.prev_derivative = self.dt = self.sample = self._before = None
+        else:  # dt is what state_in_first_order looks at
+            self.dt, self.sample, self._before = plan.columns["t"][i], x, m0
+        return self._result(next_x, m0, return_dict)
+
+    def _restart(self):
+        super()._restart()
+        self.prev_derivative = self.dt = self.sample = self._before = None
+
+
+# ---- rectified flow ----
+
+
+class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteScheduler):
+    def _model(self, options):
+        sigma = _double(self.sigmas)[:-1]
+        return 1 - sigma, np.ones(len(sigma)), -sigma
+
+    def _formula(self, options):
+        sigma, sigma_next = (sigmas := _double(self.sigmas))[:-1], sigmas[1:]
+        columns = {"d_x": 1.0, "d_f": -sigma, "t": sigma}
+        if self.config.stochastic_sampling:
+            return columns | {"c_x": np.zeros(len(sigma)), "c_m0": 1 - sigma_next, "c_noise": sigma_next}, True
+        return columns | {"c_x": np.ones(len(sigma)), "c_f": sigma_next - sigma}, False
+
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        s_churn=0.0,
+        s_tmin=0.0,
+        s_tmax=float("inf"),
+        s_noise=1.0,
+        generator=None,
+        per_token_timesteps=None,
+        return_dict=True,
+        *,
+        seeds=None,
+    ):
+        """diffusers' step, which ignores the four s_ too; seeds: (B,), for noise made in the kernel."""
+        _refuse_integers(self, timestep)
+        f = model_output
+        plan, i, _, why = entered = self._enter((), f, timestep, sample)
+        if why is not None:
+            return self._own(
+                entered, f, timestep, sample, seeds, generator=generator, per_token_timesteps=per_token_timesteps,
+                return_dict=return_dict,
+            )  # fmt: skip
+        x = _state(f, sample)
+        # diffusers draws in float32, whatever the model's dtype.
+        noise = self._noise(plan, i, f, generator, seeds, dtype=torch.float32)
+        if per_token_timesteps is not None:
+            x = self._per_token(i, f, x.float(), per_token_timesteps, self._as_tensor(noise, x, i))
+        else:
+            x = self._step(plan, i, f, x, f.dtype, **noise)[0]
+        self._step_index += 1
+        if not return_dict:
+            return (x,)
+        return theirs.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x)
+
+    def _per_token(self, i, f, x, timesteps, noise):
+        """Each token with a level of its own, (B, N) timesteps: one launch with a row for each token, made on the device."""
+        if x.dim() != 3 or timesteps.shape != x.shape[:2]:
+            raise ValueError(
+                f"per_token_timesteps: expected (B, N) for a sample (B, N, C) {tuple(x.shape)}, got {tuple(timesteps.shape)}"
+            )
+        sigma = timesteps / self.config.num_train_timesteps
+        levels = self.sigmas.to(sigma.device)[:, None, None]
+        below = ((levels < sigma[None] - 1e-6) * levels).max(dim=0).values
+        rows = torch.zeros(*sigma.shape, len(COLUMNS), device=x.device)
+        columns = {name: rows[..., j] for j, name in enumerate(COLUMNS)}
+        for name, value in _DEFAULTS.items():
+            if name in columns:
+                columns[name].fill_(value)
+        lambda_t = float(as_eps_scaling(self.config.eps_scaling).values(self._steps())[i])
+        to_x = -(1 - 1 / lambda_t) / (1 - sigma).clamp_min(0) if lambda_t != 1 else torch.zeros_like(sigma)
+        alpha_is_0 = sigma >= 1  # lambda is 1 there
+        on_f = torch.where(alpha_is_0, 1.0, 1 / lambda_t)
+        to_x = torch.where(alpha_is_0, 0.0, to_x)
+        if self.config.stochastic_sampling:
+            columns["d_x"].copy_(1 - sigma * to_x)
+            columns["d_f"].copy_(-sigma * on_f)
+            columns["c_m0"].copy_(1 - below)
+            columns["c_noise"].copy_(below)
+        else:
+            columns["c_x"].copy_(1 + (sigma - below) * to_x)
+            columns["c_f"].copy_((sigma - below) * on_f)
+        noise = dict([("noise", z.flatten(0, 1)) for z in noise])
+        self.path = self._ran = "fused"
+        index = torch.arange(sigma.numel(), device=x.device)
+        return step(x.flatten(0, 1), f.flatten(0, 1), rows.flatten(0, 1), index, **noise).unflatten(0, sigma.shape)
+
+
+# ---- multistep ----
+
+
+def _like(m, x):
+    return m if m is None or m.dtype is x.dtype else m.to(x.dtype)
+
+
+class _Multistep(_Fused):
+    """The rows of a step at position i with L calls before it, at most solver_order: row L*N + i."""
+
+    def _row(self, plan, timestep):
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        i, n = self._step_index, len(self._plans["host"])
+        if i >= n:
+            raise IndexError(f"step: expected at most {n} calls after set_timesteps, got another")
+        return self.lower_order_nums * n + i, i
+
+    def _levels(self):
+        """The log SNRs (N + 1,), alphas and sigmas of the schedule, in float64."""
+        sigmas = _double(self.sigmas)
+        alpha, sigma = self._alpha_sigma(sigmas)
+        return alpha, sigma, log_snr(alpha, sigma)
+
+    def _alpha_sigma(self, sigmas):
+        if self.config.use_flow_sigmas:
+            return 1 - sigmas, sigmas
+        alpha = 1 / np.sqrt(sigmas**2 + 1)
+        return alpha, sigmas * alpha
+
+    def _denoiser(self):
+        alpha, sigma = (level[:-1] for level in self._alpha_sigma(_double(self.sigmas)))
+        if self.config.prediction_type == "flow_prediction":
+            sigma = _double(self.sigmas)[:-1]
+        return _vp_denoiser(self.config.prediction_type, alpha, sigma)
+
+    def _model(self, options):
+        return self._alpha_sigma(_double(self.sigmas))[0][:-1], *self._denoiser()
+
+    def _kept(self, by_noise):
+        """(d_x, d_f) of what the history keeps: x_0, or eps where that is integrated."""
+        if not by_noise:
+            return self._denoiser()
+        alpha, sigma = (level[:-1] for level in self._alpha_sigma(_double(self.sigmas)))
+        kinds = {
+            "epsilon": (0 * sigma, 1 + 0 * sigma), "sample": (1 / sigma, -alpha / sigma), "v_prediction": (sigma, alpha),
+        }  # fmt: skip
+        if self.config.prediction_type not in kinds:
+            raise ValueError(f"prediction_type: expected one of {tuple(kinds)}, got {self.config.prediction_type!r}")
+        return kinds[self.config.prediction_type]
+
+    def _check(self):
+        if self.num_inference_steps is None:
+            raise ValueError("set_timesteps: expected a call of it before step")
+
+    def _keep(self, m0):
+        """m0 into the history that diffusers keeps too."""
+        self.model_outputs = [*self.model_outputs[1:], m0]
+        self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
+
+    def _history(self, plan, row, x):
+        count = plan.history[row]
+        if count == 0:
+            return {}
+        m1 = _like(self.model_outputs[-1], x)
+        return {"m1": m1} if count == 1 else {"m1": m1, "m2": _like(self.model_outputs[-2], x)}
+
+    def _restart(self):
+        super()._restart()
+        self.model_outputs, self.lower_order_nums = [None] * self.config.solver_order, 0
+
+
+class _DPMSolver(_Multistep):
+    def _formula(self, options):
+        config, n = self.config, len(self.timesteps)
+        alpha, sigma, at = self._levels()
+        h, none = np.diff(at), np.zeros(n)
+        h1, h2 = np.roll(h, 1), np.roll(h, 2)
+        second, D1, D2 = differences(h, h1, h2)
+        start, end = slice(0, -1), slice(1, None)
+        by_noise = config.algorithm_type in ("dpmsolver", "sde-dpmsolver")  # the model's eps is integrated, not its x_0
+        sde = config.algorithm_type.startswith("sde")
+        if by_noise:
+            E, times = np.expm1(h), 2.0 if sde else 1.0
+            c_x, first = alpha[end] / alpha[start], -times * sigma[end] * E
+            phi = -times * sigma[end] * (E / h - 1)
+            of_D2 = np.full(n, np.nan) if sde else -sigma[end] * ((E - h) / h**2 - 0.5)  # diffusers has no such order
+            noise = sigma[end] * np.sqrt(np.expm1(2 * h))
+        else:
+            H = 2 * h if sde else h
+            A = -np.expm1(-H)
+            c_x, first = sigma[end] / sigma[start] * (np.exp(-h) if sde else 1.0), alpha[end] * A
+            phi = alpha[end] * (1 - A / H)
+            of_D2 = alpha[end] * ((A / H - 1) / H + (-0.5 if sde else 0.5))  # its sign of 1/2 for the SDE is diffusers'
+            noise = sigma[end] * np.sqrt(-np.expm1(-2 * h))
+        middle = 0.5 * first if config.solver_type == "midpoint" else phi
+        of_order = {
+            1: np.array([first, none, none]),
+            2: np.array([first, none, none]) + middle * second,
+            3: np.array([first, none, none]) + phi * D1 + of_D2 * D2,
+        }
+        if sde and not self._third_order_sde:
+            of_order[3][:] = np.nan
+        weights = [np.select([order == k for k in of_order], list(of_order.values())) for order in self._orders(n)]
+        columns = dict(zip(("c_m0", "c_m1", "c_m2"), np.concatenate(weights, axis=1), strict=True))
+        levels = len(weights)
+        columns |= {
+            name: np.tile(column, levels) for name, column in zip(("d_x", "d_f"), self._kept(by_noise), strict=True)
+        }
+        columns["c_x"], columns["c_noise"] = np.tile(c_x, levels), np.tile(noise, levels) if sde else 0.0
+        return columns, sde
+
+    _third_order_sde = True
+
+    def _orders(self, n):
+        """diffusers' order of each step, for each number of calls before it."""
+        config, few, i = self.config, n < 15, np.arange(n)
+        last = (i == n - 1) & (
+            config.euler_at_final or (config.lower_order_final and few) or config.final_sigmas_type == "zero"
+        )
+        last_but_one = (i == n - 2) & bool(config.lower_order_final and few)
+        for before in range(config.solver_order + 1):
+            order = min(config.solver_order, before + 1)
+            yield np.where(last, 1, np.where(last_but_one, min(order, 2), order))
+
+    def _read_config(self):
+        config, by_x0 = self.config, self.config.algorithm_type.endswith("++")
+        learned = getattr(config, "variance_type", None) in ("learned", "learned_range")
+        self._leading = 3 if learned and config.prediction_type == "epsilon" else None  # channels, as diffusers has it
+        self._thresholds, self._bends_eps = config.thresholding and by_x0, config.thresholding and not by_x0
+
+    def _dpm(self, f, timestep, x, generator, noise_dtype, return_dict, seeds, **more):
+        self._check()
+        whole, f = f, f if self._leading is None else f[:, : self._leading]
+        plan, row, i, why = entered = self._enter((), f, timestep, x)
+        if why is None and self._bends_eps:
+            *_, why = entered = (plan, row, i, "dynamic thresholding of a solver that integrates eps")
+        if why is not None:
+            return self._own(entered, whole, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
+        x = _state(f, x)
+        noise = self._noise(plan, row, f, generator, seeds, more.get("variance_noise"), noise_dtype)
+        x, m0 = self._step(plan, row, f, x, **self._history(plan, row, x), **noise)
+        self._keep(m0)
+        self._step_index += 1
+        return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+
+class DPMSolverMultistepScheduler(_DPMSolver, diffusers.DPMSolverMultistepScheduler):
+    def step(
+        self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True, *, seeds=None
+    ):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        return self._dpm(
+            model_output, timestep, sample, generator, torch.float32, return_dict, seeds, variance_noise=variance_noise
+        )
+
+
+class EDMDPMSolverMultistepScheduler(_Preconditioned, _DPMSolver, diffusers.EDMDPMSolverMultistepScheduler):
+    _third_order_sde = False  # diffusers has none here
+
+    def _sigmas(self):
+        return (sigmas := _double(self.sigmas))[:-1], sigmas[1:]
+
+    def _alpha_sigma(self, sigmas):
+        return np.ones_like(sigmas), sigmas
+
+    def _denoiser(self):
+        return self._output(self._sigmas()[0])
+
+    scale_model_input = _OnSigmas.scale_model_input
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        return self._dpm(model_output, timestep, sample, generator, None, return_dict, seeds)
+
+
+def bh_weights(hh, ratios, order, solver, correct):
+    """UniPC's B(h)*rho for the differences (m_k - m0)/r_k, k = 1..order - 1, and, correcting, for m_t - m0: a list of (N,).
+
+    hh: -h where x_0 is predicted, h where eps is. ratios: r_1, r_2 (N,). solver: "bh1" or "bh2".
+    Source: Zhao et al., arXiv 2302.04867, alg. 1 and 2, with its code's shortcuts at order one (corrector) and two (predictor).
+    """
+    B = hh if solver == "bh1" else np.expm1(hh)
+    size = order if correct else order - 1
+    if size == 0:
+        return []
+    if size == 1:
+        return [0.5 * B]
+    r = np.stack([*ratios[: order - 1], np.ones_like(hh)], axis=-1)[:, :size]
+    R = np.stack([r**k for k in range(size)], axis=1)
+    b, phi, factorial = [], np.expm1(hh) / hh - 1, 1
+    for k in range(1, size + 1):
+        b.append(phi * factorial / B)
+        factorial *= k + 1
+        phi = phi / hh - 1 / factorial
+    good = np.isfinite(R).all(axis=(1, 2)) & np.isfinite(b).all(axis=0)
+    rho = np.full((len(hh), size), np.nan)
+    rho[good] = np.linalg.solve(R[good], np.stack(b, axis=-1)[good][..., None])[..., 0]
+    return [B * rho[:, k] for k in range(size)]
+
+
+class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
+    """x is what the predictor made; y carries the part of the corrected state that was known before the model's call."""
+
+    _mixes = False
+
+    def _read_config(self):
+        self._thresholds = self.config.thresholding and self.predict_x0
+
+    def _formula(self, options):
+        config, n = self.config, len(self.timesteps)
+        alpha, sigma, at = self._levels()
+        h, none = np.diff(at), np.zeros(n)
+        h1, h2 = np.roll(h, 1), np.roll(h, 2)
+        ratios = [-h1 / h, -(h1 + h2) / h]
+        hh = -h if self.predict_x0 else h
+        scale, other = (alpha, sigma) if self.predict_x0 else (sigma, alpha)
+        A, scale = other[1:] / other[:-1], scale[1:]
+        first = -scale * np.expm1(hh)
+
+        def update(order, correct):
+            """Weights of m0, m1, m2 in an update of this order, and of m_t in the corrector's."""
+            rho = bh_weights(hh, ratios, order, config.solver_type, correct)
+            weights, of_t = np.array([first, none, none]), rho.pop() if correct else none
+            for k, B_rho in enumerate(rho):
+                weights[0] += scale * B_rho / ratios[k]
+                weights[k + 1] -= scale * B_rho / ratios[k]
+            weights[0] += scale * of_t
+            return weights, -scale * of_t
+
+        predictors = {order: update(order, False)[0] for order in range(1, config.solver_order + 1)}
+        correctors = {order: update(order, True) for order in range(1, config.solver_order + 1)}
+        i = np.arange(n)
+        most = np.minimum(config.solver_order, n - i) if config.lower_order_final else np.full(n, config.solver_order)
+        corrects = ~np.isin(i - 1, list(self.disable_corrector)) & (i > 0)
+        levels = []
+        for before in range(config.solver_order + 1):
+            order, order_before = np.minimum(most, before + 1), np.minimum(np.roll(most, 1), max(before, 1))
+            P = np.select([order == p for p in predictors], list(predictors.values()))
+            Q = np.select([order == p for p in correctors], [w for w, _ in correctors.values()])
+            Q = np.where(np.append(corrects[1:], False), Q, 0.0)  # nobody reads the others
+            kappa = np.select([order_before == p for p in correctors], [np.roll(k, 1) for _, k in correctors.values()])
+            on = corrects & (before > 0)
+            kappa = np.where(on, A * kappa, 0.0)
+            k = np.append(corrects[1:], False) * A
+            levels.append({
+                "c_x": np.where(on, 0.0, A), "c_y": np.where(on, A, 0.0),
+                "k_x": np.where(on, 0.0, k), "k_y": np.where(on, k, 0.0),
+                "c_m0": kappa + P[0], "c_m1": P[1], "c_m2": P[2],
+                "k_m0": np.where(k != 0, kappa + Q[0], 0.0), "k_m1": Q[1], "k_m2": Q[2],
+            })  # fmt: skip
+        columns = {name: np.concatenate([level[name] for level in levels]) for name in levels[0]}
+        columns |= {
+            name: np.tile(c, len(levels))
+            for name, c in zip(("d_x", "d_f"), self._kept(not self.predict_x0), strict=True)
+        }
+        return columns, False
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        self._check()
+        f = model_output
+        plan, row, i, why = entered = self._enter((), f, timestep, sample)
+        if why is None and self.solver_p is not None:
+            *_, why = entered = (plan, row, i, "solver_p is another scheduler's step")
+        if why is not None:
+            return self._own(entered, f, timestep, sample, return_dict=return_dict)
+        x = _state(f, sample)
+        corrected = {"y": _like(self.last_sample, x)} if self.lower_order_nums else {}
+        x, m0, self.last_sample = self._step(plan, row, f, x, **self._history(plan, row, x), **corrected, return_y=True)
+        self._keep(m0)
+        self._step_index += 1
+        return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+    def _restart(self):
+        super()._restart()
+        self.last_sample = None
+
+
+# ---- consistency models ----
+
+
+class _Consistency(_Fused):
+    """Their second result is y'."""
+
+    def _levels(self):
+        abar = _double(self.alphas_cumprod)
+        t = np.asarray(self._plans["host"], dtype=np.int64)
+        return t, abar
+
+    def _model(self, options):
+        t, abar = self._levels()
+        alpha = np.sqrt(abar[t])
+        return alpha, *_vp_denoiser(self.config.prediction_type, alpha, np.sqrt(1 - abar[t]))
+
+    def _consistency(self, options, f, timestep, x, generator, return_dict, seeds, **more):
+        if self.num_inference_steps is None:
+            raise ValueError("set_timesteps: expected a call of it before step")
+        plan, i, _, why = entered = self._enter(options, f, timestep, x)
+        if why is None and self._place(timestep) != i:
+            *_, why = entered = (plan, i, i, f"timestep {timestep} is not that of step {i}")
+        if why is not None:
+            return self._own(entered, f, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
+        x = _state(f, x)
+        noise = self._noise(plan, i, f, generator, seeds, dtype=x.dtype)
+        x, _, y = self._step(plan, i, f, x, **noise, return_y=True)
+        self._step_index += 1
+        return self._output_class(x, y) if return_dict else (x, y)
+
+
+class LCMScheduler(_Consistency, diffusers.LCMScheduler):
+    _output_class = theirs.scheduling_lcm.LCMSchedulerOutput
+
+    def _formula(self, options):
+        t, abar = self._levels()
+        last = np.arange(len(t)) == self.num_inference_steps - 1
+        abar_prev = abar[np.append(t[1:], t[-1])]  # of itself, where the schedule ends before num_inference_steps
+        c_skip, c_out = boundary(t * self.config.timestep_scaling)
+        root = np.where(last, 1.0, np.sqrt(abar_prev))
+        d_x, d_f = self._model(options)[1:]
+        columns = {
+            "d_x": d_x, "d_f": d_f, "clip": _clip(self.config), "t": t, "c_x": root * c_skip, "c_m0": root * c_out,
+            "c_noise": np.where(last, 0.0, np.sqrt(1 - abar_prev)), "k_x": c_skip, "k_m0": c_out,
+        }  # fmt: skip
+        return columns, ~last
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        return self._consistency((), model_output, timestep, sample, generator, return_dict, seeds)
+
+
+class TCDScheduler(_Consistency, diffusers.TCDScheduler):
+    _output_class = theirs.scheduling_tcd.TCDSchedulerOutput
+    _options = (0.3,)
+
+    def _read_config(self):
+        self._thresholds = False  # diffusers' step does not look at it
+
+    def _formula(self, options):
+        (eta,) = options
+        t, abar = self._levels()
+        prev = np.append(t[1:], 0)
+        # diffusers multiplies in float32, whose floor may be another integer.
+        s = np.floor(np.float32(1 - eta) * prev.astype(np.float32)).astype(np.int64)
+        alpha, sigma = np.sqrt(abar[t]), np.sqrt(1 - abar[t])
+        k_x = np.sqrt(1 - abar[s]) / sigma
+        k_m0 = np.sqrt(abar[s]) - k_x * alpha
+        noisy = (np.arange(len(t)) != self.num_inference_steps - 1) & (eta > 0)
+        ratio = np.where(noisy, abar[prev] / abar[s], 1.0)
+        d_x, d_f = self._model(options)[1:]
+        columns = {
+            "d_x": d_x, "d_f": d_f, "t": t, "k_x": k_x, "k_m0": k_m0, "c_x": np.sqrt(ratio) * k_x, "c_m0": np.sqrt(ratio) * k_m0,
+            "c_noise": np.sqrt(1 - ratio),
+        }  # fmt: skip
+        return columns, noisy
+
+    def step(self, model_output, timestep, sample, eta=0.3, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta: expected a value in [0, 1], got {eta}")
+        return self._consistency((float(eta),), model_output, timestep, sample, generator, return_dict, seeds, eta=eta)
+
+
+# ---- pipelines ----
+
+FUSED = {
+    twin._theirs: twin
+    for twin in (
+        DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler,
+        HeunDiscreteScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler, LCMScheduler,
+        TCDScheduler, UniPCMultistepScheduler,
+    )
+}  # fmt: skip
+
+
+def fused(scheduler, eps_scaling=None):
+    """The fused twin of a diffusers scheduler, with its configuration and what else it carries.
+
+    eps_scaling: as as_eps_scaling takes it; default the scheduler's own, or 1.
+    Raises TypeError for a scheduler that has no twin here, listing those that have.
+    """
+    kind = type(scheduler)
+    twin = kind if kind in FUSED.values() else FUSED.get(kind)
+    if twin is None:
+        known = ", ".join(sorted(known.__name__ for known in FUSED))
+        raise TypeError(f"scheduler: {kind.__module__}.{kind.__name__} has no fused twin; known: {known}")
+    result = twin.__new__(twin)
+    result.__dict__.update(copy.deepcopy(scheduler.__dict__))
+    if eps_scaling is None:
+        eps_scaling = scheduler.config.get("eps_scaling", 1.0)
+    result._adopt(eps_scaling)
+    return result
+
+
+def fuse(pipe, eps_scaling=None, seeds=None):
+    """Replaces a pipeline's scheduler by its fused twin, and returns the pipeline.
+
+    eps_scaling: lambda, as as_eps_scaling takes it; default the scheduler's own, or 1, which is diffusers' numbers. seeds: a
+    sample's each, for noise made in the kernel where the pipeline is given no generator. Raises TypeError as `fused` does.
+    """
+    if not hasattr(pipe, "scheduler"):
+        raise TypeError(f"pipe: expected a pipeline with a scheduler, got {type(pipe).__name__}")
+    scheduler = fused(pipe.scheduler, eps_scaling)
+    scheduler.seeds = seeds
+    pipe.scheduler = scheduler
+    return pipe
+
+
+def share(pipe):
+    """The same pipeline for another request, at the same time: its modules are shared, its scheduler is a fork of its own."""
+    twin = copy.copy(pipe)
+    twin.scheduler = pipe.scheduler.fork()
+    return twin
