@@ -183,6 +183,9 @@ class _Fused:
     def _per_step(self, values):
         return values
 
+    def _input_scale(self):
+        """What scale_model_input multiplies by in each step, or None."""
+
     def _per_call(self, lambda_t):
         return lambda_t
 
@@ -197,6 +200,7 @@ class _Fused:
             kept = {"of": self._arrays(), "host": host, "rank": {t: i for i, t in reversed(list(enumerate(host)))}}
             kept["at"], kept["size"] = self.timesteps.data_ptr(), self.timesteps.element_size()
             self._plans = kept
+            kept["scale"] = self._input_scale()
         plan = kept.get((options, device))
         if plan is None:
             plan = kept[options, device] = Plan(*self._scaled_formula(options), device)
@@ -314,7 +318,9 @@ class _Fused:
         if i is not None:
             lambda_t, to_x = plan.lambda_t[i], plan.to_x[i]
             if to_x and plan.before[row]:
-                raise ValueError(f"eps_scaling: diffusers' own step adds churn after the scaling, and it runs here: {why}")
+                raise ValueError(
+                    f"eps_scaling: diffusers' own step adds churn after the scaling, and it runs here: {why}"
+                )
             if lambda_t != 1:
                 f = self._scaled_output(f, x, lambda_t, to_x)
         elif self.config.eps_scaling != 1:
@@ -552,14 +558,12 @@ class _OnSigmas(_Fused):
         return sigmas[:n], sigmas[1 : n + 1]
 
     def _input_scale(self):
-        return 1 / np.sqrt(self._sigmas()[0] ** 2 + 1)
+        return (1 / np.sqrt(self._sigmas()[0] ** 2 + 1)).tolist()
 
     def scale_model_input(self, sample, timestep):
         if self._step_index is None:
             self._init_step_index(timestep)
         self._plan(self._options, self.timesteps.device)
-        if "scale" not in self._plans:
-            self._plans["scale"] = self._input_scale().tolist()
         self.is_scale_input_called = True
         return sample * self._plans["scale"][self._step_index]
 
@@ -665,7 +669,7 @@ class _Preconditioned:
         return (data / root) ** 2, signs[self.config.prediction_type] * sigma * data / root
 
     def _input_scale(self):
-        return 1 / np.sqrt(self._sigmas()[0] ** 2 + self.config.sigma_data**2)
+        return (1 / np.sqrt(self._sigmas()[0] ** 2 + self.config.sigma_data**2)).tolist()
 
 
 class EDMEulerScheduler(_Preconditioned, _Euler, diffusers.EDMEulerScheduler):
@@ -857,6 +861,11 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
 # ---- multistep ----
 
 
+def _earlier(h, steps):
+    """The step lengths of so many steps before; NaN where there were none."""
+    return np.concatenate([np.full(min(steps, len(h)), np.nan), h[:-steps]])
+
+
 def _like(m, x):
     return m if m is None or m.dtype is x.dtype else m.to(x.dtype)
 
@@ -931,7 +940,7 @@ class _DPMSolver(_Multistep):
         config, n = self.config, len(self.timesteps)
         alpha, sigma, at = self._levels()
         h, none = np.diff(at), np.zeros(n)
-        h1, h2 = np.roll(h, 1), np.roll(h, 2)
+        h1, h2 = _earlier(h, 1), _earlier(h, 2)
         second, D1, D2 = differences(h, h1, h2)
         start, end = slice(0, -1), slice(1, None)
         by_noise = config.algorithm_type in ("dpmsolver", "sde-dpmsolver")  # the model's eps is integrated, not its x_0
@@ -1050,6 +1059,7 @@ def bh_weights(hh, ratios, order, solver, correct):
         factorial *= k + 1
         phi = phi / hh - 1 / factorial
     good = np.isfinite(R).all(axis=(1, 2)) & np.isfinite(b).all(axis=0)
+    good[good] = np.linalg.det(R[good]) != 0
     rho = np.full((len(hh), size), np.nan)
     rho[good] = np.linalg.solve(R[good], np.stack(b, axis=-1)[good][..., None])[..., 0]
     return [B * rho[:, k] for k in range(size)]
@@ -1067,7 +1077,7 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
         config, n = self.config, len(self.timesteps)
         alpha, sigma, at = self._levels()
         h, none = np.diff(at), np.zeros(n)
-        h1, h2 = np.roll(h, 1), np.roll(h, 2)
+        h1, h2 = _earlier(h, 1), _earlier(h, 2)
         ratios = [-h1 / h, -(h1 + h2) / h]
         hh = -h if self.predict_x0 else h
         scale, other = (alpha, sigma) if self.predict_x0 else (sigma, alpha)

@@ -5,11 +5,11 @@ error against the float64 run is no larger than diffusers' own, but for a few ul
 makes of its history of x_0, at most about twice as large: diffusers rounds sigma*f at the size of x/alpha, we both terms.
 """
 
+import concurrent.futures
 import contextlib
-import copy
 import dataclasses
 import functools
-import json
+import subprocess
 import sys
 
 import diffusers
@@ -89,7 +89,9 @@ def network(case):
     phases = scheduler.timesteps.double().numpy() / max(1.0, float(scheduler.timesteps.abs().max()))
 
     def f(x, i):
-        x0 = 1.2 * torch.tanh(0.8 * x / np.hypot(1, sigma[i] * (alpha[i] == 1)) + 0.3 * torch.sin(x.roll(1, -1)) + phases[i])
+        x0 = 1.2 * torch.tanh(
+            0.8 * x / np.hypot(1, sigma[i] * (alpha[i] == 1)) + 0.3 * torch.sin(x.roll(1, -1)) + phases[i]
+        )
         out = (x0 - d_x[i] * x) / d_f[i] if d_f[i] and np.isfinite([d_x[i], d_f[i]]).all() else x0
         return torch.cat([out, 1.1 * torch.sin(1.7 * x + phases[i])], dim=1) if case.learned else out
 
@@ -109,7 +111,9 @@ def generator(case):
 def trajectory(case, scheduler, dtype, f, x=None, scale=lambda f, x, i: f):
     """[(x', the other result)] of every step, in float64."""
     call = dict(case.call)
-    if "generator" in fused.inspect.signature(scheduler.step).parameters and not {"seeds", "variance_noise"} & set(call):
+    if "generator" in fused.inspect.signature(scheduler.step).parameters and not {"seeds", "variance_noise"} & set(
+        call
+    ):
         call["generator"] = generator(case)
     call = {key: value(dtype) if callable(value) else value for key, value in call.items()}
     x, results = (start(case, scheduler) if x is None else x).to(dtype), []
@@ -131,7 +135,9 @@ def drawn_in(case):
 def errors(results, expected):
     """The largest relative error of the states, and of the other result."""
     pairs = zip(results, expected, strict=True)
-    return np.array([[float((a - b).norm() / b.norm()) for a, b in zip(r, e, strict=True)] for r, e in pairs]).max(axis=0)
+    return np.array([[float((a - b).norm() / b.norm()) for a, b in zip(r, e, strict=True)] for r, e in pairs]).max(
+        axis=0
+    )
 
 
 @functools.cache
@@ -257,10 +263,18 @@ EDM_SOLVERS = {
     if config["algorithm_type"].endswith("++") and (name[0], config["solver_order"]) != ("s", 3)
 }
 add("EDMDPMSolverMultistep", **configs(**EDM_SOLVERS, v=V, exponential={"sigma_schedule": "exponential"}))
-add("EDMDPMSolverMultistep", sigma_min={"config": {"final_sigmas_type": "sigma_min", "solver_order": 3}}, begin={"begin": 3})
+add(
+    "EDMDPMSolverMultistep",
+    sigma_min={"config": {"final_sigmas_type": "sigma_min", "solver_order": 3}},
+    begin={"begin": 3},
+)
 add("EDMEuler", **configs(epsilon={}, v=V, exponential={"sigma_schedule": "exponential"}))
 add("EDMEuler", sigma_min={"config": {"final_sigmas_type": "sigma_min"}})
-add("EDMEuler", churn={"call": {"s_churn": 5.0, "s_noise": 1.003}}, sigmas={"steps": {"sigmas": torch.linspace(0, 1, 7)}})
+add(
+    "EDMEuler",
+    churn={"call": {"s_churn": 5.0, "s_noise": 1.003}},
+    sigmas={"steps": {"sigmas": torch.linspace(0, 1, 7)}},
+)
 
 add("FlowMatchEulerDiscrete", **configs(plain={}, shift={"shift": 3.0}, **SIGMAS, terminal={"shift_terminal": 0.1}))
 add(
@@ -274,6 +288,70 @@ add(
     inverted={"config": {"invert_sigmas": True}},
     sigmas={"steps": {"sigmas": [1.0, 0.7, 0.2]}},
     begin={"begin": 3},
+)
+
+
+add("HeunDiscrete", **configs(**PREDICTIONS, **SPACINGS, **BETAS, **SIGMAS))
+add(
+    "HeunDiscrete",
+    clipped={"config": {"clip_sample": True, "use_karras_sigmas": True}},
+    exp={"config": {"beta_schedule": "exp"}},
+    timesteps={"steps": {"timesteps": [999, 700, 300, 80, 10]}},
+    begin={"begin": 4},
+)
+
+UNIPC = {
+    f"{'' if predict_x0 else 'eps-'}{solver}-{order}": {
+        "solver_type": solver, "solver_order": order, "predict_x0": predict_x0,
+        # diffusers' bh1 is NaN where a step ends at sigma = 0
+        "final_sigmas_type": "zero" if (solver, predict_x0) == ("bh2", True) else "sigma_min",
+    }
+    for predict_x0 in (True, False)
+    for solver in ("bh1", "bh2")
+    for order in (1, 2, 3)
+}  # fmt: skip
+add("UniPCMultistep", **configs(**UNIPC, **PREDICTIONS, **SPACINGS, **BETAS, **SIGMAS))
+add(
+    "UniPCMultistep",
+    **configs(
+        disable_corrector={"disable_corrector": [0, 3, 4], "solver_order": 3}, flow={**FLOW, "flow_shift": 3.0},
+        not_lower={"lower_order_final": False, "final_sigmas_type": "sigma_min", "solver_order": 3},
+        zero_snr={**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, stable={**VP, "steps_offset": 1},
+        v_eps={**V, "predict_x0": False, "final_sigmas_type": "sigma_min"},
+        sample_eps={"prediction_type": "sample", "predict_x0": False, "final_sigmas_type": "sigma_min"},
+    ),
+    dynamic={"config": {**FLOW, "use_dynamic_shifting": True}, "steps": {"num_inference_steps": 12, "mu": 0.8}},
+    terminal={"config": {**FLOW, "shift_terminal": 0.02}},
+    sigmas={"config": FLOW, "steps": {"sigmas": np.array([0.9, 0.6, 0.3, 0.1])}},
+    twenty={"steps": {"num_inference_steps": 20}, "config": {"solver_order": 3}},
+    image_to_image={"begin": 5, "config": {"solver_order": 3}},
+    solver_p={"config": {"solver_p": diffusers.DDIMScheduler()}, "own": "solver_p is another scheduler's step"},
+)  # fmt: skip
+
+FOUR = {"num_inference_steps": 4}
+for consistency in ("LCM", "TCD"):
+    add(
+        consistency,
+        **{kind: {"config": config, "steps": FOUR} for kind, config in PREDICTIONS.items()},
+        clipped={"config": {"clip_sample": True}, "steps": FOUR},
+        custom={"steps": {"timesteps": [999, 759, 499, 259]}},
+        zero_snr={"config": {**V, "rescale_betas_zero_snr": True}, "steps": FOUR},
+        generators={"generators": 2, "steps": FOUR},
+        strength={"steps": {"num_inference_steps": 4, "strength": 0.6}},
+        one={"steps": {"num_inference_steps": 1}},
+    )
+add("TCD", deterministic={"call": {"eta": 0.0}, "steps": FOUR}, all_noise={"call": {"eta": 1.0}, "steps": FOUR})
+add("LCM", timestep_scaling={"config": {"timestep_scaling": 1.0}, "steps": FOUR})
+
+THRESHOLD = {"thresholding": True, "sample_max_value": 1.1, "dynamic_thresholding_ratio": 0.9}
+for name in ("DDPM", "DDIM", "DPMSolverMultistep", "EDMDPMSolverMultistep", "LCM", "UniPCMultistep"):
+    add(name, thresholding={"config": THRESHOLD, "steps": FOUR if name == "LCM" else {"num_inference_steps": 12}})
+add(
+    "DPMSolverMultistep",
+    threshold_eps={
+        "config": {**THRESHOLD, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+        "own": "dynamic thresholding of a solver that integrates eps",
+    },
 )
 
 
@@ -406,3 +484,468 @@ def test_lambda_under_churn(name):
     theirs = errors(trajectory(case, scaled(case.theirs()), torch.float32, f, scale=scale), expected)
     found = errors(trajectory(case, case.ours(lam), torch.float32, f), expected)
     assert (found <= allowed(case, theirs)).all(), (found, theirs)
+
+
+# ---- half precision ----
+
+
+def in_step(case, dtype):
+    """Errors of the float64 step rounded once, of diffusers' step, and of ours, all given the same rounded states and outputs."""
+    f, exact, theirs, ours = network(case), case.theirs(), case.theirs(), case.ours()
+    x, runs = start(case, exact).to(dtype), (exact, theirs, ours)
+    taken = fused.inspect.signature(ours.step).parameters
+    calls = [dict(case.call, **({"generator": generator(case)} if "generator" in taken else {})) for _ in runs]
+    for call, kind in zip(calls, (torch.float64, dtype, dtype), strict=True):
+        if "variance_noise" in call:
+            call["variance_noise"], call["generator"] = call["variance_noise"](kind), None
+    drawn = torch.float32 if case.name in ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler") else dtype
+    squares = np.zeros(3)
+    for i, t in list(enumerate(ours.timesteps))[case.begin :]:
+        output = f(x.double(), i).to(dtype)
+        for scheduler in runs:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+        with in_float64(exact, drawn):
+            expected = exact.step(output.double(), t, x.double(), return_dict=False, **calls[0])[0]
+        for k in (1, 2):
+            result = runs[k].step(output, t, x, return_dict=False, **calls[k])[0]
+            assert result.dtype == dtype
+            squares[k] += float((result.double() - expected).square().sum() / expected.square().sum())
+        x = expected.to(dtype)
+        squares[0] += float((x.double() - expected).square().sum() / expected.square().sum())
+    assert ours.path == as_said(case)
+    return np.sqrt(squares)
+
+
+ROUNDS_MIDWAY = ("DDPM", "DDIM", "Heun", "EDMDPM", "LCM", "TCD", "UniPC")  # the others of diffusers compute in float32
+STORES_HISTORY = ("DPMSolver", "EDMDPM", "UniPC", "Heun")  # m1, m2 and y, rounded where the state is
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_rounds_once(case, dtype):
+    once, theirs, ours = in_step(case, dtype)
+    if not case.name.startswith(STORES_HISTORY):
+        assert ours <= 1.02 * once, (ours, once)
+    assert ours <= theirs * (0.8 if case.name.startswith(ROUNDS_MIDWAY) and dtype == torch.bfloat16 else 1.02), (
+        ours,
+        theirs,
+    )
+
+
+# ---- what a user does with a scheduler ----
+
+CLASSES = {twin.__name__: twin for twin in fused.FUSED.values()}
+EXAMPLES = {
+    name: next(case for case in CASES.values() if case.name == name)
+    for name in CLASSES
+    if name in {c.name for c in CASES.values()}
+}
+classes = pytest.mark.parametrize("name", EXAMPLES)
+
+
+def one_step(scheduler, i=0, dtype=torch.float32, **call):
+    """(x', ...) of step i on random tensors."""
+    x, f = torch.randn(SHAPE).to(dtype), torch.randn(SHAPE).to(dtype)
+    with torch.no_grad():
+        for t in scheduler.timesteps[: i + 1]:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+            result = scheduler.step(f, t, x, return_dict=False, **call)
+    return result
+
+
+@classes
+def test_configurations_go_both_ways(name, tmp_path, caplog):
+    theirs = EXAMPLES[name].theirs()
+    ours = CLASSES[name].from_config(theirs.config, eps_scaling=1.01)
+    assert ours.config.eps_scaling == 1.01
+    plain = {key: value for key, value in ours.config.items() if key not in ("eps_scaling", "_use_default_values")}
+    assert plain == {key: value for key, value in theirs.config.items() if key != "_use_default_values"}
+    assert type(theirs).from_config(ours.config).config.items() >= plain.items()
+    assert ours.compatibles == theirs.compatibles
+    for scaling in (1.01, {"k": 0.001, "b": 1.0}, [1.01] * 12, "ADM/CIFAR-10/20"):
+        saved = CLASSES[name].from_config(theirs.config, eps_scaling=scaling)
+        saved.save_pretrained(tmp_path)
+        assert CLASSES[name].from_pretrained(tmp_path).config.eps_scaling == scaling
+        assert type(theirs).from_pretrained(tmp_path).config.items() >= plain.items()
+    caplog.clear()
+    type(theirs).from_config(CLASSES[name]().config)
+    assert not caplog.records, "a default eps_scaling makes diffusers warn"
+
+
+def test_compatible_classes_exchange_configurations():
+    ours = fused.EulerDiscreteScheduler(**VP, eps_scaling=1.01)
+    other = fused.DPMSolverMultistepScheduler.from_config(ours.config)
+    assert other.config.eps_scaling == 1.01 and other.config.beta_end == 0.012
+    assert diffusers.DDIMScheduler.from_config(other.config).config.beta_end == 0.012
+
+
+@classes
+def test_results_are_diffusers_own_objects(name):
+    case = EXAMPLES[name]
+    runs = []
+    for scheduler in (case.theirs(), case.ours()):
+        x, t = torch.ones(SHAPE), scheduler.timesteps[0]
+        if hasattr(scheduler, "scale_model_input"):
+            torch.testing.assert_close(scheduler.scale_model_input(x, t), case.theirs().scale_model_input(x, t))
+        runs.append(scheduler.step(torch.ones(SHAPE), t, x))
+    assert type(runs[0]) is type(runs[1]) and list(runs[0]) == list(runs[1])
+    assert all(value is not None for value in runs[1].values())
+
+
+@classes
+def test_signatures_are_diffusers_own(name):
+    """Pipelines look at them: nothing is missing, nothing has moved, and what is new has a name and a default."""
+    for method in ("__init__", "step", "set_timesteps"):
+        theirs = fused.inspect.signature(getattr(getattr(diffusers, name), method)).parameters
+        ours = fused.inspect.signature(getattr(CLASSES[name], method)).parameters
+        assert list(ours)[: len(theirs)] == list(theirs)
+        assert {key: p.default for key, p in ours.items() if key in theirs} == {
+            key: p.default for key, p in theirs.items()
+        }
+        new = [ours[key] for key in list(ours)[len(theirs) :]]
+        assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in new)
+
+
+@classes
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided batch"])
+def test_layouts(name, layout):
+    case, results = EXAMPLES[name], []
+    for change in (False, True):
+        torch.manual_seed(4)
+        scheduler, x = case.ours(), torch.randn(2, 4, 6, 6)
+        for t in scheduler.timesteps[:3]:
+            f = torch.randn(2, 4, 6, 6)
+            if change:
+                x, f = (
+                    {
+                        "channels_last": lambda y: y.contiguous(memory_format=torch.channels_last),
+                        "transposed": lambda y: y.transpose(2, 3).contiguous().transpose(2, 3),
+                        "strided batch": lambda y: torch.stack([y, y], 1)[:, 0],
+                    }[layout](y)
+                    for y in (x, f)
+                )
+            x = scheduler.step(f, t, x, return_dict=False)[0]
+        assert scheduler.path == "fused"
+        results.append(x)
+    assert torch.equal(*results)
+
+
+INTEGERS = {
+    name for name in EXAMPLES if name.startswith(("DDPM", "DDIM", "DPMSolver", "LCM", "TCD", "UniPC", "Heun", "EDMDPM"))
+}
+
+
+@classes
+@pytest.mark.parametrize("begin", [0, 3])
+def test_timesteps_of_any_kind_find_the_same_step(name, begin):
+    case, results = EXAMPLES[name], []
+    kinds = {
+        "view": lambda t: t, "copy": lambda t: t.clone(), "expanded": lambda t: t.expand(2), "slice": lambda t: t[None],
+        "number": lambda t: t.item() if name in INTEGERS else t,
+    }  # fmt: skip
+    for kind in kinds.values():
+        torch.manual_seed(4)
+        scheduler, x = case.ours(), torch.randn(SHAPE)
+        for t in scheduler.timesteps[begin : begin + 4]:
+            x = scheduler.step(torch.randn(SHAPE), kind(t), x, return_dict=False)[0]
+        assert scheduler.path == "fused"
+        results.append(x)
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+
+
+@classes
+@pytest.mark.parametrize("by", ["enumeration", "begin index", "slice"])
+def test_the_loop_reads_no_tensor_back(name, by, monkeypatch):
+    """As on a device, where .item() and its like wait: nothing between set_timesteps and the result calls them."""
+    scheduler = EXAMPLES[name].ours()
+    x, f, timesteps = torch.randn(SHAPE), torch.randn(SHAPE), scheduler.timesteps
+    if by == "begin index" and hasattr(scheduler, "begin_index"):
+        scheduler.set_begin_index(0)
+    timesteps = timesteps[2:] if by == "slice" else timesteps
+
+    def refuse(*_):
+        raise AssertionError("a tensor was read back")
+
+    for method in ("item", "tolist", "__int__", "__float__", "__bool__", "__index__", "numpy", "cpu", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, method, refuse)
+    for t in timesteps:
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
+        x = scheduler.step(f, t, x, return_dict=False)[0]
+    monkeypatch.undo()
+    assert scheduler.path == "fused" and x.isfinite().all()
+
+
+CHURN, SDE = {"s_churn": 5.0}, {"algorithm_type": "sde-dpmsolver++"}
+STOCHASTIC = {  # (configuration, arguments of step)
+    "DDPMScheduler": ({}, {}), "DDIMScheduler": ({}, {"eta": 1.0}), "EulerDiscreteScheduler": ({}, CHURN),
+    "EDMEulerScheduler": ({}, CHURN), "EulerAncestralDiscreteScheduler": ({}, {}), "LCMScheduler": ({}, {}),
+    "TCDScheduler": ({}, {}), "DPMSolverMultistepScheduler": (SDE, {}), "EDMDPMSolverMultistepScheduler": (SDE, {}),
+    "FlowMatchEulerDiscreteScheduler": ({"stochastic_sampling": True}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in STOCHASTIC if name in EXAMPLES])
+def test_seeds_make_the_noise_of_the_step(name):
+    """A sample's noise is the package's, draw i of its seed: diffusers' step given that noise; the same alone or in a batch."""
+
+    def scheduler(kind=fused):
+        made = getattr(kind, name)(**config)
+        made.set_timesteps(6)
+        return made
+
+    (config, call), seeds, i = STOCHASTIC[name], [5, 2**63 + 1], 2
+    x, f = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+
+    def go(ours, rows=slice(None), **more):
+        state = x[rows]
+        for k, t in enumerate(ours.timesteps[: i + 1]):
+            noise = {key: value(k) if callable(value) else value for key, value in more.items()}
+            state = ours.step(f[rows], t, state, return_dict=False, **call, **noise)[0]
+        return state
+
+    together = go(scheduler(), seeds=seeds)
+    alone = torch.cat([go(scheduler(), slice(k, k + 1), seeds=seeds[k : k + 1]) for k in (0, 1)])
+    assert torch.equal(together, alone)
+    kept = scheduler()
+    kept.seeds = seeds
+    assert torch.equal(go(kept), together)
+    module = sys.modules[getattr(diffusers, name).__module__]
+    with pytest.MonkeyPatch.context() as patch:
+        draws = iter(range(i + 1))
+        patch.setattr(
+            module,
+            "randn_tensor",
+            lambda shape, **_: epskernels.normal(seeds, list(shape[1:]), draw=next(draws), stream=0),
+        )
+        torch.testing.assert_close(
+            go(scheduler(diffusers)), together, rtol=1e-5, atol=1e-4 if "Euler" in name else 1e-5
+        )
+    with pytest.raises(ValueError, match="generator, seeds: expected one of them, got both"):
+        go(scheduler(), seeds=seeds, generator=torch.Generator())
+    with pytest.raises(ValueError, match="seeds: diffusers' own step takes a generator, and it runs here: of dtypes"):
+        scheduler().step(f.double(), scheduler().timesteps[0], x.double(), **call, seeds=seeds)
+
+
+def test_generators_draw_on_in_step_with_diffusers():
+    """Also where the last step's coefficient is 0, so that what is drawn after it is the same."""
+    for name in ("EulerAncestralDiscreteScheduler", "DDPMScheduler"):
+        after = []
+        for kind in (diffusers, fused):
+            scheduler, generator = getattr(kind, name)(), torch.Generator().manual_seed(1)
+            scheduler.set_timesteps(4)
+            one_step(scheduler, 3, generator=generator)
+            after.append(torch.randn(3, generator=generator))
+        assert torch.equal(*after)
+
+
+# ---- what runs diffusers' own step, and says so ----
+
+OWN = {
+    "float64": (lambda s, x, t: s.step(x.double(), t, x.double()), "of dtypes torch.float64 and torch.float64"),
+    "gradients": (lambda s, x, t: s.step(x.clone().requires_grad_(), t, x), "gradients are asked for"),
+}
+
+
+@classes
+@pytest.mark.parametrize("why", OWN)
+@pytest.mark.parametrize("eps_scaling", [1.0, 1.02])
+def test_own_step_is_visible_and_scaled(name, why, eps_scaling, caplog):
+    fused._said.clear()
+    run, said = OWN[why]
+    case = EXAMPLES[name]
+    ours, theirs = case.ours(eps_scaling), case.theirs()
+    x, t, i = torch.randn(SHAPE), ours.timesteps[1], 1
+    for scheduler in (ours, theirs):
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
+    torch.manual_seed(3)
+    found = run(ours, x, t)
+    assert ours.path.startswith(f"diffusers: {said}")
+    (record,) = (record for record in caplog.records if said in record.message)
+    assert record.message.startswith(f"epskernels.diffusers.{name} runs diffusers' own step: {said}")
+    steps = (len(theirs.timesteps) + 1) // 2 if "Heun" in name else len(theirs.timesteps)
+    scale = textbook(case, theirs, np.full(steps, eps_scaling))
+    torch.manual_seed(3)
+    if eps_scaling == 1:
+        expected = run(theirs, x, t)
+    else:
+        dtype = found.prev_sample.dtype
+        output = scale(x.double(), x.double(), i).to(dtype)
+        expected = theirs.step(output, t, x.to(dtype))
+    torch.testing.assert_close(found.prev_sample, expected.prev_sample, rtol=1e-5, atol=1e-5)
+
+
+def test_a_timestep_off_the_schedule():
+    theirs, ours = diffusers.DDIMScheduler(), fused.DDIMScheduler()
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(10)
+    x, f = torch.randn(SHAPE), torch.randn(SHAPE)
+    assert torch.equal(ours.step(f, 777, x).prev_sample, theirs.step(f, 777, x).prev_sample)
+    assert ours.path == "diffusers: timestep 777 is not one of the schedule's"
+    scaled = fused.DDIMScheduler(eps_scaling=1.01)
+    scaled.set_timesteps(10)
+    with pytest.raises(ValueError, match="timestep: 777 is not one of the schedule's, so that it has no lambda"):
+        scaled.step(f, 777, x)
+
+
+def test_numbers_that_diffusers_does_not_have_either():
+    for kind in (diffusers, fused):
+        scheduler = kind.DDPMScheduler(variance_type="fixed_large_log")
+        scheduler.set_timesteps(4)
+        x = scheduler.step(torch.ones(SHAPE), scheduler.timesteps[0], torch.ones(SHAPE)).prev_sample
+        assert x.isnan().all()
+    assert scheduler.path == "diffusers: the coefficients of step 0 are not finite"
+
+
+def test_no_change_of_path_where_the_histories_differ():
+    scheduler = EXAMPLES["HeunDiscreteScheduler"].ours() if "HeunDiscreteScheduler" in EXAMPLES else None
+    if scheduler is None:
+        pytest.fail("no Heun case")
+    x = torch.randn(SHAPE)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    with pytest.raises(RuntimeError, match="cannot go on with diffusers' own step within a trajectory: of dtypes"):
+        scheduler.step(x.double(), scheduler.timesteps[1], x.double())
+
+
+# ---- eps_scaling ----
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("ADM", ValueError, "eps_scaling: expected 'SYSTEM/DATASET/STEPS'"),
+        ("ADM/CIFAR-10/21", KeyError, "no published setting"),
+        ({"k": 1.0}, ValueError, r"eps_scaling: expected the keys k, b and perhaps origin, got \['k'\]"),
+        ({"k": 0.1, "b": 1.0, "origin": "middle"}, ValueError, "origin: expected 'cleanest' or 'noisiest'"),
+        (0.0, ValueError, "lambda: expected a value above 0, got 0"),
+        ([1.0, -1.0], ValueError, "lambda: expected finite values above 0"),
+        (None, TypeError, "scaling: expected an EpsilonScaling or a number, got NoneType"),
+    ],
+    ids=str,
+)
+def test_bad_eps_scaling(value, error, message):
+    with pytest.raises(error, match=message):
+        fused.DDIMScheduler(eps_scaling=value)
+
+
+def test_eps_scaling_of_another_length():
+    with pytest.raises(ValueError, match="lambda: expected one value for each of 10 steps, got 3"):
+        fused.DDIMScheduler(eps_scaling=[1.0, 1.01, 1.02]).set_timesteps(10)
+
+
+def test_published_eps_scaling():
+    scheduler = fused.DDPMScheduler(eps_scaling="ADM/CIFAR-10/20/linear")
+    scheduler.set_timesteps(20)
+    plan = scheduler._plan((), torch.device("cpu"))
+    assert plan.lambda_t == pytest.approx((1.0 + 0.0025 * np.arange(20)[::-1]).tolist())
+
+
+def test_lambda_where_alpha_is_0(caplog):
+    fused._said.clear()
+    scheduler = fused.FlowMatchEulerDiscreteScheduler(eps_scaling=1.02)
+    scheduler.set_timesteps(5)
+    assert scheduler._plan((), torch.device("cpu")).lambda_t == (1.0, 1.02, 1.02, 1.02, 1.02)
+    assert "eps_scaling is 1 in step 0: alpha is 0 there" in caplog.text
+    with pytest.raises(ValueError, match=r"eps_scaling: expected 1 where alpha is 0 \(step 0\), got 1.02"):
+        fused.FlowMatchEulerDiscreteScheduler(eps_scaling=[1.02] * 5).set_timesteps(5)
+
+
+# ---- plans ----
+
+
+def test_plans_are_immutable_and_made_once():
+    scheduler = fused.DDIMScheduler()
+    scheduler.set_timesteps(10)
+    plan = scheduler._plan((0.0, False), torch.device("cpu"))
+    one_step(scheduler, 4)
+    assert scheduler._plan((0.0, False), torch.device("cpu")) is plan
+    assert one_step(scheduler, 0, eta=0.5) and scheduler._plan((0.0, False), torch.device("cpu")) is plan
+    with pytest.raises(AttributeError, match="a Plan is immutable"):
+        plan.rows = None
+    with pytest.raises(ValueError, match="read-only"):
+        plan.columns["c_x"][0] = 1.0
+    scheduler.set_timesteps(10)
+    assert scheduler._plan((0.0, False), torch.device("cpu")) is not plan
+
+
+def test_sigmas_set_by_hand_are_seen():
+    theirs, ours = diffusers.EulerDiscreteScheduler(), fused.EulerDiscreteScheduler()
+    f, x = torch.randn(SHAPE), torch.randn(SHAPE)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(4)
+        scheduler.sigmas = scheduler.sigmas * 0.9
+    torch.testing.assert_close(
+        ours.step(f, ours.timesteps[0], x).prev_sample, theirs.step(f, theirs.timesteps[0], x).prev_sample
+    )
+
+
+@classes
+def test_forks_do_not_disturb_each_other(name):
+    """Requests in threads, each with a fork: each as if it were alone."""
+    case = EXAMPLES[name]
+    shared = case.ours()
+
+    def request(scheduler, seed):
+        x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+        noise = torch.Generator().manual_seed(seed)
+        call = {"generator": noise} if "generator" in fused.inspect.signature(scheduler.step).parameters else {}
+        for t in shared.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x, return_dict=False, **call)[0]
+        return x
+
+    alone = [request(case.ours(), seed) for seed in range(6)]
+    one_step(shared)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        forks = [shared.fork() for _ in range(6)]
+        together = list(pool.map(request, forks, range(6)))
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b)
+    plans = {id(fork._plan(fork._options, torch.device("cpu"))) for fork in forks}
+    assert len(plans) == 1
+
+
+# ---- fuse ----
+
+
+class Pipe:
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+
+@classes
+def test_fuse_keeps_what_the_scheduler_carries(name):
+    case = EXAMPLES[name]
+    theirs = case.theirs()
+    pipe = fused.fuse(Pipe(case.theirs()), eps_scaling=1.01, seeds=[3, 4])
+    ours = pipe.scheduler
+    assert type(ours) is CLASSES[name] and ours.config.eps_scaling == 1.01 and ours.seeds.tolist() == [3, 4]
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    again = fused.fuse(pipe).scheduler
+    assert again.config.eps_scaling == 1.01 and again.seeds is None
+    if "Flow" in name:
+        theirs.set_shift(4.0)
+        assert fused.fused(theirs).shift == 4.0
+
+
+def test_fuse_refuses_what_it_does_not_know():
+    with pytest.raises(
+        TypeError, match="PNDMScheduler has no fused twin; known: DDIMScheduler, DDPMScheduler, DPMSolver"
+    ):
+        fused.fuse(Pipe(diffusers.PNDMScheduler()))
+    with pytest.raises(TypeError, match="pipe: expected a pipeline with a scheduler, got int"):
+        fused.fuse(3)
+
+    class Mine(diffusers.DDIMScheduler):
+        pass
+
+    with pytest.raises(TypeError, match="Mine has no fused twin"):
+        fused.fuse(Pipe(Mine()))
+
+
+def test_the_core_does_not_import_diffusers():
+    code = "import sys, epskernels; assert not any(name.split('.')[0] == 'diffusers' for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
