@@ -24,7 +24,7 @@ from torch import is_grad_enabled
 
 from . import scaling
 from .ops import as_seeds, normal, step
-from .samplers import ancestral, boundary, differences, log_snr
+from .samplers import ancestral, bh_updates, boundary, differences, log_snr
 from .step_reference import STREAM_STEP
 from .table import _DEFAULTS, COLUMNS
 
@@ -81,6 +81,7 @@ class Plan:
         values = {name: np.ascontiguousarray(stacked[:, j]) for j, name in enumerate(COLUMNS)}
         for column in values.values():
             column.setflags(write=False)
+        reads = [(values[f"c_{m}"] != 0) | (values[f"k_{m}"] != 0) for m in ("m1", "m2")]
         before = np.broadcast_to(before, (length,))
         noisy = ((values["c_noise"] != 0) | (before != 0)) & sound
         for attribute, value in (
@@ -90,7 +91,7 @@ class Plan:
             ("draws", tuple(np.broadcast_to(draws, (length,)).tolist())),
             ("noisy", tuple(noisy.tolist())),
             ("before", tuple(before.tolist())),
-            ("history", tuple(np.where(values["c_m2"] != 0, 2, values["c_m1"] != 0).tolist())),
+            ("history", tuple(np.where(reads[1], 2, reads[0]).tolist())),
             ("sound", tuple(sound.tolist())),
             ("lambda_t", tuple(lambda_t.tolist())),
             ("to_x", tuple(to_x.tolist())),
@@ -1039,32 +1040,6 @@ class EDMDPMSolverMultistepScheduler(_Preconditioned, _DPMSolver, diffusers.EDMD
         return self._dpm(model_output, timestep, sample, generator, None, return_dict, seeds)
 
 
-def bh_weights(hh, ratios, order, solver, correct):
-    """UniPC's B(h)*rho for the differences (m_k - m0)/r_k, k = 1..order - 1, and, correcting, for m_t - m0: a list of (N,).
-
-    hh: -h where x_0 is predicted, h where eps is. ratios: r_1, r_2 (N,). solver: "bh1" or "bh2".
-    Source: Zhao et al., arXiv 2302.04867, alg. 1 and 2, with its code's shortcuts at order one (corrector) and two (predictor).
-    """
-    B = hh if solver == "bh1" else np.expm1(hh)
-    size = order if correct else order - 1
-    if size == 0:
-        return []
-    if size == 1:
-        return [0.5 * B]
-    r = np.stack([*ratios[: order - 1], np.ones_like(hh)], axis=-1)[:, :size]
-    R = np.stack([r**k for k in range(size)], axis=1)
-    b, phi, factorial = [], np.expm1(hh) / hh - 1, 1
-    for k in range(1, size + 1):
-        b.append(phi * factorial / B)
-        factorial *= k + 1
-        phi = phi / hh - 1 / factorial
-    good = np.isfinite(R).all(axis=(1, 2)) & np.isfinite(b).all(axis=0)
-    good[good] = np.linalg.det(R[good]) != 0
-    rho = np.full((len(hh), size), np.nan)
-    rho[good] = np.linalg.solve(R[good], np.stack(b, axis=-1)[good][..., None])[..., 0]
-    return [B * rho[:, k] for k in range(size)]
-
-
 class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
     """x is what the predictor made; y carries the part of the corrected state that was known before the model's call."""
 
@@ -1076,26 +1051,13 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
     def _formula(self, options):
         config, n = self.config, len(self.timesteps)
         alpha, sigma, at = self._levels()
-        h, none = np.diff(at), np.zeros(n)
+        h = np.diff(at)
         h1, h2 = _earlier(h, 1), _earlier(h, 2)
         ratios = [-h1 / h, -(h1 + h2) / h]
         hh = -h if self.predict_x0 else h
         scale, other = (alpha, sigma) if self.predict_x0 else (sigma, alpha)
         A, scale = other[1:] / other[:-1], scale[1:]
-        first = -scale * np.expm1(hh)
-
-        def update(order, correct):
-            """Weights of m0, m1, m2 in an update of this order, and of m_t in the corrector's."""
-            rho = bh_weights(hh, ratios, order, config.solver_type, correct)
-            weights, of_t = np.array([first, none, none]), rho.pop() if correct else none
-            for k, B_rho in enumerate(rho):
-                weights[0] += scale * B_rho / ratios[k]
-                weights[k + 1] -= scale * B_rho / ratios[k]
-            weights[0] += scale * of_t
-            return weights, -scale * of_t
-
-        predictors = {order: update(order, False)[0] for order in range(1, config.solver_order + 1)}
-        correctors = {order: update(order, True) for order in range(1, config.solver_order + 1)}
+        predictors, correctors = bh_updates(hh, ratios, scale, config.solver_order, config.solver_type)
         i = np.arange(n)
         most = np.minimum(config.solver_order, n - i) if config.lower_order_final else np.full(n, config.solver_order)
         corrects = ~np.isin(i - 1, list(self.disable_corrector)) & (i > 0)

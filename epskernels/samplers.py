@@ -8,7 +8,7 @@ import numpy as np
 
 from .scaling import as_scaling, scale
 from .schedule import DiscreteSchedule, FlowSchedule, Grid, KarrasSchedule, linear
-from .table import Table
+from .table import COLUMNS, PROVENANCE, Table
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
 
@@ -142,6 +142,51 @@ def differences(h, h1, h2):
     first, before = np.array([h / h1, -h / h1, zero]), np.array([zero, h / h2, -h / h2])  # divided differences
     r0, r1 = h1 / h, h2 / h
     return first, first + r0 / (r0 + r1) * (first - before), (first - before) / (r0 + r1)
+
+
+def bh_weights(hh, ratios, order, solver, correct):
+    """UniPC's B(h)*rho for the differences (m_k - m0)/r_k, k = 1..order - 1, and, correcting, for m_t - m0: a list of (N,).
+
+    hh: -h where x_0 is predicted, h where eps is. ratios: r_1, r_2 (N,). solver: "bh1" or "bh2".
+    Source: Zhao et al., arXiv 2302.04867, alg. 1 and 2, with its code's shortcuts at order one (corrector) and two (predictor).
+    """
+    B = hh if solver == "bh1" else np.expm1(hh)
+    size = order if correct else order - 1
+    if size == 0:
+        return []
+    if size == 1:
+        return [0.5 * B]
+    r = np.stack([*ratios[: order - 1], np.ones_like(hh)], axis=-1)[:, :size]
+    R = np.stack([r**k for k in range(size)], axis=1)
+    b, phi, factorial = [], np.expm1(hh) / hh - 1, 1
+    for k in range(1, size + 1):
+        b.append(phi * factorial / B)
+        factorial *= k + 1
+        phi = phi / hh - 1 / factorial
+    good = np.isfinite(R).all(axis=(1, 2)) & np.isfinite(b).all(axis=0)
+    good[good] = np.linalg.det(R[good]) != 0
+    rho = np.full((len(hh), size), np.nan)
+    rho[good] = np.linalg.solve(R[good], np.stack(b, axis=-1)[good][..., None])[..., 0]
+    return [B * rho[:, k] for k in range(size)]
+
+
+def bh_updates(hh, ratios, scale, most, solver):
+    """UniPC's updates A*x + ... for each order up to `most`: {order: weights of m0, m1, m2, (3, N)} of the predictor, and
+    {order: (weights, that of m_t, (N,))} of the corrector. scale: alpha_s where x_0 is predicted, sigma_s where eps is.
+    """
+    first, none = -scale * np.expm1(hh), np.zeros_like(hh)
+
+    def update(order, correct):
+        rho = bh_weights(hh, ratios, order, solver, correct)
+        weights, of_t = np.array([first, none, none]), rho.pop() if correct else none
+        for k, B_rho in enumerate(rho):
+            weights[0] += scale * B_rho / ratios[k]
+            weights[k + 1] -= scale * B_rho / ratios[k]
+        weights[0] += scale * of_t
+        return weights, -scale * of_t
+
+    orders = range(1, most + 1)
+    return {order: update(order, False)[0] for order in orders}, {order: update(order, True) for order in orders}
 
 
 # ---- the samplers ----
@@ -623,6 +668,64 @@ def dpmpp_2s(schedule, steps, *, scaling=1.0, prediction="sample", clip=None, gu
     )  # fmt: skip
 
 
+def unipc(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="epsilon",
+    clip=None,
+    guidance=1.0,
+    order=2,
+    solver="bh2",
+    corrector=True,
+    lower_order_final=True,
+    space="vp",
+    **grid_options,
+):
+    """UniPC (arXiv 2302.04867, alg. 1 and 2; B(h), x_0 predicted): a multistep predictor, corrected by the next call's m0.
+
+    Once the model was called at the predicted x, the corrected state is y + kappa*m0: y, the second state, is what the row before
+    knew of it, so that no tensor is kept beyond m1 and m2. order: 1, 2 or 3. solver: "bh1" or "bh2". corrector: False for UniP.
+    lower_order_final: the last steps are of orders ..., 2, 1. The other arguments as in dpmpp_2m, with alpha > 0 at every step.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order: expected 1, 2 or 3, got {order!r}")
+    if solver not in ("bh1", "bh2"):
+        raise ValueError(f"solver: expected 'bh1' or 'bh2', got {solver!r}")
+    allowed = (DiscreteSchedule, KarrasSchedule, FlowSchedule)
+    grid = _in_space(_grid(schedule, steps, allowed, grid_options), space)
+    grid, columns = _first_order(grid, len(grid), scaling, prediction, clip, guidance, allowed, {})
+    if (grid.alpha == 0).any():
+        raise ValueError("schedule: unipc needs alpha > 0 at every step")
+    n, at, after = len(grid), log_snr(grid.alpha, grid.sigma), log_snr(grid.alpha_next, grid.sigma_next)
+    h, i = after - at, np.arange(n)
+    h1, h2 = np.append(np.nan, h[:-1]), np.append([np.nan, np.nan], h[:-2])[:n]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        predictors, correctors = bh_updates(-h, [-h1 / h, -(h1 + h2) / h], grid.alpha_next, order, solver)
+    here = np.minimum(np.minimum(order, i + 1), n - i if lower_order_final else order)
+    here = np.where(np.isfinite(h), here, 1)
+    P = np.select([here == p for p in predictors], list(predictors.values()))
+    Q, of_t = (np.select([here == p for p in correctors], each) for each in zip(*correctors.values(), strict=True))
+    A = grid.sigma_next / grid.sigma
+    P[0] = np.where(here == 1, grid.alpha_next - A * grid.alpha, P[0])  # finite where sigma_s = 0
+    corrects_next = (i < n - 1) & bool(corrector)
+    Q, of_t = np.where(corrects_next, Q, 0.0), np.where(corrects_next, of_t, 0.0)
+    corrects, kappa = np.append(False, corrects_next[:-1]), np.append(0.0, of_t[:-1])
+    k = np.where(corrects_next, A, 0.0)
+    columns |= {
+        "c_x": np.where(corrects, 0.0, A), "c_y": np.where(corrects, A, 0.0),
+        "c_m0": A * kappa + P[0], "c_m1": P[1], "c_m2": P[2],
+        "k_x": np.where(corrects, 0.0, k), "k_y": np.where(corrects, k, 0.0),
+        "k_m0": k * kappa + Q[0], "k_m1": Q[1], "k_m2": Q[2],
+    }  # fmt: skip
+    # y is the corrected state less its share of m_t.
+    columns["y_out_x0"] = np.where(corrects_next, grid.alpha_next - of_t, 0.0)
+    columns["y_out_eps"] = np.where(corrects_next, grid.sigma_next, 0.0)
+    columns["y_x0"], columns["y_eps"] = (np.append(0.0, columns[f"y_out_{key}"][:-1]) for key in ("x0", "eps"))
+    return _table("unipc", grid, columns, grid.initial_sigma)
+
+
 def _consistency_timesteps(schedule, steps, original_steps):
     """The timesteps on which LCM and TCD were distilled, thinned out: (original_steps,) evenly spaced, then `steps` of them."""
     if not isinstance(schedule, DiscreteSchedule):
@@ -731,21 +834,23 @@ def pfgmpp(schedule, steps, *, scaling=1.0, prediction="sample", clip=None, guid
     return _edm("pfgmpp", schedule, steps, scaling, prediction, clip, guidance, (0.0, 0.0, np.inf, 1.0), heun=True)
 
 
-def dit(steps=250, *, scaling=1.0, guidance=4.0, T=1000, **options):
+def dit(steps=250, *, scaling=1.0, guidance=4.0, guided_channels=3, T=1000, **options):
     """DiT's own sampling (arXiv 2212.09748): ddpm on linear betas, respaced as ADM's, learned variance, latents not clamped.
 
-    steps: a count, or ADM's section counts. guidance: the scale of classifier-free guidance, as its authors' default.
-    options: as in ddpm.
+    steps: a count, or ADM's section counts. guidance: the scale of classifier-free guidance, of as many leading channels as
+    guided_channels says, 0 for all; three of the four in its authors' code. options: as in ddpm.
     """
     steps = str(steps) if isinstance(steps, (int, np.integer)) else steps
     options = {"variance": "learned_range", "clip": None} | options
-    return ddpm(linear(T), steps, scaling=scaling, guidance=guidance, **options)
+    table = ddpm(linear(T), steps, scaling=scaling, guidance=guidance, **options)
+    values = {key: table[key] for key in COLUMNS + PROVENANCE} | {"guided_channels": guided_channels}
+    return Table(values, name=f"dit[{len(table)}]", initial_sigma=table.initial_sigma, discrete=True)
 
 
 SAMPLERS = {
     sampler.__name__: sampler
     for sampler in (
         ddpm, ddim, edm_euler, edm_heun, euler, euler_ancestral, heun, dpmpp_2s, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde,
-        lcm, tcd, flow_euler, pfgmpp,
+        unipc, lcm, tcd, flow_euler, pfgmpp,
     )
 }  # fmt: skip

@@ -268,6 +268,55 @@ def dpmpp_2m(denoise, x, alpha, sigma, *, lower_order_final, keep=exact):
     return states
 
 
+# ---- UniPC ----
+
+
+def unipc(denoise, x, alpha, sigma, *, order, variant, corrector=True, keep=exact):
+    """UniPC, B(h) version, data prediction (Zhao et al., arXiv 2302.04867, alg. 1 and 2), as its code writes it.
+
+    denoise(x, j): the estimate of model call j. The states are those that the model is called on; the last is the result.
+    keep rounds them, the estimates, and of the corrected state the part that is known before the model's call.
+    """
+    with np.errstate(divide="ignore"):
+        lam = np.log(alpha) - np.log(sigma)
+    n, states, m, known, weight = len(alpha) - 1, [], [], None, None
+
+    def update(x, s, p, correct):
+        """From step s to s + 1 with p estimates up to s: all but m_t's term, and m_t's weight."""
+        h = lam[s + 1] - lam[s]
+        hh = -h
+        B = hh if variant == "bh1" else np.expm1(hh)
+        base = sigma[s + 1] / sigma[s] * x - alpha[s + 1] * np.expm1(hh) * m[s]
+        rks = [(lam[s - k] - lam[s]) / h for k in range(1, p)]
+        size = len(rks) + correct
+        if size == 0:
+            return base, None
+        R, b, phi, factorial = [], [], np.expm1(hh) / hh - 1, 1
+        for k in range(1, size + 1):
+            R.append(np.power([*rks, 1.0][:size], k - 1))
+            b.append(phi * factorial / B)
+            factorial *= k + 1
+            phi = phi / hh - 1 / factorial
+        rhos = np.array([0.5]) if size == 1 else np.linalg.solve(np.array(R), np.array(b))
+        total = sum(rho * (m[s - k] - m[s]) / r for k, (rho, r) in enumerate(zip(rhos, rks, strict=False), 1))
+        if not correct:
+            return base - alpha[s + 1] * B * total, None
+        return base - alpha[s + 1] * B * (total - rhos[-1] * m[s]), -alpha[s + 1] * B * rhos[-1]
+
+    for j in range(n):
+        m_t = denoise(x, j)
+        corrected = x if known is None else known + weight * m_t
+        m.append(m_t)
+        p = min(order, j + 1, n - j)
+        x = keep(update(corrected, j, p, False)[0])
+        if corrector and j < n - 1:
+            known, weight = update(corrected, j, p, True)
+            known = keep(known)
+        m[-1] = keep(m_t)
+        states.append(x)
+    return states
+
+
 # ---- rectified flow ----
 
 

@@ -1039,6 +1039,13 @@ BAD_CONSTRUCTORS |= {
     ),
     "dpmpp_2m: solver": (lambda: samplers.dpmpp_2m(LINEAR, 5, solver="x"), ValueError, "solver: .* got 'x'"),
     "dpmpp_3m: third": (lambda: samplers.dpmpp_3m(LINEAR, 5, third="x"), ValueError, "third: .* got 'x'"),
+    "unipc: order": (lambda: samplers.unipc(LINEAR, 5, order=4), ValueError, "order: expected 1, 2 or 3, got 4"),
+    "unipc: solver": (lambda: samplers.unipc(LINEAR, 5, solver="bh3"), ValueError, "solver: .* got 'bh3'"),
+    "unipc: alpha 0": (
+        lambda: samplers.unipc(ZERO_SNR, 5, spacing="trailing", prediction="v_prediction"),
+        ValueError,
+        "schedule: unipc needs alpha > 0 at every step",
+    ),
     "dpmpp_2m_sde: eta": (lambda: samplers.dpmpp_2m_sde(LINEAR, 5, eta=-1.0), ValueError, "eta: .* got -1"),
     "euler_ancestral: S_noise": (
         lambda: samplers.euler_ancestral(LINEAR, 5, S_noise=-1.0),

@@ -48,14 +48,15 @@ def run(table, prediction, rows, lam=1.0, exact_rows=0):
     """The state after `rows` rows of the table, each applied by its float64 columns; the first exact_rows of them are solved
     exactly instead: what a multistep solver of order three needs to show its order, since it starts with order one."""
     alpha, sigma = table["alpha_in"], table["sigma_in"]
-    x, m1, m2 = STARTS * sigma[0], np.zeros_like(STARTS), np.zeros_like(STARTS)
+    x, m1, m2, y = STARTS * sigma[0], *np.zeros((3, len(STARTS)))
     for i in range(rows):
         if 0 < i <= exact_rows:
             x = exact(sigma[0] / alpha[0], sigma[i] / alpha[i], lam) * alpha[i]
         f = network(prediction, x, alpha[i], sigma[i])
         m0 = table["d_x"][i] * x + table["d_f"][i] * f
-        x = table["c_x"][i] * x + table["c_f"][i] * f + table["c_m0"][i] * m0
-        x = x + table["c_m1"][i] * m1 + table["c_m2"][i] * m2
+        terms = {"x": x, "m0": m0, "m1": m1, "m2": m2, "y": y}
+        x = table["c_f"][i] * f + sum(table[f"c_{name}"][i] * value for name, value in terms.items())
+        y = sum(table[f"k_{name}"][i] * value for name, value in terms.items())
         m1, m2 = m0, m1
     return x
 
@@ -127,6 +128,12 @@ ORDERS = {
     "dpmpp_3m-exact": (EXACT_3M, karras, "sample", 3),
     "dpmpp_3m-exact-flow": (EXACT_3M, rectified_flow, "flow", 3),
     "dpmpp_3m-exact-flow-uneven": (EXACT_3M, uneven_flow, "flow", 3),
+    "unipc-1": (functools.partial(samplers.unipc, order=1), karras, "sample", 2),
+    "unipc-2": (functools.partial(samplers.unipc, order=2), karras, "sample", 3),
+    "unipc-2-bh1-flow": (functools.partial(samplers.unipc, order=2, solver="bh1"), rectified_flow, "flow", 3),
+    "unipc-2-flow-uneven": (functools.partial(samplers.unipc, order=2), uneven_flow, "flow", 3),
+    "unip-1": (functools.partial(samplers.unipc, order=1, corrector=False), karras, "sample", 1),
+    "unip-2": (functools.partial(samplers.unipc, order=2, corrector=False), karras, "sample", 2),
     "flow_euler": (samplers.flow_euler, rectified_flow, "flow", 1),
     "pfgmpp": (samplers.pfgmpp, karras, "sample", 2),
 }
@@ -137,5 +144,5 @@ COUNTS = [64, 128, 256, 512, 1024]
 @pytest.mark.parametrize("lam", [1.0, 1.02], ids="lambda={}".format)
 def test_order(name, lam):
     sampler, grid, prediction, expected = ORDERS[name]
-    found = errors(sampler, grid, prediction, lam, COUNTS, exact_rows=2 if expected == 3 else 0)
+    found = errors(sampler, grid, prediction, lam, COUNTS, exact_rows=2 if "exact" in name else 0)
     assert order(COUNTS, found) == pytest.approx(expected, abs=0.2), found

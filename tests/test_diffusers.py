@@ -525,6 +525,9 @@ STORES_HISTORY = ("DPMSolver", "EDMDPM", "UniPC", "Heun")  # m1, m2 and y, round
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_rounds_once(case, dtype):
     once, theirs, ours = in_step(case, dtype)
+    if case.own:
+        assert ours == theirs
+        return
     if not case.name.startswith(STORES_HISTORY):
         assert ours <= 1.02 * once, (ours, once)
     assert ours <= theirs * (0.8 if case.name.startswith(ROUNDS_MIDWAY) and dtype == torch.bfloat16 else 1.02), (
@@ -536,11 +539,7 @@ def test_half_precision_rounds_once(case, dtype):
 # ---- what a user does with a scheduler ----
 
 CLASSES = {twin.__name__: twin for twin in fused.FUSED.values()}
-EXAMPLES = {
-    name: next(case for case in CASES.values() if case.name == name)
-    for name in CLASSES
-    if name in {c.name for c in CASES.values()}
-}
+EXAMPLES = {name: next(case for case in CASES.values() if case.name == name) for name in CLASSES}
 classes = pytest.mark.parametrize("name", EXAMPLES)
 
 
@@ -688,7 +687,7 @@ STOCHASTIC = {  # (configuration, arguments of step)
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in STOCHASTIC if name in EXAMPLES])
+@pytest.mark.parametrize("name", STOCHASTIC)
 def test_seeds_make_the_noise_of_the_step(name):
     """A sample's noise is the package's, draw i of its seed: diffusers' step given that noise; the same alone or in a batch."""
 
@@ -802,9 +801,7 @@ def test_numbers_that_diffusers_does_not_have_either():
 
 
 def test_no_change_of_path_where_the_histories_differ():
-    scheduler = EXAMPLES["HeunDiscreteScheduler"].ours() if "HeunDiscreteScheduler" in EXAMPLES else None
-    if scheduler is None:
-        pytest.fail("no Heun case")
+    scheduler = EXAMPLES["HeunDiscreteScheduler"].ours()
     x = torch.randn(SHAPE)
     scheduler.step(x, scheduler.timesteps[0], x)
     with pytest.raises(RuntimeError, match="cannot go on with diffusers' own step within a trajectory: of dtypes"):

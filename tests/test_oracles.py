@@ -202,6 +202,42 @@ def dpmpp_vp(final, lower_order_final, prediction="epsilon"):
     )  # fmt: skip
 
 
+def unipc(order, variant="bh2", corrector=True, prediction="epsilon"):
+    model, abar = vp_network(LINEAR), np.cumprod(1 - LINEAR)
+    t = np.round(1000 - np.arange(15) * (1000 / 15)).astype(int) - 1
+    alpha, sigma = np.sqrt(np.append(abar[t], abar[0])), np.sqrt(1 - np.append(abar[t], abar[0]))
+
+    def oracle(x, lam, noise, keep):
+        def denoise(x, j):
+            return (x - sigma[j] * (model(x, t[j]) / lam[j])) / alpha[j]
+
+        return oracles.unipc(denoise, x, alpha, sigma, order=order, variant=variant, corrector=corrector, keep=keep)
+
+    return Case(
+        lambda s: samplers.unipc(
+            schedule.linear(), 15, scaling=s, spacing="trailing", final="first", order=order, solver=variant,
+            corrector=corrector, prediction=prediction,
+        ),
+        oracle, vp_network(LINEAR, prediction), 15,
+    )  # fmt: skip
+
+
+def unipc_karras(order):
+    """To sigma = 0: with bh2, since bh1's formula has no number there."""
+    sigma = oracles.edm_sigmas(12)
+
+    def oracle(x, lam, noise, keep):
+        def denoise(x, j):
+            return x - sigma[j] * ((x - edm_network(x, sigma[j])) / sigma[j] / lam[j])
+
+        return oracles.unipc(denoise, x, np.ones(13), sigma, order=order, variant="bh2", keep=keep)
+
+    return Case(
+        lambda s: samplers.unipc(schedule.KarrasSchedule(), 12, scaling=s, prediction="sample", order=order),
+        oracle, edm_network, 12,
+    )  # fmt: skip
+
+
 def dpmpp_karras(on_vp, prediction="sample"):
     sigma = vp_sigmas(15) if on_vp else oracles.edm_sigmas(15)
     network = oracles.vp_denoiser(vp_network(SCALED_LINEAR), SCALED_LINEAR) if on_vp else edm_network
@@ -405,6 +441,11 @@ CASES = {
     "dpmpp_3m": in_sigma("dpmpp_3m"),
     "dpmpp_3m_sde": in_sigma("dpmpp_3m_sde"),
     "dpmpp_3m_sde-vp-v_prediction": in_sigma("dpmpp_3m_sde", True, "v_prediction"),
+    **{f"unipc-{order}-{variant}": unipc(order, variant) for order in (1, 2, 3) for variant in ("bh1", "bh2")},
+    "unipc-predictor": unipc(3, corrector=False),
+    "unipc-v_prediction": unipc(2, prediction="v_prediction"),
+    "unipc-karras-2": unipc_karras(2),
+    "unipc-karras-3": unipc_karras(3),
     "lcm": consistency("lcm", 4),
     "lcm-v_prediction": consistency("lcm", 8, "v_prediction"),
     "tcd": consistency("tcd", 4, gamma=0.3),
@@ -429,7 +470,7 @@ SCALINGS = {  # the package's, and lambda by hand, the noisiest step first
 
 def trajectory(table, case, x, step):
     """The states after every row: the network is called on float64, `step` decides what is rounded."""
-    states, m1, m2 = [], None, None
+    states, m1, m2, y = [], None, None, None
     for i in range(len(table)):
         inputs, t = table["c_in"][i] * x, table["t"][i]
         f, v = case.model(inputs, t), None
@@ -437,7 +478,7 @@ def trajectory(table, case, x, step):
             f, v = np.split(f, 2, axis=1)
         u = None if case.uncond is None else case.uncond(inputs, t)
         grad = None if case.cond_fn is None else case.cond_fn(x, t)
-        x, m0 = step(i, x, f, u=u, v=v, grad=grad, m1=m1, m2=m2)
+        x, m0, y = step(i, x, f, u=u, v=v, grad=grad, m1=m1, m2=m2, y=y)
         m1, m2 = m0, m1
         states.append(x)
     return states
@@ -447,14 +488,14 @@ def package_step(table, dtype):
     """epskernels.step, between float64 arrays. History that no row reads is NaN."""
     seeds = epskernels.as_seeds(SEEDS)
 
-    def step(i, x, f, *, u, v, grad, m1, m2):
+    def step(i, x, f, *, u, v, grad, m1, m2, y):
         outputs = {key: None if a is None else torch.tensor(a).float() for key, a in (("u", u), ("v", v))}
         grad = None if grad is None else torch.tensor(grad).to(dtype)
         state = torch.tensor(x).to(dtype)
         absent = torch.full_like(state, float("nan"))
-        m1, m2 = (absent if m is None else torch.tensor(m).to(dtype) for m in (m1, m2))
-        f = torch.tensor(f).float()
-        result = epskernels.step(state, f, table, i, **outputs, m1=m1, m2=m2, grad=grad, seeds=seeds, return_m0=True)
+        m1, m2, y = (absent if m is None else torch.tensor(m).to(dtype) for m in (m1, m2, y))
+        f, inputs = torch.tensor(f).float(), {**outputs, "m1": m1, "m2": m2, "y": y, "grad": grad, "seeds": seeds}
+        result = epskernels.step(state, f, table, i, **inputs, return_y=True)
         return tuple(tensor.double().numpy() for tensor in result)
 
     return step
@@ -463,20 +504,19 @@ def package_step(table, dtype):
 def float64_step(table):
     """The row's formula on the table's float64 columns."""
 
-    def step(i, x, f, *, u, v, grad, m1, m2):
+    def step(i, x, f, *, u, v, grad, m1, m2, y):
         row = {column: table[column][i] for column in COLUMNS}
         fhat = f if row["g"] == 1 else u + row["g"] * (f - u)
         m0 = np.clip(row["d_x"] * x + row["d_f"] * fhat, -row["clip"], row["clip"])
         s = 1.0
         if row["logvar_min"] or row["logvar_max"]:
             s = np.exp(0.5 * ((1 + v) / 2 * row["logvar_max"] + (1 - v) / 2 * row["logvar_min"]))
-        x = row["c_x"] * x + row["c_f"] * fhat + row["c_m0"] * m0
-        for name, m in (("c_m1", m1), ("c_m2", m2)):
-            if row[name]:
-                x = x + row[name] * m
+        terms = {"x": x, "m0": m0, "m1": m1, "m2": m2, "y": y}
+        x = row["c_f"] * fhat + sum(row[f"c_{name}"] * value for name, value in terms.items() if row[f"c_{name}"])
+        y = sum(row[f"k_{name}"] * value for name, value in terms.items() if row[f"k_{name}"])
         if row["c_grad"] and grad is not None:
             x = x + row["c_grad"] * s**2 * grad
-        return x + row["c_noise"] * s * drawn(table, i), m0
+        return x + row["c_noise"] * s * drawn(table, i), m0, y
 
     return step
 

@@ -20,6 +20,7 @@ TABLES = {
     "heun": samplers.heun(LINEAR, 4, scaling=1.01),
     "dpmpp_2s": samplers.dpmpp_2s(schedule.KarrasSchedule(), 4, scaling=1.01, eta=1.0),
     "dpmpp_3m_sde": samplers.dpmpp_3m_sde(LINEAR, 7, scaling=1.01),
+    "unipc": samplers.unipc(LINEAR, 7, scaling=1.01, order=3, spacing="trailing"),
     "lcm": samplers.lcm(LINEAR, 4, scaling=1.01),
     "dit-learned": samplers.dit(7, scaling=1.01, guidance=1.0),
     "flow": samplers.ddim(schedule.FlowSchedule(shift=3.0), 5, prediction="flow"),
@@ -189,4 +190,9 @@ def test_pfgmpp_is_edm_for_many_dimensions():
 
 def test_dit_is_adm_without_clamping():
     expected = samplers.ddpm(LINEAR, "50", scaling=1.003, variance="learned_range", clip=None, guidance=4.0)
-    assert torch.equal(samplers.dit(50, scaling=1.003).rows, expected.rows)
+    assert torch.equal(samplers.dit(50, scaling=1.003, guided_channels=0).rows, expected.rows)
+    x, f, u, v = torch.randn(4, 2, 4, 3, 3)
+    fhat = torch.cat([(u + 4 * (f - u))[:, :3], f[:, 3:]], dim=1)
+    guided = epskernels.step(x, f, samplers.dit(50), 5, u=u, v=v, seeds=torch.arange(2))
+    plain = epskernels.step(x, fhat, samplers.dit(50, guidance=1.0), 5, v=v, seeds=torch.arange(2))
+    assert torch.equal(guided, plain)
