@@ -652,6 +652,10 @@ def dpmpp_2s(schedule, steps, *, scaling=1.0, prediction="sample", clip=None, gu
         raise TypeError(f"schedule: expected a KarrasSchedule, got {type(schedule).__name__}")
     eta, S_noise = _number("eta", eta, 0), _number("S_noise", S_noise, 0)
     grid = schedule.grid(steps)
+    if len(grid) == 1:
+        return _edm(
+            "dpmpp_2s", schedule, steps, scaling, prediction, clip, guidance, (0.0, 0.0, np.inf, 1.0), heun=False
+        )
     down, up = ancestral(1.0, grid.sigma, 1.0, grid.sigma_next, eta)
     inner = slice(0, -1)  # the last step, to sigma = 0, is Euler's
     sigma, end = grid.sigma[inner], down[inner]
