@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: build sample test sanitize gpu-check bench bench-full bench-dispatch bench-compare report train clean
+.PHONY: build sample test sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report train clean
 
 build: $(READY)
 
@@ -57,6 +57,9 @@ bench: $(READY)
 
 bench-full: $(READY)
 	$(BIN)/python benchmarks/bench.py --full --json $(RUN)
+
+bench-diffusers: $(READY)
+	$(BIN)/python benchmarks/bench_diffusers.py
 
 bench-dispatch: $(READY)
 	$(BIN)/python -m pytest benchmarks/test_dispatch.py --benchmark-group-by=func

@@ -18,12 +18,13 @@ import types
 import diffusers
 import numpy as np
 import torch
+from diffusers import SchedulerMixin  # noqa: F401 (from_pretrained of a saved pipeline looks for it in this module)
 from diffusers import schedulers as theirs
 from diffusers.utils.torch_utils import randn_tensor
 from torch import is_grad_enabled
 
 from . import scaling
-from .ops import as_seeds, normal, step
+from .ops import as_seeds, normal, step, step_results
 from .samplers import ancestral, bh_updates, boundary, differences, log_snr
 from .step_reference import STREAM_STEP
 from .table import _DEFAULTS, COLUMNS
@@ -341,11 +342,12 @@ class _Fused:
         if not plan.draws[row]:
             return {}
         if given is None and generator is None:
-            seeds = self._seeds if seeds is None else as_seeds(seeds)
+            if seeds is None and self._seeds is not None:
+                seeds = self._seeds = self._seeds.to(f.device)
             if seeds is not None:
-                return {"seeds": seeds.to(f.device)} if plan.noisy[row] else {}
+                return {"seeds": as_seeds(seeds, f.device)} if plan.noisy[row] else {}
         if given is None:
-            given = randn_tensor(f.shape, generator=generator, device=f.device, dtype=dtype or f.dtype)
+            given = _draw(f.shape, generator, f.device, dtype or f.dtype)
         return {"noise": given.to(f.device)} if plan.noisy[row] else {}
 
     def _as_tensor(self, noise, x, i):
@@ -360,23 +362,24 @@ class _Fused:
         s = torch.quantile(x0.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
         return s.clamp(min=1, max=self.config.sample_max_value)
 
-    def _step(self, plan, row, f, x, dtype=None, **inputs):
-        """(x', m0[, y']) of one row, x' in `dtype`; default x's. Noise of more digits than x widens x first."""
+    def _step(self, plan, row, f, x, dtype=None, m1=None, m2=None, v=None, noise=None, seeds=None, y=None, results=2):
+        """One launch: the first `results` of x', m0, y'; x' in `dtype`, default x's. Noise of more digits than x widens x."""
         if not self._mixes and self._ran == "own":
             raise RuntimeError(
                 f"{type(self).__name__}: cannot go on with the fused step within a trajectory: {self.path}"
             )
         self.path = self._ran = "fused"
-        dtype, noise = dtype or x.dtype, inputs.get("noise")
+        dtype = dtype or x.dtype
         if noise is not None and noise.dtype is not x.dtype:
-            x = x.to(torch.promote_types(x.dtype, noise.dtype))
-            inputs |= {
-                name: inputs[name].to(x.dtype) for name in ("noise", "m1", "m2", "y") if inputs.get(name) is not None
-            }
-        if self._thresholds:
-            inputs["threshold"] = self._threshold(plan, row, f, x)
-        result = step(x, f, plan.rows, plan.index[row], return_m0=True, **inputs)
-        return result if x.dtype is dtype else (result[0].to(dtype), *result[1:])
+            wide = torch.promote_types(x.dtype, noise.dtype)
+            x, noise, m1, m2, y = (None if a is None else a.to(wide) for a in (x, noise, m1, m2, y))
+        threshold = self._threshold(plan, row, f, x) if self._thresholds else None
+        made = step_results(
+            results, x, f, plan.rows, plan.index[row], None, m1, m2, v, None, noise, seeds, y, None, threshold
+        )
+        if x.dtype is not dtype:
+            made = (made[0].to(dtype), *made[1:]) if results > 1 else made.to(dtype)
+        return made
 
 
 _said = set()
@@ -388,6 +391,13 @@ def _say(scheduler, message):
     if key not in _said:
         _said.add(key)
         _log.warning("epskernels.diffusers.%s %s", *key)
+
+
+def _draw(shape, generator, device, dtype):
+    """diffusers' randn_tensor; what it does where one generator draws where the tensor is, without its overhead."""
+    if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == device.type):
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
 
 def _double(values):
@@ -590,7 +600,9 @@ class _OnSigmas(_Fused):
 
 
 def _refuse_integers(scheduler, timestep):
-    if isinstance(timestep, (int, torch.IntTensor, torch.LongTensor)):
+    if isinstance(timestep, int) or (
+        isinstance(timestep, torch.Tensor) and timestep.dtype in (torch.int64, torch.int32)
+    ):
         raise ValueError(
             f"timestep: expected one of {type(scheduler).__name__}'s own timesteps, got the integer {timestep}"
         )
@@ -820,7 +832,7 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
         if per_token_timesteps is not None:
             x = self._per_token(i, f, x.float(), per_token_timesteps, self._as_tensor(noise, x, i))
         else:
-            x = self._step(plan, i, f, x, f.dtype, **noise)[0]
+            x = self._step(plan, i, f, x, f.dtype, **noise, results=1)
         self._step_index += 1
         if not return_dict:
             return (x,)
@@ -1094,7 +1106,7 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
             return self._own(entered, f, timestep, sample, return_dict=return_dict)
         x = _state(f, sample)
         corrected = {"y": _like(self.last_sample, x)} if self.lower_order_nums else {}
-        x, m0, self.last_sample = self._step(plan, row, f, x, **self._history(plan, row, x), **corrected, return_y=True)
+        x, m0, self.last_sample = self._step(plan, row, f, x, **self._history(plan, row, x), **corrected, results=3)
         self._keep(m0)
         self._step_index += 1
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
@@ -1130,7 +1142,7 @@ class _Consistency(_Fused):
             return self._own(entered, f, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
         x = _state(f, x)
         noise = self._noise(plan, i, f, generator, seeds, dtype=x.dtype)
-        x, _, y = self._step(plan, i, f, x, **noise, return_y=True)
+        x, _, y = self._step(plan, i, f, x, **noise, results=3)
         self._step_index += 1
         return self._output_class(x, y) if return_dict else (x, y)
 

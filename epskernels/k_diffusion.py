@@ -89,7 +89,7 @@ def sample_euler(
     model, x, sigmas, extra_args=None, callback=None, disable=None, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
     *, eps_scaling=1.0, noise_sampler=None,
 ):  # fmt: skip
-    """EDM's Euler (arXiv 2206.00364, alg. 2). Churn is drawn where it is not 0, by noise_sampler, before its step's model call."""
+    """EDM's Euler (arXiv 2206.00364, alg. 2). Churn is drawn where it is not 0, by noise_sampler, before the model's call."""
     churn = _churn(s_churn, s_tmin, s_tmax, s_noise, sigmas)
     return _run(
         samplers.edm_euler, model, x, sigmas, extra_args, callback, disable, eps_scaling, None, noise_sampler, **churn

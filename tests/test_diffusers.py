@@ -946,3 +946,89 @@ def test_fuse_refuses_what_it_does_not_know():
 def test_the_core_does_not_import_diffusers():
     code = "import sys, epskernels; assert not any(name.split('.')[0] == 'diffusers' for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- single features ----
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("lam", [1.0, 1.02])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_per_token_timesteps(stochastic, lam, dtype):
+    """Tokens at levels of their own, some at the ends; the step's lambda scales each at its own level."""
+    x, f = torch.randn(2, 6, 4).to(dtype), torch.randn(2, 6, 4).to(dtype)
+    levels = torch.tensor([[1000.0, 900, 640, 500, 333, 1], [750, 1000, 60, 20, 999, 400]])
+    results = []
+    for kind in (diffusers, fused):
+        made = {} if kind is diffusers else {"eps_scaling": lam}
+        scheduler = kind.FlowMatchEulerDiscreteScheduler(stochastic_sampling=stochastic, shift=2.0, **made)
+        scheduler.set_timesteps(8)
+        output, sigma = f, (levels / 1000)[..., None].double()
+        if kind is diffusers and lam != 1:
+            eps = (x.double() + (1 - sigma) * f.double()) / lam
+            scaled = eps - (x.double() - sigma * eps) / (1 - sigma)
+            output = torch.where(sigma == 1, f.double(), scaled)
+            output = output.float()
+        call = {"generator": torch.Generator().manual_seed(2), "per_token_timesteps": levels}
+        scheduler.set_begin_index(3)  # not at the level where lambda is held to 1
+        result = scheduler.step(output, scheduler.timesteps[3], x, **call).prev_sample
+        assert result.dtype == torch.float32
+        results.append(result)
+    assert scheduler.path == "fused" and scheduler.step_index == 4
+    torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
+    with pytest.raises(
+        ValueError, match=r"per_token_timesteps: expected \(B, N\) for a sample \(B, N, C\) \(2, 6, 4\), got \(6,\)"
+    ):
+        scheduler.step(f, scheduler.timesteps[4], x, per_token_timesteps=levels[0])
+
+
+def test_learned_variance_as_it_is():
+    """variance_type "learned": the variance itself, whose root scales the noise in an operation of its own."""
+    x, f = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    output, results = torch.cat([f, torch.rand(2, 3, 4, 4)], dim=1), []
+    for kind in (diffusers, fused):
+        scheduler = kind.DDPMScheduler(variance_type="learned")
+        scheduler.set_timesteps(6)
+        results.append(
+            scheduler.step(output, scheduler.timesteps[2], x, generator=torch.Generator().manual_seed(2)).prev_sample
+        )
+    torch.testing.assert_close(*results)
+    assert scheduler.path == "fused"
+    assert scheduler.step(output, scheduler.timesteps[2], x, seeds=[1, 2]).prev_sample.isfinite().all()
+
+
+def test_bh1_to_sigma_0_has_a_number():
+    """diffusers' bh1 multiplies an infinite B(h) by 0 in the last step; its limit is what bh2 gives."""
+    x, f = torch.randn(SHAPE), torch.randn(SHAPE)
+    last = {}
+    for kind in (diffusers, fused):
+        scheduler = kind.UniPCMultistepScheduler(solver_type="bh1")
+        scheduler.set_timesteps(5)
+        y = x
+        for t in scheduler.timesteps:
+            y = scheduler.step(f, t, y, return_dict=False)[0]
+        last[kind] = y
+    assert last[diffusers].isnan().all() and last[fused].isfinite().all()
+
+
+def test_mixed_dtypes_end_where_diffusers_ends():
+    x, f = torch.randn(SHAPE), torch.randn(SHAPE)
+    for name in EXAMPLES:
+        for dtypes in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+            if name == "UniPCMultistepScheduler" and dtypes[0] == torch.bfloat16:
+                continue  # diffusers refuses
+            ends = []
+            for scheduler in (EXAMPLES[name].theirs(), EXAMPLES[name].ours()):
+                y = x.to(dtypes[0])
+                for t in scheduler.timesteps[:3]:
+                    y = scheduler.step(f.to(dtypes[1]), t, y, return_dict=False)[0]
+                ends.append(y)
+            assert ends[0].dtype == ends[1].dtype, (name, dtypes)
+
+
+def test_share_gives_a_pipeline_its_own_scheduler():
+    pipe = fused.fuse(Pipe(EXAMPLES["EulerDiscreteScheduler"].theirs()))
+    twin = fused.share(pipe)
+    assert twin.scheduler is not pipe.scheduler and twin.scheduler._plans is pipe.scheduler._plans
+    twin.scheduler.step(torch.ones(SHAPE), twin.scheduler.timesteps[0], torch.ones(SHAPE))
+    assert twin.scheduler.step_index == 1 and pipe.scheduler.step_index is None

@@ -1,5 +1,6 @@
 """Real pipelines before and after fuse(): small, with random weights, but for the bundled model; nothing is downloaded."""
 
+import concurrent.futures
 import functools
 
 import diffusers
@@ -8,8 +9,6 @@ import torch
 
 from epskernels import diffusers as fused
 from epskernels import models
-
-CPU = torch.device("cpu")
 
 
 def vae(**more):
@@ -102,6 +101,28 @@ def stable_diffusion_3():
     }  # fmt: skip
 
 
+def wan():
+    """A video, by UniPC on flow sigmas."""
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
+        freq_dim=8, ffn_dim=16, num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+    autoencoder = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    scheduler = diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, num_train_timesteps=1000
+    )
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, transformer=transformer, vae=autoencoder, scheduler=scheduler
+    )
+    return pipe, {
+        "prompt_embeds": embeddings(), "negative_prompt_embeds": embeddings(seed=2), "guidance_scale": 3.0, "height": 16,
+        "width": 16, "num_frames": 5,
+    }  # fmt: skip
+
+
 PIPELINES = {
     "DDPMPipeline": ddpm,
     "DDIMPipeline": ddim,
@@ -110,11 +131,13 @@ PIPELINES = {
         f"StableDiffusionPipeline-{name}": functools.partial(stable_diffusion, getattr(diffusers, f"{name}Scheduler"), **more)
         for name, more in {
             "DDPM": {}, "EulerAncestralDiscrete": {}, "DPMSolverMultistep": {"algorithm_type": "sde-dpmsolver++"},
+            "HeunDiscrete": {}, "LCM": {}, "UniPCMultistep": {},
         }.items()
     },
     "StableDiffusionXLPipeline": stable_diffusion_xl,
     "DiTPipeline": dit,
     "StableDiffusion3Pipeline": stable_diffusion_3,
+    "WanPipeline": wan,
 }  # fmt: skip
 
 
@@ -132,7 +155,8 @@ def run(name, scheduler, seed=5, steps=4):
     kind = {"output_type": "np"}
     torch.manual_seed(seed)  # some pipelines give their scheduler no generator
     generator = torch.Generator().manual_seed(seed)
-    return pipe, torch.as_tensor(pipe(**call, **kind, generator=generator, num_inference_steps=steps).images)
+    output = pipe(**call, **kind, generator=generator, num_inference_steps=steps)
+    return pipe, torch.as_tensor(output.frames if hasattr(output, "frames") else output.images)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -147,4 +171,35 @@ def test_same_images_after_fuse(name):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
     scaled = run(name, fused.fused(before, 1.02))[1]
     assert float((scaled - theirs).abs().max()) > 1e-4
+    pipe.scheduler = before
+
+
+def test_a_fused_pipeline_is_saved_and_loaded(tmp_path):
+    network = built("DDIMPipeline")[0].unet
+    pipe = fused.fuse(diffusers.DDPMPipeline(network, diffusers.DDPMScheduler()), eps_scaling={"k": 0.001, "b": 1.0})
+    pipe.save_pretrained(tmp_path)
+    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is fused.DDPMScheduler and loaded.scheduler.config.eps_scaling == {
+        "k": 0.001,
+        "b": 1.0,
+    }
+    call = {"batch_size": 1, "num_inference_steps": 3, "output_type": "np"}
+    images = [p(**call, generator=torch.Generator().manual_seed(1)).images for p in (pipe, loaded)]
+    torch.testing.assert_close(*(torch.as_tensor(image) for image in images), rtol=0, atol=1e-5)
+
+
+def test_shared_pipelines_run_at_the_same_time():
+    before = built("StableDiffusionPipeline-UniPCMultistep")[0].scheduler
+    pipe, alone = run("StableDiffusionPipeline-UniPCMultistep", fused.fused(before, 1.01))
+    _, call = built("StableDiffusionPipeline-UniPCMultistep")
+    pipe.scheduler.set_timesteps(4)
+
+    def request(twin):
+        twin.set_progress_bar_config(disable=True)
+        return twin(**call, output_type="np", generator=torch.Generator().manual_seed(5), num_inference_steps=4).images
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(request, [fused.share(pipe) for _ in range(3)]))
+    for images in results:
+        torch.testing.assert_close(torch.as_tensor(images), alone, rtol=0, atol=1e-6)
     pipe.scheduler = before
