@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import diffusers
+import markdown_examples
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,11 @@ import torch
 import epskernels
 from epskernels import diffusers as fused
 
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # diffusers of itself: its deprecated solvers, its numpy arrays of tensors
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
+]
 SHAPE = (2, 3, 5, 7)
 FEW_ULP = 2e-7  # three units in the last place
 
@@ -84,7 +90,8 @@ def network(case):
     """(x, i) -> f: a bounded, smooth denoiser of the state at step i, in what the scheduler takes for its prediction."""
     scheduler = case.ours()
     scheduler._plan(scheduler._options, torch.device("cpu"))
-    alpha, d_x, d_f = np.broadcast_arrays(*scheduler._model(scheduler._options))
+    with np.errstate(divide="ignore"):
+        alpha, d_x, d_f = np.broadcast_arrays(*scheduler._model(scheduler._options))
     sigma = -d_f * alpha
     phases = scheduler.timesteps.double().numpy() / max(1.0, float(scheduler.timesteps.abs().max()))
 
@@ -1032,3 +1039,8 @@ def test_share_gives_a_pipeline_its_own_scheduler():
     assert twin.scheduler is not pipe.scheduler and twin.scheduler._plans is pipe.scheduler._plans
     twin.scheduler.step(torch.ones(SHAPE), twin.scheduler.timesteps[0], torch.ones(SHAPE))
     assert twin.scheduler.step_index == 1 and pipe.scheduler.step_index is None
+
+
+def test_the_page(tmp_path):
+    names = markdown_examples.run("docs/diffusers.md", tmp_path)
+    assert type(names["pipe"].scheduler) is fused.DPMSolverMultistepScheduler and names["x"].isfinite().all()

@@ -11,6 +11,12 @@ from epskernels import diffusers as fused
 from epskernels import models
 
 
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
+]
+
+
 def vae(**more):
     return diffusers.AutoencoderKL(
         block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=16,
