@@ -106,6 +106,21 @@ class Plan:
         return len(self.index)
 
 
+class _Plans:
+    """The plans made of one schedule, by the options of step and the device; other arrays mean that the schedule is another.
+
+    host: the timesteps as numbers; rank: where each is; at, size: their address and element; input_scale: scale_model_input's.
+    """
+
+    __slots__ = ("timesteps", "sigmas", "host", "rank", "at", "size", "input_scale", "made", "last")
+
+    def __init__(self, timesteps, sigmas):
+        self.timesteps, self.sigmas, self.made, self.last = timesteps, sigmas, {}, (None, None, None)
+        self.host = timesteps.tolist()
+        self.rank = {t: i for i, t in reversed(list(enumerate(self.host)))}
+        self.at, self.size = timesteps.data_ptr(), timesteps.element_size()
+
+
 class _Fused:
     """What all schedulers here share; the class after it in the order of inheritance is diffusers' own.
 
@@ -191,21 +206,18 @@ class _Fused:
     def _per_call(self, lambda_t):
         return lambda_t
 
-    def _arrays(self):
-        """What the plan was made from: other objects mean that diffusers made new ones, or the user did."""
-        return (self.timesteps, self.sigmas)
-
     def _plan(self, options, device):
         kept = self._plans
-        if kept is None or kept["of"][0] is not self.timesteps or kept["of"][1] is not self.sigmas:
-            host = self.timesteps.tolist()
-            kept = {"of": self._arrays(), "host": host, "rank": {t: i for i, t in reversed(list(enumerate(host)))}}
-            kept["at"], kept["size"] = self.timesteps.data_ptr(), self.timesteps.element_size()
-            self._plans = kept
-            kept["scale"] = self._input_scale()
-        plan = kept.get((options, device))
+        if kept is None or kept.timesteps is not self.timesteps or kept.sigmas is not self.sigmas:
+            kept = self._plans = _Plans(self.timesteps, self.sigmas)
+            kept.input_scale = self._input_scale()
+        before, where, plan = kept.last
+        if before == options and where == device:
+            return plan
+        plan = kept.made.get((options, device))
         if plan is None:
-            plan = kept[options, device] = Plan(*self._scaled_formula(options), device)
+            plan = kept.made[options, device] = Plan(*self._scaled_formula(options), device)
+        kept.last = options, device, plan
         return plan
 
     def _scaled_formula(self, options):
@@ -236,15 +248,15 @@ class _Fused:
         """The index of a timestep in self.timesteps, or None. A view into it is recognised by its address, without reading it."""
         kept = self._plans
         if isinstance(timestep, torch.Tensor):
-            offset = timestep.data_ptr() - kept["at"]
-            if 0 <= offset < len(kept["host"]) * kept["size"] and timestep.numel():
-                return offset // kept["size"]
+            offset = timestep.data_ptr() - kept.at
+            if 0 <= offset < len(kept.host) * kept.size and timestep.numel():
+                return offset // kept.size
             if timestep.numel() != 1:
                 return None
             if timestep.device.type != "cpu":
                 _log.debug("%s: a timestep on %s was read back", type(self).__name__, timestep.device)
             timestep = timestep.item()
-        return kept["rank"].get(timestep)
+        return kept.rank.get(timestep)
 
     def _init_step_index(self, timestep):
         """diffusers' choice, without reading a timestep back that is one of its own."""
@@ -252,7 +264,7 @@ class _Fused:
             self._step_index = self._begin_index
             return
         self._plan(self._options, self.timesteps.device)
-        i, host = self._place(timestep), self._plans["host"]
+        i, host = self._place(timestep), self._plans.host
         if i is None:
             super()._init_step_index(timestep)
         else:
@@ -298,10 +310,11 @@ class _Fused:
             why = "gradients are asked for, which the fused step does not have"
         plan = self._plan(options, self.timesteps.device if why else x.device)
         row, i = self._row(plan, timestep)
-        if why is None and row is None:
-            why = f"timestep {timestep} is not one of the schedule's"
-        elif why is None and not plan.sound[row]:
-            why = f"the coefficients of step {i} are not finite"
+        if why is None:
+            if row is None:
+                why = f"timestep {timestep} is not one of the schedule's"
+            elif not plan.sound[row]:
+                why = f"the coefficients of step {i} are not finite"
         return plan, row, i, why
 
     def _own(self, entered, f, timestep, x, seeds=None, **arguments):
@@ -374,9 +387,12 @@ class _Fused:
             wide = torch.promote_types(x.dtype, noise.dtype)
             x, noise, m1, m2, y = (None if a is None else a.to(wide) for a in (x, noise, m1, m2, y))
         threshold = self._threshold(plan, row, f, x) if self._thresholds else None
-        made = step_results(
-            results, x, f, plan.rows, plan.index[row], None, m1, m2, v, None, noise, seeds, y, None, threshold
-        )
+        inputs = x, f, plan.rows, plan.index[row]
+        if noise is not None or seeds is not None or y is not None or v is not None or threshold is not None:
+            inputs += None, m1, m2, v, None, noise, seeds, y, None, threshold
+        elif m1 is not None:
+            inputs += None, m1, m2
+        made = step_results(results, *inputs)
         if x.dtype is not dtype:
             made = (made[0].to(dtype), *made[1:]) if results > 1 else made.to(dtype)
         return made
@@ -436,7 +452,7 @@ class _OnTimesteps(_Fused):
     """Each call finds its row by its timestep."""
 
     def _t(self):
-        return np.asarray(self._plans["host"], dtype=np.int64)
+        return np.asarray(self._plans.host, dtype=np.int64)
 
     def _abar(self, t, beyond=1.0):
         """alphas_cumprod at t, `beyond` where t < 0."""
@@ -576,7 +592,7 @@ class _OnSigmas(_Fused):
             self._init_step_index(timestep)
         self._plan(self._options, self.timesteps.device)
         self.is_scale_input_called = True
-        return sample * self._plans["scale"][self._step_index]
+        return sample * self._plans.input_scale[self._step_index]
 
     def _output(self, sigma, at=None):
         """(d_x, d_f) of x_0; at: the level that v_prediction takes, where it is not sigma."""
@@ -600,9 +616,7 @@ class _OnSigmas(_Fused):
 
 
 def _refuse_integers(scheduler, timestep):
-    if isinstance(timestep, int) or (
-        isinstance(timestep, torch.Tensor) and timestep.dtype in (torch.int64, torch.int32)
-    ):
+    if isinstance(timestep, int) or getattr(timestep, "dtype", None) in (torch.int64, torch.int32):
         raise ValueError(
             f"timestep: expected one of {type(scheduler).__name__}'s own timesteps, got the integer {timestep}"
         )
@@ -889,7 +903,7 @@ class _Multistep(_Fused):
     def _row(self, plan, timestep):
         if self._step_index is None:
             self._init_step_index(timestep)
-        i, n = self._step_index, len(self._plans["host"])
+        i, n = self._step_index, len(self._plans.host)
         if i >= n:
             raise IndexError(f"step: expected at most {n} calls after set_timesteps, got another")
         return self.lower_order_nums * n + i, i
@@ -1124,7 +1138,7 @@ class _Consistency(_Fused):
 
     def _levels(self):
         abar = _double(self.alphas_cumprod)
-        t = np.asarray(self._plans["host"], dtype=np.int64)
+        t = np.asarray(self._plans.host, dtype=np.int64)
         return t, abar
 
     def _model(self, options):

@@ -564,12 +564,12 @@ def step(
 def step_results(results, *inputs):
     """The first `results` of (x', m0, y') of a row, new tensors: `step` by position, for callers that count microseconds.
 
-    inputs: in the order of checks.INPUTS, rows and index as tensors. No gradient may be asked for.
+    inputs: in the order of checks.INPUTS, as many as are given, rows and index as tensors. No gradient may be asked for.
     """
     if _choices or _logs_calls:
         more = {"return_m0": results == 2, "return_y": results == 3}
         x, f, rows, index, *others = inputs
-        return step(x, f, rows, index, **dict(zip(INPUTS[4:], others, strict=True)), **more)
+        return step(x, f, rows, index, **dict(zip(INPUTS[4:], others, strict=False)), **more)
     return _BY_RESULTS[results](*inputs)
 
 

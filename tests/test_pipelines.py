@@ -10,7 +10,6 @@ import torch
 from epskernels import diffusers as fused
 from epskernels import models
 
-
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
