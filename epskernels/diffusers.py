@@ -359,9 +359,8 @@ class _Fused:
                 seeds = self._seeds = self._seeds.to(f.device)
             if seeds is not None:
                 return {"seeds": as_seeds(seeds, f.device)} if plan.noisy[row] else {}
-        if given is None:
-            given = _draw(f.shape, generator, f.device, dtype or f.dtype)
-        return {"noise": given.to(f.device)} if plan.noisy[row] else {}
+        noise = _draw(f, generator, dtype or f.dtype) if given is None else given.to(f.device)
+        return {"noise": noise} if plan.noisy[row] else {}
 
     def _as_tensor(self, noise, x, i):
         """[the noise of step i] where it comes from seeds too, or []."""
@@ -409,11 +408,11 @@ def _say(scheduler, message):
         _log.warning("epskernels.diffusers.%s %s", *key)
 
 
-def _draw(shape, generator, device, dtype):
-    """diffusers' randn_tensor; what it does where one generator draws where the tensor is, without its overhead."""
-    if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == device.type):
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+def _draw(f, generator, dtype):
+    """diffusers' randn_tensor of f's shape; what that comes to where one generator draws where f is, without its overhead."""
+    if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == f.device.type):
+        return torch.empty_like(f, dtype=dtype, memory_format=torch.contiguous_format).normal_(generator=generator)
+    return randn_tensor(f.shape, generator=generator, device=f.device, dtype=dtype)
 
 
 def _double(values):
@@ -500,11 +499,11 @@ class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
                 entered, model_output, timestep, sample, seeds, generator=generator, return_dict=return_dict
             )
         f, v = model_output, None
-        if f.shape[1] == 2 * sample.shape[1] and self.variance_type in ("learned", "learned_range"):
+        if self.variance_type in ("learned", "learned_range") and f.shape[1] == 2 * sample.shape[1]:
             f, v = f.split(sample.shape[1], dim=1)
         x = _state(f, sample)
         noise = self._noise(plan, i, f, generator, seeds)
-        if self.variance_type == "learned":  # its root scales the noise before the launch
+        if v is not None and self.variance_type == "learned":  # its root scales the noise before the launch
             noise, v = [("noise", v.sqrt() * z) for z in self._as_tensor(noise, x, i)], None
         x, m0 = self._step(plan, i, f, x, v=v, **dict(noise))
         if not return_dict:
