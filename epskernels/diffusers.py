@@ -307,7 +307,7 @@ class _Fused:
         elif x.dtype not in _DTYPES or f.dtype not in _DTYPES:
             why = f"of dtypes {x.dtype} and {f.dtype}"
         elif is_grad_enabled() and (x.requires_grad or f.requires_grad):
-            why = "gradients are asked for, which the fused step does not have"
+            why = "gradients are asked for, and its operations have them"
         plan = self._plan(options, self.timesteps.device if why else x.device)
         row, i = self._row(plan, timestep)
         if why is None:

@@ -170,20 +170,20 @@ def bh_weights(hh, ratios, order, solver, correct):
     return [B * rho[:, k] for k in range(size)]
 
 
-def bh_updates(hh, ratios, scale, most, solver):
+def bh_updates(hh, ratios, front, most, solver):
     """UniPC's updates A*x + ... for each order up to `most`: {order: weights of m0, m1, m2, (3, N)} of the predictor, and
-    {order: (weights, that of m_t, (N,))} of the corrector. scale: alpha_s where x_0 is predicted, sigma_s where eps is.
+    {order: (weights, that of m_t, (N,))} of the corrector. front: alpha_s where x_0 is predicted, sigma_s where eps is.
     """
-    first, none = -scale * np.expm1(hh), np.zeros_like(hh)
+    first, none = -front * np.expm1(hh), np.zeros_like(hh)
 
     def update(order, correct):
         rho = bh_weights(hh, ratios, order, solver, correct)
         weights, of_t = np.array([first, none, none]), rho.pop() if correct else none
         for k, B_rho in enumerate(rho):
-            weights[0] += scale * B_rho / ratios[k]
-            weights[k + 1] -= scale * B_rho / ratios[k]
-        weights[0] += scale * of_t
-        return weights, -scale * of_t
+            weights[0] += front * B_rho / ratios[k]
+            weights[k + 1] -= front * B_rho / ratios[k]
+        weights[0] += front * of_t
+        return weights, -front * of_t
 
     orders = range(1, most + 1)
     return {order: update(order, False)[0] for order in orders}, {order: update(order, True) for order in orders}
