@@ -44,7 +44,7 @@ class Shards:
     def write(self, name, chunk, array):
         """Raises ValueError for another shape or dtype than the chunk has."""
         self._check(name, chunk, array)
-        _write(self.path(name, chunk), lambda file: np.save(file, array))
+        write_whole(self.path(name, chunk), lambda file: np.save(file, array))
 
     def read(self, name, chunk):
         """Read from the file as it is used, not before. Raises FileNotFoundError, ValueError where it is damaged."""
@@ -104,9 +104,9 @@ def begin(directory, settings, seeds):
     elif found := [other.name for other in directory.iterdir() if other.suffix != ".tmp"]:
         raise ValueError(f"{directory}: expected run.json or an empty directory, found {min(found)}")
     else:
-        _write(path, lambda file: file.write(json.dumps(settings, indent=1).encode() + b"\n"))
+        write_whole(path, lambda file: file.write(json.dumps(settings, indent=1).encode() + b"\n"))
     if not (directory / "seeds.npy").exists():  # after run.json, which says what they are
-        _write(directory / "seeds.npy", lambda file: np.save(file, np.array(seeds, dtype=np.uint64)))
+        write_whole(directory / "seeds.npy", lambda file: np.save(file, np.array(seeds, dtype=np.uint64)))
     return Shards(directory)
 
 
@@ -118,7 +118,7 @@ def compare(old, new, where):
         raise ValueError(f"{where}: begun with other settings, and its samples would not go together: {said}")
 
 
-def _write(path, write):
+def write_whole(path, write):
     """Whole or not at all, whatever interrupts, the power included."""
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:

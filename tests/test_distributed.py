@@ -194,7 +194,7 @@ def test_a_write_that_fails_leaves_nothing(whole):
         with pytest.raises(ValueError, match=r"samples-000000.npy: expected float32 \(3, 1, 8, 8\)"):
             read.write("samples", 0, array)
     with pytest.raises(TypeError):
-        shards._write(read.path("samples", 0), lambda file: file.write("text"))
+        shards.write_whole(read.path("samples", 0), lambda file: file.write("text"))
     assert files(whole) == before
 
 

@@ -1,0 +1,442 @@
+"""Exposure bias, measured: how far a sampler's states and predictions are from those that its network was trained on.
+
+    delta_t = (std(xhat_t - alpha_t*x_0) - sigma_t)^2       variance error, after all steps down to t, or after one
+    DeltaN(t) = ||eps_sampling|| / ||eps_training||         norm gap, each an average over images
+    e_t = rms(m0 - x_0)                                     prediction error, x_t = alpha_t*x_0 + sigma_t*eps
+
+Per row of a sampler's table (arXiv 2308.15321, sections 3 and 4). Streaming: a batch at a time, merged by Chan's formula. It does
+not judge samples (`quality.py`) nor choose lambda_t (`calibrate.py`).
+"""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import pathlib
+import time
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .guidance import moments
+from .ops import normal, step
+from .sample import _outputs
+from .shards import write_whole
+from .table import COLUMNS
+
+FORMAT = 1
+PARTS = ("training", "chain", "samples")
+STREAM_DATA = 2  # of the generator: the noise that is added to real images
+_PIXELS = ("single", "error", "chain")  # per-pixel statistics
+_SCALARS = {"training": ("norm", "error", "covariance", "noise"), "chain": ("norm",), "samples": ("norm",)}
+_Step = collections.namedtuple("_Step", "f u v x m0 y")
+
+
+# ---- streaming statistics ----
+
+
+class Moments:
+    """Means and sums of squared deviations of `rows` quantities of shape `shape`, float64: batches merged by Chan's formula.
+
+    Chan, Golub, LeVeque, "Updating formulae", 1979; with batches of one it is Welford's.
+    """
+
+    def __init__(self, rows, shape, device="cpu"):
+        self.count = np.zeros(rows, np.int64)
+        self.mean = torch.zeros(rows, *shape, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.mean)
+
+    def add(self, row, values):
+        """values: (B, *shape) of row `row`."""
+        values = values.double()
+        mean = values.mean(0)
+        before, total = int(self.count[row]), int(self.count[row]) + len(values)
+        shift = mean - self.mean[row]
+        self.mean[row] += shift * (len(values) / total)
+        self.squares[row] += (values - mean).square().sum(0) + shift.square() * (before * len(values) / total)
+        self.count[row] = total
+
+    @property
+    def variance(self):
+        """Unbiased; NaN below two values."""
+        count = torch.from_numpy(self.count).to(self.mean).reshape(-1, *[1] * (self.mean.dim() - 1))
+        return torch.where(count > 1, self.squares / (count - 1).clamp(min=1), math.nan)
+
+
+# ---- the closed form ----
+
+
+def closed_form(table, error, covariance=0.0, noise=None):
+    """Variance of x' - alpha_out*x_0 after one step from x = alpha_in*x_0 + sigma_in*eps: (R,) float64.
+
+        (c_x*sigma + ...)^2 + g^2*e^2 + 2*(c_x*sigma + ...)*g*cov + c_noise^2*s^2
+
+    with g = c_m0 for most samplers. error: e_t, standard deviation of d = m0 - x_0. covariance: of d and eps; the paper's error
+    model, m0 = x_0 + e_t*(fresh noise), has 0, and then this is its 1 - abar + (sqrt(abar)*beta/(1 - abar)*e)^2. The best
+    possible denoiser has alpha*e^2/sigma (its error is orthogonal to x). noise: s^2, mean variance of the noise of rows with
+    learned variance (default exp(logvar_min); 1 without). NaN for rows that read history or a second state.
+    For rows with c_f exact without clipping. Derived; for DDPM eq. 9 of arXiv 2308.15321.
+    """
+    c = {name: table[name] for name in ("c_x", "c_f", "c_m0", "c_noise", "alpha_in", "sigma_in", "f_x0", "f_eps")}
+    noise = np.exp(table["logvar_min"]) if noise is None else noise
+    lambda_t, sigma = table["lambda_t"], c["sigma_in"]
+    determinant = c["alpha_in"] * c["f_eps"] - sigma * c["f_x0"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # f = f_x0*x_0 + f_eps*eps - (determinant/sigma)*(raw error), d = (raw error)/lambda + (1 - 1/lambda)*(sigma/alpha)*eps
+        by_f = np.where(c["c_f"] != 0, c["c_f"] * determinant, 0)
+        of_eps = (
+            c["c_x"] * sigma + c["c_f"] * c["f_eps"] + np.where(lambda_t == 1, 0, by_f * (lambda_t - 1) / c["alpha_in"])
+        )
+        of_error = c["c_m0"] - np.where(by_f != 0, by_f * lambda_t / sigma, 0)
+    variance = of_eps**2 + 2 * of_eps * of_error * covariance + (of_error * error) ** 2 + c["c_noise"] ** 2 * noise
+    others = [table[name] != 0 for name in ("c_m1", "c_m2", "c_y")]
+    return np.where(np.any(others, axis=0), np.nan, variance)
+
+
+# ---- the result ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Exposure:
+    """What `measure` found, per row of the table: float64 (R,) each, the noisiest first; NaN where a part was not measured.
+
+    t: what the model is told. lambda_t, alpha_in, sigma_in, alpha_out, sigma_out: the table's.
+    norm_training, norm_chain, norm_samples: mean of ||eps_theta||, over C*H*W, with x_t from real images; down a chain that
+    began with real images at the first t; and down one from pure noise, as in sampling. The last two are divided by lambda_t.
+    norm_*_se: standard errors.
+    error: e_t, rms of m0 - x_0. error_std: without its mean at each pixel. covariance: of m0 - x_0 and eps.
+    std_single, std_chain: standard deviation of x' - alpha_out*x_0 over images at a pixel, averaged over pixels, after one step
+    and after all. variance_single: the squares', averaged. variance_paper, variance_closed: `closed_form` with the paper's
+    independent error, and with the measured covariance.
+    """
+
+    sampler: str
+    images: int
+    seed: int
+    rows: dict
+
+    def __getattr__(self, name):
+        rows = self.__dict__.get("rows", {})
+        if name in rows:
+            return rows[name]
+        raise AttributeError(f"Exposure has no {name!r}, expected one of {sorted(rows)}")
+
+    @property
+    def norm_gap(self):
+        """DeltaN(t): of the samples where they were measured, else of the chain from real images."""
+        sampled = np.where(np.isnan(self.norm_samples), self.norm_chain, self.norm_samples)
+        return sampled / self.norm_training
+
+    @property
+    def norm_gap_se(self):
+        """Its standard error, as if the two sides were independent."""
+        of_samples = ~np.isnan(self.norm_samples)
+        sampled = np.where(of_samples, self.norm_samples, self.norm_chain)
+        error = np.where(of_samples, self.norm_samples_se, self.norm_chain_se)
+        return self.norm_gap * np.hypot(error / sampled, self.norm_training_se / self.norm_training)
+
+    @property
+    def delta_chain(self):
+        """delta_t by the authors' procedure, of the state after each row."""
+        return (self.std_chain - self.sigma_out) ** 2
+
+    @property
+    def delta_single(self):
+        """delta_t after one step from a state that is exact."""
+        return (self.std_single - self.sigma_out) ** 2
+
+    def save(self, path):
+        """To JSON: numbers that read back as they were, null for NaN."""
+        rows = {name: [None if math.isnan(x) else x for x in values.tolist()] for name, values in self.rows.items()}
+        saved = {"format": FORMAT, "sampler": self.sampler, "images": self.images, "seed": self.seed, "rows": rows}
+        text = json.dumps(saved, indent=1, allow_nan=False) + "\n"
+        write_whole(pathlib.Path(path), lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load(cls, path):
+        """Raises ValueError for another format."""
+        saved = json.loads(pathlib.Path(path).read_text())
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT or "rows" not in saved:
+            raise ValueError(f"{path}: expected an Exposure of format {FORMAT}")
+        rows = {name: np.array(values, dtype=np.float64) for name, values in saved["rows"].items()}
+        return cls(saved["sampler"], saved["images"], saved["seed"], rows)
+
+    def plot(self, path):
+        """DeltaN(t), delta_t, and the variance after one step beside the closed form. By the file's suffix: .png, .svg, .pdf."""
+        figure, axes = figures(3)
+        i = np.arange(len(self.t))
+        axes[0].errorbar(i, self.norm_gap, 2 * self.norm_gap_se, marker="o", markersize=3, capsize=2)
+        axes[0].axhline(1, color="black", linewidth=0.8)
+        axes[0].set(title="norm gap DeltaN, two standard errors")
+        for name, marker in (("delta_chain", "o"), ("delta_single", "s")):
+            axes[1].plot(i, getattr(self, name), marker=marker, markersize=3, label=name.replace("_", ", "))
+        axes[1].set(title="variance error delta_t", yscale="log")
+        for name, line in (("single", "o"), ("paper", "--"), ("closed", "-")):
+            excess = getattr(self, f"variance_{name}") - self.sigma_out**2
+            axes[2].plot(i, excess, line, markersize=3, label={"single": "measured"}.get(name, f"closed form, {name}"))
+        axes[2].set(title="variance after one step, less sigma^2", yscale="symlog")
+        axes[2].set_yscale("symlog", linthresh=1e-5)
+        for axis in axes:
+            axis.set_xlabel("row, the noisiest first")
+            axis.grid(alpha=0.3)
+        axes[1].legend(fontsize=8)
+        axes[2].legend(fontsize=8)
+        figure.suptitle(f"{self.sampler}, {self.images} images", fontsize=10)
+        figure.tight_layout()
+        figure.savefig(path)
+
+
+def figures(columns):
+    """A figure with that many axes beside each other. Raises ImportError, saying what to install."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no display, no global state
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'epskernels[exposure]'", name="matplotlib") from error
+    figure = Figure(figsize=(4.6 * columns, 3.6))
+    return figure, np.atleast_1d(figure.subplots(1, columns))
+
+
+# ---- measuring ----
+
+
+@torch.no_grad()
+def measure(
+    model,
+    table,
+    images,
+    *,
+    seed=0,
+    batch=64,
+    parts=PARTS,
+    state=None,
+    save_every=30.0,
+    key="",
+    progress=False,
+):
+    """The exposure bias of a model under a sampler: an Exposure.
+
+    model: (x, t) -> f, as in `sample`. table: one sampler's, on the device to work on; its lambda_t is what is measured with.
+    images: an iterable of at least two real images (C, H, W) of a floating dtype, in the network's range, such as a tensor
+    (N, C, H, W) or a torch Dataset; of a tuple (image, label) the image is taken.
+    seed: image n is given the noise of seed + n: the same in any batch. batch: images per model call.
+    parts: "training" (real images: norms, e_t, one step), "chain" (real images at the first t, then the sampler), "samples"
+    (from noise); each is a model call per row and image.
+    state: an .npz file with all that is needed to go on: written every `save_every` seconds, read where it is there. A run that
+    goes on gives the bits of one that never stopped. key: whatever tells this model from others, kept with the state.
+    Raises ValueError naming the argument; also for a state of other settings or images.
+    """
+    if len(table.parts) != 1:
+        raise ValueError(f"table: expected one sampler's, got {len(table.parts)} concatenated: {table.name}")
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"parts: expected some of {PARTS}, got {parts!r}")
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
+    settings = {
+        "format": FORMAT, "sampler": table.name, "rows": _sha256(table.rows.cpu().numpy()), "seed": int(seed),
+        "batch": batch, "parts": sorted(parts), "key": str(key),
+    }  # fmt: skip
+    run, saved, last_save = None, None, time.monotonic()
+    if state is not None and pathlib.Path(state).exists():
+        saved = _load_state(state, settings)
+    skipped, digest = (0 if saved is None else int(saved["images"])), ""
+    bar = tqdm(total=len(images) if hasattr(images, "__len__") else None, desc=table.name, disable=not progress)
+    for x_0 in _batches(images, batch):
+        before, digest = digest, hashlib.sha256((digest + _sha256(x_0.numpy())).encode()).hexdigest()
+        if run is None:
+            run = _Run(model, table, tuple(x_0.shape[1:]), parts, int(seed))
+            if saved is not None:
+                run.restore(saved)
+        elif x_0.shape[1:] != run.shape:
+            raise ValueError(f"images: expected shape {run.shape}, as the first had, got {tuple(x_0.shape[1:])}")
+        if skipped > 0:
+            skipped -= len(x_0)
+            if skipped < 0 or (skipped == 0 and digest != str(saved["digest"])):
+                raise ValueError(f"images: {state} was begun with others")
+        else:
+            # Only full batches are kept, since more images may follow.
+            if state is not None and run.images and (len(x_0) < batch or time.monotonic() - last_save >= save_every):
+                _save_state(state, settings, run, before)
+                last_save = time.monotonic()
+            run.add(x_0.to(table.device))
+        bar.update(len(x_0))
+    bar.close()
+    if skipped > 0:
+        raise ValueError(f"images: expected at least the {int(saved['images'])} that {state} has seen")
+    if run is None or run.images < 2:
+        raise ValueError(f"images: expected at least two, got {0 if run is None else run.images}")
+    if state is not None and run.images % batch == 0:
+        _save_state(state, settings, run, digest)
+    return run.result()
+
+
+def _sha256(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _batches(images, batch):
+    images = iter(images)
+    while chunk := list(itertools.islice(images, batch)):
+        chunk = [image[0] if isinstance(image, (tuple, list)) else image for image in chunk]
+        chunk = [torch.as_tensor(image) for image in chunk]
+        for image in chunk:
+            if not image.is_floating_point() or image.dim() == 0:
+                raise ValueError(f"images: expected floating point images, got {image.dtype} {tuple(image.shape)}")
+            if image.shape != chunk[0].shape:
+                raise ValueError(f"images: expected one shape, got {tuple(chunk[0].shape)} and {tuple(image.shape)}")
+        yield torch.stack(chunk).float().cpu()
+
+
+def _load_state(path, settings):
+    with np.load(path) as file:
+        saved = dict(file)
+    before = json.loads(str(saved.get("settings", "{}")))
+    changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+    if changed:
+        said = "; ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in changed)
+        raise ValueError(f"state: {path} was begun with other settings: {said}")
+    return saved
+
+
+def _save_state(path, settings, run, digest):
+    arrays = run.arrays() | {"settings": json.dumps(settings), "digest": digest}
+    write_whole(pathlib.Path(path), lambda file: np.savez(file, **arrays))
+
+
+class _Run:
+    """The statistics of all rows and parts, and how a batch is added to them."""
+
+    def __init__(self, model, table, shape, parts, seed):
+        self.model, self.table, self.shape, self.parts, self.seed = model, table, shape, parts, seed
+        self.images, rows = 0, len(table)
+        self.pixels = {name: Moments(rows, shape, table.device) for name in _PIXELS}
+        self.scalars = {part: Moments(rows, (len(names),)) for part, names in _SCALARS.items()}
+        # A second state has no training value: one step from an exact x is then m0 alone.
+        self.rows = table.rows
+        if table.second_state:
+            kept = [COLUMNS.index(name) for name in ("d_x", "d_f", "clip", "g", "guided_channels")]
+            self.rows = torch.zeros_like(table.rows)
+            self.rows[:, kept] = table.rows[:, kept]
+
+    def _all(self):
+        return {f"pixels_{name}": m for name, m in self.pixels.items()} | {
+            f"scalars_{name}": m for name, m in self.scalars.items()
+        }
+
+    def arrays(self):
+        arrays = {"images": np.int64(self.images)}
+        for name, kept in self._all().items():
+            arrays |= {f"{name}_count": kept.count, f"{name}_mean": kept.mean.cpu().numpy()}
+            arrays[f"{name}_squares"] = kept.squares.cpu().numpy()
+        return arrays
+
+    def restore(self, arrays):
+        self.images = int(arrays["images"])
+        for name, kept in self._all().items():
+            if arrays[f"{name}_mean"].shape != tuple(kept.mean.shape):
+                raise ValueError(f"images: expected {arrays[f'{name}_mean'].shape[1:]}, as in the state")
+            kept.count = arrays[f"{name}_count"]
+            kept.mean = torch.from_numpy(arrays[f"{name}_mean"]).to(kept.mean.device)
+            kept.squares = torch.from_numpy(arrays[f"{name}_squares"]).to(kept.mean.device)
+
+    def add(self, x_0):
+        first = self.seed + self.images
+        seeds = torch.arange(first, first + len(x_0), device=x_0.device)
+        eps = normal(seeds, self.shape, stream=STREAM_DATA)
+        alpha, sigma = self.table["alpha_in"], self.table["sigma_in"]
+        if "training" in self.parts:
+            self._training(x_0, eps, seeds)
+        if "chain" in self.parts:
+            self._chain("chain", alpha[0] * x_0 + sigma[0] * eps, seeds, x_0)
+        if "samples" in self.parts:
+            self._chain("samples", self.table.initial_sigma * normal(seeds, self.shape), seeds)
+        self.images += len(x_0)
+
+    def _step(self, rows, i, x, seeds, history, y=None):
+        """One model call and one step."""
+        table, (m1, m2) = self.table, history
+        t = torch.full(
+            (len(x),), table["t"][i], dtype=torch.int64 if table.discrete else torch.float32, device=x.device
+        )
+        c_in = table["c_in"][i]
+        f, u, v = _outputs(self.model(x if c_in == 1 else c_in * x, t), x, table)
+        inputs = {"u": u, "v": v, "m1": m1, "m2": m2, "y": y, "seeds": seeds if table.needs_noise else None}
+        if rows is table.rows and table.second_state:
+            return _Step(f, u, v, *step(x, f, rows, i, **inputs, return_y=True))
+        return _Step(f, u, v, *step(x, f, rows, i, **inputs, return_m0=True), None)
+
+    def _training(self, x_0, eps, seeds):
+        """Every row from an exact state, all of an image with the same noise; history is then the m0 of the rows before."""
+        table, history = self.table, (None, None)
+        elements = x_0[0].numel()
+        for i in range(len(table)):
+            x = table["alpha_in"][i] * x_0 + table["sigma_in"][i] * eps
+            done = self._step(self.rows, i, x, seeds, history)
+            history = (done.m0, history[0]) if table.history else history
+            error = done.m0 - x_0
+            scalars = [
+                self._norm(i, x, done), moments(error)[:, 1] / elements, moments(error * eps)[:, 0] / elements,
+                self._noise(i, done.v, elements, seeds),
+            ]  # fmt: skip
+            self.scalars["training"].add(i, torch.stack(scalars, 1).cpu())
+            self.pixels["error"].add(i, error)
+            if self.rows is table.rows:
+                self.pixels["single"].add(i, done.x.double() - table["alpha_out"][i] * x_0.double())
+
+    def _chain(self, part, x, seeds, x_0=None):
+        table, history, y = self.table, (None, None), None
+        for i in range(len(table)):
+            done = self._step(table.rows, i, x, seeds, history, y)
+            self.scalars[part].add(i, (self._norm(i, x, done) / table["lambda_t"][i])[:, None].cpu())
+            history = (done.m0, history[0]) if table.history else history
+            x, y = done.x, done.y
+            if x_0 is not None:
+                self.pixels["chain"].add(i, x.double() - table["alpha_out"][i] * x_0.double())
+
+    def _norm(self, i, x, done):
+        """||eps_theta|| of each sample, before lambda_t: (B,)."""
+        table, f, u = self.table, done.f, done.u
+        alpha, sigma, f_x0, f_eps = (table[name][i] for name in ("alpha_in", "sigma_in", "f_x0", "f_eps"))
+        if f_x0 == 0 and f_eps == 1:
+            return moments(f, u, table if u is not None else None, i if u is not None else None)[:, -1].sqrt()
+        f = f.float() if u is None else u.float() + table["g"][i] * (f.float() - u.float())
+        determinant = alpha * f_eps - sigma * f_x0
+        return moments((alpha / determinant) * f - (f_x0 / determinant) * x)[:, 1].sqrt()
+
+    def _noise(self, i, v, elements, seeds):
+        """s^2, the mean over each sample of the learned variance; 1 without."""
+        low, high = self.table["logvar_min"][i], self.table["logvar_max"][i]
+        if v is None or (low == 0 and high == 0):
+            return torch.ones(len(seeds), dtype=torch.float64, device=seeds.device)
+        fraction = (v.float() + 1) / 2
+        return moments((fraction * high + (1 - fraction) * low).exp())[:, 0] / elements
+
+    def result(self):
+        table, nan = self.table, np.full(len(self.table), np.nan)
+        names = ("t", "lambda_t", "alpha_in", "sigma_in", "alpha_out", "sigma_out")
+        rows = {name: table[name].copy() for name in names}
+        means, errors = {}, {}
+        for part, kept in self.scalars.items():
+            measured = part in self.parts
+            for k, name in enumerate(_SCALARS[part]):
+                means[part, name] = kept.mean[:, k].numpy().copy() if measured else nan
+                errors[part, name] = np.sqrt(kept.variance[:, k].numpy() / kept.count) if measured else nan
+        for part in PARTS:
+            rows |= {f"norm_{part}": means[part, "norm"], f"norm_{part}_se": errors[part, "norm"]}
+
+        def of_pixels(name, reduce):
+            kept = self.pixels[name]
+            values = reduce(kept.variance).flatten(1).mean(1).cpu().numpy()
+            return np.where(kept.count > 1, values, np.nan)
+
+        rows["error"] = np.sqrt(means["training", "error"])
+        rows["error_std"] = np.sqrt(of_pixels("error", lambda variance: variance))
+        rows["covariance"] = means["training", "covariance"]
+        rows["std_single"], rows["std_chain"] = of_pixels("single", torch.sqrt), of_pixels("chain", torch.sqrt)
+        rows["variance_single"] = of_pixels("single", lambda variance: variance)
+        noise = means["training", "noise"]
+        rows["variance_paper"] = closed_form(table, rows["error_std"], noise=noise)
+        rows["variance_closed"] = closed_form(table, rows["error_std"], rows["covariance"], noise)
+        return Exposure(table.name, self.images, self.seed, rows)

@@ -1,0 +1,366 @@
+"""epskernels.exposure: against simulations whose errors are known, naive two-pass sums, and itself interrupted."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import epskernels
+from epskernels import exposure, samplers, schedule
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COSINE, SHAPE = schedule.cosine(), (1, 5, 7)
+KARRAS = schedule.KarrasSchedule(0.02, 20)
+TABLES = {
+    "ddpm": samplers.ddpm(COSINE, 8, clip=None),
+    "ddpm-learned": samplers.ddpm(COSINE, 8, variance="learned_range", scaling=1.01),
+    "ddim": samplers.ddim(COSINE, 8, eta=0.5),
+    "ddim-unscaled-v": samplers.ddim(COSINE, 8, direction="unscaled", prediction="v_prediction", scaling=1.02),
+    "edm_heun": samplers.edm_heun(KARRAS, 6, S_churn=2),
+    "dpmpp_2m": samplers.dpmpp_2m(COSINE, 8, scaling=0.99, spacing="trailing"),
+}
+
+
+def point(t, table):
+    """alpha and sigma of the row that calls the model with t."""
+    i = int(np.flatnonzero(np.isclose(table["t"], float(t), rtol=1e-6))[0])
+    return table["alpha_in"][i], table["sigma_in"][i], i
+
+
+def wavy(x, t):
+    """Any function; of two channels, for learned variance too."""
+    level = t.reshape(-1, *[1] * (x.dim() - 1)).float()
+    return torch.cat([torch.sin(3 * x) + 0.2 * x + 1e-4 * level, torch.cos(x)], 1)
+
+
+def images(n, seed=0):
+    return torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def equal(a, b):
+    assert a.rows.keys() == b.rows.keys() and (a.sampler, a.images, a.seed) == (b.sampler, b.images, b.seed)
+    return all(np.array_equal(a.rows[name], b.rows[name], equal_nan=True) for name in a.rows)
+
+
+# ---- errors that are known ----
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_closed_form_of_the_papers_error_model(variance):
+    """x_theta = x_0 + e_t*(fresh noise), of one image: the variance of a step, and of every step down the chain."""
+    table = samplers.ddpm(COSINE, 8, variance=variance, clip=None)
+    image = images(1)[0]
+    e = np.linspace(0.5, 0.1, 8)
+    draw = torch.Generator().manual_seed(3)
+
+    def model(x, t):
+        alpha, sigma, i = point(t[0], table)
+        x_theta = image + e[i] * torch.randn(x.shape, generator=draw)
+        eps = (x - alpha * x_theta) / sigma
+        return torch.cat([eps, torch.full_like(eps, 0.4)], 1) if variance == "learned_range" else eps
+
+    found = exposure.measure(model, table, [image] * 4000, batch=1000, parts=("training", "chain"))
+    count = 4000 * image.numel()
+    s2 = np.exp(0.7 * table["logvar_max"] + 0.3 * table["logvar_min"])
+    expected = table["c_x"] ** 2 * table["sigma_in"] ** 2 + table["c_noise"] ** 2 * s2 + (table["c_m0"] * e) ** 2
+    if variance == "fixed_small":  # the paper's own formula
+        beta = 1 - (table["alpha_in"] / table["alpha_out"]) ** 2
+        written = table["alpha_out"] * beta / table["sigma_in"] ** 2 * e
+        np.testing.assert_allclose(expected[:-1], (table["sigma_out"] ** 2 + written**2)[:-1], rtol=1e-9)
+    np.testing.assert_allclose(exposure.closed_form(table, e, noise=s2), expected, rtol=1e-12)
+
+    tolerance = 5 * np.sqrt(2 / count)  # of a variance, relative: five standard errors
+    np.testing.assert_allclose(found.error, e, rtol=tolerance)
+    assert np.abs(found.covariance).max() < 5 * 0.5 / np.sqrt(count)
+    np.testing.assert_allclose(found.variance_single, expected, rtol=tolerance)
+    np.testing.assert_allclose(found.variance_paper, expected, rtol=tolerance)
+    np.testing.assert_allclose(found.std_single, np.sqrt(expected), rtol=tolerance)
+
+    chain, v = [], table["sigma_in"][0] ** 2
+    for i in range(8):
+        v = table["c_x"][i] ** 2 * v + (table["c_m0"][i] * e[i]) ** 2 + table["c_noise"][i] ** 2 * s2[i]
+        chain.append(v)
+    np.testing.assert_allclose(found.std_chain, np.sqrt(chain), rtol=tolerance)
+    np.testing.assert_allclose(found.delta_chain[:-1], (np.sqrt(chain) - table["sigma_out"])[:-1] ** 2, atol=0.01)
+
+
+class Mixture:
+    """Pixels of +-1 with a spread of 0.2: draws, and the exact E[x_0 | x]."""
+
+    spread = 0.2
+
+    def draw(self, n, shape, seed=0):
+        draw = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (n, *shape), generator=draw) * 2.0 - 1
+        return signs + self.spread * torch.randn(n, *shape, generator=draw)
+
+    def denoise(self, x, alpha, sigma):
+        variance = alpha**2 * self.spread**2 + sigma**2
+        mean = torch.tanh(alpha * x / variance)  # of the signs, given x
+        return mean + alpha * self.spread**2 / variance * (x - alpha * mean)
+
+    def error(self, alpha, sigma):
+        """E[(E[x_0 | x] - x_0)^2], by quadrature: E[x_0^2] less E[E[x_0 | x]^2]."""
+        x = torch.linspace(-12, 12, 40001, dtype=torch.float64)
+        variance = alpha**2 * self.spread**2 + sigma**2
+        density = sum(torch.exp(-((x - alpha * s) ** 2) / (2 * variance)) for s in (-1, 1))
+        density /= density.sum()
+        return 1 + self.spread**2 - (density * self.denoise(x, alpha, sigma) ** 2).sum().item()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        samplers.ddpm(COSINE, 8, clip=None),
+        samplers.ddim(COSINE, 8, scaling=1.05),
+        samplers.ddim(COSINE, 8, direction="unscaled", scaling=1.05, eta=0.3),
+        samplers.edm_euler(KARRAS, 8, scaling=0.97),
+    ],
+    ids=["ddpm", "ddim", "ddim-unscaled", "edm_euler"],
+)
+def test_closed_form_of_an_exact_denoiser_and_noise(table):
+    """The measured covariance closes the form, and is the orthogonal error's; the paper's form leaves it out."""
+    mixture, e, draw = Mixture(), 0.15, torch.Generator().manual_seed(4)
+
+    def model(x, t):
+        alpha, sigma, _ = point(t[0], table)
+        x_theta = mixture.denoise(x, alpha, sigma) + e * torch.randn(x.shape, generator=draw)
+        return x_theta if table["f_x0"][0] == 1 else (x - alpha * x_theta) / sigma
+
+    data = mixture.draw(3000, (1, 4, 8))
+    found = exposure.measure(model, table, data, batch=500, parts=("training",))
+    count, lambda_t = data.numel(), table["lambda_t"]
+    best = np.array([mixture.error(a, s) for a, s in zip(table["alpha_in"], table["sigma_in"], strict=True)])
+    alpha, ratio = table["alpha_in"], table["sigma_in"] / table["alpha_in"]
+    # m0 - x_0 = raw/lambda + (1 - 1/lambda)*ratio*eps, and the raw error has covariance alpha*best/sigma with eps.
+    gain = (1 - 1 / lambda_t) * ratio
+    covariance = best / ratio / lambda_t + gain
+    error = np.sqrt((best + e**2) / lambda_t**2 + 2 * gain * best / ratio / lambda_t + gain**2)
+    tolerance = 6 * np.sqrt(2 / count)
+    np.testing.assert_allclose(found.error, error, rtol=tolerance)
+    np.testing.assert_allclose(found.covariance, covariance, atol=6 * error.max() / np.sqrt(count))
+    np.testing.assert_allclose(found.variance_single, found.variance_closed, rtol=3 * tolerance, atol=1e-5)
+    expected = exposure.closed_form(table, error, covariance)
+    np.testing.assert_allclose(found.variance_single, expected, rtol=3 * tolerance, atol=1e-5)
+    middle = slice(2, 6)
+    assert (expected[middle] > 1.02 * exposure.closed_form(table, error)[middle]).all()
+    assert alpha.min() > 0
+
+
+@pytest.mark.parametrize("name", ["edm_heun", "dpmpp_2m"])
+def test_no_closed_form_where_history_is_read(name):
+    table = TABLES[name]
+    reads = table["c_m1"] != 0
+    assert reads.any() and np.array_equal(np.isnan(exposure.closed_form(table, np.full(len(table), 0.1))), reads)
+
+
+# ---- the sums ----
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_naive_two_pass(name):
+    """All numbers from arrays that are kept whole; the samples' norms from sample() itself."""
+    table, data = TABLES[name], images(11)
+    found = exposure.measure(wavy_for(table), table, data, seed=5, batch=4)
+    seeds = torch.arange(5, 16)
+    eps = epskernels.normal(seeds, SHAPE, stream=exposure.STREAM_DATA)
+
+    def epsilon(x, f, i):
+        alpha, sigma = table["alpha_in"][i], table["sigma_in"][i]
+        raw = f[:, :1].double().numpy()
+        f_x0, f_eps = table["f_x0"][i], table["f_eps"][i]
+        return (alpha * raw - f_x0 * x.double().numpy()) / (alpha * f_eps - sigma * f_x0)
+
+    def norms(e):
+        each = np.sqrt((e.reshape(len(e), -1) ** 2).sum(1))
+        return each.mean(), each.std(ddof=1) / np.sqrt(len(each))
+
+    seen = []
+
+    def spy(x, t):
+        seen.append((x, wavy_for(table)(x, t)))
+        return seen[-1][1]
+
+    def walk(x):
+        """By the public step."""
+        m1 = None
+        for i in range(len(table)):
+            t = torch.full((11,), table["t"][i], dtype=torch.int64 if table.discrete else torch.float32)
+            f = wavy_for(table)(x, t)
+            inputs = {"v": f[:, 1:] if table.learned_variance else None, "m1": m1, "seeds": seeds}
+            x_next, m0 = epskernels.step(x, f[:, :1].contiguous(), table, i, **inputs, return_m0=True)
+            yield i, x, f, m0, x_next
+            m1, x = m0, x_next
+
+    epskernels.sample(spy, table, seeds, SHAPE)
+    sampled = [norms(epsilon(x, f, i) / table["lambda_t"][i]) for i, (x, f) in enumerate(seen)]
+    np.testing.assert_allclose(found.norm_samples, [mean for mean, _ in sampled], rtol=1e-6)
+    np.testing.assert_allclose(found.norm_samples_se, [se for _, se in sampled], rtol=1e-5)
+
+    for i, x, f, _, x_next in walk(table["alpha_in"][0] * data + table["sigma_in"][0] * eps):
+        assert found.norm_chain[i] == pytest.approx(norms(epsilon(x, f, i) / table["lambda_t"][i])[0], rel=1e-6)
+        residual = x_next.double().numpy() - table["alpha_out"][i] * data.double().numpy()
+        assert found.std_chain[i] == pytest.approx(residual.std(0, ddof=1).mean(), rel=1e-12)
+
+    m1 = None
+    for i in range(len(table)):
+        x = table["alpha_in"][i] * data + table["sigma_in"][i] * eps
+        t = torch.full((11,), table["t"][i], dtype=torch.int64 if table.discrete else torch.float32)
+        f = wavy_for(table)(x, t)
+        inputs = {"v": f[:, 1:] if table.learned_variance else None, "m1": m1, "seeds": seeds}
+        x_next, m1 = epskernels.step(x, f[:, :1].contiguous(), table, i, **inputs, return_m0=True)
+        error = (m1 - data).double().numpy()
+        assert found.norm_training[i] == pytest.approx(norms(epsilon(x, f, i))[0], rel=1e-6)
+        assert found.error[i] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-6)
+        assert found.error_std[i] == pytest.approx(np.sqrt(error.var(0, ddof=1).mean()), rel=1e-9)
+        assert found.covariance[i] == pytest.approx((error * eps.double().numpy()).mean(), rel=1e-5, abs=1e-7)
+        residual = x_next.double().numpy() - table["alpha_out"][i] * data.double().numpy()
+        assert found.variance_single[i] == pytest.approx(residual.var(0, ddof=1).mean(), rel=1e-9)
+        assert found.std_single[i] == pytest.approx(residual.std(0, ddof=1).mean(), rel=1e-9)
+    np.testing.assert_array_equal(found.norm_gap, found.norm_samples / found.norm_training)
+
+
+def wavy_for(table):
+    return wavy if table.learned_variance else lambda x, t: wavy(x, t)[:, :1].contiguous()
+
+
+def test_guided_norm_is_of_the_guided_output():
+    table = samplers.ddim(COSINE, 3, guidance=3.0)
+    model = lambda x, t: (0.5 * x, 0.25 * x)  # noqa: E731
+    guided = exposure.measure(model, table, images(6))
+    alone = exposure.measure(lambda x, t: x, samplers.ddim(COSINE, 3), images(6))
+    np.testing.assert_allclose(guided.norm_training, alone.norm_training, rtol=1e-6)
+    np.testing.assert_allclose(guided.norm_samples, alone.norm_samples, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("name", TABLES)
+def test_batch_size_changes_the_rounding_only(name, batch):
+    table = TABLES[name]
+    one, other = (exposure.measure(wavy_for(table), table, images(10), batch=b) for b in (7, batch))
+    for key in one.rows:
+        np.testing.assert_allclose(other.rows[key], one.rows[key], rtol=1e-12, atol=1e-15, err_msg=key)
+
+
+def test_any_iterable_and_labels():
+    table, data = TABLES["ddim"], images(5)
+    whole = exposure.measure(wavy_for(table), table, data, batch=2)
+    labelled = [(image.numpy(), 7) for image in data]
+    assert equal(whole, exposure.measure(wavy_for(table), table, iter(labelled), batch=2))
+
+
+def test_parts_that_were_not_asked_for_are_nan():
+    found = exposure.measure(wavy_for(TABLES["ddim"]), TABLES["ddim"], images(4), parts=("chain", "training"))
+    assert np.isnan(found.norm_samples).all()
+    np.testing.assert_array_equal(found.norm_gap, found.norm_chain / found.norm_training)
+    found = exposure.measure(wavy_for(TABLES["ddim"]), TABLES["ddim"], images(4), parts=("samples",))
+    assert np.isnan(found.error).all() and np.isnan(found.std_chain).all() and np.isfinite(found.norm_samples).all()
+
+
+# ---- interruption ----
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_resumed_is_uninterrupted_bit_for_bit(name, tmp_path):
+    table, data, state = TABLES[name], images(23), tmp_path / "state.npz"
+    whole = exposure.measure(wavy_for(table), table, data, batch=4)
+    calls = [0]
+
+    def stops(x, t):
+        calls[0] += 1
+        if calls[0] > 3 * 3 * len(table) + 5:  # inside the fourth batch
+            raise Interrupted
+        return wavy_for(table)(x, t)
+
+    with pytest.raises(Interrupted):
+        exposure.measure(stops, table, data, batch=4, state=state, save_every=0)
+    calls[0] = 0
+
+    def counts(x, t):
+        calls[0] += 1
+        return wavy_for(table)(x, t)
+
+    assert equal(whole, exposure.measure(counts, table, data, batch=4, state=state, save_every=0))
+    assert calls[0] == 3 * 3 * len(table)  # three of six batches
+    more = images(30)
+    more[:23] = data
+    calls[0] = 0
+    grown = exposure.measure(counts, table, more, batch=4, state=state)
+    assert equal(grown, exposure.measure(wavy_for(table), table, more, batch=4)) and calls[0] == 3 * 3 * len(table)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"batch": 2}, "batch was 4, is 2"),
+        ({"key": "another"}, "key was '', is 'another'"),
+        ({"table": TABLES["ddpm"]}, "sampler was"),
+        ({"images": images(8, seed=1)}, "was begun with others"),
+        ({"images": images(3)}, "begun with others|at least the 8"),
+        ({"images": images(8)[:4]}, "at least the 8"),
+    ],
+    ids=["seed", "batch", "key", "table", "images", "part of a batch", "fewer images"],
+)
+def test_state_of_something_else_is_refused(changes, message, tmp_path):
+    arguments = {"model": wavy_for(TABLES["ddim"]), "table": TABLES["ddim"], "images": images(8), "batch": 4}
+    exposure.measure(**arguments, state=tmp_path / "state.npz")
+    before = (tmp_path / "state.npz").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        exposure.measure(**arguments | changes, state=tmp_path / "state.npz")
+    assert (tmp_path / "state.npz").read_bytes() == before
+
+
+# ---- the result ----
+
+
+def test_saved_and_loaded(tmp_path):
+    found = exposure.measure(wavy_for(TABLES["edm_heun"]), TABLES["edm_heun"], images(4), seed=9)
+    found.save(tmp_path / "exposure.json")
+    assert equal(found, exposure.Exposure.load(tmp_path / "exposure.json"))
+    saved = json.loads((tmp_path / "exposure.json").read_text())
+    assert saved["rows"]["variance_paper"][1] is None  # Heun's second row: plain JSON has no NaN
+    saved["format"] = 99
+    (tmp_path / "exposure.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="expected an Exposure of format"):
+        exposure.Exposure.load(tmp_path / "exposure.json")
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plot(suffix, tmp_path):
+    found = exposure.measure(wavy_for(TABLES["ddpm"]), TABLES["ddpm"], images(4), progress=True)
+    found.plot(tmp_path / f"exposure.{suffix}")
+    head = (tmp_path / f"exposure.{suffix}").read_bytes()[:60]
+    assert head.startswith(b"\x89PNG") if suffix == "png" else b"<?xml" in head
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"table": epskernels.concat([TABLES["ddim"], TABLES["ddpm"]])}, "table: expected one sampler's, got 2"),
+        ({"parts": ("train",)}, r"parts: expected some of .*got \('train',\)"),
+        ({"parts": ()}, "parts: expected some of"),
+        ({"batch": 0}, "batch: expected an integer of at least 1, got 0"),
+        ({"images": images(1)}, "images: expected at least two, got 1"),
+        ({"images": []}, "images: expected at least two, got 0"),
+        ({"images": torch.zeros(4, *SHAPE, dtype=torch.uint8)}, "images: expected floating point images, got torch.uint8"),
+        ({"images": [torch.zeros(1, 2, 2), torch.zeros(1, 3, 3)]}, "images: expected one shape"),
+        ({"images": [torch.zeros(1, 2, 2)] * 2 + [torch.zeros(1, 3, 3)], "batch": 2}, "images: expected shape"),
+    ],
+)
+def test_refused(changes, message):
+    arguments = {"model": wavy_for(TABLES["ddim"]), "table": TABLES["ddim"], "images": images(4)} | changes
+    with pytest.raises(ValueError, match=message):
+        exposure.measure(**arguments)
+
+
+def test_unknown_row_is_named():
+    found = exposure.measure(wavy_for(TABLES["ddim"]), TABLES["ddim"], images(2))
+    with pytest.raises(AttributeError, match="no 'norm'"):
+        found.norm  # noqa: B018
