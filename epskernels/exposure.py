@@ -8,7 +8,6 @@ Per row of a sampler's table (arXiv 2308.15321, sections 3 and 4). Streaming: a 
 not judge samples (`quality.py`) nor choose lambda_t (`calibrate.py`).
 """
 
-import collections
 import dataclasses
 import hashlib
 import itertools
@@ -32,7 +31,6 @@ PARTS = ("training", "chain", "samples")
 STREAM_DATA = 2  # of the generator: the noise that is added to real images
 _PIXELS = ("single", "error", "chain")  # per-pixel statistics
 _SCALARS = {"training": ("norm", "error", "covariance", "noise"), "chain": ("norm",), "samples": ("norm",)}
-_Step = collections.namedtuple("_Step", "f u v x m0 y")
 
 
 # ---- streaming statistics ----
@@ -243,7 +241,7 @@ def measure(
         saved = _load_state(state, settings)
     skipped, digest = (0 if saved is None else int(saved["images"])), ""
     bar = tqdm(total=len(images) if hasattr(images, "__len__") else None, desc=table.name, disable=not progress)
-    for x_0 in _batches(images, batch):
+    for x_0 in batches(images, batch):
         before, digest = digest, hashlib.sha256((digest + _sha256(x_0.numpy())).encode()).hexdigest()
         if run is None:
             run = _Run(model, table, tuple(x_0.shape[1:]), parts, int(seed))
@@ -276,7 +274,8 @@ def _sha256(array):
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def _batches(images, batch):
+def batches(images, batch):
+    """Float32 tensors (B, *shape) of an iterable of images. Raises ValueError naming `images`."""
     images = iter(images)
     while chunk := list(itertools.islice(images, batch)):
         chunk = [image[0] if isinstance(image, (tuple, list)) else image for image in chunk]
@@ -303,6 +302,35 @@ def _load_state(path, settings):
 def _save_state(path, settings, run, digest):
     arrays = run.arrays() | {"settings": json.dumps(settings), "digest": digest}
     write_whole(pathlib.Path(path), lambda file: np.savez(file, **arrays))
+
+
+def call_model(model, table, i, x):
+    """f, u and v of row i's model call for the state x."""
+    kind = torch.int64 if table.discrete else torch.float32
+    t = torch.full((len(x),), table["t"][i], dtype=kind, device=x.device)
+    c_in = table["c_in"][i]
+    return _outputs(model(x if c_in == 1 else c_in * x, t), x, table)
+
+
+def apply_row(table, rows, i, x, output, seeds, history, y=None):
+    """(x', m0, y') of row i, for f, u and v of `call_model`. history: m1 and m2. y' is None where there is no second state."""
+    f, u, v = output
+    inputs = {"u": u, "v": v, "m1": history[0], "m2": history[1], "seeds": seeds if table.needs_noise else None}
+    if rows is table.rows and table.second_state:
+        return step(x, f, rows, i, **inputs, y=y, return_y=True)
+    return *step(x, f, rows, i, **inputs, return_m0=True), None
+
+
+def epsilon_norm(table, i, x, output):
+    """||eps_theta|| of each sample at row i, before lambda_t, after guidance: float64 (B,)."""
+    f, u, _ = output
+    alpha, sigma, f_x0, f_eps = (table[name][i] for name in ("alpha_in", "sigma_in", "f_x0", "f_eps"))
+    if f_x0 == 0 and f_eps == 1:
+        sums = moments(f) if u is None else moments(f, u, table, i)
+        return sums[:, -1].sqrt()
+    f = f.float() if u is None else u.float() + table["g"][i] * (f.float() - u.float())
+    determinant = alpha * f_eps - sigma * f_x0
+    return moments((alpha / determinant) * f - (f_x0 / determinant) * x)[:, 1].sqrt()
 
 
 class _Run:
@@ -354,56 +382,34 @@ class _Run:
             self._chain("samples", self.table.initial_sigma * normal(seeds, self.shape), seeds)
         self.images += len(x_0)
 
-    def _step(self, rows, i, x, seeds, history, y=None):
-        """One model call and one step."""
-        table, (m1, m2) = self.table, history
-        t = torch.full(
-            (len(x),), table["t"][i], dtype=torch.int64 if table.discrete else torch.float32, device=x.device
-        )
-        c_in = table["c_in"][i]
-        f, u, v = _outputs(self.model(x if c_in == 1 else c_in * x, t), x, table)
-        inputs = {"u": u, "v": v, "m1": m1, "m2": m2, "y": y, "seeds": seeds if table.needs_noise else None}
-        if rows is table.rows and table.second_state:
-            return _Step(f, u, v, *step(x, f, rows, i, **inputs, return_y=True))
-        return _Step(f, u, v, *step(x, f, rows, i, **inputs, return_m0=True), None)
-
     def _training(self, x_0, eps, seeds):
         """Every row from an exact state, all of an image with the same noise; history is then the m0 of the rows before."""
         table, history = self.table, (None, None)
         elements = x_0[0].numel()
         for i in range(len(table)):
             x = table["alpha_in"][i] * x_0 + table["sigma_in"][i] * eps
-            done = self._step(self.rows, i, x, seeds, history)
-            history = (done.m0, history[0]) if table.history else history
-            error = done.m0 - x_0
+            output = call_model(self.model, table, i, x)
+            x_next, m0, _ = apply_row(table, self.rows, i, x, output, seeds, history)
+            history = (m0, history[0]) if table.history else history
+            error = m0 - x_0
             scalars = [
-                self._norm(i, x, done), moments(error)[:, 1] / elements, moments(error * eps)[:, 0] / elements,
-                self._noise(i, done.v, elements, seeds),
+                epsilon_norm(table, i, x, output), moments(error)[:, 1] / elements, moments(error * eps)[:, 0] / elements,
+                self._noise(i, output[2], elements, seeds),
             ]  # fmt: skip
             self.scalars["training"].add(i, torch.stack(scalars, 1).cpu())
             self.pixels["error"].add(i, error)
             if self.rows is table.rows:
-                self.pixels["single"].add(i, done.x.double() - table["alpha_out"][i] * x_0.double())
+                self.pixels["single"].add(i, x_next.double() - table["alpha_out"][i] * x_0.double())
 
     def _chain(self, part, x, seeds, x_0=None):
         table, history, y = self.table, (None, None), None
         for i in range(len(table)):
-            done = self._step(table.rows, i, x, seeds, history, y)
-            self.scalars[part].add(i, (self._norm(i, x, done) / table["lambda_t"][i])[:, None].cpu())
-            history = (done.m0, history[0]) if table.history else history
-            x, y = done.x, done.y
+            output = call_model(self.model, table, i, x)
+            self.scalars[part].add(i, (epsilon_norm(table, i, x, output) / table["lambda_t"][i])[:, None].cpu())
+            x, m0, y = apply_row(table, table.rows, i, x, output, seeds, history, y)
+            history = (m0, history[0]) if table.history else history
             if x_0 is not None:
                 self.pixels["chain"].add(i, x.double() - table["alpha_out"][i] * x_0.double())
-
-    def _norm(self, i, x, done):
-        """||eps_theta|| of each sample, before lambda_t: (B,)."""
-        table, f, u = self.table, done.f, done.u
-        alpha, sigma, f_x0, f_eps = (table[name][i] for name in ("alpha_in", "sigma_in", "f_x0", "f_eps"))
-        if f_x0 == 0 and f_eps == 1:
-            return moments(f, u, table if u is not None else None, i if u is not None else None)[:, -1].sqrt()
-        f = f.float() if u is None else u.float() + table["g"][i] * (f.float() - u.float())
-        determinant = alpha * f_eps - sigma * f_x0
-        return moments((alpha / determinant) * f - (f_x0 / determinant) * x)[:, 1].sqrt()
 
     def _noise(self, i, v, elements, seeds):
         """s^2, the mean over each sample of the learned variance; 1 without."""

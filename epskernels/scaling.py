@@ -5,23 +5,30 @@ above 1 shrinks the predicted noise. i is the 0-based index of the sampler's ste
 """
 
 import dataclasses
+import json
+import pathlib
 
 import numpy as np
 
+from .shards import write_whole
+
 ORIGINS = ("cleanest", "noisiest")
+FORMAT = 1  # of the JSON files
 
 
 @dataclasses.dataclass(frozen=True)
 class EpsilonScaling:
     """lambda_i = formula(i), i = 0 at the cleanest or the noisiest step.
 
-    `values(steps)` gives lambda for each step, the noisiest first. label: what repr shows. source: where it was published.
+    `values(steps)` gives lambda for each step, the noisiest first. label: what repr shows. source: where it was published, or
+    what it was fitted to. spec: the function here that made it and its arguments, for JSON; None for a formula of one's own.
     """
 
     formula: object
     origin: str
     label: str
     source: str = ""
+    spec: dict | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         if self.origin not in ORIGINS:
@@ -42,6 +49,17 @@ class EpsilonScaling:
             )
         return lambdas.copy()
 
+    def save(self, path, **notes):
+        """To JSON, for `load`. notes: kept beside it, such as the sampler and the steps that it was fitted for.
+
+        Raises ValueError for a formula that is not one of this module's.
+        """
+        if self.spec is None:
+            raise ValueError(f"scaling: expected one made by a function of epskernels.scaling, to save it, got {self}")
+        saved = {"format": FORMAT, **self.spec, "source": self.source, "notes": notes}
+        text = json.dumps(saved, indent=1, allow_nan=False) + "\n"
+        write_whole(pathlib.Path(path), lambda file: file.write(text.encode()))
+
     def __repr__(self):
         return f"EpsilonScaling({self.label}{', ' + self.source if self.source else ''})"
 
@@ -58,7 +76,8 @@ def constant(b):
     b = _number("b", b)
     if b <= 0:
         raise ValueError(f"lambda: expected a value above 0, got {b}")
-    return EpsilonScaling(lambda i: np.full(i.shape, b), "noisiest", f"constant {b:g}")
+    spec = {"kind": "constant", "b": b}
+    return EpsilonScaling(lambda i: np.full(i.shape, b), "noisiest", f"constant {b:g}", spec=spec)
 
 
 def linear(k, b, *, origin):
@@ -67,21 +86,24 @@ def linear(k, b, *, origin):
     origin: where i = 0 is, "cleanest" as in ADM-ES, "noisiest" as in the authors' DDIM code.
     """
     k, b = _number("k", k), _number("b", b)
-    return EpsilonScaling(lambda i: k * i + b, origin, f"linear k={k:g} b={b:g} from the {origin}")
+    spec = {"kind": "linear", "k": k, "b": b, "origin": origin}
+    return EpsilonScaling(lambda i: k * i + b, origin, f"linear k={k:g} b={b:g} from the {origin}", spec=spec)
 
 
 def quadratic(a, k, b, *, origin):
     """lambda_i = a*i^2 + k*i + b."""
     a, k, b = _number("a", a), _number("k", k), _number("b", b)
-    return EpsilonScaling(
-        lambda i: a * i**2 + k * i + b, origin, f"quadratic a={a:g} k={k:g} b={b:g} from the {origin}"
-    )
+    spec = {"kind": "quadratic", "a": a, "k": k, "b": b, "origin": origin}
+    label = f"quadratic a={a:g} k={k:g} b={b:g} from the {origin}"
+    return EpsilonScaling(lambda i: a * i**2 + k * i + b, origin, label, spec=spec)
 
 
 def exponential(k, b, *, origin):
     """lambda_i = b*exp(k*i)."""
     k, b = _number("k", k), _number("b", b)
-    return EpsilonScaling(lambda i: b * np.exp(k * i), origin, f"exponential k={k:g} b={b:g} from the {origin}")
+    spec = {"kind": "exponential", "k": k, "b": b, "origin": origin}
+    label = f"exponential k={k:g} b={b:g} from the {origin}"
+    return EpsilonScaling(lambda i: b * np.exp(k * i), origin, label, spec=spec)
 
 
 def array(values, *, origin):
@@ -95,9 +117,27 @@ def array(values, *, origin):
             raise ValueError(f"lambda: expected one value for each of {len(i)} steps, got {len(values)}")
         return values
 
-    scaling = EpsilonScaling(formula, origin, f"array of {len(values)} from the {origin}")
+    spec = {"kind": "array", "values": values.tolist(), "origin": origin}
+    scaling = EpsilonScaling(formula, origin, f"array of {len(values)} from the {origin}", spec=spec)
     scaling.values(len(values))
     return scaling
+
+
+_KINDS = {function.__name__: function for function in (constant, linear, quadratic, exponential, array)}
+
+
+def load(path):
+    """The EpsilonScaling of a JSON file, and the notes beside it. Raises ValueError, naming the file, for anything else."""
+    path = pathlib.Path(path)
+    try:
+        saved = json.loads(path.read_text())
+        if saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']!r}")
+        arguments = {k: v for k, v in saved.items() if k not in ("format", "kind", "source", "notes")}
+        scaling = _KINDS[saved["kind"]](**arguments)
+        return dataclasses.replace(scaling, source=str(saved.get("source", ""))), dict(saved.get("notes", {}))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected a scaling saved by EpsilonScaling.save, format {FORMAT}: {error}") from None
 
 
 def as_scaling(scaling):

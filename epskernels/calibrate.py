@@ -1,0 +1,284 @@
+"""lambda_t for a model and a sampler: from its norms, in one run, or by trials of any score.
+
+    match_norms   lambda_i = ||eps_sampling|| / ||eps_training|| at step i, the steps before it scaled already
+    fit           that, or a measured norm gap, as a polynomial in i, with its R^2
+    search        b, or (k, b) of lambda_i = k*i + b, by scipy.optimize over a score; cached, so that it can stop and go on
+
+Each gives an EpsilonScaling. arXiv 2308.15321 fits the norm gap by a quadratic and takes a linear lambda; the last is its
+practice, trials by FID. It publishes neither as a program.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from . import scaling
+from .exposure import STREAM_DATA, apply_row, batches, call_model, epsilon_norm, figures
+from .ops import normal
+from .shards import write_whole
+
+FITS = {"constant": 0, "linear": 1, "quadratic": 2}
+
+
+# ---- polynomials ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A polynomial in i, the step counted from the cleanest: coefficients, the highest power first; r2: its goodness R^2, NaN
+    where all values are the same; skip: the cleanest steps that were left out."""
+
+    coefficients: tuple
+    r2: float
+    skip: int
+
+    def __call__(self, i):
+        return np.polyval(self.coefficients, i)
+
+    @property
+    def derivative(self):
+        """Coefficients of its derivative: of the norm gap's quadratic, the line that the paper takes lambda's slope from."""
+        return tuple(np.polyder(self.coefficients).tolist())
+
+    @property
+    def scaling(self):
+        """As lambda_i."""
+        if len(self.coefficients) == 1:
+            return scaling.constant(*self.coefficients)
+        make = {2: scaling.linear, 3: scaling.quadratic}[len(self.coefficients)]
+        return make(*self.coefficients, origin="cleanest")
+
+
+def fit(values, kind, skip=0):
+    """Least squares through values (steps,), the noisiest first: a Fit. kind: "constant", "linear" or "quadratic".
+
+    skip: how many of the cleanest steps to leave out; the paper leaves out 5. Raises ValueError naming the argument.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError(f"values: expected (steps,) finite numbers, got shape {values.shape}: {values}")
+    if kind not in FITS:
+        raise ValueError(f"kind: expected one of {tuple(FITS)}, got {kind!r}")
+    if not 0 <= skip < len(values) - FITS[kind]:
+        raise ValueError(f"skip: expected 0 to {len(values) - FITS[kind] - 1} for {len(values)} steps, got {skip}")
+    i, y = np.arange(len(values))[skip:], values[::-1][skip:]
+    coefficients = np.polyfit(i, y, FITS[kind])
+    total = ((y - y.mean()) ** 2).sum()
+    r2 = 1 - ((y - np.polyval(coefficients, i)) ** 2).sum() / total if total > 0 else math.nan
+    return Fit(tuple(coefficients.tolist()), float(r2), skip)
+
+
+# ---- norm matching ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Matched:
+    """What `match_norms` found, per step of the sampler, float64 (steps,), the noisiest first.
+
+    lambda_t: the ratio of the norms, or 1 where alpha is 0. standard_error: of it, as if both norms were independent.
+    norm_training, norm_sampling: means over images, the second before it is divided by lambda_t.
+    """
+
+    sampler: str
+    images: int
+    lambda_t: np.ndarray
+    standard_error: np.ndarray
+    norm_training: np.ndarray
+    norm_sampling: np.ndarray
+
+    def scaling(self, kind="array", skip=0):
+        """lambda_t itself, or the fit of that kind to it."""
+        if kind == "array":
+            return scaling.array(self.lambda_t, origin="noisiest")
+        return fit(self.lambda_t, kind, skip).scaling
+
+    def plot(self, path, kind=None, skip=0):
+        """lambda_t with two standard errors, and the fit."""
+        figure, (axis,) = figures(1)
+        i = np.arange(len(self.lambda_t))
+        axis.errorbar(i, self.lambda_t, 2 * self.standard_error, fmt="o", markersize=3, capsize=2, label="matched")
+        if kind not in (None, "array"):
+            line = fit(self.lambda_t, kind, skip)
+            axis.plot(i, line(i[::-1]), label=f"{kind}, R^2 {line.r2:.3f}")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=f"lambda_t, {self.sampler}", xlabel="step, the noisiest first")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(path)
+
+
+def steps_of(sampler):
+    """(table without scaling, the step of each row): rows that share a step share its lambda_t.
+
+    sampler: a function of a scaling that returns the Table. Raises ValueError where the table does not carry its lambda_t.
+    """
+    table = sampler(scaling.constant(1.0))
+    if (table["lambda_t"] != 1).any():
+        raise ValueError(f"sampler: expected one whose lambda_t is the scaling given, got {table['lambda_t']} for 1")
+    if len(table.parts) != 1:
+        raise ValueError(f"sampler: expected one sampler's table, got {len(table.parts)} concatenated: {table.name}")
+    singular = table["alpha_in"] == 0  # only lambda = 1 is defined there, and only a sampler's first step starts there
+    numbered = scaling.EpsilonScaling(lambda i: np.where((i == 0) & singular[0], 1, 1 + i), "noisiest", "step numbers")
+    return table, np.round(sampler(numbered)["lambda_t"]).astype(int) - 1
+
+
+@torch.no_grad()
+def match_norms(model, sampler, images, *, seed=0, batch=64, progress=False):
+    """lambda_t of each step such that eps_theta/lambda_t has the norm that it has in training: a Matched.
+
+    In one run: the norm at a step is measured over all images before lambda_t is chosen and the step taken, so that the gap
+    left by the steps before it is what is matched. Costs two model calls per image and row.
+    model: as in `sample`. sampler: a function of a scaling that returns the Table, such as
+    functools.partial(samplers.ddpm, schedule, 20) called with scaling=: `lambda s: samplers.ddpm(schedule, 20, scaling=s)`.
+    images, seed, batch: as in `exposure.measure`; all are held in memory, as are as many states and model outputs.
+    Raises ValueError naming the argument.
+    """
+    table, step_of_row = steps_of(sampler)
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
+    data = list(batches(images, batch))
+    count = sum(len(x_0) for x_0 in data)
+    if count < 2:
+        raise ValueError(f"images: expected at least two, got {count}")
+    shape, device = tuple(data[0].shape[1:]), table.device
+    firsts = np.cumsum([seed] + [len(x_0) for x_0 in data])[:-1]
+    seeds = [torch.arange(first, first + len(x_0), device=device) for first, x_0 in zip(firsts, data, strict=True)]
+    states = [table.initial_sigma * normal(s, shape) for s in seeds]
+    kept = [((None, None), None) for _ in data]  # (m1, m2) and y of each batch
+    steps = step_of_row.max() + 1
+    lambda_t, errors, training, sampling = np.ones(steps), np.zeros(steps), np.zeros(steps), np.zeros(steps)
+    for i in tqdm(range(len(table)), desc=f"{table.name}, norms", disable=not progress):
+        n = step_of_row[i]
+        outputs = [call_model(model, table, i, x) for x in states]
+        if i == 0 or step_of_row[i - 1] != n:
+            there = [epsilon_norm(table, i, x, output) for x, output in zip(states, outputs, strict=True)]
+            here = []
+            for x_0, s in zip(data, seeds, strict=True):
+                x = table["alpha_in"][i] * x_0.to(device) + table["sigma_in"][i] * normal(s, shape, stream=STREAM_DATA)
+                here.append(epsilon_norm(table, i, x, call_model(model, table, i, x)))
+            here, there = torch.cat(here).cpu().numpy(), torch.cat(there).cpu().numpy()
+            training[n], sampling[n] = here.mean(), there.mean()
+            if not (np.isfinite(training[n]) and np.isfinite(sampling[n]) and training[n] > 0 and sampling[n] > 0):
+                raise ValueError(f"model: norms of eps at step {n} are {sampling[n]} sampling, {training[n]} training")
+            ratio = sampling[n] / training[n]
+            if table["alpha_in"][i] != 0:
+                lambda_t[n] = ratio
+            relative = np.hypot(here.std(ddof=1) / training[n], there.std(ddof=1) / sampling[n]) / math.sqrt(count)
+            errors[n] = relative * ratio
+        scaled = sampler(scaling.array(lambda_t, origin="noisiest"))
+        for b, output in enumerate(outputs):
+            history, y = kept[b]
+            states[b], m0, y = apply_row(scaled, scaled.rows, i, states[b], output, seeds[b], history, y)
+            kept[b] = ((m0, history[0]) if table.history else history, y)
+    return Matched(table.name, count, lambda_t, errors, training, sampling)
+
+
+# ---- search ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What `search` found: the best scaling and its score, that of no scaling, and all trials as (k, b, score)."""
+
+    scaling: scaling.EpsilonScaling
+    score: float
+    baseline: float
+    trials: tuple
+
+
+def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=False):
+    """The lambda that makes a score smallest, in a handful of trials: a Found. No scaling is always one of them.
+
+    score: a function of an EpsilonScaling that returns a number, small where it is good; the same for the same scaling: fix its
+    seeds. One that is not finite counts as infinitely bad.
+    bounds: (low, high) of b, the uniform lambda, by Brent's bounded method; or ((low, high) of k, (low, high) of lambda in the
+    middle) of lambda_i = k*i + b, i from the cleanest of `steps`, by Nelder and Mead's. trials: calls of score, at most.
+    cache: a JSON file; trials that it holds are not made again. key: whatever else the score depends on, kept with it.
+    Raises ValueError naming the argument, ImportError without scipy.
+    """
+    try:
+        from scipy import optimize
+    except ImportError as error:
+        raise ImportError("search needs scipy: pip install 'epskernels[exposure]'", name="scipy") from error
+    bounds = np.asarray(bounds, dtype=np.float64)
+    if bounds.shape not in ((2,), (2, 2)) or not (
+        np.isfinite(bounds).all() and (bounds[..., 0] < bounds[..., 1]).all()
+    ):
+        raise ValueError(f"bounds: expected (low, high) or two of them, low < high, got {bounds.tolist()}")
+    linear = bounds.ndim == 2
+    if linear and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 2):
+        raise ValueError(f"steps: expected an integer of at least 2, to search (k, b), got {steps!r}")
+    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 2:
+        raise ValueError(f"trials: expected an integer of at least 2, got {trials!r}")
+    known = _Trials(cache, {"format": scaling.FORMAT, "key": str(key), "steps": int(steps) if linear else None})
+    bar = tqdm(total=trials, desc="search", disable=not progress)
+
+    class Enough(Exception):
+        """All trials are made."""
+
+    made = {}
+
+    def value(k, middle):
+        b = round(float(middle - k * (steps - 1) / 2 if linear else middle), 7)
+        k = round(float(k), 7)
+        if (k, b) not in made:
+            if len(made) == trials:
+                raise Enough
+            made[k, b] = known.score(k, b, lambda: score(as_lambda(k, b)))
+            bar.update()
+            bar.set_postfix(k=k, b=b, score=made[k, b])
+        if math.isfinite(made[k, b]):
+            return made[k, b]
+        worst = max((each for each in made.values() if math.isfinite(each)), default=0.0)
+        return worst + abs(worst) + 1  # the optimisers reckon with the numbers
+
+    def as_lambda(k, b):
+        return scaling.linear(k, b, origin="cleanest") if linear else scaling.constant(b)
+
+    baseline = value(0.0, 1.0)
+    try:
+        if linear:
+            low, high = bounds.T
+            centre = (low + high) / 2
+            simplex = np.array([centre, [high[0], centre[1]], [centre[0], high[1]]])
+            options = {"maxfev": 100 * trials, "initial_simplex": simplex, "xatol": 0, "fatol": 0}
+            optimize.minimize(lambda p: value(*p), centre, method="Nelder-Mead", bounds=bounds, options=options)
+        else:
+            options = {"maxiter": trials, "xatol": 1e-6}
+            optimize.minimize_scalar(lambda b: value(0.0, b), bounds=tuple(bounds), method="bounded", options=options)
+    except Enough:
+        pass
+    bar.close()
+    best = min(made, key=made.get)
+    found = tuple((*at, each) for at, each in made.items())
+    return Found(as_lambda(*best), made[best], baseline, found)
+
+
+class _Trials:
+    """The scores in a JSON file, by (k, b)."""
+
+    def __init__(self, path, settings):
+        self.path, self.saved = None if path is None else pathlib.Path(path), settings | {"trials": []}
+        if self.path is not None and self.path.exists():
+            saved = json.loads(self.path.read_text())
+            for name, expected in settings.items():
+                if saved.get(name) != expected:
+                    raise ValueError(f"cache: {path} was begun with {name} {saved.get(name)!r}, now {expected!r}")
+            self.saved = saved
+        self.scores = {(t["k"], t["b"]): t["score"] for t in self.saved["trials"]}
+
+    def score(self, k, b, make):
+        if (k, b) not in self.scores:
+            score = float(make())
+            self.scores[k, b] = score if math.isfinite(score) else None
+            self.saved["trials"].append({"k": k, "b": b, "score": self.scores[k, b]})
+            if self.path is not None:
+                text = json.dumps(self.saved, indent=1) + "\n"
+                write_whole(self.path, lambda file: file.write(text.encode()))
+        return math.inf if self.scores[k, b] is None else self.scores[k, b]

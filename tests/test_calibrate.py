@@ -1,0 +1,276 @@
+"""epskernels.calibrate: lambdas that are planted, or known from a recursion, are found again."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import epskernels
+from epskernels import calibrate, exposure, samplers, scaling, schedule
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COSINE, KARRAS, SHAPE = schedule.cosine(), schedule.KarrasSchedule(0.05, 20), (1, 6, 6)
+
+
+def gain(t):
+    """Of a linear network f = gain*x: 1.04 times that of the exact one for `data`. t: a timestep of COSINE, or KARRAS' sigma."""
+    t = torch.as_tensor(t)
+    discrete = not t.is_floating_point()
+    alpha = torch.tensor(COSINE.alpha)[t] if discrete else torch.ones_like(t)
+    sigma = torch.tensor(COSINE.sigma)[t] if discrete else t
+    return 1.04 * sigma / (0.25 * alpha**2 + sigma**2)
+
+
+def linear_model(x, t):
+    return gain(t).reshape(-1, 1, 1, 1).float() * x
+
+
+def data(n, spread=0.5, seed=0):
+    return spread * torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+SAMPLERS = {
+    "ddpm": lambda s: samplers.ddpm(COSINE, 6, scaling=s, clip=None),
+    "ddim": lambda s: samplers.ddim(COSINE, 6, scaling=s),
+    "ddim-unscaled": lambda s: samplers.ddim(COSINE, 6, scaling=s, direction="unscaled"),
+    "edm_euler": lambda s: samplers.edm_euler(KARRAS, 6, scaling=s, prediction="epsilon"),
+}
+
+
+# ---- polynomials ----
+
+
+@pytest.mark.parametrize(
+    "kind, planted", [("constant", [1.01]), ("linear", [2e-3, 1.004]), ("quadratic", [1e-4, -2e-3, 1.02])]
+)
+@pytest.mark.parametrize("skip", [0, 5])
+def test_fit_recovers_a_planted_polynomial(kind, planted, skip):
+    """Of i from the cleanest, whatever the skipped steps hold; as a scaling, in a table, it is the planted one again."""
+    values = np.polyval(planted, np.arange(20))[::-1].copy()
+    values[20 - skip :] = 7
+    found = calibrate.fit(values, kind, skip)
+    np.testing.assert_allclose(found.coefficients, planted, rtol=1e-9)
+    assert kind == "constant" or found.r2 == pytest.approx(1, abs=1e-9)
+    np.testing.assert_allclose(found.scaling.values(20), np.polyval(planted, np.arange(20))[::-1], rtol=1e-12)
+    np.testing.assert_allclose(found.derivative, np.polyder(planted) if len(planted) > 1 else [], atol=1e-12)
+
+
+def test_goodness_of_fit():
+    """R^2 against its definition, where the fit is not good."""
+    y = np.array([1.0, 1.5, 1.1, 1.9, 1.2])
+    found = calibrate.fit(y[::-1], "linear")
+    residuals = y - found(np.arange(5))
+    assert found.r2 == pytest.approx(1 - (residuals**2).sum() / ((y - y.mean()) ** 2).sum(), rel=1e-12)
+    assert 0 < found.r2 < 0.5 and residuals.sum() == pytest.approx(0, abs=1e-12)
+    assert math.isnan(calibrate.fit(np.ones(4), "linear").r2)
+
+
+# ---- norm matching ----
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_match_norms_follows_the_recursion_of_a_linear_network(name):
+    """States of f = gain*x stay Gaussian: their variance, and so each ratio of norms, is known down the chain."""
+    table = SAMPLERS[name](1.0)
+    found = calibrate.match_norms(linear_model, SAMPLERS[name], data(3000), batch=1000)
+    v, expected = table.initial_sigma**2, []
+    for i in range(6):
+        trained = 0.25 * table["alpha_in"][i] ** 2 + table["sigma_in"][i] ** 2
+        expected.append(math.sqrt(v / trained))
+        row = SAMPLERS[name](found.scaling())  # what it chose decides the next variance
+        g = gain(int(table["t"][i]) if table.discrete else table["t"][i]).item() * table["c_in"][i]
+        v *= (row["c_x"][i] + row["c_f"][i] * g + row["c_m0"][i] * (row["d_x"][i] + row["d_f"][i] * g)) ** 2
+        v += row["c_noise"][i] ** 2
+    assert max(abs(np.array(expected) - 1)) > 0.02
+    assert (np.abs(found.lambda_t - expected) < 5 * found.standard_error).all()
+    assert found.standard_error.max() < 0.005
+    np.testing.assert_allclose(found.lambda_t, found.norm_sampling / found.norm_training, rtol=1e-15)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_matched_norms_have_no_gap(name):
+    """Sampling with what was found, from the same seeds and images: the norms are those of training."""
+
+    def model(x, t):
+        return torch.tanh(2 * x) + 0.1 * x
+
+    found = calibrate.match_norms(model, SAMPLERS[name], data(64), seed=3, batch=16)
+    plain = exposure.measure(model, SAMPLERS[name](1.0), data(64), seed=3, parts=("training", "samples"))
+    matched = exposure.measure(model, SAMPLERS[name](found.scaling()), data(64), seed=3, parts=("training", "samples"))
+    assert np.abs(plain.norm_gap - 1).max() > 0.02
+    np.testing.assert_allclose(matched.norm_gap, 1, rtol=1e-6)
+    other = calibrate.match_norms(model, SAMPLERS[name], data(64), seed=3, batch=7)
+    np.testing.assert_allclose(other.lambda_t, found.lambda_t, rtol=1e-6)
+
+
+def test_rows_of_a_heun_step_share_its_lambda():
+    sampler = lambda s: samplers.edm_heun(KARRAS, 4, scaling=s, prediction="epsilon")  # noqa: E731
+    table, step_of_row = calibrate.steps_of(sampler)
+    assert step_of_row.tolist() == [0, 0, 1, 1, 2, 2, 3] and len(table) == 7
+    found = calibrate.match_norms(linear_model, sampler, data(8))
+    scaled = sampler(found.scaling())
+    np.testing.assert_array_equal(scaled["lambda_t"], found.lambda_t[step_of_row])
+
+
+def test_history_is_carried():
+    sampler = lambda s: samplers.dpmpp_2m(COSINE, 5, scaling=s, spacing="trailing")  # noqa: E731
+    found = calibrate.match_norms(linear_model, sampler, data(16))
+    sampled = exposure.measure(linear_model, sampler(found.scaling()), data(16), parts=("training", "samples"))
+    np.testing.assert_allclose(sampled.norm_gap, 1, rtol=1e-6)
+
+
+def test_lambda_is_one_where_alpha_is_zero():
+    path = schedule.linear().zero_terminal_snr()
+    sampler = lambda s: samplers.ddim(path, 4, scaling=s, prediction="v_prediction", spacing="trailing")  # noqa: E731
+    found = calibrate.match_norms(linear_model, sampler, data(8))
+    assert sampler(1.0)["alpha_in"][0] == 0 and found.lambda_t[0] == 1 and (found.lambda_t[1:] != 1).all()
+
+
+def test_matched_fits_and_plot(tmp_path):
+    found = calibrate.match_norms(linear_model, SAMPLERS["ddim"], data(8))
+    assert found.scaling("constant").values(6)[0] == pytest.approx(found.lambda_t.mean(), rel=1e-12)
+    expected = np.polyfit(np.arange(6), found.lambda_t[::-1], 1)
+    assert [found.scaling("linear").spec[key] for key in ("k", "b")] == pytest.approx(expected.tolist(), rel=1e-12)
+    found.plot(tmp_path / "lambda.png", "linear")
+    assert (tmp_path / "lambda.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- search ----
+
+
+def distance(planted, steps=12):
+    """A score that is smallest at a planted lambda; counts its calls."""
+    calls = []
+
+    def score(candidate):
+        calls.append(candidate)
+        return float(((candidate.values(steps) - planted) ** 2).sum())
+
+    score.calls = calls
+    return score
+
+
+def test_search_recovers_a_planted_uniform_lambda():
+    score = distance(1.0173)
+    found = calibrate.search(score, (0.98, 1.04), trials=10)
+    assert found.scaling.values(1)[0] == pytest.approx(1.0173, abs=2e-4)
+    assert len(score.calls) == len(found.trials) <= 10
+    assert found.baseline == score(scaling.constant(1.0)) and found.score < 1e-6
+
+
+def test_search_recovers_a_planted_line():
+    planted = np.polyval([0.0025, 1.001], np.arange(12))[::-1]
+    found = calibrate.search(distance(planted), ((-0.005, 0.005), (0.98, 1.04)), steps=12, trials=40)
+    assert found.scaling.spec["k"] == pytest.approx(0.0025, abs=1e-4)
+    assert found.scaling.spec["b"] == pytest.approx(1.001, abs=1e-3)
+
+
+def test_search_recovers_the_factor_of_a_network_that_predicts_too_much():
+    """eps times 1.04 at every t: from samples alone, compared with those of the network as it should be."""
+
+    def good(x, t):
+        alpha, sigma = (torch.tensor(getattr(COSINE, name))[t].reshape(-1, 1, 1, 1) for name in ("alpha", "sigma"))
+        return (sigma * x / (0.25 * alpha**2 + sigma**2)).float()
+
+    def score(candidate):
+        table = samplers.ddim(COSINE, 8, scaling=candidate)
+        samples = epskernels.sample(lambda x, t: 1.04 * good(x, t), table, range(50), SHAPE)
+        return (samples.std() - expected).abs().item()
+
+    expected = epskernels.sample(good, samplers.ddim(COSINE, 8), range(50, 2050), SHAPE).std()
+    found = calibrate.search(score, (0.97, 1.1), trials=12)
+    assert found.scaling.values(1)[0] == pytest.approx(1.04, abs=0.015) and found.score < 0.2 * found.baseline
+
+
+def test_no_scaling_is_a_trial():
+    found = calibrate.search(distance(1.0), (1.01, 1.05), trials=4)
+    assert found.scaling.values(1)[0] == 1 and found.score == found.baseline == 0
+
+
+def test_interrupted_search_goes_on_from_its_cache(tmp_path):
+    whole = calibrate.search(distance(1.02), (0.98, 1.04), trials=7)
+    stops = distance(1.02)
+
+    def interrupted(candidate):
+        if len(stops.calls) == 3:
+            raise KeyboardInterrupt
+        return stops(candidate)
+
+    arguments = {"bounds": (0.98, 1.04), "trials": 7, "cache": tmp_path / "trials.json", "key": "m"}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.search(interrupted, **arguments)
+    goes_on = distance(1.02)
+    found = calibrate.search(goes_on, **arguments)
+    assert found.trials == whole.trials and len(goes_on.calls) == len(whole.trials) - 3
+    again = distance(1.02)
+    assert calibrate.search(again, **arguments).score == whole.score and not again.calls
+    with pytest.raises(ValueError, match="begun with key 'm', now 'another'"):
+        calibrate.search(again, **arguments | {"key": "another"})
+
+
+def test_a_score_that_is_not_finite_is_the_worst(tmp_path):
+    cache = tmp_path / "trials.json"
+    score = lambda s: math.nan if s.values(1)[0] > 1.01 else abs(s.values(1)[0] - 1.005)  # noqa: E731
+    found = calibrate.search(score, (0.98, 1.04), trials=8, cache=cache)
+    assert found.scaling.values(1)[0] == pytest.approx(1.005, abs=3e-3)
+    assert None in [trial["score"] for trial in json.loads(cache.read_text())["trials"]]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: calibrate.fit([1.0, math.nan], "linear"), "values: expected"),
+        (lambda: calibrate.fit([1.0, 1.0], "cubic"), "kind: expected one of .*got 'cubic'"),
+        (lambda: calibrate.fit([1.0] * 5, "linear", skip=4), "skip: expected 0 to 3 for 5 steps, got 4"),
+        (lambda: calibrate.search(abs, (1.0, 0.9)), "bounds: expected"),
+        (lambda: calibrate.search(abs, ((0, 1), (1, 2))), "steps: expected an integer of at least 2"),
+        (lambda: calibrate.search(abs, (0.9, 1.0), trials=1), "trials: expected an integer of at least 2, got 1"),
+        (lambda: calibrate.match_norms(linear_model, SAMPLERS["ddim"], data(1)), "images: expected at least two, got 1"),
+        (lambda: calibrate.match_norms(linear_model, SAMPLERS["ddim"], data(4), batch=0), "batch: expected an integer"),
+        (lambda: calibrate.match_norms(linear_model, lambda s: SAMPLERS["ddim"](1.1), data(4)), "sampler: expected one whose"),
+        (lambda: calibrate.match_norms(lambda x, t: x * math.nan, SAMPLERS["ddim"], data(4)), "model: norms of eps at step 0"),
+    ],
+)  # fmt: skip
+def test_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ---- scalings in files ----
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        scaling.constant(1.0173), scaling.linear(0.1, 1 / 3, origin="cleanest"),
+        scaling.quadratic(1e-5, -0.1 / 3, 1.5, origin="noisiest"), scaling.exponential(-0.01, 1.02, origin="cleanest"),
+        scaling.array([1.1, 1 / 3, 0.9], origin="noisiest"), epskernels.published("ADM", "CIFAR-10", 20, "linear"),
+    ],
+    ids=lambda s: s.spec["kind"],
+)  # fmt: skip
+def test_scaling_saved_and_loaded(made, tmp_path):
+    made.save(tmp_path / "lambda.json", sampler="ddim", steps=3)
+    loaded, notes = scaling.load(tmp_path / "lambda.json")
+    np.testing.assert_array_equal(loaded.values(3), made.values(3))
+    assert repr(loaded) == repr(made) and notes == {"sampler": "ddim", "steps": 3}
+
+
+def test_a_formula_of_ones_own_cannot_be_saved(tmp_path):
+    own = scaling.EpsilonScaling(lambda i: 1.0 + 0 * i, "cleanest", "mine")
+    with pytest.raises(ValueError, match="expected one made by a function of epskernels.scaling"):
+        own.save(tmp_path / "lambda.json")
+    assert not (tmp_path / "lambda.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"format": 2, "kind": "constant", "b": 1}', '{"format": 1, "kind": "cubic", "b": 1}',
+     '{"format": 1, "kind": "constant", "b": -1}', '{"format": 1, "kind": "constant", "k": 1}'],
+)  # fmt: skip
+def test_other_files_are_refused(text, tmp_path):
+    (tmp_path / "lambda.json").write_text(text)
+    with pytest.raises(ValueError, match=r"lambda.json: expected a scaling saved by EpsilonScaling.save, format 1"):
+        scaling.load(tmp_path / "lambda.json")
