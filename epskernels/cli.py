@@ -1,4 +1,4 @@
-"""The command line: `epskernels sample` and `epskernels info`."""
+"""The command line: `epskernels sample`, `epskernels calibrate` and `epskernels info`."""
 
 import argparse
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import __version__, build, models, ops, samplers, scaling, schedule, shards
+from . import __version__, build, calibrate, exposure, images, models, ops, quality, samplers, scaling, schedule, shards
 from .ranks import Ranks
 from .sample import sample
 
@@ -42,6 +42,32 @@ def parse_seeds(text):
     return seeds
 
 
+def _add_sampler(run):
+    """The arguments that name a model and a sampler for it: of `make_table`."""
+    run.add_argument(
+        "--model",
+        type=pathlib.Path,
+        default=models.DIGITS,
+        metavar="DIR",
+        help="a diffusers pipeline directory (unet/, scheduler/); default: the digits that ship with the package",
+    )
+    run.add_argument(
+        "--sampler", choices=sorted(set(samplers.SAMPLERS) - NOT_HERE), default="ddpm", help="default: %(default)s"
+    )
+    run.add_argument("--steps", type=int, default=50, help="sampler steps; default: %(default)s")
+    run.add_argument("--eta", type=float, help="DDIM's eta; default: 0")
+    run.add_argument("--direction", choices=("scaled", "unscaled"), help="DDIM's direction term; default: scaled")
+    run.add_argument(
+        "--variance",
+        choices=("fixed_small", "fixed_large", "learned_range"),
+        help="DDPM's variance; default: learned_range where the model has learned one, else fixed_small",
+    )
+    run.add_argument("--class", type=int, dest="label", metavar="N", help="class, for a model with classes")
+    run.add_argument(
+        "--guidance", type=float, default=1.0, metavar="G", help="classifier-free guidance; default: 1, none"
+    )
+
+
 def build_parser():
     parser = argparse.ArgumentParser(
         prog="epskernels", description="Fused sampling steps for diffusion models, with Epsilon Scaling."
@@ -62,17 +88,7 @@ def build_parser():
         "  epskernels sample --published ADM CIFAR-10 20 linear --steps 20 --seeds 0-255 --out samples.npz\n"
         "  torchrun --nproc-per-node 4 -m epskernels sample --seeds 0-49999 --out samples",
     )
-    run.add_argument(
-        "--model",
-        type=pathlib.Path,
-        default=models.DIGITS,
-        metavar="DIR",
-        help="a diffusers pipeline directory (unet/, scheduler/); default: the digits that ship with the package",
-    )
-    run.add_argument(
-        "--sampler", choices=sorted(set(samplers.SAMPLERS) - NOT_HERE), default="ddpm", help="default: %(default)s"
-    )
-    run.add_argument("--steps", type=int, default=50, help="sampler steps; default: %(default)s")
+    _add_sampler(run)
     which = run.add_mutually_exclusive_group()
     which.add_argument(
         "--lambda",
@@ -91,17 +107,7 @@ def build_parser():
         metavar="SETTING",
         help="SYSTEM DATASET STEPS [KIND], as in the paper: ADM CIFAR-10 20 linear",
     )
-    run.add_argument("--eta", type=float, help="DDIM's eta; default: 0")
-    run.add_argument("--direction", choices=("scaled", "unscaled"), help="DDIM's direction term; default: scaled")
-    run.add_argument(
-        "--variance",
-        choices=("fixed_small", "fixed_large", "learned_range"),
-        help="DDPM's variance; default: learned_range where the model has learned one, else fixed_small",
-    )
-    run.add_argument("--class", type=int, dest="label", metavar="N", help="class, for a model with classes")
-    run.add_argument(
-        "--guidance", type=float, default=1.0, metavar="G", help="classifier-free guidance; default: 1, none"
-    )
+    which.add_argument("--scaling", type=pathlib.Path, metavar="FILE", help="what `epskernels calibrate` wrote")
     run.add_argument("--seeds", type=parse_seeds, default="0-63", help="such as 0-63 or 1,2,5-9; default: %(default)s")
     run.add_argument("--batch", type=int, default=64, help="samples per model call; default: %(default)s")
     run.add_argument("--dtype", choices=DTYPES, default="float32", help="of the state; default: %(default)s")
@@ -125,6 +131,52 @@ def build_parser():
         help="of each process; default: torch's, and 1 for a directory written on CPUs",
     )
     run.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    fit = commands.add_parser(
+        "calibrate",
+        help="find lambda_t for a model and a sampler",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Find lambda_t for a model and a sampler, from real images; write it for `epskernels sample --scaling`.",
+        epilog="examples:\n"
+        "  epskernels calibrate --sampler ddim --steps 20 --data mnist --out lambda.json --plots exposure\n"
+        "  epskernels calibrate --method search --bounds 0.97 1.03 --trials 8 --data mnist --out lambda.json\n"
+        "  epskernels sample --sampler ddim --steps 20 --scaling lambda.json --compare --out both.png",
+    )
+    _add_sampler(fit)
+    fit.add_argument(
+        "--data", required=True, help="real images: a .npy or .npz (N, C, H, W), a directory of image files, or mnist"
+    )
+    fit.add_argument("--images", type=int, default=256, metavar="N", help="how many of them; default: %(default)s")
+    fit.add_argument(
+        "--method",
+        choices=("norms", "search"),
+        default="norms",
+        help="norms: match those of training, one run; search: trials, by the Frechet distance in the features of a classifier "
+        "of 28 x 28 digits; default: %(default)s",
+    )
+    fit.add_argument("--fit", choices=("array", *calibrate.FITS), help="form of lambda_t by norms; default: array")
+    fit.add_argument(
+        "--skip", type=int, default=0, metavar="N", help="cleanest steps that the fit leaves out; default: 0"
+    )
+    fit.add_argument("--bounds", type=float, nargs=2, metavar=("LOW", "HIGH"), help="search: of b; default: 0.97 1.03")
+    fit.add_argument(
+        "--k-bounds", type=float, nargs=2, metavar=("LOW", "HIGH"), help="search: of k; lambda is then a line, and --bounds "
+        "are for its middle",
+    )  # fmt: skip
+    fit.add_argument("--trials", type=int, default=8, metavar="N", help="search: default: %(default)s")
+    fit.add_argument("--samples", type=int, default=1000, metavar="N", help="search: in a trial; default: %(default)s")
+    fit.add_argument("--cache", type=pathlib.Path, metavar="FILE", help="search: a .json of trials, to go on from")
+    fit.add_argument("--seed", type=int, default=0, help="of the first image and sample; default: %(default)s")
+    fit.add_argument("--batch", type=int, default=64, help="samples per model call; default: %(default)s")
+    fit.add_argument("--device", default="cpu", help="default: %(default)s")
+    fit.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="the .json to write")
+    fit.add_argument(
+        "--plots",
+        type=pathlib.Path,
+        metavar="STEM",
+        help="also measure the exposure bias without scaling: STEM.json, STEM.png, and STEM-lambda.png",
+    )
+    fit.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
@@ -136,6 +188,8 @@ def _scaling(args):
             raise UsageError(f"--published: expected SYSTEM DATASET STEPS [KIND], got {' '.join(args.published)}")
         system, dataset, steps, *kind = args.published
         return scaling.published(system, dataset, int(steps), *kind)
+    if args.scaling:
+        return scaling.load(args.scaling)[0]
     return scaling.constant(1.0 if args.lambda_ is None else args.lambda_)
 
 
@@ -206,8 +260,10 @@ def _check_usage(args):
     directories = [path for path in args.out or () if not path.suffix]
     if len(directories) > 1:
         raise UsageError(f"--out: expected one directory, got {len(directories)}")
-    if args.compare and not (args.lambda_ or args.lambda_linear or args.published):
-        raise UsageError("--compare: expected a scaling to compare with none: --lambda, --lambda-linear or --published")
+    if args.compare and not (args.lambda_ or args.lambda_linear or args.published or args.scaling):
+        raise UsageError(
+            "--compare: expected a scaling to compare with none: --lambda, --lambda-linear, --published or --scaling"
+        )
     return directories[0] if directories else None
 
 
@@ -271,8 +327,24 @@ def _digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _fitted_for(args):
+    """What lambda_t depends on: it does not transfer to another sampler, or number of steps."""
+    names = ("sampler", "steps", "eta", "direction", "variance", "label", "guidance")
+    return {name: getattr(args, name) for name in names}
+
+
+def _warn_of_transfer(args):
+    notes = scaling.load(args.scaling)[1]
+    now = _fitted_for(args)
+    if changed := [name for name in now if name in notes and notes[name] != now[name]]:
+        said = "; ".join(f"{name} {notes[name]}, here {now[name]}" for name in changed)
+        print(f"warning: {args.scaling} was fitted for {said}: lambda need not transfer", file=sys.stderr)
+
+
 def run_sample(args):
     directory = _check_usage(args)
+    if args.scaling:
+        _warn_of_transfer(args)
     try:
         ranks = Ranks(args.device)
     except (ValueError, RuntimeError) as error:
@@ -357,6 +429,109 @@ def _sample_into(args, sampling, ranks, directory):
         _write(path, loaded, args)
 
 
+def run_calibrate(args):
+    """Writes the scaling; its notes say what it was fitted to, so that `sample` can tell where it is used elsewhere."""
+    for name, low in (
+        ("steps", 1),
+        ("images", 2),
+        ("batch", 1),
+        ("trials", 2),
+        ("samples", 2),
+        ("skip", 0),
+        ("seed", 0),
+    ):
+        if getattr(args, name) < low:
+            raise UsageError(f"--{name}: expected at least {low}, got {getattr(args, name)}")
+    if args.out.suffix != ".json":
+        raise UsageError(f"--out: expected a .json file, got {args.out}")
+    searches = args.method == "search"
+    for name, wrong in (
+        ("fit", searches),
+        ("bounds", not searches),
+        ("k_bounds", not searches),
+        ("cache", not searches),
+    ):
+        if wrong and getattr(args, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: not an option of --method {args.method}")
+    try:
+        model = models.load(args.model, args.device)
+        call = model.callable(args.label, args.guidance)
+        data = torch.from_numpy(images.load(args.data, model.shape, args.images))
+        make_table(args, model, scaling.constant(1.0))
+    except ImportError as error:
+        raise UsageError(
+            error if "pip" in str(error) else f"{error.name} is missing: pip install 'epskernels[models]'"
+        ) from error
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(error) from error
+
+    def sampler(scaling_):
+        return make_table(args, model, scaling_).to(args.device)
+
+    progress = not args.quiet
+    notes = _fitted_for(args) | {"method": args.method, "images": len(data), "data": str(args.data), "seed": args.seed}
+    if searches:
+        found = _search(args, model, call, sampler, data, progress)
+        fitted = found.scaling
+        notes |= {
+            "score": found.score,
+            "score without scaling": found.baseline,
+            "trials": [list(t) for t in found.trials],
+        }
+        print(
+            f"{fitted.label}: Frechet distance {found.score:.5g} of {args.samples} samples, {found.baseline:.5g} without"
+        )
+    else:
+        matched = calibrate.match_norms(call, sampler, data, seed=args.seed, batch=args.batch, progress=progress)
+        kind = args.fit or "array"
+        try:
+            fits = {name: calibrate.fit(matched.lambda_t, name, args.skip) for name in calibrate.FITS if len(data) > 2}
+            fitted = matched.scaling(kind, args.skip)
+        except ValueError as error:
+            raise UsageError(f"--fit, --skip: {error}") from error
+        notes |= {"lambda_t": matched.lambda_t.tolist(), "standard_error": matched.standard_error.tolist()}
+        for name, line in fits.items():
+            print(f"{name}: {', '.join(f'{c:.5g}' for c in line.coefficients)}; R^2 {line.r2:.3f}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    fitted.save(args.out, **notes)
+    print(f"wrote {args.out}")
+    if args.plots:
+        measured = exposure.measure(call, sampler(1.0), data, seed=args.seed, batch=args.batch, progress=progress)
+        measured.save(args.plots.with_name(f"{args.plots.name}.json"))
+        measured.plot(args.plots.with_name(f"{args.plots.name}.png"))
+        if not searches:
+            matched.plot(args.plots.with_name(f"{args.plots.name}-lambda.png"), args.fit, args.skip)
+        print(f"wrote {args.plots}.json and plots")
+
+
+def _search(args, model, call, sampler, data, progress):
+    """Trials by the distance of samples to the data, in the features of the digits' classifier."""
+    if tuple(model.shape) != (1, 28, 28):
+        raise UsageError(
+            f"--method: search measures in features of 28 x 28 digits, this model makes {model.shape}; use --method norms, or "
+            "epskernels.calibrate.search with a score of your own"
+        )
+    real, seeds = quality.digit_features(data), range(args.seed, args.seed + args.samples)
+
+    def score(candidate):
+        table = sampler(candidate)
+        batches = [seeds[first : first + args.batch] for first in range(0, len(seeds), args.batch)]
+        samples = torch.cat([sample(call, table, batch, model.shape).cpu() for batch in batches])
+        return quality.frechet(real, quality.digit_features(samples)) if samples.isfinite().all() else np.inf
+
+    bounds = args.bounds or (0.97, 1.03)
+    weights = _sha256(model.network.state_dict().values())
+    key = _digest({**_fitted_for(args), "samples": args.samples, "seed": args.seed, "weights": weights,
+                   "data": _sha256([data])})  # fmt: skip
+    options = {"trials": args.trials, "cache": args.cache, "key": key, "progress": progress}
+    try:
+        if args.k_bounds:
+            return calibrate.search(score, (args.k_bounds, bounds), steps=args.steps, **options)
+        return calibrate.search(score, bounds, **options)
+    except (ValueError, ImportError) as error:
+        raise UsageError(error) from error
+
+
 def _print_times(model_seconds, seconds):
     print(
         f"time in the model {model_seconds:.2f} s, in the step and the loop around it {seconds - model_seconds:.2f} s"
@@ -408,7 +583,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        {"info": run_info, "sample": run_sample}[args.command](args)
+        {"info": run_info, "sample": run_sample, "calibrate": run_calibrate}[args.command](args)
     except UsageError as error:
         print(f"epskernels {args.command}: {error}", file=sys.stderr)
         return 2

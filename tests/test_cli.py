@@ -11,7 +11,8 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from epskernels import cli, models
+import epskernels
+from epskernels import cli, exposure, models, samplers, scaling
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +193,91 @@ def test_bundled_digits_load_as_a_diffusers_pipeline():
         assert torch.equal(pipeline.unet(x, t).sample, model.callable()(x, t))
     alphas = torch.from_numpy(model.schedule.abar.copy())
     torch.testing.assert_close(pipeline.scheduler.alphas_cumprod.double(), alphas, rtol=1e-4, atol=1e-7)
+
+
+# ---- calibrate ----
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "images.npy"
+    np.save(path, np.random.default_rng(0).uniform(-1, 1, (12, 1, 8, 8)).astype(np.float32))
+    return str(path)
+
+
+def calibrate(*arguments):
+    return cli.main(["calibrate", "--quiet", *arguments])
+
+
+@pytest.mark.parametrize("fit", ["array", "linear"])
+def test_calibrates_and_samples_with_it(tiny, data, fit, tmp_path, capsys):
+    out, npz = tmp_path / "new" / "lambda.json", tmp_path / "samples.npz"
+    settings = ["--model", tiny["plain"], "--sampler", "ddim", "--steps", "4"]
+    arguments = ["--data", data, "--images", "8", "--fit", fit, "--out", str(out), "--plots", str(tmp_path / "bias")]
+    assert calibrate(*settings, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^(constant|linear|quadratic): .*R\^2", printed, re.M)) == 3
+    fitted, notes = scaling.load(out)
+    assert (notes["sampler"], notes["steps"], notes["images"], notes["method"]) == ("ddim", 4, 8, "norms")
+    if fit == "array":
+        assert fitted.values(4).tolist() == notes["lambda_t"]
+    assert all((tmp_path / name).stat().st_size for name in ("bias.json", "bias.png", "bias-lambda.png"))
+    assert exposure.Exposure.load(tmp_path / "bias.json").images == 8
+
+    assert run(*settings, "--seeds", "0-2", "--scaling", str(out), "--compare", "--out", str(npz)) == 0
+    captured = capsys.readouterr()
+    assert fit in captured.out and not captured.err
+    saved, model = np.load(npz), models.load(tiny["plain"])
+    table = samplers.ddim(model.schedule, 4, scaling=fitted, clip=model.clip)
+    expected = epskernels.sample(model.callable(), table, [0, 1, 2], model.shape)
+    assert np.array_equal(saved["samples"], expected.numpy()) and not np.array_equal(saved["samples"], saved["baseline"])
+
+
+def test_says_that_lambda_was_fitted_for_another_sampler(tiny, tmp_path, capsys):
+    scaling.constant(1.01).save(tmp_path / "lambda.json", sampler="ddim", steps=20)
+    arguments = ["--model", tiny["plain"], "--sampler", "ddpm", "--steps", "3", "--seeds", "0"]
+    assert run(*arguments, "--scaling", str(tmp_path / "lambda.json")) == 0
+    assert "was fitted for sampler ddim, here ddpm; steps 20, here 3: lambda need not transfer" in capsys.readouterr().err
+
+
+def test_searches_the_digits_by_trials(tmp_path, capsys):
+    out, cache, digits = tmp_path / "lambda.json", tmp_path / "trials.json", str(tmp_path / "digits.npy")
+    np.save(digits, np.random.default_rng(0).uniform(-1, 1, (20, 1, 28, 28)).astype(np.float32))
+    arguments = ["--sampler", "ddim", "--steps", "2", "--data", digits, "--images", "20", "--out", str(out),
+                 "--method", "search", "--trials", "3", "--samples", "4", "--cache", str(cache)]  # fmt: skip
+    assert calibrate(*arguments) == 0
+    fitted, notes = scaling.load(out)
+    assert fitted.spec["kind"] == "constant" and len(notes["trials"]) == 3
+    assert notes["score"] == min(score for _, _, score in notes["trials"])
+    assert notes["score without scaling"] == notes["trials"][0][2] and notes["trials"][0][:2] == [0, 1]
+    before = cache.read_bytes()
+    assert calibrate(*arguments, "--trials", "2") == 0 and cache.read_bytes() == before  # none was made again
+    assert calibrate(*arguments, "--trials", "2", "--k-bounds", "-0.01", "0.01", "--cache", str(tmp_path / "line")) == 0
+    assert scaling.load(out)[0].spec["kind"] in ("linear", "constant")
+    capsys.readouterr()
+    assert calibrate(*arguments, "--samples", "5") == 2
+    assert "begun with key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--images", "1"], "--images: expected at least 2"),
+        (["--images", "13"], "data: expected 13 images"),
+        (["--data", "nowhere"], "data: expected mnist, a .npy"),
+        (["--out", "lambda.txt"], "--out: expected a .json"),
+        (["--bounds", "0.9", "1.1"], "--bounds: not an option of --method norms"),
+        (["--method", "search", "--fit", "linear"], "--fit: not an option of --method search"),
+        (["--method", "search"], "--method: search measures in features of 28 x 28 digits"),
+        (["--sampler", "edm_euler", "--eta", "1"], "--eta: not an option of --sampler edm_euler"),
+        (["--fit", "quadratic", "--skip", "3"], "--fit, --skip: skip: expected 0 to"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_calibrate_refuses(arguments, message, tiny, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["--model", tiny["plain"], "--steps", "4", "--data", data, "--images", "8", "--out", "lambda.json"]
+    assert calibrate(*given, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

