@@ -9,6 +9,8 @@ WORKERS ?= 2
 SEEDS ?= 0-63
 STEPS ?= 20
 LAMBDA ?= 1.005
+# How long `make quality` works before it stops; it goes on from there.
+MINUTES ?= 60
 
 # What gpu-check runs with: the Python whose torch sees the GPU, and where its results go.
 GPU_PYTHON ?= $(shell for python in $(VENV)/bin/python python3; do \
@@ -23,7 +25,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: build sample test sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report train clean
+.PHONY: build sample test sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report quality \
+	quality-report quality-quick train clean
 
 build: $(READY)
 
@@ -69,6 +72,17 @@ bench-compare: $(READY)
 
 report: $(READY)
 	$(BIN)/python benchmarks/report.py $(RUN)
+
+# The digits model with and without Epsilon Scaling (docs/exposure.md): all of it, going on from runs/exposure; the page; and one
+# row of its table again, which must lie in the table's intervals.
+quality: $(READY)
+	$(BIN)/python experiments/exposure.py run --minutes $(MINUTES)
+
+quality-report: $(READY)
+	$(BIN)/python experiments/exposure.py report
+
+quality-quick: $(READY)
+	$(BIN)/python experiments/exposure.py quick
 
 train: $(READY)
 	$(BIN)/python examples/train_mnist.py --out runs/mnist

@@ -1,8 +1,9 @@
-"""lambda_t for a model and a sampler: from its norms, in one run, or by trials of any score.
+"""lambda_t for a model and a sampler: from its norms, in one run, by trials of any score, or by a gradient.
 
     match_norms   lambda_i = ||eps_sampling|| / ||eps_training|| at step i, the steps before it scaled already
     fit           that, or a measured norm gap, as a polynomial in i, with its R^2
     search        b, or (k, b) of lambda_i = k*i + b, by scipy.optimize over a score; cached, so that it can stop and go on
+    learn         by the gradient of a loss of the samples, through the whole sampler
 
 Each gives an EpsilonScaling. arXiv 2308.15321 fits the norm gap by a quadratic and takes a linear lambda; the last is its
 practice, trials by FID. It publishes neither as a program.
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from . import scaling
 from .exposure import STREAM_DATA, apply_row, batches, call_model, epsilon_norm, figures
-from .ops import normal
+from .ops import as_seeds, normal
 from .shards import write_whole
 
 FITS = {"constant": 0, "linear": 1, "quadratic": 2}
@@ -282,3 +283,65 @@ class _Trials:
                 text = json.dumps(self.saved, indent=1) + "\n"
                 write_whole(self.path, lambda file: file.write(text.encode()))
         return math.inf if self.scores[k, b] is None else self.scores[k, b]
+
+
+# ---- the gradient ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """What `learn` found: the scaling of the smallest loss, and the loss of each round, the first without scaling."""
+
+    scaling: scaling.EpsilonScaling
+    losses: tuple
+
+
+def learn(model, sampler, loss, seeds, shape, *, form="array", rounds=30, rate=3e-3, progress=False):
+    """The lambda_t that Adam finds for a loss of the samples, by the gradient through every step and model call: a Learned.
+
+    model: as in `sample`, differentiable in x. sampler: as in `match_norms`. loss: a function of the samples (B, *shape) that
+    returns a scalar tensor. seeds: of the samples, the same in every round, all in one batch, with the activations of a whole
+    trajectory in memory. form: "array", a lambda_t for each step, "constant", "linear" or "quadratic". rate: Adam's, of
+    lambda itself.
+    Raises ValueError naming the argument, also where the loss is not finite.
+    """
+    table, step_of_row = steps_of(sampler)
+    if form != "array" and form not in FITS:
+        raise ValueError(f"form: expected one of {('array', *FITS)}, got {form!r}")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 2 or not rate > 0:
+        raise ValueError(f"rounds, rate: expected at least 2 and a rate above 0, got {rounds!r}, {rate!r}")
+    steps, device = int(step_of_row.max()) + 1, table.device
+    i = torch.linspace(1, -1, steps, dtype=torch.float64, device=device) if steps > 1 else torch.zeros(1).double()
+    basis = torch.eye(steps, dtype=torch.float64, device=device)
+    if form != "array":
+        basis = torch.stack([i**power for power in range(FITS[form] + 1)], 1)
+    if table["alpha_in"][0] == 0:
+        if form != "array":
+            raise ValueError(f"form: expected 'array' where alpha is 0, and lambda can only be 1 there, got {form!r}")
+        basis = torch.cat([torch.zeros_like(basis[:1]), basis[1:]])
+    seeds = as_seeds(seeds, device)
+    weights = torch.zeros(basis.shape[1], dtype=torch.float64, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=rate)
+    losses, best = [], None
+    of_row = torch.from_numpy(step_of_row).to(device)
+    for _ in tqdm(range(rounds), desc=f"{table.name}, gradient", disable=not progress):
+        lambda_t = 1 + basis @ weights
+        rows = table.scaled_rows(lambda_t[of_row])
+        x, history, y = table.initial_sigma * normal(seeds, shape), (None, None), None
+        for row in range(len(table)):
+            output = call_model(model, table, row, x)
+            x, m0, y = apply_row(table, rows, row, x, output, seeds, history, y)
+            history = (m0, history[0]) if table.history else history
+        value = loss(x)
+        if not torch.isfinite(value):
+            raise ValueError(
+                f"loss: expected a finite number, got {value.item()} in round {len(losses)}; rate is {rate}"
+            )
+        if best is None or value.item() < min(losses):
+            best = lambda_t.detach().cpu().numpy()
+        losses.append(value.item())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    found = scaling.array(best, origin="noisiest") if form == "array" else fit(best, form).scaling
+    return Learned(found, tuple(losses))

@@ -312,11 +312,12 @@ def call_model(model, table, i, x):
     return _outputs(model(x if c_in == 1 else c_in * x, t), x, table)
 
 
-def apply_row(table, rows, i, x, output, seeds, history, y=None):
-    """(x', m0, y') of row i, for f, u and v of `call_model`. history: m1 and m2. y' is None where there is no second state."""
+def apply_row(table, rows, i, x, output, seeds, history, y=None, exact=False):
+    """(x', m0, y') of row i, for f, u and v of `call_model`. rows: the table's, or its `scaled_rows`. history: m1 and m2. y' is
+    None where there is no second state; exact: the rows are of `_Run`, which leave it out."""
     f, u, v = output
     inputs = {"u": u, "v": v, "m1": history[0], "m2": history[1], "seeds": seeds if table.needs_noise else None}
-    if rows is table.rows and table.second_state:
+    if table.second_state and not exact:
         return step(x, f, rows, i, **inputs, y=y, return_y=True)
     return *step(x, f, rows, i, **inputs, return_m0=True), None
 
@@ -389,7 +390,7 @@ class _Run:
         for i in range(len(table)):
             x = table["alpha_in"][i] * x_0 + table["sigma_in"][i] * eps
             output = call_model(self.model, table, i, x)
-            x_next, m0, _ = apply_row(table, self.rows, i, x, output, seeds, history)
+            x_next, m0, _ = apply_row(table, self.rows, i, x, output, seeds, history, exact=True)
             history = (m0, history[0]) if table.history else history
             error = m0 - x_0
             scalars = [

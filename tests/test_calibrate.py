@@ -115,8 +115,9 @@ def test_rows_of_a_heun_step_share_its_lambda():
     np.testing.assert_array_equal(scaled["lambda_t"], found.lambda_t[step_of_row])
 
 
-def test_history_is_carried():
-    sampler = lambda s: samplers.dpmpp_2m(COSINE, 5, scaling=s, spacing="trailing")  # noqa: E731
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
+def test_history_and_second_state_are_carried(name):
+    sampler = lambda s: samplers.SAMPLERS[name](COSINE, 5, scaling=s, spacing="trailing")  # noqa: E731
     found = calibrate.match_norms(linear_model, sampler, data(16))
     sampled = exposure.measure(linear_model, sampler(found.scaling()), data(16), parts=("training", "samples"))
     np.testing.assert_allclose(sampled.norm_gap, 1, rtol=1e-6)
@@ -185,6 +186,65 @@ def test_search_recovers_the_factor_of_a_network_that_predicts_too_much():
     assert found.scaling.values(1)[0] == pytest.approx(1.04, abs=0.015) and found.score < 0.2 * found.baseline
 
 
+# ---- the gradient ----
+
+
+def exact(x, t):
+    """The exact eps for `data`."""
+    return linear_model(x, t) / 1.04
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "edm_euler"])
+def test_learn_recovers_a_planted_uniform_lambda(name):
+    """From samples alone: eps comes out 1.04 times too large, and the loss is the distance from what it should give."""
+    expected = epskernels.sample(exact, SAMPLERS[name](1.0), range(8), SHAPE)
+    loss = lambda x: (x - expected).square().mean()  # noqa: E731
+    found = calibrate.learn(linear_model, SAMPLERS[name], loss, range(8), SHAPE, form="constant", rounds=60)
+    assert found.scaling.values(1)[0] == pytest.approx(1.04, abs=2e-3)
+    assert len(found.losses) == 60 and min(found.losses) < 0.01 * found.losses[0]
+
+
+def test_learn_recovers_a_planted_line_and_array():
+    planted = scaling.linear(0.008, 1.01, origin="cleanest").values(6)
+    timesteps = SAMPLERS["ddim"](1.0)["t"]
+
+    def model(x, t):
+        return planted[int(np.flatnonzero(timesteps == t[0].item())[0])] * exact(x, t)
+
+    states = []
+    keep = lambda i, x, m0: states.append(x.clone())  # noqa: E731
+    epskernels.sample(exact, SAMPLERS["ddim"](1.0), range(8), SHAPE, callback=keep)
+    loss = lambda x: (x - states[-1]).square().mean()  # noqa: E731
+    line = calibrate.learn(model, SAMPLERS["ddim"], loss, range(8), SHAPE, form="linear", rounds=80)
+    assert min(line.losses) < 1e-3 * line.losses[0] and line.scaling.spec["kind"] == "linear"
+    free = calibrate.learn(model, SAMPLERS["ddim"], loss, range(8), SHAPE, rounds=80)
+    assert min(free.losses) < 1e-3 * free.losses[0] and free.scaling.spec["kind"] == "array"
+    # What is learned is what the sampler does with it.
+    scaled = epskernels.sample(model, SAMPLERS["ddim"](free.scaling), range(8), SHAPE)
+    assert loss(scaled).item() == pytest.approx(min(free.losses), rel=1e-3, abs=1e-9)
+
+
+def test_learn_through_heun_history_and_a_second_state():
+    for sampler in (
+        lambda s: samplers.edm_heun(KARRAS, 3, scaling=s, prediction="epsilon"),
+        lambda s: samplers.dpmpp_2m(COSINE, 4, scaling=s, spacing="trailing"),
+        lambda s: samplers.unipc(COSINE, 4, scaling=s, spacing="trailing"),
+    ):
+        expected = epskernels.sample(exact, sampler(1.0), range(4), SHAPE)
+        loss = lambda x, expected=expected: (x - expected).square().mean()  # noqa: E731
+        found = calibrate.learn(linear_model, sampler, loss, range(4), SHAPE, form="constant", rounds=60)
+        assert found.scaling.values(1)[0] == pytest.approx(1.04, abs=4e-3)
+
+
+def test_learn_leaves_lambda_where_alpha_is_zero():
+    path = schedule.linear().zero_terminal_snr()
+    sampler = lambda s: samplers.ddim(path, 4, scaling=s, prediction="v_prediction", spacing="trailing")  # noqa: E731
+    found = calibrate.learn(linear_model, sampler, lambda x: x.square().mean(), range(4), SHAPE, rounds=5)
+    assert found.scaling.values(4)[0] == 1 and (found.scaling.values(4)[1:] != 1).all()
+    with pytest.raises(ValueError, match="form: expected 'array' where alpha is 0"):
+        calibrate.learn(linear_model, sampler, lambda x: x.mean(), range(4), SHAPE, form="constant")
+
+
 def test_no_scaling_is_a_trial():
     found = calibrate.search(distance(1.0), (1.01, 1.05), trials=4)
     assert found.scaling.values(1)[0] == 1 and found.score == found.baseline == 0
@@ -228,6 +288,9 @@ def test_a_score_that_is_not_finite_is_the_worst(tmp_path):
         (lambda: calibrate.search(abs, (1.0, 0.9)), "bounds: expected"),
         (lambda: calibrate.search(abs, ((0, 1), (1, 2))), "steps: expected an integer of at least 2"),
         (lambda: calibrate.search(abs, (0.9, 1.0), trials=1), "trials: expected an integer of at least 2, got 1"),
+        (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], torch.sum, [1], SHAPE, form="cubic"), "form: expected one of"),
+        (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], torch.sum, [1], SHAPE, rounds=1), "rounds, rate: expected"),
+        (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], lambda x: x.sum() * math.inf, [1], SHAPE), "loss: expected a"),
         (lambda: calibrate.match_norms(linear_model, SAMPLERS["ddim"], data(1)), "images: expected at least two, got 1"),
         (lambda: calibrate.match_norms(linear_model, SAMPLERS["ddim"], data(4), batch=0), "batch: expected an integer"),
         (lambda: calibrate.match_norms(linear_model, lambda s: SAMPLERS["ddim"](1.1), data(4)), "sampler: expected one whose"),

@@ -222,6 +222,20 @@ def test_naive_two_pass(name):
     np.testing.assert_array_equal(found.norm_gap, found.norm_samples / found.norm_training)
 
 
+def test_a_second_state_is_carried_down_the_chain():
+    """UniPC: samples and chain as sample() makes them; one step from an exact state is not defined, its m0 is."""
+    table, data = samplers.unipc(COSINE, 6, spacing="trailing"), images(9)
+    found = exposure.measure(wavy_for(table), table, data, batch=4)
+    assert table.second_state and np.isnan(found.std_single).all() and np.isfinite(found.error).all()
+    eps = epskernels.normal(range(9), SHAPE, stream=exposure.STREAM_DATA)
+    start, states = table["alpha_in"][0] * data + table["sigma_in"][0] * eps, []
+    keep = lambda i, x, m0: states.append(x.double().numpy().copy())  # noqa: E731
+    epskernels.sample(wavy_for(table), table, range(9), SHAPE, start=start, callback=keep)
+    for i, x in enumerate(states):
+        residual = x - table["alpha_out"][i] * data.double().numpy()
+        assert found.std_chain[i] == pytest.approx(residual.std(0, ddof=1).mean(), rel=1e-9)
+
+
 def wavy_for(table):
     return wavy if table.learned_variance else lambda x, t: wavy(x, t)[:, :1].contiguous()
 
@@ -349,7 +363,10 @@ def test_plot(suffix, tmp_path):
         ({"batch": 0}, "batch: expected an integer of at least 1, got 0"),
         ({"images": images(1)}, "images: expected at least two, got 1"),
         ({"images": []}, "images: expected at least two, got 0"),
-        ({"images": torch.zeros(4, *SHAPE, dtype=torch.uint8)}, "images: expected floating point images, got torch.uint8"),
+        (
+            {"images": torch.zeros(4, *SHAPE, dtype=torch.uint8)},
+            "images: expected floating point images, got torch.uint8",
+        ),
         ({"images": [torch.zeros(1, 2, 2), torch.zeros(1, 3, 3)]}, "images: expected one shape"),
         ({"images": [torch.zeros(1, 2, 2)] * 2 + [torch.zeros(1, 3, 3)], "batch": 2}, "images: expected shape"),
     ],
