@@ -485,7 +485,8 @@ def run_calibrate(args):
         matched = calibrate.match_norms(call, sampler, data, seed=args.seed, batch=args.batch, progress=progress)
         kind = args.fit or "array"
         try:
-            fits = {name: calibrate.fit(matched.lambda_t, name, args.skip) for name in calibrate.FITS if len(data) > 2}
+            possible = [name for name, degree in calibrate.FITS.items() if degree < len(matched.lambda_t) - args.skip]
+            fits = {name: calibrate.fit(matched.lambda_t, name, args.skip) for name in possible}
             fitted = matched.scaling(kind, args.skip)
         except ValueError as error:
             raise UsageError(f"--fit, --skip: {error}") from error

@@ -31,7 +31,15 @@ CALIBRATION = 256  # images, for norms and exposure bias
 SELECT, SELECT_SEED = 500, 100_000  # samples of a trial, and where their seeds begin
 REPORT_SEED = 0
 ROUNDS = (1000, 2000, 5000)  # samples in the table: all settings get the first number before one gets the second
-GRID = (1.0, 0.99, 1.01, 0.98, 1.02, 0.995, 1.005, 0.97, 0.96)
+GRID = (
+    1.0,
+    0.98,
+    0.99,
+    1.01,
+    1.02,
+)  # of b; then 0.01 farther while the best is at an end, then 0.005 to both of its sides
+STRIDE = 1000
+RESAMPLES = 200
 QUICK = ("ddpm", 10, 1000)
 
 
@@ -73,6 +81,7 @@ class Setting:
     def __init__(self, name, steps, model, deadline=float("inf")):
         self.name, self.steps, self.model, self.deadline = name, steps, model, deadline
         self.title = f"{name}-{steps}"
+        self.skip = steps // 4  # cleanest steps that the fits leave out: the paper's 5 of 20
         self.folder = CACHE / self.title
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -123,55 +132,73 @@ class Setting:
         return np.concatenate(chunks)
 
     def sweep(self, real, compute=True):
-        """{b: Frechet distance of the selection's samples}, over as much of GRID as there is."""
+        """({b: Frechet distance of the selection's samples}, whether all that the sweep asks for is there)."""
         found = {}
-        for b in GRID:
-            features = self.features(scaling.constant(b), SELECT_SEED, SELECT, compute)
-            if features is not None:
+
+        def there(b):
+            b = round(b, 4)
+            if b not in found:
+                features = self.features(scaling.constant(b), SELECT_SEED, SELECT, compute)
+                if features is None:
+                    return False
                 found[b] = quality.frechet(real, features)
-        return found
+            return True
+
+        for b in GRID:
+            if not there(b):
+                return found, False
+        while 0.9 < (best := min(found, key=found.get)) < 1.1 and best in (min(found), max(found)):
+            if not there(best + (0.01 if best > 1 else -0.01)):
+                return found, False
+        return found, there(best - 0.005) and there(best + 0.005)
 
     def candidates(self, real, compute=True):
         """The scalings of the table's row, by name; None where the selection is not done."""
-        sweep = self.sweep(real, compute)
-        if len(sweep) < len(GRID) or not (RESULTS / f"{self.title}-lambda.json").exists():
-            if not compute:
-                return None
+        sweep, complete = self.sweep(real, compute)
+        if not compute and not (complete and (RESULTS / f"{self.title}-lambda.json").exists()):
+            return None
         matched, notes = self.matched()
-        line = calibrate.fit(notes["lambda_t"], "linear").scaling
-        return {"baseline": scaling.constant(1.0), "uniform": scaling.constant(min(sweep, key=sweep.get)),
-                "norm-matched": matched, "linear": line}  # fmt: skip
+        found = {"baseline": scaling.constant(1.0), "uniform": scaling.constant(min(sweep, key=sweep.get)),
+                 "norm-matched": matched}  # fmt: skip
+        line = calibrate.fit(notes["lambda_t"], "linear", self.skip)
+        if (line(np.arange(self.steps)) > 0).all():  # no lambda otherwise
+            found["linear"] = line.scaling
+        return found
 
     def work(self, real, samples):
         """All that the row of so many samples needs."""
         self.measured("baseline", scaling.constant(1.0))
         candidates = self.candidates(real)
-        for start in range(0, samples, 1000):  # all candidates come as far before one goes on
+        for start in range(0, samples, STRIDE):  # all candidates come as far before one goes on
             for s in candidates.values():
-                self.features(s, REPORT_SEED + start, 1000)
+                self.features(s, REPORT_SEED + start, STRIDE)
         for name in ("uniform", "norm-matched"):
             self.measured(name, candidates[name])
 
-    def result(self, real):
-        """The row: from what is in the cache."""
-        sweep = self.sweep(real, compute=False)
+    def result(self, real, before):
+        """The row: from what is in the cache, and what was compared before."""
+        sweep, _ = self.sweep(real, compute=False)
         candidates = self.candidates(real, compute=False)
-        row = {"sampler": self.name, "steps": self.steps, "calls": len(self.sampler(1.0)), "sweep": sweep}
+        row = {"sampler": self.name, "steps": self.steps, "calls": len(self.sampler(1.0))}
+        row["sweep"] = {f"{b:g}": distance for b, distance in sweep.items()}
         if candidates is None:
-            return row if sweep else None
+            return before or (row if sweep else None)  # perhaps from another machine's cache
         lambdas = {name: s.values(self.steps).tolist() for name, s in candidates.items()}
         row["lambda"] = {
             name: values[0] if name in ("baseline", "uniform") else values for name, values in lambdas.items()
         }
         matched = json.loads((RESULTS / f"{self.title}-lambda.json").read_text())["notes"]["lambda_t"]
         row["fits"] = {kind: {"coefficients": found.coefficients, "r2": found.r2 if np.isfinite(found.r2) else None}
-                       for kind in calibrate.FITS for found in [calibrate.fit(matched, kind)]}  # fmt: skip
-        row["tables"] = {}
+                       for kind in calibrate.FITS for found in [calibrate.fit(matched, kind, self.skip)]}  # fmt: skip
+        same = before is not None and before.get("lambda") == row["lambda"]
+        row["tables"] = dict(before["tables"]) if same else {}
         for count in ROUNDS:
+            if str(count) in row["tables"]:
+                continue
             sets = {name: self.features(s, REPORT_SEED, count, compute=False) for name, s in candidates.items()}
             if all(features is not None for features in sets.values()):
-                found = quality.compare(real, sets)
-                row["tables"][count] = {
+                found = quality.compare(real, sets, resamples=RESAMPLES)
+                row["tables"][str(count)] = {
                     name: {key: [e.value, e.low, e.high] for key, e in each.items()} for name, each in found.items()
                 }
         return row
@@ -204,14 +231,26 @@ def settings(deadline=float("inf")):
     return [Setting(name, steps, model, deadline) for name, steps in SETTINGS]
 
 
+@functools.cache
+def noise_floor():
+    """{standard deviation: Frechet distance between 1,000 real digits and 1,000 others with such noise}."""
+    digits, noise = images.load("mnist", (1, 28, 28)), epskernels.normal(range(1000), (1, 28, 28)).numpy()
+    first, others = quality.digit_features(digits[::5]), digits[4::5]
+    return {
+        f"{size:g}": quality.frechet(first, quality.digit_features(others + size * noise)) for size in (0, 0.02, 0.05)
+    }
+
+
 def write_results(real):
-    rows = [row for setting in settings() if (row := setting.result(real))]
-    for row in rows:
-        row["sweep"] = {f"{b:g}": distance for b, distance in row["sweep"].items()}
-    saved = {"classifier": "epskernels/digits/classifier.npz", "select": [SELECT_SEED, SELECT], "report": REPORT_SEED,
-             "torch": torch.__version__, "epskernels": epskernels.__version__, "rows": rows}  # fmt: skip
+    path, classifier = RESULTS / "exposure.json", hashlib.sha256(quality.WEIGHTS.read_bytes()).hexdigest()
+    before = json.loads(path.read_text()) if path.exists() else {}
+    known = before.get("rows", []) if before.get("classifier") == classifier else []
+    known = {(row["sampler"], row["steps"]): row for row in known}
+    rows = [row for s in settings() if (row := s.result(real, known.get((s.name, s.steps))))]
+    saved = {"classifier": classifier, "resamples": RESAMPLES, "select": [SELECT_SEED, SELECT], "report": REPORT_SEED,
+             "torch": torch.__version__, "epskernels": epskernels.__version__, "noise": noise_floor(), "rows": rows}  # fmt: skip
     text = json.dumps(saved, indent=1, allow_nan=False) + "\n"
-    write_whole(RESULTS / "exposure.json", lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def run(minutes):
@@ -233,7 +272,7 @@ def status():
     for setting in settings():
         candidates = setting.candidates(real, compute=False)
         if candidates is None:
-            print(f"{setting.title}: sweep of {len(setting.sweep(real, compute=False))} of {len(GRID)}")
+            print(f"{setting.title}: {len(setting.sweep(real, compute=False)[0])} of the sweep")
             continue
         counts = {name: sum(setting.features(s, start, CHUNK, compute=False) is not None for start in range(0, 5000, CHUNK))
                   for name, s in candidates.items()}  # fmt: skip
@@ -254,7 +293,7 @@ def quick():
             seeds = range(REPORT_SEED + start, REPORT_SEED + start + CHUNK)
             samples.append(epskernels.sample(setting._call, setting.sampler(value), seeds, setting.model.shape))
         sets[key] = quality.digit_features(to_bytes(torch.cat(samples)).astype(np.float32) / 127.5 - 1)
-    found = quality.compare(real, sets, k=None)
+    found = quality.compare(real, sets, k=None, resamples=RESAMPLES)
     print(f"{setting.title}, {count} samples, {time.monotonic() - started:.0f} s; the table's in brackets")
     failed = False
     for key, measure in (("baseline", "frechet"), ("uniform", "frechet"), ("uniform", "frechet_difference")):

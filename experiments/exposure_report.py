@@ -32,7 +32,8 @@ def distances(rows):
     for row in rows:
         count, table = largest(row)
         if table:
-            cells = [change(table[name]["frechet_difference"]) for name in ("uniform", "norm-matched", "linear")]
+            names = ("uniform", "norm-matched", "linear")
+            cells = [change(table[name]["frechet_difference"]) if name in table else "not above 0" for name in names]
             b = row["lambda"]["uniform"]
             if b == 1:
                 cells[0] = "as baseline"
@@ -68,12 +69,12 @@ def sweeps(rows):
 
 
 def fits(rows):
-    yield "| sampler, T' | lambda_t by norms: noisiest step, middle, cleanest | linear k, b, R^2 | quadratic R^2 |"
+    yield "| sampler, T' | lambda_t by norms: noisiest step, middle, second, cleanest | linear k, b, R^2 | quadratic R^2 |"
     yield "|---|---|---|---|"
     for row in rows:
         if "fits" in row:
             matched = row["lambda"]["norm-matched"]
-            shown = ", ".join(f"{matched[i]:.4f}" for i in (0, len(matched) // 2, -1))
+            shown = ", ".join(f"{matched[i]:.4f}" for i in (0, len(matched) // 2, -2, -1))
             line, curve = row["fits"]["linear"], row["fits"]["quadratic"]
             k, b = line["coefficients"]
             r2 = f"{k:.5f}, {b:.4f}, {line['r2']:.2f}"
@@ -159,11 +160,13 @@ def report(saved, results, docs):
                 measured[row["sampler"], row["steps"], name] = Exposure.load(path)
     names = draw(rows, measured, docs / "exposure")
     first = next(iter(measured.values()))
+    floor = "; ".join(f"{float(size):g}: {distance:.2f}" for size, distance in saved["noise"].items())
     parts = [
+        f"Between 1,000 real digits and 1,000 others, with noise of that standard deviation on the others: {floor}.",
         "## Frechet distance, and its change by lambda", "\n".join(distances(rows)),
         "## Precision and recall", "\n".join(precision_recall(rows)),
         f"## The sweep, over {saved['select'][1]} samples from seed {saved['select'][0]} on", "\n".join(sweeps(rows)),
-        "## lambda_t by norms, and its fits", "\n".join(fits(rows)),
+        "## lambda_t by norms, and its fits without the cleanest quarter of the steps", "\n".join(fits(rows)),
         "## Norm gap and delta_t", "\n".join(bias(measured)), *(f"![{name}](exposure/{name})" for name in names),
         f"## The closed form: variance after one step, {first.sampler}, {first.images} images", "\n".join(closed_form(first)),
     ]  # fmt: skip

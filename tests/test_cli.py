@@ -233,6 +233,12 @@ def test_calibrates_and_samples_with_it(tiny, data, fit, tmp_path, capsys):
     assert np.array_equal(saved["samples"], expected.numpy()) and not np.array_equal(saved["samples"], saved["baseline"])
 
 
+def test_calibrates_fewer_steps_than_a_quadratic_has_coefficients(tiny, data, tmp_path, capsys):
+    arguments = ["--model", tiny["plain"], "--data", data, "--images", "4", "--out", str(tmp_path / "lambda.json")]
+    assert calibrate(*arguments, "--steps", "2") == 0
+    assert re.findall(r"^(\w+): .*R\^2", capsys.readouterr().out, re.M) == ["constant", "linear"]
+
+
 def test_says_that_lambda_was_fitted_for_another_sampler(tiny, tmp_path, capsys):
     scaling.constant(1.01).save(tmp_path / "lambda.json", sampler="ddim", steps=20)
     arguments = ["--model", tiny["plain"], "--sampler", "ddpm", "--steps", "3", "--seeds", "0"]
