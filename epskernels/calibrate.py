@@ -311,7 +311,11 @@ def learn(model, sampler, loss, seeds, shape, *, form="array", rounds=30, rate=3
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 2 or not rate > 0:
         raise ValueError(f"rounds, rate: expected at least 2 and a rate above 0, got {rounds!r}, {rate!r}")
     steps, device = int(step_of_row.max()) + 1, table.device
-    i = torch.linspace(1, -1, steps, dtype=torch.float64, device=device) if steps > 1 else torch.zeros(1).double()
+    i = (
+        torch.linspace(1, -1, steps, dtype=torch.float64, device=device)
+        if steps > 1
+        else torch.zeros(1, dtype=torch.float64, device=device)
+    )
     basis = torch.eye(steps, dtype=torch.float64, device=device)
     if form != "array":
         basis = torch.stack([i**power for power in range(FITS[form] + 1)], 1)

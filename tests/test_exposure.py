@@ -149,6 +149,28 @@ def test_closed_form_of_an_exact_denoiser_and_noise(table):
     assert alpha.min() > 0
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        samplers.ddpm(COSINE, 8, scaling=1.1), samplers.ddim(COSINE, 8, scaling=0.9, eta=0.7),
+        samplers.ddim(COSINE, 8, direction="unscaled", scaling=1.1),
+        samplers.ddim(COSINE, 8, direction="unscaled", prediction="v_prediction", scaling=0.9, eta=0.5),
+        samplers.edm_euler(KARRAS, 8, scaling=1.1, S_churn=1),
+    ],
+    ids=["ddpm", "ddim", "ddim-unscaled", "ddim-unscaled-v", "edm_euler"],
+)  # fmt: skip
+def test_closed_form_is_exact(table):
+    """An error of x_0 that is part of eps and part fresh noise w: the row applied to the coefficients of eps and of w."""
+    c = {name: table[name] for name in ("d_x", "d_f", "c_x", "c_f", "c_m0", "c_noise", "f_x0", "f_eps")}
+    alpha, sigma, of_eps, of_w = table["alpha_in"], table["sigma_in"], 0.3, 0.2
+    error_to_f = -(alpha * c["f_eps"] - sigma * c["f_x0"]) / sigma
+    f = c["f_eps"] + error_to_f * of_eps, error_to_f * of_w
+    m0 = c["d_x"] * sigma + c["d_f"] * f[0], c["d_f"] * f[1]
+    x = c["c_x"] * sigma + c["c_f"] * f[0] + c["c_m0"] * m0[0], c["c_f"] * f[1] + c["c_m0"] * m0[1]
+    expected = x[0] ** 2 + x[1] ** 2 + c["c_noise"] ** 2
+    np.testing.assert_allclose(exposure.closed_form(table, np.hypot(*m0), m0[0]), expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["edm_heun", "dpmpp_2m"])
 def test_no_closed_form_where_history_is_read(name):
     table = TABLES[name]

@@ -103,6 +103,16 @@ def test_intervals_cover_and_pairs_gain():
     assert max(gains) < 0.5
 
 
+def test_interval_is_free_of_the_bootstraps_own_bias():
+    """Few samples of many features: every drawn set is farther away than the set itself, and the interval is still about it."""
+    real, samples = draw(60, 30, 1), draw(60, 30, 2)
+    found = quality.compare(real, {"a": samples}, k=None, resamples=100)["a"]["frechet"]
+    rng = np.random.default_rng(0)
+    drawn = [quality.frechet(real[rng.integers(0, 60, 60)], samples[rng.integers(0, 60, 60)]) for _ in range(30)]
+    assert min(drawn) > found.high > found.value > found.low
+    assert found.high - found.low == pytest.approx(4 * np.std(drawn), rel=0.5)
+
+
 def test_interval_is_about_the_value_and_seeded():
     arguments = {"real": draw(200), "sets": {"a": draw(100, seed=1), "b": draw(100, seed=2, shift=1)}, "resamples": 50}
     one, two = quality.compare(**arguments), quality.compare(**arguments)
