@@ -172,10 +172,14 @@ class Exposure:
         for name, marker in (("delta_chain", "o"), ("delta_single", "s")):
             axes[1].plot(i, getattr(self, name), marker=marker, markersize=3, label=name.replace("_", ", "))
         axes[1].set(title="variance error delta_t", yscale="log")
-        for name, line in (("single", "o"), ("paper", "--"), ("closed", "-")):
+        for name, line, said in (
+            ("single", "o", "measured"),
+            ("paper", "--", "closed form, independent error"),
+            ("closed", "-", "closed form, measured covariance"),
+        ):
             excess = getattr(self, f"variance_{name}") - self.sigma_out**2
-            axes[2].plot(i, excess, line, markersize=3, label={"single": "measured"}.get(name, f"closed form, {name}"))
-        axes[2].set(title="variance after one step, less sigma^2", yscale="symlog")
+            axes[2].plot(i, excess, line, markersize=3, label=said)
+        axes[2].set(title="variance after one step, less sigma^2")
         axes[2].set_yscale("symlog", linthresh=1e-5)
         for axis in axes:
             axis.set_xlabel("row, the noisiest first")
