@@ -7,6 +7,7 @@ there is one.
 """
 
 import argparse
+import collections
 
 import harness
 
@@ -53,8 +54,8 @@ def main():
                 f"{row['ratio']:.3f} [{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]" for row in (before, after)
             ]
             print(f"{said.upper():<7} {title:<90} {spans[0]} -> {spans[1]}")
-    for key in lacking:
-        print("in one run only: " + ", ".join(key))
+    for group, count in sorted(collections.Counter(group for group, *_ in lacking).items()):
+        print(f"in one run only: {count} rows of {group}")
     counts = {said: sum(row[2] == said for row in rows) for said in ("slower", "faster", "same")}
     agree = sum(overlap(before, after) for before, after, _ in rows)
     print(

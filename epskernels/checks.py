@@ -38,11 +38,15 @@ def _check_dense(name, tensor):
         fail(f"{name}: expected a dense tensor, got {layout}")
 
 
+def _check_device(name, tensor, other, other_name="x"):
+    if tensor.device != other.device:
+        fail(f"{name}: expected a tensor on {other.device}, as {other_name} is, got one on {tensor.device}")
+
+
 def _check_like(name, tensor, other_name, other, dtype=True):
     if tensor is None:
         return
-    if tensor.device != other.device:
-        fail(f"{name}: expected a tensor on {other.device}, as {other_name} is, got one on {tensor.device}")
+    _check_device(name, tensor, other, other_name)
     if tensor.shape != other.shape:
         fail(f"{name}: expected shape {shape_of(other)} as {other_name} has, got {shape_of(tensor)}")
     if dtype and tensor.dtype != other.dtype:
@@ -50,8 +54,7 @@ def _check_like(name, tensor, other_name, other, dtype=True):
 
 
 def _check_integers(name, tensor, may_be_scalar, x):
-    if tensor.device != x.device:
-        fail(f"{name}: expected a tensor on {x.device}, as x is, got one on {tensor.device}")
+    _check_device(name, tensor, x)
     if tensor.dtype != torch.int64:
         fail(f"{name}: expected dtype int64, got {dtype_name(tensor)}")
     if not (may_be_scalar and tensor.dim() == 0) and tensor.shape != x.shape[:1]:
@@ -62,8 +65,7 @@ def _check_floats(name, tensor, x):
     """One number for each sample."""
     if tensor is None:
         return
-    if tensor.device != x.device:
-        fail(f"{name}: expected a tensor on {x.device}, as x is, got one on {tensor.device}")
+    _check_device(name, tensor, x)
     if tensor.dtype != torch.float32:
         fail(f"{name}: expected dtype float32, got {dtype_name(tensor)}")
     if tuple(tensor.shape) != (x.shape[0],):
@@ -95,8 +97,7 @@ def check_step(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, n
         _check_like(name, tensor, "f", f)
     for name, tensor in (("m1", m1), ("m2", m2), ("y", y), ("grad", grad), ("noise", noise)):
         _check_like(name, tensor, "x", x)
-    if rows.device != x.device:
-        fail(f"rows: expected a tensor on {x.device}, as x is, got one on {rows.device}")
+    _check_device("rows", rows, x)
     if rows.dtype != torch.float32:
         fail(f"rows: expected dtype float32, got {dtype_name(rows)}")
     if rows.dim() != 2 or rows.shape[1] != len(COLUMNS) or rows.shape[0] < 1:
@@ -190,8 +191,7 @@ def check_outputs_like(x, f, outputs):
 
 
 def _check_model_input(model_input, x, f):
-    if model_input.device != x.device:
-        fail(f"model_input: expected a tensor on {x.device}, as x is, got one on {model_input.device}")
+    _check_device("model_input", model_input, x)
     if (
         model_input.dim() != x.dim()
         or model_input.shape[1:] != x.shape[1:]

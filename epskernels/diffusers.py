@@ -109,16 +109,21 @@ class Plan:
 class _Plans:
     """The plans made of one schedule, by the options of step and the device; other arrays mean that the schedule is another.
 
-    host: the timesteps as numbers; rank: where each is; at, size: their address and element; input_scale: scale_model_input's.
+    host: the timesteps as numbers; rank: where each is; at: the same by their addresses; input_scale: scale_model_input's.
     """
 
-    __slots__ = ("timesteps", "sigmas", "host", "rank", "at", "size", "input_scale", "made", "last")
+    __slots__ = ("timesteps", "sigmas", "host", "rank", "at", "input_scale", "made", "last")
 
     def __init__(self, timesteps, sigmas):
         self.timesteps, self.sigmas, self.made, self.last = timesteps, sigmas, {}, (None, None, None)
         self.host = timesteps.tolist()
         self.rank = {t: i for i, t in reversed(list(enumerate(self.host)))}
-        self.at, self.size = timesteps.data_ptr(), timesteps.element_size()
+        apart = timesteps.stride(0) * timesteps.element_size()
+        self.at = {timesteps.data_ptr() + i * apart: i for i in reversed(range(len(self.host)))}
+
+    def __reduce__(self):
+        """To None: a deep copy of a scheduler, or one from a pickle, has its timesteps elsewhere, and makes its own plans."""
+        return type(None), ()
 
 
 class _Fused:
@@ -248,9 +253,8 @@ class _Fused:
         """The index of a timestep in self.timesteps, or None. A view into it is recognised by its address, without reading it."""
         kept = self._plans
         if isinstance(timestep, torch.Tensor):
-            offset = timestep.data_ptr() - kept.at
-            if 0 <= offset < len(kept.host) * kept.size and timestep.numel():
-                return offset // kept.size
+            if (i := kept.at.get(timestep.data_ptr())) is not None and timestep.numel():
+                return i
             if timestep.numel() != 1:
                 return None
             if timestep.device.type != "cpu":

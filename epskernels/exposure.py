@@ -24,7 +24,7 @@ from .guidance import moments
 from .ops import normal, step
 from .sample import _outputs
 from .shards import write_whole
-from .table import COLUMNS
+from .table import check_one_sampler, denoising_rows
 
 FORMAT = 1
 PARTS = ("training", "chain", "samples")
@@ -230,8 +230,7 @@ def measure(
     goes on gives the bits of one that never stopped. key: whatever tells this model from others, kept with the state.
     Raises ValueError naming the argument; also for a state of other settings or images.
     """
-    if len(table.parts) != 1:
-        raise ValueError(f"table: expected one sampler's, got {len(table.parts)} concatenated: {table.name}")
+    check_one_sampler(table)
     if not parts or set(parts) - set(PARTS):
         raise ValueError(f"parts: expected some of {PARTS}, got {parts!r}")
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
@@ -347,11 +346,7 @@ class _Run:
         self.pixels = {name: Moments(rows, shape, table.device) for name in _PIXELS}
         self.scalars = {part: Moments(rows, (len(names),)) for part, names in _SCALARS.items()}
         # A second state has no training value: one step from an exact x is then m0 alone.
-        self.rows = table.rows
-        if table.second_state:
-            kept = [COLUMNS.index(name) for name in ("d_x", "d_f", "clip", "g", "guided_channels")]
-            self.rows = torch.zeros_like(table.rows)
-            self.rows[:, kept] = table.rows[:, kept]
+        self.rows = denoising_rows(table.rows) if table.second_state else table.rows
 
     def _all(self):
         return {f"pixels_{name}": m for name, m in self.pixels.items()} | {

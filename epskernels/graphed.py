@@ -12,6 +12,7 @@ import torch
 from .checks import DTYPES
 from .ops import as_seeds, normal, step
 from .sample import _outputs
+from .table import check_one_sampler
 
 
 class GraphedSampler:
@@ -42,8 +43,7 @@ class GraphedSampler:
         whole=True,
         device=None,
     ):
-        if len(table.parts) != 1:
-            raise ValueError(f"table: expected one sampler's, got {len(table.parts)} concatenated: {table.name}")
+        check_one_sampler(table)
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
         for name, value in (("dtype", dtype), ("model_dtype", model_dtype or dtype)):

@@ -12,7 +12,7 @@ import torch
 
 from .checks import fail
 from .ops import step
-from .table import COLUMNS, Table
+from .table import COLUMNS, Table, denoising_rows
 
 
 def moments(f, u=None, table=None, index=None):
@@ -79,7 +79,4 @@ def abs_m0(x, f, table, index, *, u=None, rescale=None):
     rows = table.rows if isinstance(table, Table) else table
     if not isinstance(rows, torch.Tensor) or rows.dim() != 2 or rows.shape[1] != len(COLUMNS):
         fail(f"rows: expected shape (R, {len(COLUMNS)}), got {getattr(rows, 'shape', rows)}")
-    kept = [COLUMNS.index(name) for name in ("d_x", "d_f", "clip", "g", "guided_channels")]
-    denoising = torch.zeros_like(rows)
-    denoising[:, kept] = rows[:, kept]
-    return step(x.float(), f, denoising, index, u=u, rescale=rescale, return_m0=True)[1].abs()
+    return step(x.float(), f, denoising_rows(rows), index, u=u, rescale=rescale, return_m0=True)[1].abs()

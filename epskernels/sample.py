@@ -7,6 +7,7 @@ from torch.compiler import is_dynamo_compiling
 from tqdm.auto import tqdm
 
 from .ops import as_seeds, normal, step
+from .table import check_one_sampler
 
 
 @torch.no_grad()
@@ -35,8 +36,7 @@ def sample(
     Raises ValueError for a table of several samplers, a start of another shape, a model output without the second half that the
     table needs, or a cond_fn that the table cannot use; RuntimeError from the step for other mismatches.
     """
-    if len(table.parts) != 1:
-        raise ValueError(f"table: expected one sampler's, got {len(table.parts)} concatenated: {table.name}")
+    check_one_sampler(table)
     if cond_fn is not None and not table.takes_grad:
         raise ValueError(f"cond_fn: {table.name} has no classifier guidance (c_grad is 0)")
     table = table.to(device or table.device)

@@ -14,6 +14,7 @@ count as zero: uninitialised history stays harmless. `draw`, `guided_channels`, 
 
 import torch
 
+from .step_reference import guided_elements
 from .table import COLUMNS
 
 
@@ -54,9 +55,7 @@ def step_gradients(wanted, bars_out, x, f, rows, index, u, m1, m2, v, grad, z, y
 
     output, gain = f, None  # of the network, guided; its derivative by f
     if u is not None:
-        channels = (*x.shape[1:2], *[1] * (x.dim() - 2))
-        channel = torch.arange(channels[0] if channels else 1, device=x.device).reshape(1, *channels)
-        guided = (row["guided_channels"] == 0) | (channel < row["guided_channels"])
+        guided = guided_elements(x, row["guided_channels"])
         plain = (row["g"] == 1) | ~guided
         difference = torch.where(guided, held(f - u, plain), 0.0)
         gain = torch.where(guided, row["g"], 1.0)

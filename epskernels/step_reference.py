@@ -163,11 +163,15 @@ def guided_output(f, u, rows, index):
     return torch.where(good.reshape(each), fhat, float("nan"))
 
 
-def _guide(f, u, g, guided_channels):
+def guided_elements(f, guided_channels):
+    """Which elements of f are guided, as a mask that broadcasts: those of the first channels, or all."""
     channels = (*f.shape[1:2], *[1] * (f.dim() - 2))  # of a sample, and each one's number
     channel = torch.arange(channels[0] if channels else 1, device=f.device).reshape(1, *channels)
-    guided = (guided_channels == 0) | (channel < guided_channels)
-    return torch.where((g != 1) & guided, u + g * (f - u), f)
+    return (guided_channels == 0) | (channel < guided_channels)
+
+
+def _guide(f, u, g, guided_channels):
+    return torch.where((g != 1) & guided_elements(f, guided_channels), u + g * (f - u), f)
 
 
 def step_reference(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, y=None,

@@ -215,6 +215,20 @@ class Table:
         return "\n".join([title, head, *lines])
 
 
+def check_one_sampler(table):
+    """Raises ValueError for a table of several, concatenated."""
+    if len(table.parts) != 1:
+        raise ValueError(f"table: expected one sampler's, got {len(table.parts)} concatenated: {table.name}")
+
+
+def denoising_rows(rows):
+    """Rows that make m0 alone: whatever history, noise or second state `rows` ask for, these do not."""
+    kept = [COLUMNS.index(name) for name in ("d_x", "d_f", "clip", "g", "guided_channels")]
+    denoising = torch.zeros_like(rows)
+    denoising[:, kept] = rows[:, kept]
+    return denoising
+
+
 def _restore(values, discrete, parts, device):
     return Table(values, discrete=discrete, parts=parts, device=device)
 

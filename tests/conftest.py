@@ -51,7 +51,15 @@ def one_thread():
 
 
 # Their fixtures compile, or start processes, for many tests at once.
-ON_ONE_WORKER = ("test_bench", "test_cli", "test_cuda_build", "test_distributed", "test_export", "test_install", "test_triton")
+ON_ONE_WORKER = (
+    "test_bench",
+    "test_cli",
+    "test_cuda_build",
+    "test_distributed",
+    "test_export",
+    "test_install",
+    "test_triton",
+)
 
 
 def pytest_collection_modifyitems(config, items):

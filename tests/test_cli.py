@@ -230,7 +230,9 @@ def test_calibrates_and_samples_with_it(tiny, data, fit, tmp_path, capsys):
     saved, model = np.load(npz), models.load(tiny["plain"])
     table = samplers.ddim(model.schedule, 4, scaling=fitted, clip=model.clip)
     expected = epskernels.sample(model.callable(), table, [0, 1, 2], model.shape)
-    assert np.array_equal(saved["samples"], expected.numpy()) and not np.array_equal(saved["samples"], saved["baseline"])
+    assert np.array_equal(saved["samples"], expected.numpy()) and not np.array_equal(
+        saved["samples"], saved["baseline"]
+    )
 
 
 def test_calibrates_fewer_steps_than_a_quadratic_has_coefficients(tiny, data, tmp_path, capsys):
@@ -243,7 +245,9 @@ def test_says_that_lambda_was_fitted_for_another_sampler(tiny, tmp_path, capsys)
     scaling.constant(1.01).save(tmp_path / "lambda.json", sampler="ddim", steps=20)
     arguments = ["--model", tiny["plain"], "--sampler", "ddpm", "--steps", "3", "--seeds", "0"]
     assert run(*arguments, "--scaling", str(tmp_path / "lambda.json")) == 0
-    assert "was fitted for sampler ddim, here ddpm; steps 20, here 3: lambda need not transfer" in capsys.readouterr().err
+    assert (
+        "was fitted for sampler ddim, here ddpm; steps 20, here 3: lambda need not transfer" in capsys.readouterr().err
+    )
 
 
 def test_searches_the_digits_by_trials(tmp_path, capsys):

@@ -7,8 +7,10 @@ makes of its history of x_0, at most about twice as large: diffusers rounds sigm
 
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
+import pickle
 import subprocess
 import sys
 
@@ -1044,3 +1046,41 @@ def test_share_gives_a_pipeline_its_own_scheduler():
 def test_the_page(tmp_path):
     names = markdown_examples.run("docs/diffusers.md", tmp_path)
     assert type(names["pipe"].scheduler) is fused.DPMSolverMultistepScheduler and names["x"].isfinite().all()
+
+
+@classes
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))], ids=["deepcopy", "pickle"]
+)
+def test_copies_in_the_middle_of_a_trajectory_go_on(name, copied):
+    ours = EXAMPLES[name].ours()
+    x, f = torch.randn(SHAPE), torch.randn(SHAPE)
+    takes_generator = "generator" in fused.inspect.signature(ours.step).parameters
+
+    def step(scheduler, i, x):
+        call = {"generator": torch.Generator().manual_seed(i)} if takes_generator else {}
+        return scheduler.step(f, scheduler.timesteps[i], x, return_dict=False, **call)[0]
+
+    for i in range(2):
+        x = step(ours, i, x)
+    twin, y = copied(ours), x
+    for i in range(2, 4):
+        x, y = step(ours, i, x), step(twin, i, y)
+    assert torch.equal(x, y) and twin.path == "fused"
+
+
+def test_a_fused_scheduler_may_be_fused_again():
+    ours = EXAMPLES["DDIMScheduler"].ours()
+    ours.step(torch.ones(SHAPE), ours.timesteps[0], torch.ones(SHAPE))
+    again = fused.fused(ours, eps_scaling=1.01)
+    assert again.config.eps_scaling == 1.01 and again is not ours
+
+
+def test_timesteps_that_are_apart_in_memory():
+    """Each is found by its own address."""
+    x, f = torch.randn(SHAPE), torch.randn(SHAPE)
+    plain, apart = (EXAMPLES["DDIMScheduler"].ours() for _ in range(2))
+    apart.timesteps = torch.stack([apart.timesteps, apart.timesteps.flip(0)], dim=1)[:, 0]
+    assert apart.timesteps.stride(0) == 2
+    for t, other in zip(plain.timesteps, apart.timesteps, strict=True):
+        assert torch.equal(plain.step(f, t, x).prev_sample, apart.step(f, other, x).prev_sample)
