@@ -82,7 +82,7 @@ Tensor moments(Tensor f_tensor, OptionalTensor u_tensor, OptionalTensor rows_ten
   }
 
   Layouts layouts;
-  const MomentsOperands operands{float_dtype(f), layouts.input(f, f_tensor), layouts.input(u, u_tensor), batch, numel, channel_numel};
+  const MomentsOperands operands{float_dtype(f), layouts.input(f, f_tensor), layouts.input(u, u_tensor)};
   const CpuKernels& kernels = cpu_kernels();
   const int64_t tiles = (numel + TILE - 1) / TILE;
   int64_t padded = 1;

@@ -49,7 +49,6 @@ enum StepTerm : unsigned {
   TERM_THRESHOLD = 32768,
 };
 constexpr unsigned COMMON_TERMS = 127;  // what most samplers are made of; the combinations of the rest are not compiled apart
-constexpr unsigned ROW_TERMS = TERM_RESCALE - 1;  // the others are the call's
 
 // The terms that the row asks for; one that needs a tensor is computed where the tensor is present as well.
 HOST_DEVICE unsigned row_terms(const StepRow& row) {
