@@ -210,12 +210,8 @@ def step_kernel(
     d_x, d_f, clip, g = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     c_x, c_f, c_m0, c_m1 = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     c_m2, c_grad, c_noise, draw = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10), tl.load(row + 11)
-    logvar_min, logvar_max, guided_channels, c_in_next = (
-        tl.load(row + 12),
-        tl.load(row + 13),
-        tl.load(row + 14),
-        tl.load(row + 15),
-    )
+    logvar_min, logvar_max = tl.load(row + 12), tl.load(row + 13)
+    guided_channels, c_in_next = tl.load(row + 14), tl.load(row + 15)
     c_y, k_x, k_m0, k_m1 = tl.load(row + 16), tl.load(row + 17), tl.load(row + 18), tl.load(row + 19)
     k_m2, k_y = tl.load(row + 20), tl.load(row + 21)
 
@@ -371,10 +367,8 @@ def _run_step(launch, written, x, f, rows, index, u, m1, m2, v, grad, noise, see
     tensors = outputs + [_batch(tensor, numel) for tensor in (x, f, u, m1, m2, y, v, grad, noise)]
     channel_numel, doubled = numel // channels, written[3] is not None and written[3].shape[0] != batch
     # One sample, where nothing depends on the sample: programs are not wasted on small ones.
-    guided_period, alone = (
-        numel,
-        seeds is None and rescale is None and threshold is None and index.dim() == 0 and not doubled,
-    )
+    guided_period = numel
+    alone = seeds is None and rescale is None and threshold is None and index.dim() == 0 and not doubled
     if alone and all(stride == numel for t, stride in tensors if t is not None):
         batch, numel = 1, batch * numel
     size, warps = block or _block_of(numel)
