@@ -1,6 +1,6 @@
 """lambda_t for a model and a sampler: from its norms, in one run, by trials of any score, or by a gradient.
 
-    match_norms   lambda_i = ||eps_sampling|| / ||eps_training|| at step i, the steps before it scaled already
+    match_norms   lambda_i = ||eps_sampling|| / ||eps_training|| at step i, the norm gap
     fit           that, or a measured norm gap, as a polynomial in i, with its R^2
     search        b, or (k, b) of lambda_i = k*i + b, by scipy.optimize over a score; cached, so that it can stop and go on
     learn         by the gradient of a loss of the samples, through the whole sampler
@@ -85,6 +85,8 @@ class Matched:
     norm_training, norm_sampling: means over images, the second before it is divided by lambda_t.
     """
 
+    _skipped = property(lambda self: len(self.lambda_t) // 4)
+
     sampler: str
     images: int
     lambda_t: np.ndarray
@@ -92,14 +94,23 @@ class Matched:
     norm_training: np.ndarray
     norm_sampling: np.ndarray
 
-    def scaling(self, kind="array", skip=0):
-        """lambda_t itself, or the fit of that kind to it."""
-        if kind == "array":
-            return scaling.array(self.lambda_t, origin="noisiest")
-        return fit(self.lambda_t, kind, skip).scaling
+    def scaling(self, kind="array", skip=None):
+        """lambda_t itself, or the fit of that kind to it.
 
-    def plot(self, path, kind=None, skip=0):
+        skip: the cleanest steps whose ratio is not used, where it tells more of x_0 than of the noise: the fit leaves them out, in
+        the array they are 1. Default: a quarter of the steps, as the paper leaves out 5 of 20.
+        """
+        skip = self._skipped if skip is None else skip
+        if kind != "array":
+            return fit(self.lambda_t, kind, skip).scaling
+        if not 0 <= skip <= len(self.lambda_t):
+            raise ValueError(f"skip: expected 0 to {len(self.lambda_t)}, got {skip}")
+        kept = np.arange(len(self.lambda_t)) < len(self.lambda_t) - skip
+        return scaling.array(np.where(kept, self.lambda_t, 1), origin="noisiest")
+
+    def plot(self, path, kind=None, skip=None):
         """lambda_t with two standard errors, and the fit."""
+        skip = self._skipped if skip is None else skip
         figure, (axis,) = figures(1)
         i = np.arange(len(self.lambda_t))
         axis.errorbar(i, self.lambda_t, 2 * self.standard_error, fmt="o", markersize=3, capsize=2, label="matched")
@@ -130,11 +141,13 @@ def steps_of(sampler):
 
 
 @torch.no_grad()
-def match_norms(model, sampler, images, *, seed=0, batch=64, progress=False):
+def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, progress=False):
     """lambda_t of each step such that eps_theta/lambda_t has the norm that it has in training: a Matched.
 
-    In one run: the norm at a step is measured over all images before lambda_t is chosen and the step taken, so that the gap
-    left by the steps before it is what is matched. Costs two model calls per image and row.
+    In one run, of two model calls per image and row. feedback=False: the run takes its steps without scaling, so that lambda_t is the
+    norm gap. True: each step is taken with the lambda_t just found, so that the gap of the scaled sampler is closed exactly; but
+    a lambda_t above 1 leaves noise in x, which raises the next norm: in a sampler that adds no noise of its own lambda_t
+    runs away (measured in docs/exposure.md).
     model: as in `sample`. sampler: a function of a scaling that returns the Table, such as
     functools.partial(samplers.ddpm, schedule, 20) called with scaling=: `lambda s: samplers.ddpm(schedule, 20, scaling=s)`.
     images, seed, batch: as in `exposure.measure`; all are held in memory, as are as many states and model outputs.
@@ -172,7 +185,7 @@ def match_norms(model, sampler, images, *, seed=0, batch=64, progress=False):
                 lambda_t[n] = ratio
             relative = np.hypot(here.std(ddof=1) / training[n], there.std(ddof=1) / sampling[n]) / math.sqrt(count)
             errors[n] = relative * ratio
-        scaled = sampler(scaling.array(lambda_t, origin="noisiest"))
+        scaled = sampler(scaling.array(lambda_t, origin="noisiest")) if feedback else table
         for b, output in enumerate(outputs):
             history, y = kept[b]
             states[b], m0, y = apply_row(scaled, scaled.rows, i, states[b], output, seeds[b], history, y)

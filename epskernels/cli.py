@@ -156,7 +156,7 @@ def build_parser():
     )
     fit.add_argument("--fit", choices=("array", *calibrate.FITS), help="form of lambda_t by norms; default: array")
     fit.add_argument(
-        "--skip", type=int, default=0, metavar="N", help="cleanest steps that the fit leaves out; default: 0"
+        "--skip", type=int, metavar="N", help="cleanest steps without lambda_t, or that the fit leaves out; default: a quarter"
     )
     fit.add_argument("--bounds", type=float, nargs=2, metavar=("LOW", "HIGH"), help="search: of b; default: 0.97 1.03")
     fit.add_argument(
@@ -437,7 +437,6 @@ def run_calibrate(args):
         ("batch", 1),
         ("trials", 2),
         ("samples", 2),
-        ("skip", 0),
         ("seed", 0),
     ):
         if getattr(args, name) < low:
@@ -483,11 +482,11 @@ def run_calibrate(args):
         )
     else:
         matched = calibrate.match_norms(call, sampler, data, seed=args.seed, batch=args.batch, progress=progress)
-        kind = args.fit or "array"
+        kind, skip = args.fit or "array", len(matched.lambda_t) // 4 if args.skip is None else args.skip
         try:
-            possible = [name for name, degree in calibrate.FITS.items() if degree < len(matched.lambda_t) - args.skip]
-            fits = {name: calibrate.fit(matched.lambda_t, name, args.skip) for name in possible}
-            fitted = matched.scaling(kind, args.skip)
+            fitted = matched.scaling(kind, skip)
+            possible = [name for name, degree in calibrate.FITS.items() if degree < len(matched.lambda_t) - skip]
+            fits = {name: calibrate.fit(matched.lambda_t, name, skip) for name in possible}
         except ValueError as error:
             raise UsageError(f"--fit, --skip: {error}") from error
         notes |= {"lambda_t": matched.lambda_t.tolist(), "standard_error": matched.standard_error.tolist()}
@@ -501,7 +500,7 @@ def run_calibrate(args):
         measured.save(args.plots.with_name(f"{args.plots.name}.json"))
         measured.plot(args.plots.with_name(f"{args.plots.name}.png"))
         if not searches:
-            matched.plot(args.plots.with_name(f"{args.plots.name}-lambda.png"), args.fit, args.skip)
+            matched.plot(args.plots.with_name(f"{args.plots.name}-lambda.png"), args.fit, skip)
         print(f"wrote {args.plots}.json and plots")
 
 

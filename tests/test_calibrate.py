@@ -71,16 +71,17 @@ def test_goodness_of_fit():
 # ---- norm matching ----
 
 
+@pytest.mark.parametrize("feedback", [False, True], ids=["", "feedback"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_match_norms_follows_the_recursion_of_a_linear_network(name):
+def test_match_norms_follows_the_recursion_of_a_linear_network(name, feedback):
     """States of f = gain*x stay Gaussian: their variance, and so each ratio of norms, is known down the chain."""
     table = SAMPLERS[name](1.0)
-    found = calibrate.match_norms(linear_model, SAMPLERS[name], data(3000), batch=1000)
+    found = calibrate.match_norms(linear_model, SAMPLERS[name], data(3000), feedback=feedback, batch=1000)
     v, expected = table.initial_sigma**2, []
     for i in range(6):
         trained = 0.25 * table["alpha_in"][i] ** 2 + table["sigma_in"][i] ** 2
         expected.append(math.sqrt(v / trained))
-        row = SAMPLERS[name](found.scaling())  # what it chose decides the next variance
+        row = SAMPLERS[name](found.scaling(skip=0)) if feedback else table  # what it chose decides the next variance
         g = gain(int(table["t"][i]) if table.discrete else table["t"][i]).item() * table["c_in"][i]
         v *= (row["c_x"][i] + row["c_f"][i] * g + row["c_m0"][i] * (row["d_x"][i] + row["d_f"][i] * g)) ** 2
         v += row["c_noise"][i] ** 2
@@ -97,13 +98,17 @@ def test_matched_norms_have_no_gap(name):
     def model(x, t):
         return torch.tanh(2 * x) + 0.1 * x
 
-    found = calibrate.match_norms(model, SAMPLERS[name], data(64), seed=3, batch=16)
+    options = {"feedback": True, "seed": 3}
+    found = calibrate.match_norms(model, SAMPLERS[name], data(64), batch=16, **options)
     plain = exposure.measure(model, SAMPLERS[name](1.0), data(64), seed=3, parts=("training", "samples"))
-    matched = exposure.measure(model, SAMPLERS[name](found.scaling()), data(64), seed=3, parts=("training", "samples"))
+    scaled = SAMPLERS[name](found.scaling(skip=0))
+    matched = exposure.measure(model, scaled, data(64), seed=3, parts=("training", "samples"))
     assert np.abs(plain.norm_gap - 1).max() > 0.02
     np.testing.assert_allclose(matched.norm_gap, 1, rtol=1e-6)
-    other = calibrate.match_norms(model, SAMPLERS[name], data(64), seed=3, batch=7)
+    other = calibrate.match_norms(model, SAMPLERS[name], data(64), batch=7, **options)
     np.testing.assert_allclose(other.lambda_t, found.lambda_t, rtol=1e-6)
+    gap = calibrate.match_norms(model, SAMPLERS[name], data(64), seed=3)  # without feedback it is the gap itself
+    np.testing.assert_allclose(gap.lambda_t, plain.norm_gap, rtol=1e-6)
 
 
 def test_rows_of_a_heun_step_share_its_lambda():
@@ -111,15 +116,15 @@ def test_rows_of_a_heun_step_share_its_lambda():
     table, step_of_row = calibrate.steps_of(sampler)
     assert step_of_row.tolist() == [0, 0, 1, 1, 2, 2, 3] and len(table) == 7
     found = calibrate.match_norms(linear_model, sampler, data(8))
-    scaled = sampler(found.scaling())
+    scaled = sampler(found.scaling(skip=0))
     np.testing.assert_array_equal(scaled["lambda_t"], found.lambda_t[step_of_row])
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
 def test_history_and_second_state_are_carried(name):
     sampler = lambda s: samplers.SAMPLERS[name](COSINE, 5, scaling=s, spacing="trailing")  # noqa: E731
-    found = calibrate.match_norms(linear_model, sampler, data(16))
-    sampled = exposure.measure(linear_model, sampler(found.scaling()), data(16), parts=("training", "samples"))
+    found = calibrate.match_norms(linear_model, sampler, data(16), feedback=True)
+    sampled = exposure.measure(linear_model, sampler(found.scaling(skip=0)), data(16), parts=("training", "samples"))
     np.testing.assert_allclose(sampled.norm_gap, 1, rtol=1e-6)
 
 
@@ -132,8 +137,12 @@ def test_lambda_is_one_where_alpha_is_zero():
 
 def test_matched_fits_and_plot(tmp_path):
     found = calibrate.match_norms(linear_model, SAMPLERS["ddim"], data(8))
-    assert found.scaling("constant").values(6)[0] == pytest.approx(found.lambda_t.mean(), rel=1e-12)
-    expected = np.polyfit(np.arange(6), found.lambda_t[::-1], 1)
+    assert found.scaling().values(6).tolist() == [*found.lambda_t[:5], 1.0] and found.lambda_t[5] != 1
+    assert found.scaling(skip=6).values(6).tolist() == [1.0] * 6
+    with pytest.raises(ValueError, match="skip: expected 0 to 6, got 7"):
+        found.scaling(skip=7)
+    assert found.scaling("constant", 0).values(6)[0] == pytest.approx(found.lambda_t.mean(), rel=1e-12)
+    expected = np.polyfit(np.arange(1, 6), found.lambda_t[-2::-1], 1)
     assert [found.scaling("linear").spec[key] for key in ("k", "b")] == pytest.approx(expected.tolist(), rel=1e-12)
     found.plot(tmp_path / "lambda.png", "linear")
     assert (tmp_path / "lambda.png").read_bytes().startswith(b"\x89PNG")
