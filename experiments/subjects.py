@@ -1,0 +1,236 @@
+"""The networks that the experiments measure, each as a Subject: what is sampled, from which samplers, and compared with what.
+
+digits      the bundled network: epsilon and a learned variance, cosine schedule (`epskernels/digits`)
+digits_edm  a small network of the same digits as an EDM denoiser D(x; sigma), for VE samplers as it is, and for VP samplers
+            by D(x/alpha; sigma/alpha) (`experiments/digits_edm`)
+power       daily curves of electrical power demand, 24 hours: epsilon, linear schedule (`experiments/power`)
+
+`load(name)` makes one. `experiments/train.py` trains the last two. Nothing here measures.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from epskernels import images, models, quality, samplers, schedule
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One network on one set of data.
+
+    name: for files and tables. shape: of one sample. schedule: the DiscreteSchedule of its VP samplers.
+    call: (x, t) -> f, as `epskernels.sample` takes it, for the tables of any of `samplers`.
+    real: () -> float32 (N, *shape), all there is, in the network's units. features: (N, *shape), array or tensor, -> float64 (N, D).
+    to_stored: samples, a float32 tensor (N, *shape), -> the array that is kept of them. from_stored: that -> float32 (N, *shape).
+    samplers: {name: (steps, scaling) -> Table}, lambda_t as samplers take it.
+    """
+
+    name: str
+    shape: tuple
+    schedule: schedule.DiscreteSchedule
+    call: Callable
+    real: Callable
+    features: Callable
+    to_stored: Callable
+    from_stored: Callable
+    samplers: dict
+
+
+def load(name):
+    """The subject of that name. Raises ValueError for another name, ImportError where its packages are missing."""
+    if name not in SUBJECTS:
+        raise ValueError(f"name: expected one of {tuple(SUBJECTS)}, got {name!r}")
+    return SUBJECTS[name]()
+
+
+def load_weights(network, name):
+    """The network with the weights that are kept in this folder, as float32, for inference."""
+    from safetensors.torch import load_file
+
+    weights = load_file(FOLDER / name / "weights.safetensors")
+    network.load_state_dict({key: value.float() for key, value in weights.items()})
+    return network.eval().requires_grad_(False)
+
+
+# ---- MNIST digits: what both networks share ----
+
+DIGIT = (1, 28, 28)
+
+
+def digits_to_bytes(samples):
+    """As an image file would hold them, uint8 (N, 1, 28, 28); what is not finite is black, and far from any digit."""
+    return (samples.nan_to_num(-1) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def digits_from_bytes(stored):
+    return stored.astype(np.float32) / 127.5 - 1
+
+
+def real_digits():
+    return images.load("mnist", DIGIT)
+
+
+DIGITS = {
+    "shape": DIGIT, "real": real_digits, "features": quality.digit_features,
+    "to_stored": digits_to_bytes, "from_stored": digits_from_bytes,
+}  # fmt: skip
+
+
+# ---- the bundled network ----
+
+
+def digits():
+    model = models.load()
+    path, karras = model.schedule, schedule.KarrasSchedule(model=model.schedule)
+    tables = {
+        "ddpm": lambda steps, s: samplers.ddpm(path, steps, scaling=s, variance="learned_range", clip=1.0),
+        # ADM-style and LDM-style DDIM, as the paper's code bases clip them.
+        "ddim": lambda steps, s: samplers.ddim(path, steps, scaling=s, clip=1.0),
+        "ddim-unscaled": lambda steps, s: samplers.ddim(path, steps, scaling=s, direction="unscaled"),
+        "edm_euler": lambda steps, s: samplers.edm_euler(karras, steps, scaling=s, prediction="epsilon"),
+        "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s, prediction="epsilon"),
+        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, spacing="trailing"),
+    }
+    return Subject(name="digits", schedule=path, call=model.callable(), samplers=tables, **DIGITS)
+
+
+# ---- EDM preconditioning ----
+
+
+class DigitDenoiser(torch.nn.Module):
+    """D(x; sigma) = c_skip*x + c_out*F(c_in*x; c_noise) (Karras et al., arXiv 2206.00364, table 1 and eq. 7).
+
+    x: (B, 1, 28, 28), a digit in [-1, 1] and noise. sigma: (B,), above 0. F works on patches of 2 x 2 pixels as channels: a
+    convolution of few channels costs more time than its arithmetic.
+    """
+
+    # Root mean square of the digits about 0, not about their mean: it is what the table's derivation takes the variance for.
+    sigma_data = 0.96
+
+    def __init__(self):
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        self.network = UNet2DModel(
+            sample_size=14,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(32, 48),
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            attention_head_dim=16,
+            norm_num_groups=8,
+        )
+
+    def forward(self, x, sigma):
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        total = sigma**2 + self.sigma_data**2
+        c_skip, c_out, c_in = self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt()
+        c_noise = sigma.log().flatten() / 4
+        patches = torch.nn.functional.pixel_unshuffle(c_in * x, 2)
+        # The embedding's sinusoids are made for timesteps up to 1,000.
+        f = self.network(patches, 100 * c_noise, return_dict=False)[0]
+        return c_skip * x + c_out * torch.nn.functional.pixel_shuffle(f, 2)
+
+
+def digits_edm():
+    network, path, karras = load_weights(DigitDenoiser(), "digits_edm"), schedule.linear(), schedule.KarrasSchedule()
+    alpha, ratio = torch.tensor(path.alpha), torch.tensor(path.sigma / path.alpha)
+
+    def call(x, t):
+        """D at a noise level, or, where t is a timestep, D(x/alpha; sigma/alpha)."""
+        if t.is_floating_point():
+            return network(x, t)
+        return network(x / alpha[t].float().reshape(-1, 1, 1, 1), ratio[t].float())
+
+    vp = {"prediction": "sample", "clip": 1.0}
+    tables = {
+        "edm_euler": lambda steps, s: samplers.edm_euler(karras, steps, scaling=s),
+        "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s),
+        "ddpm": lambda steps, s: samplers.ddpm(path, steps, scaling=s, **vp),
+        "ddim": lambda steps, s: samplers.ddim(path, steps, scaling=s, **vp),
+        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, prediction="sample", spacing="trailing"),
+    }
+    return Subject(name="digits_edm", schedule=path, call=call, samplers=tables, **DIGITS)
+
+
+# ---- daily curves of power demand ----
+
+CURVE = (1, 24)
+
+
+@functools.cache
+def real_curves():
+    """The 1,096 daily curves of ItalyPowerDemand, its two parts together: float32 (1096, 1, 24), as they are in the archive, where
+    each curve has mean 0 and, over 23, variance 1. The package that holds the file is not imported."""
+    try:
+        package = importlib.metadata.distribution("sktime")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(
+            "the power demand curves come inside sktime: pip install 'epskernels[experiments]'", name="sktime"
+        ) from error
+    curves = []
+    for part in ("TRAIN", "TEST"):
+        path = package.locate_file(f"sktime/datasets/data/ItalyPowerDemand/ItalyPowerDemand_{part}.ts")
+        lines = pathlib.Path(path).read_text().splitlines()
+        rows = [line.split(":")[0].split(",") for line in lines if line and line[0] not in "#@"]  # "24 values:class"
+        curves += [[float(value) for value in row] for row in rows]
+    return np.array(curves, dtype=np.float32).reshape(-1, *CURVE)
+
+
+def curve_features(curves):
+    """The curves themselves: float64 (N, 24)."""
+    return torch.as_tensor(curves).reshape(-1, CURVE[1]).double().numpy()
+
+
+class CurveNetwork(torch.nn.Module):
+    """eps of noisy curves x (B, 1, 24) at t (B,), of 1,000: residual layers, each shifted by an embedding of t."""
+
+    def __init__(self, width=128, layers=3):
+        super().__init__()
+        self.width = width
+        self.into, self.out = torch.nn.Linear(CURVE[1], width), torch.nn.Linear(width, CURVE[1])
+        self.time = torch.nn.Linear(width, width)
+        self.shift = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(layers))
+        self.first = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(layers))
+        self.second = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, x, t):
+        silu = torch.nn.functional.silu
+        frequencies = torch.logspace(0, -4, self.width // 2, device=x.device)
+        angles = t.float()[:, None] * frequencies
+        time = silu(self.time(torch.cat([angles.sin(), angles.cos()], 1)))
+        h = self.into(x.flatten(1))
+        for shift, first, second in zip(self.shift, self.first, self.second, strict=True):
+            h = h + second(silu(first(silu(h)) + shift(time)))
+        return self.out(silu(h)).reshape(x.shape)
+
+
+def power():
+    network, path = load_weights(CurveNetwork(), "power"), schedule.linear()
+    karras = schedule.KarrasSchedule(model=path)
+    # No clipping: curves have no bounds.
+    tables = {
+        "ddpm": lambda steps, s: samplers.ddpm(path, steps, scaling=s, clip=None),
+        "ddim": lambda steps, s: samplers.ddim(path, steps, scaling=s),
+        "ddim-unscaled": lambda steps, s: samplers.ddim(path, steps, scaling=s, direction="unscaled"),
+        "edm_euler": lambda steps, s: samplers.edm_euler(karras, steps, scaling=s, prediction="epsilon"),
+        "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s, prediction="epsilon"),
+        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, spacing="trailing"),
+    }
+    return Subject(
+        name="power", shape=CURVE, schedule=path, call=network, real=real_curves, features=curve_features,
+        to_stored=lambda samples: samples.numpy().astype(np.float32), from_stored=lambda stored: stored, samplers=tables,
+    )  # fmt: skip
+
+
+SUBJECTS = {"digits": digits, "digits_edm": digits_edm, "power": power}
