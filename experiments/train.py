@@ -67,6 +67,7 @@ def main(argv=None):
     parser.add_argument("subject", choices=RECIPES)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--steps", type=int, help="default: the recipe's")
+    parser.add_argument("--stop", type=int, help="stop after this step of them; another run goes on from there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500)
     args = parser.parse_args(argv)
@@ -101,7 +102,8 @@ def main(argv=None):
 
     print(f"{sum(p.numel() for p in network.parameters())} parameters, {tuple(data.shape)}, step {first} of {steps}")
     started, total, count = time.monotonic() - before, 0.0, 0
-    for step in range(first, steps):
+    stop = min(steps, args.stop or steps)
+    for step in range(first, stop):
         # A generator per step: a resumed run draws what an uninterrupted one would have drawn.
         draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         x_0 = data[torch.randint(len(data), (recipe.batch,), generator=draw)]
@@ -117,7 +119,7 @@ def main(argv=None):
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
         total, count = total + loss.item(), count + 1
-        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+        if (step + 1) % args.save_every == 0 or step + 1 == stop:
             seconds = time.monotonic() - started
             row = [step + 1, f"{total / count:.5f}", f"{rates.get_last_lr()[0]:.2e}", f"{seconds:.0f}"]
             with open(log_path, "a", newline="") as log:

@@ -19,7 +19,7 @@ SAMPLERS = {
     "digits_edm": ("edm_euler", "edm_heun", "ddpm", "ddim", "dpmpp_2m"),
     "power": ("ddpm", "ddim", "ddim-unscaled", "edm_euler", "edm_heun", "dpmpp_2m"),
 }
-# Of noise's distance from the data; eight digits of five steps have a distance from any others.
+# Of noise's distance from the data; eight digits have a distance from any others.
 LIMIT = {"digits": 0.6, "digits_edm": 0.3, "power": 0.02}
 
 
@@ -108,14 +108,23 @@ def test_denoiser_for_vp_samplers(subjects):
         assert (call(x, torch.full((2,), t)) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name, sampler", [(name, sampler) for name in SAMPLERS for sampler in SAMPLERS[name]])
+# Of the bundled network, which costs most, two: test_digits.py has more.
+SAMPLED = [
+    (name, sampler)
+    for name in SAMPLERS
+    for sampler in SAMPLERS[name]
+    if name != "digits" or sampler[:3] in ("ddp", "dpm")
+]
+
+
+@pytest.mark.parametrize("name, sampler", SAMPLED)
 def test_samples_are_near_the_data(subjects, name, sampler, request):
     if name == "power":
         request.getfixturevalue("curves")
     subject = load(name)
     assert tuple(subject.samplers) == SAMPLERS[name]
-    count, steps = {"digits": (8, 5), "digits_edm": (32, 10), "power": (200, 20)}[name]
-    table = subject.samplers[sampler](steps // 2 + 1 if sampler == "edm_heun" else steps, 1.0)
+    count, steps = {"digits": (8, 10), "digits_edm": (32, 10), "power": (200, 20)}[name]
+    table = subject.samplers[sampler](steps, 1.0)
     samples = epskernels.sample(subject.call, table, range(count), subject.shape)
     assert torch.isfinite(samples).all()
     kept = subject.from_stored(subject.to_stored(samples))
@@ -133,8 +142,13 @@ def test_exposure_bias_can_be_measured(subjects, name, sampler, request):
     subject = load(name)
     real = torch.from_numpy(subject.real()[:32])
     matched = calibrate.match_norms(subject.call, lambda s: subject.samplers[sampler](5, s), real)
-    found = exposure.measure(subject.call, subject.samplers[sampler](5, matched.scaling()), real)
-    assert np.abs(found.norm_gap - 1).max() < 0.1 and (found.error[2:] < found.error[1:-1]).all()
+    found = exposure.measure(
+        subject.call, subject.samplers[sampler](5, matched.scaling()), real, parts=("training", "samples")
+    )
+    assert np.abs(found.norm_gap - 1).max() < 0.02
+    found = exposure.measure(subject.call, subject.samplers[sampler](5, 1.0), real, parts=("training",))
+    # No worse than telling the mean, at most noise levels, and better with less noise.
+    assert (found.error < 1.1 * real.std().item()).all() and (found.error[1:] < found.error[:-1]).all()
 
 
 def test_what_is_kept(subjects):
@@ -164,11 +178,14 @@ def test_training_goes_on_with_the_same_weights(subjects, tmp_path, monkeypatch,
         patch.setitem(train.RECIPES, "digits_edm", dataclasses.replace(recipe, loss=stops))
         with pytest.raises(KeyboardInterrupt):
             train.main([*options, str(tmp_path / "parts")])
+    train.main([*options, str(tmp_path / "parts"), "--stop", "3"])
     train.main([*options, str(tmp_path / "parts")])
     whole, parts = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
     logs = [(tmp_path / name / "train_log.csv").read_text().splitlines() for name in ("whole", "parts")]
-    assert [row.rsplit(",", 1)[0] for row in logs[0]] == [row.rsplit(",", 1)[0] for row in logs[1]]
+    assert [row.split(",")[0] for row in logs[0]] == ["step", "2", "4"]
+    assert [row.split(",")[0] for row in logs[1]] == ["step", "2", "3", "4"]
+    assert logs[0][1].rsplit(",", 1)[0] == logs[1][1].rsplit(",", 1)[0]
     with pytest.raises(SystemExit):
         train.main([*options, str(tmp_path / "parts"), "--seed", "1"])
     assert "was begun with" in capsys.readouterr().err
