@@ -97,8 +97,8 @@ class Matched:
     def scaling(self, kind="array", skip=None):
         """lambda_t itself, or the fit of that kind to it.
 
-        skip: the cleanest steps whose ratio is not used, where it tells more of x_0 than of the noise: the fit leaves them out, in
-        the array they are 1. Default: a quarter of the steps, as the paper leaves out 5 of 20.
+        skip: the cleanest steps whose ratio is not used, where it tells more of x_0 than of the noise: the fit leaves them out,
+        in the array they are 1. Default: a quarter of the steps, as the paper leaves out 5 of 20.
         """
         skip = self._skipped if skip is None else skip
         if kind != "array":
@@ -144,10 +144,10 @@ def steps_of(sampler):
 def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, progress=False):
     """lambda_t of each step such that eps_theta/lambda_t has the norm that it has in training: a Matched.
 
-    In one run, of two model calls per image and row. feedback=False: the run takes its steps without scaling, so that lambda_t is the
-    norm gap. True: each step is taken with the lambda_t just found, so that the gap of the scaled sampler is closed exactly; but
-    a lambda_t above 1 leaves noise in x, which raises the next norm: in a sampler that adds no noise of its own lambda_t
-    runs away (measured in docs/exposure.md).
+    In one run, of two model calls per image and row. feedback=False: the run takes its steps without scaling, so that lambda_t is
+    the norm gap. True: each step is taken with the lambda_t just found, so that the gap of the scaled sampler is closed
+    exactly; but a lambda_t above 1 leaves noise in x, which raises the next norm: in a sampler that adds no noise of its own
+    lambda_t runs away (measured in docs/exposure.md).
     model: as in `sample`. sampler: a function of a scaling that returns the Table, such as
     functools.partial(samplers.ddpm, schedule, 20) called with scaling=: `lambda s: samplers.ddpm(schedule, 20, scaling=s)`.
     images, seed, batch: as in `exposure.measure`; all are held in memory, as are as many states and model outputs.

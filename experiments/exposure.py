@@ -1,13 +1,15 @@
-"""Epsilon Scaling on the bundled digits model: what it does to exposure bias and to sample quality, per sampler and steps.
+"""Epsilon Scaling on small models: what it does to exposure bias and to sample quality, per sampler and number of steps.
 
     python experiments/exposure.py run --minutes 30      # goes on where it stopped; everything lies in runs/exposure
+    python experiments/exposure.py run --subject power   # one model only; several runs at once share the work
     python experiments/exposure.py status
     python experiments/exposure.py quick                 # one row again, within five minutes
-    python experiments/exposure.py report                # docs/exposure/*.svg, and the tables of docs/exposure.md
+    python experiments/exposure.py report                # docs/exposure/*.svg; the tables of docs/exposure.md and README.md
 
-For each setting (sampler, steps): lambda_t by norms, and b by a sweep of the Frechet distance over one set of seeds; the
-distances in the table are of another. Samples are kept as bytes, a chunk of seeds to a file, so that a run can stop at any
-time. The results, experiments/results/exposure.json, are computed again from those files.
+For each setting (model, sampler, steps): lambda_t by norms, and b by trials of the Frechet distance over one set of seeds; the
+distances in the table are of another. Some settings try other shapes of lambda_t too, b is their mean. Samples are kept in
+files, a chunk of seeds each, so that a run can stop at any time. The results, experiments/results, are computed again
+from those; the trials and tables that they hold are not made again.
 """
 
 import argparse
@@ -17,76 +19,75 @@ import json
 import pathlib
 import time
 
+import filelock
 import numpy as np
 import torch
+from subjects import SUBJECTS
 
 import epskernels
-from epskernels import calibrate, exposure, images, models, quality, samplers, scaling, schedule
+from epskernels import calibrate, exposure, quality, scaling
 from epskernels.shards import write_whole
 
 ROOT = pathlib.Path(__file__).parents[1]
-CACHE, RESULTS, DOCS = ROOT / "runs" / "exposure", ROOT / "experiments" / "results", ROOT / "docs"
+CACHE, RESULTS = ROOT / "runs" / "exposure", ROOT / "experiments" / "results"
 CHUNK = 100  # samples to a file
-CALIBRATION = 256  # images, for norms and exposure bias
+CALIBRATION = 256  # real data, for norms and exposure bias
 SELECT, SELECT_SEED = 500, 100_000  # samples of a trial, and where their seeds begin
 REPORT_SEED = 0
 ROUNDS = (1000, 2000, 5000)  # samples in the table: all settings get the first number before one gets the second
-GRID = (
-    1.0,
-    0.98,
-    0.99,
-    1.01,
-    1.02,
-)  # of b; then 0.01 farther while the best is at an end, then 0.005 to both of its sides
 STRIDE = 1000
 RESAMPLES = 200
-QUICK = ("ddpm", 10, 1000)
+QUICK = ("digits", "ddpm", 10, 1000)
+LIMITS = (0.8, 1.25)  # of b
 
-
-def learned_ddpm(path, steps, s):
-    return samplers.ddpm(path, steps, scaling=s, variance="learned_range", clip=1.0)
-
-
-def dpmpp(path, steps, s):
-    return samplers.dpmpp_2m(path, steps, scaling=s, spacing="trailing")
-
-
-def edm(make):
-    return lambda path, steps, s: make(schedule.KarrasSchedule(model=path), steps, scaling=s, prediction="epsilon")
-
-
-# ADM-style and LDM-style DDIM, as the paper's code bases clip them.
-SAMPLERS = {
-    "ddpm": learned_ddpm,
-    "ddim": lambda path, steps, s: samplers.ddim(path, steps, scaling=s, clip=1.0),
-    "ddim-unscaled": lambda path, steps, s: samplers.ddim(path, steps, scaling=s, direction="unscaled"),
-    "edm_euler": edm(samplers.edm_euler),
-    "edm_heun": edm(samplers.edm_heun),
-    "dpmpp_2m": dpmpp,
+# Model calls of a chain, and chains that only cheap models are asked for.
+CALLS = (10, 20, 50, 100)
+LONG = {"digits_edm": [("ddpm", 1000)], "power": [("ddpm", 1000), ("ddim", 1000)]}
+# Settings that compare shapes, and norms matched with feedback.
+SHAPED = {("ddpm", 10), ("ddim", 10), ("edm_euler", 10)}
+# lambda_t - 1 along the chain, i from 0 at the cleanest step to 1 at the noisiest; scaled to a mean of 1, times b - 1.
+SHAPES = {
+    "uniform": np.ones_like,
+    "linear": lambda i: i,
+    "linear, falling": lambda i: 1 - i,
+    "quadratic": lambda i: i**2,
+    "exponential": lambda i: np.expm1(4 * i),
 }
-# In the order of the work. edm_heun: steps that make 2*steps - 1 model calls.
-SETTINGS = [("ddpm", 10), ("ddim", 10), ("ddim-unscaled", 10), ("ddpm", 20), ("ddim", 20), ("ddim-unscaled", 20),
-            ("edm_euler", 10), ("edm_heun", 6), ("dpmpp_2m", 10), ("edm_euler", 20), ("edm_heun", 11), ("dpmpp_2m", 20),
-            ("ddpm", 50), ("ddim", 50), ("ddim-unscaled", 50), ("edm_euler", 50), ("edm_heun", 25), ("dpmpp_2m", 50),
-            ("ddpm", 100), ("ddim", 100), ("ddpm", 1000)]  # fmt: skip
 
 
 class OutOfTime(Exception):
     """The minutes are used up."""
 
 
-class Setting:
-    """One sampler and number of steps: what is known of it, and how to know more."""
+def shaped(shape, b, steps):
+    """The EpsilonScaling of that shape whose mean is b."""
+    if b == 1 or shape == "uniform":
+        return scaling.constant(b)
+    weight = SHAPES[shape](np.linspace(0, 1, steps))
+    return scaling.array(1 + (b - 1) * weight / weight.mean(), origin="cleanest")
 
-    def __init__(self, name, steps, model, deadline=float("inf")):
-        self.name, self.steps, self.model, self.deadline = name, steps, model, deadline
+
+def trial_steps(steps):
+    """By how much b changes from trial to trial: downhill by the first as far as it goes, then by the next."""
+    return (0.01, 0.005) + (0.0025,) * (steps >= 50) + (0.00125,) * (steps >= 1000)
+
+
+class Setting:
+    """A model, a sampler and a number of steps: what is known of them, and how to know more. row: of the results, or None."""
+
+    def __init__(self, subject, name, steps, row=None, deadline=float("inf")):
+        self.subject, self.name, self.steps, self.deadline = subject, name, steps, deadline
         self.title = f"{name}-{steps}"
+        self.row = {} if row is None else row
         self.skip = steps // 4  # cleanest steps that the fits leave out: the paper's 5 of 20
-        self.folder = CACHE / self.title
-        self.folder.mkdir(parents=True, exist_ok=True)
+        compares = (name, steps) in SHAPED
+        self.shapes, self.feedback = (SHAPES, (False, True)) if compares else (("uniform",), (False,))
+        self.folder, self.results = CACHE / subject.name / self.title, RESULTS / subject.name
+        for folder in (self.folder, self.results):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def sampler(self, s):
-        return SAMPLERS[self.name](self.model.schedule, self.steps, s)
+        return self.subject.samplers[self.name](self.steps, s)
 
     def _check_time(self):
         if time.monotonic() > self.deadline:
@@ -94,30 +95,38 @@ class Setting:
 
     def _call(self, x, t):
         self._check_time()
-        return self.model.network(x, t, return_dict=False)[0]
+        return self.subject.call(x, t)
 
-    def matched(self):
+    @functools.cached_property
+    def _calibration(self):
+        return torch.from_numpy(self.subject.real()[:CALIBRATION])
+
+    def matched(self, feedback=False):
         """lambda_t by norms, kept as a file of its own."""
-        path = RESULTS / f"{self.title}-lambda.json"
+        path = self._matched_path(feedback)
         if not path.exists():
-            data = torch.from_numpy(images.load("mnist", self.model.shape, CALIBRATION))
-            found = calibrate.match_norms(self._call, self.sampler, data, seed=SELECT_SEED, batch=64)
-            found.scaling().save(path, sampler=self.title, images=CALIBRATION, lambda_t=found.lambda_t.tolist(),
-                                 standard_error=found.standard_error.tolist())  # fmt: skip
+            found = calibrate.match_norms(
+                self._call, self.sampler, self._calibration, feedback=feedback, seed=SELECT_SEED
+            )
+            s = found.scaling("array", self.skip)
+            s.save(path, sampler=self.title, images=CALIBRATION, feedback=feedback, lambda_t=found.lambda_t.tolist(),
+                   standard_error=found.standard_error.tolist())  # fmt: skip
         return scaling.load(path)
+
+    def _matched_path(self, feedback):
+        return self.results / f"{self.title}-{'feedback' if feedback else 'lambda'}.json"
 
     def measured(self, label, s):
         """The exposure bias with a scaling."""
-        path = RESULTS / f"{self.title}-{label}.json"
+        path = self.results / f"{self.title}-{label}.json"
         if not path.exists():
-            data = torch.from_numpy(images.load("mnist", self.model.shape, CALIBRATION))
             state = self.folder / f"exposure-{label}.npz"
-            found = exposure.measure(self._call, self.sampler(s), data, seed=2 * SELECT_SEED, state=state)
+            found = exposure.measure(self._call, self.sampler(s), self._calibration, seed=2 * SELECT_SEED, state=state)
             found.save(path)
         return exposure.Exposure.load(path)
 
     def features(self, s, first, count, compute=True):
-        """(count, 64) features of the samples of seeds first, first + 1, ...; None where they are not all there."""
+        """(count, D) features of the samples of seeds first, first + 1, ...; None where they are not all there."""
         chunks = []
         for start in range(first, first + count, CHUNK):
             path = self.folder / f"{label(s, self.steps)}-{start:06d}.npy"
@@ -125,93 +134,102 @@ class Setting:
                 if not compute:
                     return None
                 self._check_time()
-                seeds = range(start, start + CHUNK)
-                samples = to_bytes(epskernels.sample(self._call, self.sampler(s), seeds, self.model.shape))
+                samples = self.sample(s, range(start, start + CHUNK))
                 write_whole(path, lambda file, samples=samples: np.save(file, samples))
-            chunks.append(features_of(path))
+            chunks.append(features_of(self.subject, path))
         return np.concatenate(chunks)
 
-    def sweep(self, real, compute=True):
-        """({b: Frechet distance of the selection's samples}, whether all that the sweep asks for is there)."""
-        found = {}
+    def sample(self, s, seeds):
+        """As they are stored."""
+        return self.subject.to_stored(epskernels.sample(self._call, self.sampler(s), seeds, self.subject.shape))
+
+    def trials(self, real, shape="uniform", compute=True):
+        """({b: Frechet distance of the selection's samples}, whether all trials are there)."""
+        found = {float(b): distance for b, distance in self.row.get("trials", {}).get(shape, {}).items()}
 
         def there(b):
-            b = round(b, 4)
             if b not in found:
-                features = self.features(scaling.constant(b), SELECT_SEED, SELECT, compute)
+                features = self.features(shaped(shape, b, self.steps), SELECT_SEED, SELECT, compute)
                 if features is None:
                     return False
                 found[b] = quality.frechet(real, features)
             return True
 
-        for b in GRID:
-            if not there(b):
-                return found, False
-        while 0.9 < (best := min(found, key=found.get)) < 1.1 and best in (min(found), max(found)):
-            if not there(best + (0.01 if best > 1 else -0.01)):
-                return found, False
-        return found, there(best - 0.005) and there(best + 0.005)
+        best = 1.0
+        for step in trial_steps(self.steps):
+            moved = True
+            while moved:
+                near = [b for b in (best, round(best - step, 5), round(best + step, 5)) if LIMITS[0] <= b <= LIMITS[1]]
+                if not all(there(b) for b in near):
+                    return found, False
+                lower = min(near, key=found.get)
+                best, moved = lower, lower != best
+        return found, True
 
     def candidates(self, real, compute=True):
-        """The scalings of the table's row, by name; None where the selection is not done."""
-        sweep, complete = self.sweep(real, compute)
-        if not compute and not (complete and (RESULTS / f"{self.title}-lambda.json").exists()):
+        """The scalings of the table's row, by name; None where their selection is not done."""
+        found = {"baseline": scaling.constant(1.0)}
+        for shape in self.shapes:
+            trials, complete = self.trials(real, shape, compute)
+            if not complete:
+                return None
+            found[shape] = shaped(shape, min(trials, key=trials.get), self.steps)
+        if not compute and not all(self._matched_path(feedback).exists() for feedback in self.feedback):
             return None
-        matched, notes = self.matched()
-        found = {"baseline": scaling.constant(1.0), "uniform": scaling.constant(min(sweep, key=sweep.get)),
-                 "norm-matched": matched}  # fmt: skip
+        found["norm-matched"], notes = self.matched()
+        if True in self.feedback:
+            found["with feedback"], _ = self.matched(True)
         line = calibrate.fit(notes["lambda_t"], "linear", self.skip)
-        if (line(np.arange(self.steps)) > 0).all():  # no lambda otherwise
-            found["linear"] = line.scaling
+        if self.steps <= 20 and (line(np.arange(self.steps)) > 0).all():  # no lambda otherwise
+            found["fit to norms"] = line.scaling
         return found
 
     def work(self, real, samples):
         """All that the row of so many samples needs."""
         self.measured("baseline", scaling.constant(1.0))
         candidates = self.candidates(real)
-        for start in range(0, samples, STRIDE):  # all candidates come as far before one goes on
-            for s in candidates.values():
-                self.features(s, REPORT_SEED + start, STRIDE)
+        if str(samples) not in self.tables(candidates):
+            for start in range(0, samples, STRIDE):  # all candidates come as far before one goes on
+                for s in candidates.values():
+                    self.features(s, REPORT_SEED + start, min(STRIDE, samples))
         for name in ("uniform", "norm-matched"):
             self.measured(name, candidates[name])
 
-    def result(self, real, before):
-        """The row: from what is in the cache, and what was compared before."""
-        sweep, _ = self.sweep(real, compute=False)
+    def tables(self, candidates):
+        """Those of the results, where they are of the same candidates."""
+        same = self.row.get("lambda") == lambdas(candidates, self.steps)
+        return dict(self.row["tables"]) if same else {}
+
+    def result(self, real):
+        """The row: from what is in the cache, and from the row before."""
+        trials = {shape: self.trials(real, shape, compute=False)[0] for shape in self.shapes}
         candidates = self.candidates(real, compute=False)
+        if not any(trials.values()):
+            return None
         row = {"sampler": self.name, "steps": self.steps, "calls": len(self.sampler(1.0))}
-        row["sweep"] = {f"{b:g}": distance for b, distance in sweep.items()}
+        row["trials"] = {shape: {f"{b:g}": found[b] for b in sorted(found)} for shape, found in trials.items()}
         if candidates is None:
-            return before or (row if sweep else None)  # perhaps from another machine's cache
-        lambdas = {name: s.values(self.steps).tolist() for name, s in candidates.items()}
-        row["lambda"] = {
-            name: values[0] if name in ("baseline", "uniform") else values for name, values in lambdas.items()
-        }
-        matched = json.loads((RESULTS / f"{self.title}-lambda.json").read_text())["notes"]["lambda_t"]
+            return {**self.row, **row}
+        row["lambda"] = lambdas(candidates, self.steps)
+        row["matched"] = matched = self.matched()[1]["lambda_t"]  # the cleanest steps too
         row["fits"] = {kind: {"coefficients": found.coefficients, "r2": found.r2 if np.isfinite(found.r2) else None}
                        for kind in calibrate.FITS for found in [calibrate.fit(matched, kind, self.skip)]}  # fmt: skip
-        same = before is not None and before.get("lambda") == row["lambda"]
-        row["tables"] = dict(before["tables"]) if same else {}
+        row["tables"] = self.tables(candidates)
         for count in ROUNDS:
-            if str(count) in row["tables"]:
-                continue
-            sets = {name: self.features(s, REPORT_SEED, count, compute=False) for name, s in candidates.items()}
-            if all(features is not None for features in sets.values()):
-                found = quality.compare(real, sets, resamples=RESAMPLES)
-                row["tables"][str(count)] = {
-                    name: {key: [e.value, e.low, e.high] for key, e in each.items()} for name, each in found.items()
-                }
+            if str(count) not in row["tables"]:
+                sets = {name: self.features(s, REPORT_SEED, count, compute=False) for name, s in candidates.items()}
+                if all(features is not None for features in sets.values()):
+                    found = quality.compare(real, sets, resamples=RESAMPLES)
+                    row["tables"][str(count)] = {
+                        name: {key: [e.value, e.low, e.high] for key, e in each.items()} for name, each in found.items()
+                    }
         return row
 
 
-def to_bytes(samples):
-    """As an image file would hold them, uint8 (N, 1, 28, 28); what is not finite is black, and far from any digit."""
-    return (samples.nan_to_num(-1) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-@functools.cache
-def features_of(path):
-    return quality.digit_features(np.load(path).astype(np.float32) / 127.5 - 1)
+def lambdas(candidates, steps):
+    """lambda_t by name; one number where it is the same at all steps."""
+    found = {name: s.values(steps).tolist() for name, s in candidates.items()}
+    return {name: values[0] if len(set(values)) == 1 else values for name, values in found.items()}
 
 
 def label(s, steps):
@@ -222,78 +240,106 @@ def label(s, steps):
     return hashlib.sha256(values.tobytes()).hexdigest()[:12]
 
 
-def real_features():
-    return quality.digit_features(images.load("mnist", (1, 28, 28)))
-
-
-def settings(deadline=float("inf")):
-    model = models.load()
-    return [Setting(name, steps, model, deadline) for name, steps in SETTINGS]
+@functools.cache
+def features_of(subject, path):
+    return subject.features(subject.from_stored(np.load(path)))
 
 
 @functools.cache
-def noise_floor():
-    """{standard deviation: Frechet distance between 1,000 real digits and 1,000 others with such noise}."""
-    digits, noise = images.load("mnist", (1, 28, 28)), epskernels.normal(range(1000), (1, 28, 28)).numpy()
-    first, others = quality.digit_features(digits[::5]), digits[4::5]
-    return {
-        f"{size:g}": quality.frechet(first, quality.digit_features(others + size * noise)) for size in (0, 0.02, 0.05)
-    }
+def real_features(subject):
+    return subject.features(subject.real())
 
 
-def write_results(real):
-    path, classifier = RESULTS / "exposure.json", hashlib.sha256(quality.WEIGHTS.read_bytes()).hexdigest()
-    before = json.loads(path.read_text()) if path.exists() else {}
-    known = before.get("rows", []) if before.get("classifier") == classifier else []
-    known = {(row["sampler"], row["steps"]): row for row in known}
-    rows = [row for s in settings() if (row := s.result(real, known.get((s.name, s.steps))))]
-    saved = {"classifier": classifier, "resamples": RESAMPLES, "select": [SELECT_SEED, SELECT], "report": REPORT_SEED,
-             "torch": torch.__version__, "epskernels": epskernels.__version__, "noise": noise_floor(), "rows": rows}  # fmt: skip
-    text = json.dumps(saved, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+def settings(subject, rows=(), deadline=float("inf")):
+    """All of a model's, in the order of the work."""
+    known = {(row["sampler"], row["steps"]): row for row in rows}
+    chains = [(name, steps_of(name, calls)) for calls in CALLS for name in subject.samplers]
+    return [Setting(subject, *chain, known.get(chain), deadline) for chain in chains + LONG.get(subject.name, [])]
 
 
-def run(minutes):
-    real = real_features()
+def steps_of(name, calls):
+    """The steps of a chain of about so many model calls: edm_heun's n steps make 2*n - 1."""
+    return calls // 2 + (calls < 50) if name == "edm_heun" else calls
+
+
+def results_path(subject):
+    return RESULTS / f"{subject.name}.json"
+
+
+def known_rows(subject):
+    """The rows of the results, where their numbers can be compared with those of now."""
+    path = results_path(subject)
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    return saved["rows"] if saved.get("about") == about(subject) else []
+
+
+@functools.cache
+def about(subject):
+    """What all rows have in common: which features, how many samples, and how far apart sets of the real data are themselves,
+    with noise of some standard deviations on one of them."""
+    real = subject.real()
+    first, others = subject.features(real[::5]), real[4::5]
+    noise = epskernels.normal(range(len(others)), subject.shape).numpy()
+    floor = {f"{size:g}": quality.frechet(first, subject.features(others + size * noise)) for size in (0, 0.02, 0.05)}
+    weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in subject.weights}
+    return {"weights": weights, "select": [SELECT_SEED, SELECT], "report": REPORT_SEED, "resamples": RESAMPLES,
+            "noise": {"sets": [len(first), len(others)], **floor}}  # fmt: skip
+
+
+def write_results(subject):
+    """From the cache and the results so far; what other runs have added to those is kept."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(CACHE / f"{subject.name}.lock"):
+        rows = [row for s in settings(subject, known_rows(subject)) if (row := s.result(real_features(subject)))]
+        versions = {"torch": torch.__version__, "epskernels": epskernels.__version__}
+        text = json.dumps({"about": about(subject), **versions, "rows": rows}, indent=1, allow_nan=False) + "\n"
+        write_whole(results_path(subject), lambda file: file.write(text.encode()))
+
+
+def run(minutes, subjects):
     deadline = time.monotonic() + 60 * minutes
     try:
         for samples in ROUNDS:
-            for setting in settings(deadline):
-                print(f"{setting.title}, {samples} samples", flush=True)
-                setting.work(real, samples)
-                write_results(real)
+            for subject in subjects:
+                for setting in settings(subject, known_rows(subject), deadline):
+                    try:
+                        with filelock.FileLock(setting.folder / "lock", blocking=False):
+                            print(f"{subject.name}, {setting.title}, {samples} samples", flush=True)
+                            setting.work(real_features(subject), samples)
+                            write_results(subject)
+                    except filelock.Timeout:
+                        continue  # another run is at it
     except OutOfTime:
         print("out of time", flush=True)
-    write_results(real)
+        write_results(subject)
 
 
-def status():
-    real = real_features()
-    for setting in settings():
-        candidates = setting.candidates(real, compute=False)
-        if candidates is None:
-            print(f"{setting.title}: {len(setting.sweep(real, compute=False)[0])} of the sweep")
-            continue
-        counts = {name: sum(setting.features(s, start, CHUNK, compute=False) is not None for start in range(0, 5000, CHUNK))
-                  for name, s in candidates.items()}  # fmt: skip
-        print(f"{setting.title}: " + ", ".join(f"{name} {CHUNK * count}" for name, count in counts.items()))
+def status(subjects):
+    for subject in subjects:
+        for setting in settings(subject, known_rows(subject)):
+            candidates = setting.candidates(real_features(subject), compute=False)
+            if candidates is None:
+                said = f"{len(setting.trials(real_features(subject), compute=False)[0])} trials"
+            else:
+                there = {name: sum(setting.features(s, start, CHUNK, compute=False) is not None
+                                   for start in range(0, ROUNDS[-1], CHUNK)) for name, s in candidates.items()}  # fmt: skip
+                said = ", ".join(f"{name} {CHUNK * count}" for name, count in there.items())
+            tables = ", ".join(setting.row.get("tables", [])) or "none"
+            print(f"{subject.name}, {setting.title}: {said}; tables: {tables}")
 
 
 def quick():
     """One row again, nothing read from the cache: the distances and their difference must lie in the table's intervals."""
-    name, steps, count = QUICK
-    saved = json.loads((RESULTS / "exposure.json").read_text())
-    row = next(row for row in saved["rows"] if (row["sampler"], row["steps"]) == (name, steps))
+    subject, name, steps, count = QUICK
+    subject = SUBJECTS[subject]()
+    row = next(row for row in known_rows(subject) if (row["sampler"], row["steps"]) == (name, steps))
     table, b = row["tables"][str(count)], row["lambda"]["uniform"]
-    setting, real = Setting(name, steps, models.load()), real_features()
-    started, sets = time.monotonic(), {}
+    setting, started, sets = Setting(subject, name, steps), time.monotonic(), {}
     for key, value in (("baseline", 1.0), ("uniform", b)):
-        samples = []
-        for start in range(0, count, CHUNK):
-            seeds = range(REPORT_SEED + start, REPORT_SEED + start + CHUNK)
-            samples.append(epskernels.sample(setting._call, setting.sampler(value), seeds, setting.model.shape))
-        sets[key] = quality.digit_features(to_bytes(torch.cat(samples)).astype(np.float32) / 127.5 - 1)
-    found = quality.compare(real, sets, k=None, resamples=RESAMPLES)
+        seeds = range(REPORT_SEED, REPORT_SEED + count)
+        stored = [setting.sample(value, seeds[start : start + CHUNK]) for start in range(0, count, CHUNK)]
+        sets[key] = subject.features(subject.from_stored(np.concatenate(stored)))
+    found = quality.compare(real_features(subject), sets, k=None, resamples=RESAMPLES)
     print(f"{setting.title}, {count} samples, {time.monotonic() - started:.0f} s; the table's in brackets")
     failed = False
     for key, measure in (("baseline", "frechet"), ("uniform", "frechet"), ("uniform", "frechet_difference")):
@@ -309,15 +355,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "status", "quick", "report"))
     parser.add_argument("--minutes", type=float, default=30.0, help="run: stop after so many; default: %(default)s")
+    parser.add_argument("--subject", choices=SUBJECTS, action="append", help="run, status: of these models only")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
+    subjects = [SUBJECTS[name]() for name in args.subject or SUBJECTS]
     if args.command == "run":
-        return run(args.minutes)
+        return run(args.minutes, subjects)
     if args.command == "report":
         from exposure_report import report
 
-        return report(json.loads((RESULTS / "exposure.json").read_text()), RESULTS, DOCS)
-    return {"status": status, "quick": quick}[args.command]()
+        found = {s.name: results_path(s) for s in subjects}
+        return report({name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}, RESULTS, ROOT)
+    return {"status": lambda: status(subjects), "quick": quick}[args.command]()
 
 
 if __name__ == "__main__":

@@ -1,178 +1,266 @@
-"""Draws experiments/results/exposure.json and writes the measured part of docs/exposure.md, between its two markers."""
-
-import pathlib
+"""Draws experiments/results/*.json and writes the measured parts of docs/exposure.md and README.md, between their markers."""
 
 import numpy as np
 
 from epskernels.exposure import Exposure, figures
 
 BEGIN, END = "<!-- measured: written by `make quality-report` -->\n", "<!-- end of measured -->"
+KINDS = ("baseline", "uniform", "norm-matched")  # whose exposure bias is measured
+
+
+def table(head, rows):
+    yield "| " + " | ".join(head) + " |"
+    yield "|---" * len(head) + "|"
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def title(row):
+    return f"{row['sampler']}, {row['steps']}"
 
 
 def largest(row):
     """(samples, table) of the most samples that the row has."""
-    return max(((int(count), table) for count, table in row.get("tables", {}).items()), default=(0, None))
+    return max(((int(count), found) for count, found in row.get("tables", {}).items()), default=(0, None))
 
 
-def interval(estimate, digits=2):
+def with_tables(rows):
+    return [(row, *largest(row)) for row in rows if row.get("tables")]
+
+
+def interval(estimate, digits=None):
+    """digits: after the point; default: by the size."""
     value, low, high = estimate
+    digits = places(value) if digits is None else digits
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def change(estimate):
-    """A difference, in bold where its interval leaves 0 out."""
-    value, low, high = estimate
-    said = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+def places(value):
+    return 1 if value >= 20 else 2 if value >= 1 else 3
+
+
+def bold(said, low, high):
+    """In bold where the interval leaves 0 out."""
     return f"**{said}**" if low > 0 or high < 0 else said
 
 
+def change(row, found, name, measure="frechet", whole=True):
+    """The difference from the baseline."""
+    if name not in found:
+        return ""
+    if row["lambda"][name] == 1:
+        return "as baseline"
+    digits = max(places(found["baseline"][measure][0]), 2)
+    value, low, high = found[name][f"{measure}_difference"]
+    spread = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if whole else ""
+    return bold(f"{value:+.{digits}f}{spread}", low, high)
+
+
+def overview(rows):
+    """Samplers against numbers of model calls, for the README."""
+    columns = sorted({group(row) for row, *_ in with_tables(rows)})
+    cells = {}
+    for row, _, found in with_tables(rows):
+        at = cells.setdefault(row["sampler"], {})
+        b = row["lambda"]["uniform"]
+        at[group(row)] = f"{interval(found['baseline']['frechet'])}; " + (
+            f"{change(row, found, 'uniform')} at {b:g}" if b != 1 else "best at 1"
+        )
+    head = ["sampler", *(f"T' = {calls}" for calls in columns)]
+    return table(head, ([name, *(at.get(calls, "") for calls in columns)] for name, at in cells.items()))
+
+
+def group(row):
+    """Its number of model calls, edm_heun's taken for that of the others beside it."""
+    return min((10, 20, 50, 100, 1000), key=lambda calls: abs(np.log(calls / row["calls"])))
+
+
 def distances(rows):
-    yield "| sampler, T' | samples | baseline | best uniform b | uniform | norm-matched | linear fit of it |"
-    yield "|---|---|---|---|---|---|---|"
-    for row in rows:
-        count, table = largest(row)
-        if table:
-            names = ("uniform", "norm-matched", "linear")
-            cells = [change(table[name]["frechet_difference"]) if name in table else "not above 0" for name in names]
-            b = row["lambda"]["uniform"]
-            if b == 1:
-                cells[0] = "as baseline"
-            baseline = interval(table["baseline"]["frechet"])
-            yield f"| {row['sampler']}, {row['steps']} | {count:,} | {baseline} | {b:g} | {' | '.join(cells)} |"
+    head = ("sampler, T'", "samples", "baseline", "best uniform b", "uniform", "norm-matched", "line fitted to it")
+    return table(head, (
+        [title(row), f"{count:,}", interval(found["baseline"]["frechet"]), f"{row['lambda']['uniform']:g}",
+         *(change(row, found, name) for name in ("uniform", "norm-matched", "fit to norms"))]
+        for row, count, found in with_tables(rows)
+    ))  # fmt: skip
 
 
 def precision_recall(rows):
-    yield "| sampler, T' | precision, baseline | uniform | norm-matched | recall, baseline | uniform | norm-matched |"
-    yield "|---|---|---|---|---|---|---|"
-    for row in rows:
-        count, table = largest(row)
-        if table:
-            cells = []
-            for measure in ("precision", "recall"):
-                cells.append(interval(table["baseline"][measure], 3))
-                for name in ("uniform", "norm-matched"):
-                    value, low, high = table[name][f"{measure}_difference"]
-                    mark = "**" if low > 0 or high < 0 else ""
-                    cells.append("as baseline" if row["lambda"][name] == 1 else f"{mark}{value:+.3f}{mark}")
-            yield f"| {row['sampler']}, {row['steps']} | {' | '.join(cells)} |"
+    head = ["sampler, T'"]
+    for measure in ("precision", "recall"):
+        head += [f"{measure}, baseline", "uniform", "norm-matched"]
+
+    def cells(row, found):
+        for measure in ("precision", "recall"):
+            yield interval(found["baseline"][measure], 3)
+            for name in ("uniform", "norm-matched"):
+                yield change(row, found, name, measure, whole=False)
+
+    return table(head, ([title(row), *cells(row, found)] for row, _, found in with_tables(rows)))
 
 
-def sweeps(rows):
-    columns = sorted({float(b) for row in rows for b in row["sweep"]})
-    yield "| sampler, T' | " + " | ".join(f"{b:g}" for b in columns) + " |"
-    yield "|---" * (len(columns) + 1) + "|"
+def shapes(rows):
+    """The ablation: each shape at its best mean."""
+    rows = [each for each in with_tables(rows) if len(each[0]["trials"]) > 1]
+    if not rows:
+        return []
+    names = list(rows[0][0]["trials"])
+
+    def cell(row, found, name):
+        trials = row["trials"][name]
+        return f"{change(row, found, name)} at {min(trials, key=trials.get)}"
+
+    head = ["sampler, T'", "baseline", *names, "norm-matched", "with feedback"]
+    return table(head, (
+        [title(row), interval(found["baseline"]["frechet"]), *(cell(row, found, name) for name in names),
+         *(change(row, found, name) for name in ("norm-matched", "with feedback"))]
+        for row, _, found in rows
+    ))  # fmt: skip
+
+
+def sensitivity(rows):
+    """How far b may be off before the distance is the baseline's again, by lines between the trials."""
+
+    def bound(b, d, best, way):
+        at = [i for i in range(len(b)) if (b[i] - b[best]) * way >= 0][::way]
+        for i, j in zip(at, at[1:], strict=False):
+            if d[j] > base >= d[i]:
+                return f"{b[i] + (b[j] - b[i]) * (base - d[i]) / (d[j] - d[i]):.4f}"
+        return f"beyond {b[at[-1]]:g}"
+
+    cells = []
     for row in rows:
-        best = min(row["sweep"].values())
-        cells = [row["sweep"].get(f"{b:g}") for b in columns]
-        said = ["" if d is None else f"**{d:.2f}**" if d == best else f"{d:.2f}" for d in cells]
-        yield f"| {row['sampler']}, {row['steps']} | {' | '.join(said)} |"
+        trials = row["trials"]["uniform"]
+        if "lambda" not in row or len(trials) < 3:
+            continue
+        b, d = zip(*sorted((float(b), distance) for b, distance in trials.items()), strict=True)
+        best, base = int(np.argmin(d)), trials["1"]
+        said = [title(row), f"{b[best]:g}", f"{100 * (d[best] / base - 1):+.1f} %"]
+        said += ["", ""] if b[best] == 1 else [bound(b, d, best, -1), bound(b, d, best, 1)]
+        for off in (-0.01, 0.01):
+            near = trials.get(f"{b[best] + off:g}")
+            said.append("" if near is None else f"{100 * (near / base - 1):+.1f} %")
+        cells.append(said)
+    head = ("sampler, T'", "best b", "change there", "no worse than 1 from b =", "to", "best b - 0.01", "best b + 0.01")
+    return table(head, cells)
+
+
+def trials(rows):
+    def cells(found):
+        for b, distance in found.items():
+            said = f"{b}: {distance:.{places(distance)}f}"
+            yield f"**{said}**" if distance == min(found.values()) else said
+
+    rows = [row for row in rows if row["trials"]["uniform"]]
+    return table(("sampler, T'", "b: distance"), ([title(row), ", ".join(cells(row["trials"]["uniform"]))] for row in rows))
 
 
 def fits(rows):
-    yield "| sampler, T' | lambda_t by norms: noisiest step, middle, second, cleanest | linear k, b, R^2 | quadratic R^2 |"
-    yield "|---|---|---|---|"
-    for row in rows:
-        if "fits" in row:
-            matched = row["lambda"]["norm-matched"]
-            shown = ", ".join(f"{matched[i]:.4f}" for i in (0, len(matched) // 2, -2, -1))
-            line, curve = row["fits"]["linear"], row["fits"]["quadratic"]
-            k, b = line["coefficients"]
-            r2 = f"{k:.5f}, {b:.4f}, {line['r2']:.2f}"
-            yield f"| {row['sampler']}, {row['steps']} | {shown} | {r2} | {curve['r2']:.2f} |"
+    def cells(row):
+        matched = row["matched"]
+        yield ", ".join(f"{matched[i]:.4f}" for i in (0, len(matched) // 2, -2, -1))
+        k, b = row["fits"]["linear"]["coefficients"]
+        yield f"{k:.5f}, {b:.4f}"
+        for kind in ("linear", "quadratic"):
+            r2 = row["fits"][kind]["r2"]
+            yield "" if r2 is None else f"{r2:.2f}"
+
+    head = ("sampler, T'", "lambda_t by norms: noisiest step, middle, second, cleanest", "line k, b", "its R^2", "quadratic's")
+    return table(head, ([title(row), *cells(row)] for row in rows if "matched" in row))
 
 
 def bias(measured):
-    yield "| sampler, T', lambda | DeltaN, least | greatest | of the last two rows | delta_t, first row | last | of one step |"
-    yield "|---|---|---|---|---|---|---|"
-    for (sampler, steps, name), e in measured.items():
-        gap = e.norm_gap
-        chain, one = e.delta_chain, np.nanmax(e.delta_single)
-        last = f"{gap[-2]:.4f}, {gap[-1]:.4f}"
-        ends = f"{chain[0]:.1e} | {chain[-1]:.3f} | {one:.1e}"
-        yield f"| {sampler}, {steps}, {name} | {gap.min():.4f} | {gap.max():.4f} | {last} | {ends} |"
+    def cells(e):
+        gap, chain = e.norm_gap, e.delta_chain
+        yield from (f"{gap.min():.4f}", f"{gap.max():.4f}", f"{gap[-2]:.4f}, {gap[-1]:.4f}")
+        yield from (f"{chain[0]:.1e}", f"{chain[-1]:.3g}", f"{np.nanmax(e.delta_single):.1e}")
+
+    head = ("sampler, T', lambda", "DeltaN, least", "greatest", "of the last two rows",
+            "delta_t, first row", "last", "of one step, greatest")  # fmt: skip
+    return table(head, ([f"{sampler}, {steps}, {name}", *cells(e)] for (sampler, steps, name), e in measured.items()))
 
 
 def closed_form(e):
-    yield "| t | sigma^2 | measured | closed form, independent error | closed form, measured covariance | e_t |"
-    yield "|---|---|---|---|---|---|"
-    for i in range(len(e.t)):
-        values = (e.variance_single[i], e.variance_paper[i], e.variance_closed[i])
-        said = " | ".join(f"{value:.5f}" for value in values)
-        yield f"| {e.t[i]:g} | {e.sigma_out[i] ** 2:.5f} | {said} | {e.error[i]:.4f} |"
+    head = ("t", "sigma^2", "measured", "closed form, independent error", "closed form, measured covariance", "e_t")
+    return table(head, (
+        [f"{e.t[i]:.4g}", *(f"{value:.5f}" for value in (e.sigma_out[i] ** 2, e.variance_single[i], e.variance_paper[i],
+                                                      e.variance_closed[i])), f"{e.error[i]:.4f}"]
+        for i in range(len(e.t))
+    ))  # fmt: skip
 
 
-def draw(rows, measured, folder):
-    """The plots; their file names."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def write(name, title, panels):
-        figure, axes = figures(len(panels))
-        for axis, (paint, settings) in zip(axes, panels, strict=True):
-            paint(axis)
-            axis.set(**settings)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
-        figure.suptitle(title, fontsize=10)
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        return f"{name}.svg"
-
-    names = []
-    for row in rows:
-        title = f"{row['sampler']}, T' = {row['steps']}"
-        found = {
-            name: e
-            for (sampler, steps, name), e in measured.items()
-            if (sampler, steps) == (row["sampler"], row["steps"])
-        }
-
-        def gaps(axis, found=found):
-            for name, e in found.items():
-                axis.errorbar(range(len(e.t)), e.norm_gap, 2 * e.norm_gap_se, marker="o", markersize=3, label=name)
-            axis.axhline(1, color="black", linewidth=0.8)
-
-        def deltas(axis, found=found):
-            for name, e in found.items():
-                axis.plot(range(len(e.t)), e.delta_chain, marker="o", markersize=3, label=name)
-            axis.set_yscale("log")
-
-        def sweep(axis, row=row):
-            points = sorted((float(b), d) for b, d in row["sweep"].items())
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label="selection")
-
-        if found:
-            names.append(write(
-                f"{row['sampler']}-{row['steps']}", title,
-                [(gaps, {"title": "norm gap DeltaN, two standard errors", "xlabel": "row, the noisiest first"}),
-                 (deltas, {"title": "delta_t", "xlabel": "row, the noisiest first"}),
-                 (sweep, {"title": "Frechet distance by uniform b", "xlabel": "b"})],
-            ))  # fmt: skip
-    return names
+def draw(name, rows, measured, path):
+    """One sampler's plots: norm gap and delta_t, without scaling and with, and the distance by b, for each number of steps."""
+    figure, (gap, delta, distance) = figures(3)
+    for n, row in enumerate(rows):
+        style = {"color": f"C{n}", "marker": "o", "markersize": 2, "linewidth": 1}
+        for kind, line in (("baseline", "-"), ("uniform", ":")):
+            if (e := measured.get((name, row["steps"], kind))) is not None:
+                where = np.linspace(0, 1, len(e.t))
+                gap.plot(where, e.norm_gap, line, label=f"{row['steps']}, {kind}", **style)
+                delta.plot(where, e.delta_chain, line, **style)
+        points = sorted((float(b), d / row["trials"]["uniform"]["1"]) for b, d in row["trials"]["uniform"].items())
+        distance.plot(*zip(*points, strict=True), "-", label=f"T' = {row['steps']}", **style)
+    gap.axhline(1, color="black", linewidth=0.8)
+    gap.set(title="norm gap DeltaN", xlabel="along the chain, the noisiest row first")
+    delta.set(title="delta_t", xlabel="along the chain", yscale="log")
+    distance.set(title="Frechet distance over that at b = 1", xlabel="b", ylim=(0.5, 2))
+    for axis in (gap, delta, distance):
+        axis.grid(alpha=0.3)
+    for axis in (gap, distance):
+        axis.legend(fontsize=6)
+    figure.suptitle(path.stem, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
 
 
-def report(saved, results, docs):
-    rows = saved["rows"]
+def section(subject, saved, results, folder):
+    """A model's part of the page."""
+    rows, about = saved["rows"], saved["about"]
     measured = {}
     for row in rows:
-        for name in ("baseline", "uniform", "norm-matched"):
-            path = results / f"{row['sampler']}-{row['steps']}-{name}.json"
-            if path.exists() and not (name == "uniform" and row.get("lambda", {}).get("uniform") == 1):
-                measured[row["sampler"], row["steps"], name] = Exposure.load(path)
-    names = draw(rows, measured, docs / "exposure")
+        for kind in KINDS:
+            path = results / subject / f"{row['sampler']}-{row['steps']}-{kind}.json"
+            if path.exists() and not (kind == "uniform" and row.get("lambda", {}).get("uniform") == 1):
+                measured[row["sampler"], row["steps"], kind] = Exposure.load(path)
+    names = {}
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        names[name] = folder / f"{subject}-{name}.svg"
+        draw(name, [row for row in rows if row["sampler"] == name and "lambda" in row], measured, names[name])
+    one, other = about["noise"]["sets"]
+    floor = "; ".join(f"{size}: {distance:.3g}" for size, distance in about["noise"].items() if size != "sets")
+    select_seed, select = about["select"]
     first = next(iter(measured.values()))
-    floor = "; ".join(f"{float(size):g}: {distance:.2f}" for size, distance in saved["noise"].items())
-    parts = [
-        f"Between 1,000 real digits and 1,000 others, with noise of that standard deviation on the others: {floor}.",
-        "## Frechet distance, and its change by lambda", "\n".join(distances(rows)),
-        "## Precision and recall", "\n".join(precision_recall(rows)),
-        f"## The sweep, over {saved['select'][1]} samples from seed {saved['select'][0]} on", "\n".join(sweeps(rows)),
-        "## lambda_t by norms, and its fits without the cleanest quarter of the steps", "\n".join(fits(rows)),
-        "## Norm gap and delta_t", "\n".join(bias(measured)), *(f"![{name}](exposure/{name})" for name in names),
-        f"## The closed form: variance after one step, {first.sampler}, {first.images} images", "\n".join(closed_form(first)),
-    ]  # fmt: skip
-    page = pathlib.Path(docs / "exposure.md")
-    text = page.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(before + BEGIN + "\n" + "\n\n".join(parts) + "\n\n" + END + after)
-    print(f"wrote {page} and {len(names)} plots")
+    parts = {
+        "Frechet distance, and its change by lambda": distances(rows),
+        "Precision and recall": precision_recall(rows),
+        "Shapes of lambda_t, each at its best mean": shapes(rows),
+        f"Best b, and how far it may be off, over the {select} samples of a trial": sensitivity(rows),
+        f"The trials: distance of {select} samples from seed {select_seed} on": trials(rows),
+        "lambda_t by norms, and its fits without the cleanest quarter of the steps": fits(rows),
+        "Norm gap and delta_t": bias(measured),
+        f"The closed form: variance after one step, {first.sampler}, {first.images} of the data": closed_form(first),
+    }
+    yield f"## {subject}"
+    yield f"Between {one:,} of the real data and {other:,} others, with noise of that standard deviation on the others: {floor}."
+    for heading, lines in parts.items():
+        if text := "\n".join(lines):
+            yield f"### {heading}\n\n{text}"
+    yield "\n\n".join(f"![{name}]({folder.name}/{path.name})" for name, path in names.items())
+
+
+def replace(path, parts):
+    """Puts the parts between the file's markers."""
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(before + BEGIN + "\n" + "\n\n".join(parts) + "\n\n" + END + rest.split(END)[1])
+    print(f"wrote {path}")
+
+
+def report(saved, results, root):
+    folder = root / "docs" / "exposure"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.svg"):
+        old.unlink()
+    sections = [part for subject, each in saved.items() for part in section(subject, each, results, folder)]
+    replace(root / "docs" / "exposure.md", sections)
+    overviews = [f"{subject}:\n\n" + "\n".join(overview(each["rows"])) for subject, each in saved.items()]
+    replace(root / "README.md", overviews)

@@ -1,105 +1,136 @@
-"""experiments/exposure.py with a network that costs nothing: it stops, goes on, and comes to the same results."""
+"""experiments/exposure.py with a model that costs nothing: it stops, goes on, and comes to the same results."""
 
 import json
 import pathlib
 import sys
-import types
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from epskernels import quality, schedule
+from epskernels import quality, samplers, schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FOLDER = str(pathlib.Path(__file__).parents[1] / "experiments")
-
-
-def prediction(x, t):
-    """eps as if the data were normal, and the variance's middle."""
-    sigma = torch.tensor(schedule.cosine().sigma).float()[t.long()].reshape(-1, 1, 1, 1)
-    return (torch.cat([sigma * x, torch.zeros_like(x)], 1),)
+PATH = schedule.cosine()
 
 
 class Network:
-    """Calls are counted; after `limit` of them the experiment's time is up."""
+    """eps as if the data were normal. Calls are counted; after `limit` of them the experiment's time is up."""
 
     def __init__(self, out_of_time):
         self.calls, self.limit, self.out_of_time = 0, float("inf"), out_of_time
 
-    def __call__(self, x, t, return_dict):
+    def __call__(self, x, t):
         self.calls += 1
         if self.calls > self.limit:
             raise self.out_of_time
-        return prediction(x, t)
+        return torch.tensor(PATH.sigma).float()[t.long()].reshape(-1, 1) * x
 
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
-    monkeypatch.delitem(sys.modules, "exposure", raising=False)
+    for name in ("exposure", "exposure_report", "subjects"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     import exposure as module
+    from subjects import Subject
 
-    digits = np.random.default_rng(0).uniform(-1, 1, (40, 1, 28, 28)).astype(np.float32)
-    network = Network(module.OutOfTime)
-    model = types.SimpleNamespace(network=network, schedule=schedule.cosine(), shape=(1, 28, 28))
+    data = np.random.default_rng(0).uniform(-1, 1, (40, 5)).astype(np.float32)
+    network, weights = Network(module.OutOfTime), tmp_path / "weights"
+    weights.write_bytes(b"1")
+    subject = Subject(
+        name="nothing", weights=(weights,), shape=(5,), schedule=PATH, call=network, real=lambda: data, features=np.asarray,
+        to_stored=lambda samples: samples.numpy(), from_stored=np.asarray,
+        samplers={"ddim": lambda steps, s: samplers.ddim(PATH, steps, scaling=s),
+                  "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(PATH, steps, scaling=s, spacing="trailing")},
+    )  # fmt: skip
     for name, value in {
-        "CACHE": tmp_path / "cache", "RESULTS": tmp_path / "results", "DOCS": tmp_path, "CHUNK": 4, "CALIBRATION": 8,
-        "SELECT": 8, "ROUNDS": (8,), "STRIDE": 8, "RESAMPLES": 20,
-        "SETTINGS": [("ddim", 3), ("dpmpp_2m", 3)], "QUICK": ("ddim", 3, 8),
-        "noise_floor": lambda: {"0": 1.0},
+        "CACHE": tmp_path / "cache", "RESULTS": tmp_path / "results", "CHUNK": 4, "CALIBRATION": 8, "SELECT": 20,
+        "ROUNDS": (20,), "STRIDE": 20, "RESAMPLES": 20, "CALLS": (3,), "LIMITS": (0.97, 1.03), "LONG": {},
+        "SHAPED": {("ddim", 3)}, "SUBJECTS": {"nothing": lambda: subject}, "QUICK": ("nothing", "ddim", 3, 20),
     }.items():  # fmt: skip
         monkeypatch.setattr(module, name, value)
     module.RESULTS.mkdir()
-    monkeypatch.setattr(module.models, "load", lambda: model)
-    monkeypatch.setattr(module.images, "load", lambda source, shape, count=None: digits[:count])
-    module.network = network
+    module.network, module.subject = network, subject
     return module
 
 
+def results(experiment):
+    return (experiment.RESULTS / "nothing.json").read_text()
+
+
 def test_interrupted_experiment_comes_to_the_same_results(experiment, tmp_path):
-    experiment.run(10)
-    whole, calls = (experiment.RESULTS / "exposure.json").read_text(), experiment.network.calls
+    subject = experiment.subject
+    experiment.run(10, [subject])
+    whole, calls = results(experiment), experiment.network.calls
     rows = json.loads(whole)["rows"]
     assert [(row["sampler"], row["steps"], row["calls"]) for row in rows] == [("ddim", 3, 3), ("dpmpp_2m", 3, 3)]
+    assert list(rows[0]["trials"]) == list(experiment.SHAPES) and list(rows[1]["trials"]) == ["uniform"]
     for row in rows:
-        best = min(row["sweep"], key=row["sweep"].get)
-        assert row["lambda"]["uniform"] == float(best) and len(row["lambda"]["norm-matched"]) == row["steps"]
-        assert {f"{b:g}" for b in experiment.GRID} <= row["sweep"].keys()
-        assert list(row["tables"]) == ["8"] and {"baseline", "uniform", "norm-matched"} <= row["tables"]["8"].keys()
-    real = quality.digit_features(experiment.images.load("mnist", (1, 28, 28)))
-    setting = experiment.Setting("ddim", 3, experiment.models.load())
-    samples = setting.features(experiment.scaling.constant(1.0), experiment.REPORT_SEED, 8, compute=False)
-    assert rows[0]["tables"]["8"]["baseline"]["frechet"][0] == pytest.approx(quality.frechet(real, samples), rel=1e-12)
+        for shape, trials in row["trials"].items():
+            best = min(trials, key=trials.get)
+            for step in (-0.01, -0.005, 0.005, 0.01):  # it is a valley's floor
+                b = float(best) + step
+                assert not experiment.LIMITS[0] <= b <= experiment.LIMITS[1] or abs(step) == 0.01 or f"{b:g}" in trials
+            assert np.mean(row["lambda"][shape]) == pytest.approx(float(best), rel=1e-12)
+        assert list(row["tables"]) == ["20"] and {"baseline", "uniform", "norm-matched"} <= row["tables"]["20"].keys()
+    setting = experiment.Setting(subject, "ddim", 3)
+    samples = setting.features(experiment.scaling.constant(1.0), experiment.REPORT_SEED, 20, compute=False)
+    assert rows[0]["tables"]["20"]["baseline"]["frechet"][0] == pytest.approx(quality.frechet(subject.real(), samples), rel=1e-12)
 
-    for path in [*experiment.CACHE.rglob("*.np?"), *experiment.RESULTS.iterdir()]:
-        path.unlink()
-    experiment.network.calls = 0
+    def without(*kinds):
+        for kind in kinds:
+            for path in [path for path in tmp_path.rglob(kind) if path.is_file()]:
+                path.unlink()
+        experiment.features_of.cache_clear()
+        experiment.network.calls = 0
+
+    without("*.np?", "*.json")
     for limit in (calls // 5, calls // 2, calls):  # each run makes what the one before did not
         experiment.network.limit = experiment.network.calls + limit
-        experiment.run(10)
-    assert (experiment.RESULTS / "exposure.json").read_text() == whole
-    experiment.network.calls = 0
-    experiment.run(10)
-    assert experiment.network.calls == 0
+        experiment.run(10, [subject])
+    assert results(experiment) == whole
+    without("*.np?")  # on another machine: the results are all that there is
+    experiment.run(10, [subject])
+    assert results(experiment) == whole and experiment.network.calls == 0
+    (experiment.RESULTS / "nothing.json").write_text(whole.replace('"weights": "', '"weights": "of another'))
+    experiment.run(10, [subject])  # whose numbers are no use
+    assert results(experiment) == whole and experiment.network.calls > 0
+
+
+def test_runs_share_the_work(experiment):
+    threads = [threading.Thread(target=experiment.run, args=(10, [experiment.subject])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    calls, shared = experiment.network.calls, results(experiment)
+    experiment.run(10, [experiment.subject])
+    assert results(experiment) == shared and experiment.network.calls == calls
+    assert [list(row["tables"]) for row in json.loads(shared)["rows"]] == [["20"], ["20"]]
 
 
 def test_quick_row_and_report(experiment, tmp_path, capsys):
-    experiment.run(10)
+    experiment.run(10, [experiment.subject])
     assert experiment.quick() == 0
     assert "lambda 1, frechet" in capsys.readouterr().out
-    path = experiment.RESULTS / "exposure.json"
-    saved = json.loads(path.read_text())
-    other = json.loads(path.read_text())
-    table = other["rows"][0]["tables"]["8"]["uniform"]
-    table["frechet_difference"] = [value + 1 for value in table["frechet_difference"]]
+    path = experiment.RESULTS / "nothing.json"
+    saved, other = (json.loads(path.read_text()) for _ in range(2))
+    found = other["rows"][0]["tables"]["20"]["uniform"]
+    found["frechet_difference"] = [value + 1 for value in found["frechet_difference"]]
     path.write_text(json.dumps(other))
     assert experiment.quick() == 1 and capsys.readouterr().out.count("NOT inside") == 1
     from exposure_report import BEGIN, END, report
 
-    (tmp_path / "exposure.md").write_text(f"before\n{BEGIN}old\n{END}\nafter\n")
-    report(saved, experiment.RESULTS, tmp_path)
-    page = (tmp_path / "exposure.md").read_text()
-    assert page.startswith("before\n") and page.endswith("\nafter\n") and "\nold\n" not in page
-    value = saved["rows"][0]["tables"]["8"]["baseline"]["frechet"][0]
-    assert f"| ddim, 3 | 8 | {value:.2f} [" in page and (tmp_path / "exposure" / "ddim-3.svg").exists()
+    pages = [tmp_path / "docs" / "exposure.md", tmp_path / "README.md"]
+    pages[0].parent.mkdir()
+    for page in pages:
+        page.write_text(f"before\n{BEGIN}old\n{END}\nafter\n")
+    report({"nothing": saved}, experiment.RESULTS, tmp_path)
+    baseline = saved["rows"][0]["tables"]["20"]["baseline"]["frechet"][0]
+    for page, start in zip(pages, (f"| ddim, 3 | 20 | {baseline:.3f} [", f"| ddim | {baseline:.3f} ["), strict=True):
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text and start in text
+    assert (tmp_path / "docs" / "exposure" / "nothing-ddim.svg").stat().st_size > 1000
