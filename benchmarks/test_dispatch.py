@@ -10,7 +10,8 @@ import epskernels
 from epskernels import samplers, schedule
 
 TABLE = samplers.ddim(schedule.linear(), 20, clip=1.0)
-OP, OP_OUT = torch.ops.epskernels.step.default, torch.ops.epskernels.step_out.default
+OPS = torch.ops.epskernels
+OP, OP_PLAIN, OP_OUT = OPS.step.default, OPS.step_plain.default, OPS.step_out.default
 INDEX = TABLE.row_index[7]
 
 
@@ -24,6 +25,7 @@ CALLS = {
     "torch.add": lambda x, f, y: torch.add(x, f),
     "torch.add, out=": lambda x, f, y: torch.add(x, f, out=y),
     "the op": lambda x, f, y: OP(x, f, TABLE.rows, INDEX),
+    "the op, plain": lambda x, f, y: OP_PLAIN(x, f, TABLE.rows, INDEX),
     "the op, out=": lambda x, f, y: OP_OUT(x, f, TABLE.rows, INDEX, out=y),
     "epskernels.step": lambda x, f, y: epskernels.step(x, f, TABLE, 7),
     "epskernels.step, out=": lambda x, f, y: epskernels.step(x, f, TABLE, 7, out=y),

@@ -395,7 +395,7 @@ class _Fused:
             inputs += None, m1, m2, v, None, noise, seeds, y, None, threshold
         elif m1 is not None:
             inputs += None, m1, m2
-        made = step_results(results, *inputs)
+        made = step_results(results, len(inputs) == 4)(*inputs)
         if x.dtype is not dtype:
             made = (made[0].to(dtype), *made[1:]) if results > 1 else made.to(dtype)
         return made

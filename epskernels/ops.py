@@ -1,6 +1,7 @@
 """The ops torch.ops.epskernels.*: definition, checks, fake kernels, choice of backend.
 
 step         (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold) -> x'
+step_plain   (x, f, rows, index) -> x': step, at less host time
 step_m0      the same -> (x', m0)
 step_y       the same -> (x', m0, y')
 step_out     the same, written to `out` (and `m0`, `y_out`, `model_input`, where given)
@@ -130,6 +131,7 @@ def reference_moments(f, u=None, rows=None, index=None):
 
 REFERENCE = {
     "step": reference_step,
+    "step_plain": reference_step,
     "step_m0": reference_step_m0,
     "step_y": reference_step_y,
     "step_out": reference_step_out,
@@ -189,7 +191,7 @@ def _register_fake_step(name, results):
         return made if results > 1 else made[0]
 
 
-for _name, _results in (("step", 1), ("step_m0", 2), ("step_y", 3)):
+for _name, _results in (("step", 1), ("step_plain", 1), ("step_m0", 2), ("step_y", 3)):
     _register_fake_step(_name, _results)
 
 
@@ -235,6 +237,9 @@ class _Functions(typing.NamedTuple):
 
 _DISPATCHED = _Functions(*(getattr(torch.ops.epskernels, name).default for name in _Functions._fields))
 _BY_RESULTS = {1: _DISPATCHED.step, 2: _DISPATCHED.step_m0, 3: _DISPATCHED.step_y}
+# What OpOverload.__call__ calls.
+_WITHOUT_PYTHON = {results: op._op for results, op in _BY_RESULTS.items()}
+_STEP_PLAIN = torch.ops.epskernels.step_plain.default._op
 _REFERENCE = _Functions(*(REFERENCE[name] for name in _Functions._fields))
 
 
@@ -437,10 +442,10 @@ def _folded(run, info, in_dims, inputs):
     return results.unflatten(0, (size, -1)), 0
 
 
-def _register_vmap(op):
+def _register_vmap(op, run):
     def rule(info, in_dims, *inputs):
         absent = [None] * (len(INPUTS) - len(inputs))
-        return _folded(getattr(_DISPATCHED, op), info, [*in_dims, *absent], [*inputs, *absent])
+        return _folded(run, info, [*in_dims, *absent], [*inputs, *absent])
 
     torch.library.register_vmap(f"epskernels::{op}", rule, lib=_library)
 
@@ -462,7 +467,8 @@ def _vmap_normal(info, in_dims, seeds, shape, *options, **named):
 
 
 for _name in ("step", "step_m0", "step_y"):
-    _register_vmap(_name)
+    _register_vmap(_name, getattr(_DISPATCHED, _name))
+_register_vmap("step_plain", _DISPATCHED.step)
 for _name in ("step_out", "step_"):
     _refuse_vmap(_name)
 torch.library.register_vmap("epskernels::normal", _vmap_normal, lib=_library)
@@ -561,16 +567,22 @@ def step(
     return (out, m0, y_out) if return_y else (out, m0) if return_m0 else out
 
 
-def step_results(results, *inputs):
-    """The first `results` of (x', m0, y') of a row, new tensors: `step` by position, for callers that count microseconds.
+def _step_results(results, x, f, rows, index, *others, **named):
+    more = {"return_m0": results == 2, "return_y": results == 3}
+    return step(x, f, rows, index, **dict(zip(INPUTS[4:], others, strict=False)), **named, **more)
 
-    inputs: in the order of checks.INPUTS, as many as are given, rows and index as tensors. No gradient may be asked for.
+
+def step_results(results, plain=False):
+    """`step` for callers that count microseconds: a function that returns the first `results` of (x', m0, y').
+
+    It takes the inputs in the order of checks.INPUTS, as many as are given, or by name; rows and index are tensors. plain: x, f,
+    rows and index are all. No gradient may be asked for.
     """
     if _choices or _logs_calls:
-        more = {"return_m0": results == 2, "return_y": results == 3}
-        x, f, rows, index, *others = inputs
-        return step(x, f, rows, index, **dict(zip(INPUTS[4:], others, strict=False)), **more)
-    return _BY_RESULTS[results](*inputs)
+        return functools.partial(_step_results, results)
+    if is_dynamo_compiling():
+        return _BY_RESULTS[results]
+    return _STEP_PLAIN if plain and results == 1 else _WITHOUT_PYTHON[results]
 
 
 def as_seeds(seeds, device="cpu"):

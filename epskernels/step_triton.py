@@ -499,6 +499,7 @@ def triton_normal(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
 
 TRITON = {
     "step": triton_step,
+    "step_plain": triton_step,
     "step_m0": triton_step_m0,
     "step_y": triton_step_y,
     "step_out": triton_step_out,

@@ -507,6 +507,26 @@ def test_vmap(dims, op, index):
         assert_same_bits(result, torch.stack(singles), op)
 
 
+@pytest.mark.parametrize("dim, index", [(0, torch.tensor(1)), (2, torch.tensor([1, 0]))], ids=["one_row", "row_each"])
+def test_vmap_of_step_plain(batched, dim, index):
+    _, (_, f, *_), many = batched
+    rows = torch.cat([make_row(c_x=0.5, c_f=2.0), make_row(c_x=1, c_m0=0.3, d_f=1)])
+    got = torch.vmap(torch.ops.epskernels.step_plain, in_dims=(dim, None, None, None))(
+        many.movedim(0, dim), f, rows, index
+    )
+    assert_same_bits(got, torch.stack([epskernels.step(x, f, rows, index) for x in many]), "step_plain")
+
+
+def test_gradients_of_step_plain_are_those_of_step():
+    """None, as of every op: the public step has them."""
+    x, row = torch.ones(2, 3, requires_grad=True), make_row(c_x=1)
+    results = [
+        op(x, x.detach(), row, torch.tensor(0)) for op in (torch.ops.epskernels.step, torch.ops.epskernels.step_plain)
+    ]
+    assert results[0].requires_grad == results[1].requires_grad
+    assert type(results[0].grad_fn) is type(results[1].grad_fn)
+
+
 def test_vmap_of_vmap(batched):
     _, (_, f, rows, m1), many = batched
     run = lambda x: epskernels.step(x, f, rows, 1, m1=m1, noise=m1)  # noqa: E731

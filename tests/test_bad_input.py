@@ -301,6 +301,28 @@ def test_bad_input(backend, case, how):
         refused(backend, a, message, how, m0=torch.full(SHAPE, SENTINEL))
 
 
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("f", torch.zeros(1, 3), r"f: expected shape .* as x has, got \(1, 3\)"),
+        ("rows", torch.zeros(1, 23), r"rows: expected shape \(R, 24\)"),
+        ("rows", torch.tensor([make_row(c_x=1, c_m1=1)]), "m1: missing, and row 0 needs it .c_m1"),
+        ("rows", torch.tensor([make_row(c_noise=1)]), "seeds or noise: missing, and row 0 needs it .c_noise"),
+        ("index", torch.zeros(7, dtype=torch.int64), r"index: expected shape \(\) or \(3,\), got \(7,\)"),
+    ],
+    ids=["f", "rows", "row_of_history", "row_of_noise", "index"],
+)
+def test_bad_input_of_step_plain(backend, name, value, message):
+    a = {
+        "x": torch.zeros(SHAPE),
+        "f": torch.zeros(SHAPE),
+        "rows": torch.tensor([make_row(c_x=1)]),
+        "index": torch.tensor(0),
+    }
+    with pytest.raises(RuntimeError, match=message):
+        op(backend, "step_plain")(**a | {name: value})
+
+
 @pytest.mark.parametrize("index", [-1, 20, 2**63, 2**70, -(2**70)])
 @pytest.mark.parametrize("kind", ["table", "rows"])
 def test_bad_python_index(backend, kind, index):

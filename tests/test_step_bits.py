@@ -846,6 +846,14 @@ def test_results_are_rounded_as_torch_rounds(kernel, dtype, output, width):
     assert_same_bits(got[output == "m0"], f.to(dtype), output)
 
 
+@each_dtype_pair
+@pytest.mark.parametrize("index", [torch.tensor(1), torch.tensor([2, 0])], ids=["one_row", "row_each"])
+def test_step_plain_is_step(kernel, index, x_dtype, f_dtype):
+    inputs = make_inputs((2, 3, 333), (), 83, x_dtype, f_dtype)
+    arguments = (inputs["x"], inputs["f"], random_rows(3, (), 84), index)
+    assert_same_bits(kernel.op("step_plain")(*arguments), kernel.op("step")(*arguments), "step_plain")
+
+
 # ---- what torch.compile is told ----
 
 OPCHECK_SETS = {
@@ -871,6 +879,12 @@ def test_opcheck_step(op, names, index):
     op = {"step_out_all": "step_out", "step_with_all": "step_"}.get(op, op)
     overload = getattr(torch.ops.epskernels, op).default
     torch.library.opcheck(overload, arguments, inputs)
+
+
+@pytest.mark.parametrize("index", [torch.tensor(1), torch.arange(2)], ids=["one_row", "row_each"])
+def test_opcheck_step_plain(index):
+    inputs = make_inputs((2, 3, 5), (), 81, special=0)
+    torch.library.opcheck(torch.ops.epskernels.step_plain.default, (*inputs.values(), random_rows(2, (), 82), index))
 
 
 @pytest.mark.parametrize("shape", [[], [5], [3, 4, 5]], ids=str)
