@@ -21,7 +21,7 @@ import torch
 from diffusers import SchedulerMixin  # noqa: F401 (from_pretrained of a saved pipeline looks for it in this module)
 from diffusers import schedulers as theirs
 from diffusers.utils.torch_utils import randn_tensor
-from torch import is_grad_enabled
+from torch import Tensor, is_grad_enabled
 
 from . import scaling
 from .ops import as_seeds, normal, step, step_results
@@ -30,7 +30,8 @@ from .step_reference import STREAM_STEP
 from .table import _DEFAULTS, COLUMNS
 
 _log = logging.getLogger("epskernels")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FLOAT32 = torch.float32
+_DTYPES = (_FLOAT32, torch.float16, torch.bfloat16)
 
 
 def as_eps_scaling(value):
@@ -59,11 +60,14 @@ class Plan:
 
     columns: float64, by name, (R,). rows: float32 (R, len(COLUMNS)). index: R scalar tensors. For each row: draws, whether the
     step draws noise there; noisy, whether it uses it; before, the standard deviation of the noise that x gets before it (churn);
-    history, how many earlier m0 it reads; sound, whether it is finite, as it is not where diffusers' numbers are not. For each
-    step: lambda_t, and to_x: the scaled output is f/lambda_t + to_x*x.
+    history, how many earlier m0 it reads; sound, whether it is finite, as it is not where diffusers' numbers are not; plain, its
+    index where it is sound and reads nothing but x, f and the noise that the step draws, else None. For each step: lambda_t, and
+    to_x: the scaled output is f/lambda_t + to_x*x.
     """
 
-    __slots__ = ("columns", "rows", "index", "draws", "noisy", "before", "history", "sound", "lambda_t", "to_x")
+    __slots__ = (
+        "columns", "rows", "index", "draws", "noisy", "before", "history", "sound", "plain", "lambda_t", "to_x",
+    )  # fmt: skip
 
     def __init__(self, columns, draws, lambda_t, to_x, device):
         columns = dict(columns)
@@ -85,15 +89,20 @@ class Plan:
         reads = [(values[f"c_{m}"] != 0) | (values[f"k_{m}"] != 0) for m in ("m1", "m2")]
         before = np.broadcast_to(before, (length,))
         noisy = ((values["c_noise"] != 0) | (before != 0)) & sound
+        draws, index = np.broadcast_to(draws, (length,)), torch.arange(length, device=device).unbind()
+        plain = sound & (before == 0) & (draws == noisy)
+        for name in ("c_m1", "c_m2", "k_m1", "k_m2", "c_y", "k_y", "logvar_min", "logvar_max"):
+            plain &= values[name] == 0
         for attribute, value in (
             ("columns", types.MappingProxyType(values)),
             ("rows", torch.from_numpy(rows).to(device)),
-            ("index", torch.arange(length, device=device).unbind()),
-            ("draws", tuple(np.broadcast_to(draws, (length,)).tolist())),
+            ("index", index),
+            ("draws", tuple(draws.tolist())),
             ("noisy", tuple(noisy.tolist())),
             ("before", tuple(before.tolist())),
             ("history", tuple(np.where(reads[1], 2, reads[0]).tolist())),
             ("sound", tuple(sound.tolist())),
+            ("plain", tuple(i if alone else None for i, alone in zip(index, plain.tolist(), strict=True))),
             ("lambda_t", tuple(lambda_t.tolist())),
             ("to_x", tuple(to_x.tolist())),
         ):
@@ -133,6 +142,7 @@ class _Fused:
     in the kernel unless a generator is given.
     """
 
+    _counts = True  # the steps; else each call finds its row by its timestep
     _mixes = True  # a trajectory may go on with diffusers' own step, since its history is the same
     _options = ()  # the arguments of step that change the rows, with their defaults
     _plans = _seeds = _ran = path = sigmas = None
@@ -321,6 +331,56 @@ class _Fused:
                 why = f"the coefficients of step {i} are not finite"
         return plan, row, i, why
 
+    def _plain(self, f, timestep, x, generator, seeds, results, noise_dtype=None):
+        """What _enter, _noise and _step come to in a plain call, after one look: its results; None leaves the call to them.
+
+        Plain: the schedule and device planned for last, a timestep of the schedule's own, x and f of one dtype, no gradient or
+        thresholding, a row that reads nothing else but the noise that the scheduler draws or makes from its own seeds. On small
+        latents those three take longer than the op. For schedulers that have no options and may change paths (_mixes).
+        """
+        kept = self._plans
+        if (
+            kept is None
+            or kept.timesteps is not self.timesteps
+            or kept.sigmas is not self.sigmas
+            or type(x) is not Tensor
+            or type(f) is not Tensor
+            or type(timestep) is not Tensor
+            or seeds is not None
+            or self._thresholds
+        ):
+            return None
+        _, device, plan = kept.last
+        dtype = x.dtype
+        if dtype is not f.dtype or dtype not in _DTYPES or x.device != device:
+            return None
+        if is_grad_enabled() and (x.requires_grad or f.requires_grad):
+            return None
+        if not self._counts:
+            row = kept.at.get(timestep.data_ptr())
+        elif timestep.dtype is _FLOAT32:
+            if self._step_index is None:
+                self._init_step_index(timestep)
+            row = self._step_index
+        else:
+            return None
+        if row is None or (index := plan.plain[row]) is None:
+            return None
+        if draws := plan.draws[row]:
+            if generator is None and (seeds := self._seeds) is not None:
+                if seeds.device != device:
+                    return None
+            elif noise_dtype is None or noise_dtype is dtype:
+                noise = _draw(f, generator, dtype)
+            else:
+                return None
+        self.path = self._ran = "fused"
+        if not draws:
+            return step_results(results, plain=True)(x, f, plan.rows, index)
+        if seeds is not None:
+            return step_results(results)(x, f, plan.rows, index, seeds=seeds)
+        return step_results(results)(x, f, plan.rows, index, noise=noise)
+
     def _own(self, entered, f, timestep, x, seeds=None, **arguments):
         """diffusers' own step, on the output scaled by lambda: f/lambda plus its share of x_0 times x."""
         plan, row, i, why = entered
@@ -415,6 +475,8 @@ def _say(scheduler, message):
 def _draw(f, generator, dtype):
     """diffusers' randn_tensor of f's shape; what that comes to where one generator draws where f is, without its overhead."""
     if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == f.device.type):
+        if dtype is f.dtype and f.is_contiguous():  # naming what f has anyway takes as long as making the tensor
+            return torch.randn_like(f) if generator is None else torch.empty_like(f).normal_(generator=generator)
         return torch.empty_like(f, dtype=dtype, memory_format=torch.contiguous_format).normal_(generator=generator)
     return randn_tensor(f.shape, generator=generator, device=f.device, dtype=dtype)
 
@@ -452,7 +514,7 @@ def _clip(config):
 
 
 class _OnTimesteps(_Fused):
-    """Each call finds its row by its timestep."""
+    _counts = False
 
     def _t(self):
         return np.asarray(self._plans.host, dtype=np.int64)
@@ -497,22 +559,21 @@ class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
-        plan, i, _, why = entered = self._enter((), model_output, timestep, sample)
-        if why is not None:
-            return self._own(
-                entered, model_output, timestep, sample, seeds, generator=generator, return_dict=return_dict
-            )
-        f, v = model_output, None
-        if self.variance_type in ("learned", "learned_range") and f.shape[1] == 2 * sample.shape[1]:
-            f, v = f.split(sample.shape[1], dim=1)
-        x = _state(f, sample)
-        noise = self._noise(plan, i, f, generator, seeds)
-        if v is not None and self.variance_type == "learned":  # its root scales the noise before the launch
-            noise, v = [("noise", v.sqrt() * z) for z in self._as_tensor(noise, x, i)], None
-        x, m0 = self._step(plan, i, f, x, v=v, **dict(noise))
-        if not return_dict:
-            return x, m0
-        return theirs.scheduling_ddpm.DDPMSchedulerOutput(prev_sample=x, pred_original_sample=m0)
+        f, x, v = model_output, sample, None
+        learned = self.variance_type in ("learned", "learned_range")
+        results = None if learned else self._plain(f, timestep, x, generator, seeds, 2)
+        if results is None:
+            plan, i, _, why = entered = self._enter((), f, timestep, x)
+            if why is not None:
+                return self._own(entered, f, timestep, x, seeds, generator=generator, return_dict=return_dict)
+            if learned and f.shape[1] == 2 * x.shape[1]:
+                f, v = f.split(x.shape[1], dim=1)
+            x = _state(f, x)
+            noise = self._noise(plan, i, f, generator, seeds)
+            if v is not None and self.variance_type == "learned":  # its root scales the noise before the launch
+                noise, v = [("noise", v.sqrt() * z) for z in self._as_tensor(noise, x, i)], None
+            results = self._step(plan, i, f, x, v=v, **dict(noise))
+        return theirs.scheduling_ddpm.DDPMSchedulerOutput(*results) if return_dict else results
 
 
 class DDIMScheduler(_OnTimesteps, diffusers.DDIMScheduler):
@@ -835,21 +896,24 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
         seeds=None,
     ):
         """diffusers' step, which ignores the four s_ too; seeds: (B,), for noise made in the kernel."""
-        _refuse_integers(self, timestep)
-        f = model_output
-        plan, i, _, why = entered = self._enter((), f, timestep, sample)
-        if why is not None:
-            return self._own(
-                entered, f, timestep, sample, seeds, generator=generator, per_token_timesteps=per_token_timesteps,
-                return_dict=return_dict,
-            )  # fmt: skip
-        x = _state(f, sample)
+        f, x = model_output, None
         # diffusers draws in float32, whatever the model's dtype.
-        noise = self._noise(plan, i, f, generator, seeds, dtype=torch.float32)
-        if per_token_timesteps is not None:
-            x = self._per_token(i, f, x.float(), per_token_timesteps, self._as_tensor(noise, x, i))
-        else:
-            x = self._step(plan, i, f, x, f.dtype, **noise, results=1)
+        if per_token_timesteps is None:
+            x = self._plain(f, timestep, sample, generator, seeds, 1, _FLOAT32)
+        if x is None:
+            _refuse_integers(self, timestep)
+            plan, i, _, why = entered = self._enter((), f, timestep, sample)
+            if why is not None:
+                return self._own(
+                    entered, f, timestep, sample, seeds, generator=generator, per_token_timesteps=per_token_timesteps,
+                    return_dict=return_dict,
+                )  # fmt: skip
+            x = _state(f, sample)
+            noise = self._noise(plan, i, f, generator, seeds, dtype=torch.float32)
+            if per_token_timesteps is not None:
+                x = self._per_token(i, f, x.float(), per_token_timesteps, self._as_tensor(noise, x, i))
+            else:
+                x = self._step(plan, i, f, x, f.dtype, **noise, results=1)
         self._step_index += 1
         if not return_dict:
             return (x,)
