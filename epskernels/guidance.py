@@ -8,6 +8,7 @@ On the CPU the first is one pass over f and u; elsewhere, and for the second, Py
 
 import math
 
+import numpy as np
 import torch
 
 from .checks import fail
@@ -31,8 +32,8 @@ def moments(f, u=None, table=None, index=None):
                 fail(
                     f"{name}: expected a tensor that does not require grad, or torch.no_grad(): moments have no gradient"
                 )
-    if isinstance(index, int) and not isinstance(index, bool):
-        index = torch.tensor(index, device=f.device)
+    if isinstance(index, (int, np.integer)) and not isinstance(index, bool):
+        index = torch.tensor(int(index), device=f.device)
     return torch.ops.epskernels.moments(f, u, rows, index)
 
 

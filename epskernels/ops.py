@@ -26,6 +26,7 @@ import threading
 import typing
 import warnings
 
+import numpy as np
 import torch
 from torch import is_grad_enabled
 from torch.autograd import forward_ad
@@ -534,6 +535,8 @@ def step(
         if not -(2**63) <= index < 2**63:
             fail(f"index: expected an integer of 64 bits, got {index}")
         index = torch.tensor(index, device=getattr(x, "device", None))
+    elif isinstance(index, np.integer):
+        index = torch.tensor(int(index), device=getattr(x, "device", None))
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
     outputs = (out, m0, y_out, model_input)
     functions = _chosen(x, backend) if _choices or backend is not None else _DISPATCHED

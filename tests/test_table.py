@@ -191,6 +191,17 @@ def test_index_and_row_index_count_the_rows(table):
     assert all(i.dim() == 0 and int(i) == k and i.dtype == torch.int64 for k, i in enumerate(table.row_index))
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_index_may_be_a_numpy_integer(kind):
+    x, f = (torch.linspace(-1, 1, 10).reshape(2, 5) + shift for shift in (0.0, 0.3))
+    table = samplers.ddim(VP, 10)
+    for rows in (table, table.rows):
+        assert torch.equal(epskernels.step(x, f, rows, kind(4)), epskernels.step(x, f, rows, 4))
+        assert torch.equal(epskernels.moments(f, f, rows, kind(4)), epskernels.moments(f, f, rows, 4))
+    with pytest.raises(RuntimeError, match="index: expected .*, got 200"):
+        epskernels.step(x, f, table, kind(200))
+
+
 def test_provenance_is_the_path():
     grid = VP.grid(10)
     table = samplers.ddpm(VP, 10, scaling=scaling.linear(0.001, 1.0, origin="cleanest"))
