@@ -59,26 +59,32 @@ def fast_path(code, stores):
     the exit with all square roots, the most 16-byte loads and this many 16-byte stores."""
     position = {instruction.address: i for i, instruction in enumerate(code)}
     states = collections.defaultdict(dict)  # per instruction: (square roots, loads, stores) -> the shortest way there
-    states[0] = {(0, 0, 0): ()}
+    states[0] = {(0, 0, 0): (0, None, None)}  # its length, last instruction, and the way to that
     done = {}
     for i, instruction in enumerate(code):
-        for key, way in states.pop(i, {}).items():
-            key = (
-                key[0] + instruction.name.startswith("MUFU.RSQ"),
-                key[1] + bool(re.fullmatch(r"LDG\.E.*\.128.*", instruction.name)),
-                key[2] + bool(re.fullmatch(r"STG\.E.*\.128.*", instruction.name)),
-            )
-            way, target, following = (*way, i), instruction.target(), [i + 1]
-            if instruction.name.startswith("EXIT"):
-                following = [None, *following] if instruction.predicate else [None]
-            elif target is not None:
-                conditional = instruction.predicate or "P" in instruction.operands
-                following = [position[target], *following] if conditional else [position[target]]
-            for j in following:
-                if j is not None and j <= i:
-                    continue  # a jump back: the trap after the last exit
-                place = done if j is None else states[j]
-                if key not in place or len(way) < len(place[key]):
+        if not (here := states.pop(i, None)):
+            continue
+        name, target, following = instruction.name, instruction.target(), [i + 1]
+        counts = (
+            name.startswith("MUFU.RSQ"),
+            re.fullmatch(r"LDG\.E.*\.128.*", name) is not None,
+            re.fullmatch(r"STG\.E.*\.128.*", name) is not None,
+        )
+        if name.startswith("EXIT"):
+            following = [None, *following] if instruction.predicate else [None]
+        elif target is not None:
+            conditional = instruction.predicate or "P" in instruction.operands
+            following = [position[target], *following] if conditional else [position[target]]
+        places = [done if j is None else states[j] for j in following if j is None or j > i]  # back: the trap after the end
+        for before, way in here.items():
+            key = (before[0] + counts[0], before[1] + counts[1], before[2] + counts[2])
+            way = (way[0] + 1, i, way)
+            for place in places:
+                if key not in place or way[0] < place[key][0]:
                     place[key] = way
     roots, loads, _ = max(key for key in done if key[2] == stores)
-    return [code[i] for i in done[roots, loads, stores]]
+    way, path = done[roots, loads, stores], []
+    while way[1] is not None:
+        path.append(code[way[1]])
+        way = way[2]
+    return path[::-1]
