@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import scaling
-from .exposure import STREAM_DATA, apply_row, batches, call_model, epsilon_norm, figures
+from .exposure import apply_row, batches, call_model, epsilon_norm, figures, noised
 from .ops import as_seeds, normal
 from .shards import write_whole
 
@@ -81,8 +81,8 @@ def fit(values, kind, skip=0):
 class Matched:
     """What `match_norms` found, per step of the sampler, float64 (steps,), the noisiest first.
 
-    lambda_t: the ratio of the norms, or 1 where alpha is 0. standard_error: of it, as if both norms were independent.
-    norm_training, norm_sampling: means over images, the second before it is divided by lambda_t.
+    lambda_t: the ratio of the norms, or 1 where alpha is 0. standard_error: of it, of pairs. norm_training, norm_sampling: means
+    over images, the second before it is divided by lambda_t.
     """
 
     _skipped = property(lambda self: len(self.lambda_t) // 4)
@@ -144,10 +144,12 @@ def steps_of(sampler):
 def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, progress=False):
     """lambda_t of each step such that eps_theta/lambda_t has the norm that it has in training: a Matched.
 
-    In one run, of two model calls per image and row. feedback=False: the run takes its steps without scaling, so that lambda_t is
-    the norm gap. True: each step is taken with the lambda_t just found, so that the gap of the scaled sampler is closed
-    exactly; but a lambda_t above 1 leaves noise in x, which raises the next norm: in a sampler that adds no noise of its own
-    lambda_t runs away (measured in docs/exposure.md).
+    In one run, of two model calls per image and row. It begins at the images, noised to the sampler's first t, and compares each
+    sample with its own image: from pure noise the norms of other images would be compared, whose spread hides the gap, and
+    the first t's own distance from pure noise would count as a gap.
+    feedback=False: the run takes its steps without scaling, so that lambda_t is the norm gap. True: each step is taken with the
+    lambda_t just found, so that the gap of the scaled sampler is closed exactly; but a lambda_t above 1 leaves noise in x,
+    which raises the next norm: in a sampler that adds no noise of its own lambda_t runs away (measured in docs/exposure.md).
     model: as in `sample`. sampler: a function of a scaling that returns the Table, such as
     functools.partial(samplers.ddpm, schedule, 20) called with scaling=: `lambda s: samplers.ddpm(schedule, 20, scaling=s)`.
     images, seed, batch: as in `exposure.measure`; all are held in memory, as are as many states and model outputs.
@@ -160,10 +162,10 @@ def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, pro
     count = sum(len(x_0) for x_0 in data)
     if count < 2:
         raise ValueError(f"images: expected at least two, got {count}")
-    shape, device = tuple(data[0].shape[1:]), table.device
+    device = table.device
     firsts = np.cumsum([seed] + [len(x_0) for x_0 in data])[:-1]
     seeds = [torch.arange(first, first + len(x_0), device=device) for first, x_0 in zip(firsts, data, strict=True)]
-    states = [table.initial_sigma * normal(s, shape) for s in seeds]
+    states = [noised(table, 0, x_0, s) for x_0, s in zip(data, seeds, strict=True)]
     kept = [((None, None), None) for _ in data]  # (m1, m2) and y of each batch
     steps = step_of_row.max() + 1
     lambda_t, errors, training, sampling = np.ones(steps), np.zeros(steps), np.zeros(steps), np.zeros(steps)
@@ -174,7 +176,7 @@ def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, pro
             there = [epsilon_norm(table, i, x, output) for x, output in zip(states, outputs, strict=True)]
             here = []
             for x_0, s in zip(data, seeds, strict=True):
-                x = table["alpha_in"][i] * x_0.to(device) + table["sigma_in"][i] * normal(s, shape, stream=STREAM_DATA)
+                x = noised(table, i, x_0, s)
                 here.append(epsilon_norm(table, i, x, call_model(model, table, i, x)))
             here, there = torch.cat(here).cpu().numpy(), torch.cat(there).cpu().numpy()
             training[n], sampling[n] = here.mean(), there.mean()
@@ -183,8 +185,7 @@ def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, pro
             ratio = sampling[n] / training[n]
             if table["alpha_in"][i] != 0:
                 lambda_t[n] = ratio
-            relative = np.hypot(here.std(ddof=1) / training[n], there.std(ddof=1) / sampling[n]) / math.sqrt(count)
-            errors[n] = relative * ratio
+            errors[n] = (there - ratio * here).std(ddof=1) / training[n] / math.sqrt(count)
         scaled = sampler(scaling.array(lambda_t, origin="noisiest")) if feedback else table
         for b, output in enumerate(outputs):
             history, y = kept[b]

@@ -325,6 +325,12 @@ def apply_row(table, rows, i, x, output, seeds, history, y=None, exact=False):
     return *step(x, f, rows, i, **inputs, return_m0=True), None
 
 
+def noised(table, i, x_0, seeds):
+    """Real images (B, *shape) as the model sees them in training at row i, on the table's device; seeds: of the noise."""
+    eps = normal(seeds, x_0.shape[1:], stream=STREAM_DATA)
+    return table["alpha_in"][i] * x_0.to(table.device) + table["sigma_in"][i] * eps
+
+
 def epsilon_norm(table, i, x, output):
     """||eps_theta|| of each sample at row i, before lambda_t, after guidance: float64 (B,)."""
     f, u, _ = output

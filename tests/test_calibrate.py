@@ -77,7 +77,7 @@ def test_match_norms_follows_the_recursion_of_a_linear_network(name, feedback):
     """States of f = gain*x stay Gaussian: their variance, and so each ratio of norms, is known down the chain."""
     table = SAMPLERS[name](1.0)
     found = calibrate.match_norms(linear_model, SAMPLERS[name], data(3000), feedback=feedback, batch=1000)
-    v, expected = table.initial_sigma**2, []
+    v, expected = 0.25 * table["alpha_in"][0] ** 2 + table["sigma_in"][0] ** 2, []
     for i in range(6):
         trained = 0.25 * table["alpha_in"][i] ** 2 + table["sigma_in"][i] ** 2
         expected.append(math.sqrt(v / trained))
@@ -86,23 +86,24 @@ def test_match_norms_follows_the_recursion_of_a_linear_network(name, feedback):
         v *= (row["c_x"][i] + row["c_f"][i] * g + row["c_m0"][i] * (row["d_x"][i] + row["d_f"][i] * g)) ** 2
         v += row["c_noise"][i] ** 2
     assert max(abs(np.array(expected) - 1)) > 0.02
-    assert (np.abs(found.lambda_t - expected) < 5 * found.standard_error).all()
+    assert found.lambda_t[0] == expected[0] == 1 and found.standard_error[0] == 0
+    assert (np.abs(found.lambda_t - expected)[1:] < 5 * found.standard_error[1:]).all()
     assert found.standard_error.max() < 0.005
     np.testing.assert_allclose(found.lambda_t, found.norm_sampling / found.norm_training, rtol=1e-15)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_matched_norms_have_no_gap(name):
-    """Sampling with what was found, from the same seeds and images: the norms are those of training."""
+    """The chain from the same images with what was found: its norms are those of training."""
 
     def model(x, t):
         return torch.tanh(2 * x) + 0.1 * x
 
     options = {"feedback": True, "seed": 3}
     found = calibrate.match_norms(model, SAMPLERS[name], data(64), batch=16, **options)
-    plain = exposure.measure(model, SAMPLERS[name](1.0), data(64), seed=3, parts=("training", "samples"))
+    plain = exposure.measure(model, SAMPLERS[name](1.0), data(64), seed=3, parts=("training", "chain"))
     scaled = SAMPLERS[name](found.scaling(skip=0))
-    matched = exposure.measure(model, scaled, data(64), seed=3, parts=("training", "samples"))
+    matched = exposure.measure(model, scaled, data(64), seed=3, parts=("training", "chain"))
     assert np.abs(plain.norm_gap - 1).max() > 0.02
     np.testing.assert_allclose(matched.norm_gap, 1, rtol=1e-6)
     other = calibrate.match_norms(model, SAMPLERS[name], data(64), batch=7, **options)
@@ -124,7 +125,7 @@ def test_rows_of_a_heun_step_share_its_lambda():
 def test_history_and_second_state_are_carried(name):
     sampler = lambda s: samplers.SAMPLERS[name](COSINE, 5, scaling=s, spacing="trailing")  # noqa: E731
     found = calibrate.match_norms(linear_model, sampler, data(16), feedback=True)
-    sampled = exposure.measure(linear_model, sampler(found.scaling(skip=0)), data(16), parts=("training", "samples"))
+    sampled = exposure.measure(linear_model, sampler(found.scaling(skip=0)), data(16), parts=("training", "chain"))
     np.testing.assert_allclose(sampled.norm_gap, 1, rtol=1e-6)
 
 

@@ -142,7 +142,7 @@ def test_exposure_bias_can_be_measured(subjects, name, sampler, request):
     subject = load(name)
     real = torch.from_numpy(subject.real()[:32])
     matched = calibrate.match_norms(subject.call, lambda s: subject.samplers[sampler](5, s), real)
-    found = exposure.measure(subject.call, subject.samplers[sampler](5, 1.0), real, parts=("training", "samples"))
+    found = exposure.measure(subject.call, subject.samplers[sampler](5, 1.0), real, parts=("training", "chain"))
     np.testing.assert_allclose(matched.lambda_t, found.norm_gap, rtol=0.02)
     # No worse than telling the mean, at most noise levels, and better with less noise.
     assert (found.error < 1.1 * real.std().item()).all() and (found.error[1:] < found.error[:-1]).all()
