@@ -123,6 +123,7 @@ class Setting:
             state = self.folder / f"exposure-{label}.npz"
             found = exposure.measure(self._call, self.sampler(s), self._calibration, seed=2 * SELECT_SEED, state=state)
             found.save(path)
+            state.unlink(missing_ok=True)
         return exposure.Exposure.load(path)
 
     def features(self, s, first, count, compute=True):
