@@ -85,8 +85,6 @@ class Matched:
     over images, the second before it is divided by lambda_t.
     """
 
-    _skipped = property(lambda self: len(self.lambda_t) // 4)
-
     sampler: str
     images: int
     lambda_t: np.ndarray
@@ -94,13 +92,18 @@ class Matched:
     norm_training: np.ndarray
     norm_sampling: np.ndarray
 
+    @property
+    def skip(self):
+        """How many of the cleanest steps are left out where nothing else is said: a quarter, as the paper leaves out 5 of 20."""
+        return len(self.lambda_t) // 4
+
     def scaling(self, kind="array", skip=None):
         """lambda_t itself, or the fit of that kind to it.
 
         skip: the cleanest steps whose ratio is not used, where it tells more of x_0 than of the noise: the fit leaves them out,
-        in the array they are 1. Default: a quarter of the steps, as the paper leaves out 5 of 20.
+        in the array they are 1. Default: a quarter of the steps.
         """
-        skip = self._skipped if skip is None else skip
+        skip = self.skip if skip is None else skip
         if kind != "array":
             return fit(self.lambda_t, kind, skip).scaling
         if not 0 <= skip <= len(self.lambda_t):
@@ -110,7 +113,7 @@ class Matched:
 
     def plot(self, path, kind=None, skip=None):
         """lambda_t with two standard errors, and the fit."""
-        skip = self._skipped if skip is None else skip
+        skip = self.skip if skip is None else skip
         figure, (axis,) = figures(1)
         i = np.arange(len(self.lambda_t))
         axis.errorbar(i, self.lambda_t, 2 * self.standard_error, fmt="o", markersize=3, capsize=2, label="matched")

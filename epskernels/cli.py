@@ -482,7 +482,7 @@ def run_calibrate(args):
         )
     else:
         matched = calibrate.match_norms(call, sampler, data, seed=args.seed, batch=args.batch, progress=progress)
-        kind, skip = args.fit or "array", len(matched.lambda_t) // 4 if args.skip is None else args.skip
+        kind, skip = args.fit or "array", matched.skip if args.skip is None else args.skip
         try:
             fitted = matched.scaling(kind, skip)
             possible = [name for name, degree in calibrate.FITS.items() if degree < len(matched.lambda_t) - skip]

@@ -8,6 +8,11 @@ BEGIN, END = "<!-- measured: written by `make quality-report` -->\n", "<!-- end 
 KINDS = ("baseline", "uniform", "norm-matched")  # whose exposure bias is measured
 
 
+def paired_gap(e):
+    """The norm gap down the chain from real images: of pairs."""
+    return e.norm_chain / e.norm_training
+
+
 def table(head, rows):
     yield "| " + " | ".join(head) + " |"
     yield "|---" * len(head) + "|"
@@ -168,8 +173,8 @@ def bias(measured):
     """Of short chains and of very long ones; the plots have all."""
 
     def cells(e):
-        gap, paired, chain = e.norm_gap, e.norm_chain / e.norm_training, e.delta_chain
-        for ratio in (gap, paired):
+        chain = e.delta_chain
+        for ratio in (e.norm_gap, paired_gap(e)):
             yield ", ".join(f"{ratio[i]:.4f}" for i in (0, len(ratio) // 2, -2, -1))
         yield from (f"{chain[0]:.1e}", f"{chain[-1]:.3g}", f"{np.nanmax(e.delta_single):.1e}")
 
@@ -199,8 +204,7 @@ def draw(name, rows, measured, path):
             if (e := measured.get((name, row["steps"], kind))) is not None:
                 where = np.linspace(0, 1, len(e.t))
                 shown = np.unique(np.linspace(0, len(e.t) - 1, 50).astype(int))
-                paired = e.norm_chain / e.norm_training
-                gap.plot(where[shown], paired[shown], line, label=f"{row['steps']}, {kind}", **style)
+                gap.plot(where[shown], paired_gap(e)[shown], line, label=f"{row['steps']}, {kind}", **style)
                 delta.plot(where[shown], e.delta_chain[shown], line, **style)
         points = sorted((float(b), d / row["trials"]["uniform"]["1"]) for b, d in row["trials"]["uniform"].items())
         distance.plot(*zip(*points, strict=True), "o-", markersize=2, label=f"T' = {row['steps']}", **style)
