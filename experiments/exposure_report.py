@@ -1,5 +1,6 @@
 """Draws experiments/results/*.json and writes the measured parts of docs/exposure.md and README.md, between their markers."""
 
+import matplotlib
 import numpy as np
 
 from epskernels.exposure import Exposure, figures
@@ -219,7 +220,8 @@ def draw(name, rows, measured, path):
             axis.legend(fontsize=6)
     figure.suptitle(path.stem, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same file for the same numbers
+        figure.savefig(path, metadata={"Date": None})
 
 
 def section(subject, saved, results, folder):
