@@ -258,6 +258,17 @@ inline void check_step(const StepViews& a) {
   check_floats(a.threshold, a.batch());
 }
 
+inline void check_moments(const View& f, const View& u, const View& rows, const View& index) {
+  float_dtype(f);
+  if (f.dim < 1 || f.numel() == 0) fail("f: expected shape (B, ...) with at least one element, got ", f.shape());
+  if (bool(u) != bool(rows) || bool(u) != bool(index)) fail("u, rows, index: expected all of them, or none");
+  if (!u) return;
+  for (const View* view : {&u, &rows, &index}) check_device(*view, f);
+  check_like(u, f);
+  check_rows(rows);
+  check_integers(index, true, f.sizes[0]);
+}
+
 struct OutputViews {
   View out, m0, y_out, model_input;
 };

@@ -28,6 +28,7 @@ struct StepOperands {
 struct MomentsOperands {
   Dtype dtype;
   Batch f, u;  // u may be absent
+  int64_t batch, sample_numel, channel_numel;
 };
 
 struct NormalOperands {

@@ -3,6 +3,7 @@
 //   read_rows(tensors, views) -> Rows
 //   run(operands, Rows)   the step
 //   normal(operands, seeds)
+//   moments(operands, rows, index, out)   rows and index are absent without u
 // Checks everything before anything is written. The schemas are in epskernels/schemas.py.
 #pragma once
 
@@ -166,6 +167,19 @@ struct Ops {
     return out;
   }
 
+  // (B, 2), or (B, 4) with u: see step_reference.py::moments_reference.
+  static Tensor moments(Tensor f_tensor, OptionalTensor u_tensor, OptionalTensor rows_tensor, OptionalTensor index_tensor) {
+    const View f("f", f_tensor), u = optional_view("u", u_tensor), rows = optional_view("rows", rows_tensor),
+               index = optional_view("index", index_tensor);
+    check_moments(f, u, rows, index);
+    Layouts layouts;
+    const int64_t batch = f.sizes[0], numel = f.numel() / batch;
+    Tensor out = torch::stable::new_empty(f_tensor, {batch, u ? 4 : 2}, ScalarType::Double);
+    Backend::moments({float_dtype(f), layouts.input(f, f_tensor), layouts.input(u, u_tensor), batch, numel,
+                      f.dim > 1 ? numel / f.sizes[1] : 1}, rows, index, out);
+    return out;
+  }
+
   static void register_all(torch::stable::detail::StableLibrary& library) {
     library.impl("step", TORCH_BOX(&Ops::step));
     library.impl("step_m0", TORCH_BOX(&Ops::step_m0));
@@ -174,6 +188,7 @@ struct Ops {
     library.impl("step_out", TORCH_BOX(&Ops::step_out));
     library.impl("step_", TORCH_BOX(&Ops::step_));
     library.impl("normal", TORCH_BOX(&Ops::normal));
+    library.impl("moments", TORCH_BOX(&Ops::moments));
   }
 };
 

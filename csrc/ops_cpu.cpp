@@ -56,51 +56,33 @@ struct Cpu {
       }
     });
   }
-};
 
-// (B, 2), or (B, 4) with u: see step_reference.py::moments_reference.
-Tensor moments(Tensor f_tensor, OptionalTensor u_tensor, OptionalTensor rows_tensor, OptionalTensor index_tensor) {
-  const View f("f", f_tensor), u = optional_view("u", u_tensor);
-  float_dtype(f);
-  if (f.dim < 1 || f.numel() == 0) fail("f: expected shape (B, ...) with at least one element, got ", f.shape());
-  if (bool(u_tensor) != bool(rows_tensor) || bool(u_tensor) != bool(index_tensor))
-    fail("u, rows, index: expected all of them, or none");
-  const int64_t batch = f.sizes[0], numel = f.numel() / batch, sums = u ? 4 : 2;
-  const int64_t channel_numel = f.dim > 1 ? numel / f.sizes[1] : 1;
-  std::vector<std::pair<float, int64_t>> guidance(batch, {1.0f, numel});
-  if (u) {
-    const View rows("rows", *rows_tensor), index("index", *index_tensor);
-    for (const View* view : {&u, &rows, &index}) check_device(*view, f);
-    check_like(u, f);
-    check_rows(rows);
-    check_integers(index, true, batch);
-    for (int64_t b = 0; b < batch; ++b) {
+  static void moments(const MomentsOperands& a, const View& rows, const View& index, Tensor& out) {
+    const int64_t numel = a.sample_numel, tiles = (numel + TILE - 1) / TILE, sums = a.u.data ? 4 : 2;
+    std::vector<std::pair<float, int64_t>> guidance(a.batch, {1.0f, numel});
+    for (int64_t b = 0; a.u.data && b < a.batch; ++b) {
       const StepRow& row = row_at(rows, integer_at(index, b));
       check_row(row, integer_at(index, b));
-      guidance[b] = {row.g, guided_numel(row, numel, channel_numel)};
+      guidance[b] = {row.g, guided_numel(row, numel, a.channel_numel)};
     }
+    const CpuKernels& kernels = cpu_kernels();
+    int64_t padded = 1;
+    while (padded < tiles) padded *= 2;
+    std::vector<double> of_tiles(a.batch * sums * padded, 0.0);
+    const int64_t grain = std::max<int64_t>(1, GRAIN_STEP / std::min(TILE, numel));
+    torch::stable::parallel_for(0, a.batch * tiles, grain, [&](int64_t first, int64_t last) {
+      for (; first < last; ++first) {
+        const int64_t sample = first / tiles, tile = first % tiles, begin = tile * TILE;
+        const auto& [g, guided] = guidance[sample];
+        double of_tile[4];
+        kernels.moments(a, sample, g, guided, begin, std::min(TILE, numel - begin), of_tile);
+        for (int64_t sum = 0; sum < sums; ++sum) of_tiles[(sample * sums + sum) * padded + tile] = of_tile[sum];
+      }
+    });
+    double* result = static_cast<double*>(out.data_ptr());
+    for (int64_t i = 0; i < a.batch * sums; ++i) result[i] = tree_sum(of_tiles.data() + i * padded, padded);
   }
-
-  Layouts layouts;
-  const MomentsOperands operands{float_dtype(f), layouts.input(f, f_tensor), layouts.input(u, u_tensor)};
-  const CpuKernels& kernels = cpu_kernels();
-  const int64_t tiles = (numel + TILE - 1) / TILE;
-  int64_t padded = 1;
-  while (padded < tiles) padded *= 2;
-  std::vector<double> partial(batch * padded * sums, 0.0);  // of each sample's tiles, the same sum of all of them side by side
-  torch::stable::parallel_for(0, batch * tiles, std::max<int64_t>(1, GRAIN_STEP / std::min(TILE, numel)), [&](int64_t first, int64_t last) {
-    for (; first < last; ++first) {
-      const int64_t sample = first / tiles, tile = first % tiles, begin = tile * TILE;
-      double of_tile[4];
-      kernels.moments(operands, sample, guidance[sample].first, guidance[sample].second, begin, std::min(TILE, numel - begin), of_tile);
-      for (int64_t sum = 0; sum < sums; ++sum) partial[(sample * sums + sum) * padded + tile] = of_tile[sum];
-    }
-  });
-  Tensor out = torch::stable::new_empty(f_tensor, {batch, sums}, ScalarType::Double);
-  double* result = static_cast<double*>(out.data_ptr());
-  for (int64_t i = 0; i < batch * sums; ++i) result[i] = tree_sum(partial.data() + i * padded, padded);
-  return out;
-}
+};
 
 }  // namespace
 
@@ -111,7 +93,4 @@ bool& schemas_defined() {
 
 }  // namespace epskernels
 
-STABLE_TORCH_LIBRARY_IMPL(epskernels, CPU, library) {
-  epskernels::Ops<epskernels::Cpu>::register_all(library);
-  library.impl("moments", TORCH_BOX(&epskernels::moments));
-}
+STABLE_TORCH_LIBRARY_IMPL(epskernels, CPU, library) { epskernels::Ops<epskernels::Cpu>::register_all(library); }

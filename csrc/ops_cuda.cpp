@@ -132,6 +132,26 @@ struct Cuda {
     check_launch(launch_normal({operands, integers(seeds), aligned({operands.out, sample_bytes}, operands.batch)},
                                device.stream));
   }
+
+  static void moments(const MomentsOperands& a, const View& rows, const View& index, Tensor& out) {
+    MomentsParameters p{};
+    p.operands = a;
+    if (a.u.data) {
+      p.rows = reinterpret_cast<const float*>(rows.data);
+      p.row_stride = rows.strides[0];
+      p.row_count = rows.sizes[0];
+      p.index = integers(index);
+    }
+    p.tiles = (a.sample_numel + MOMENTS_TILE - 1) / MOMENTS_TILE;
+    p.of_tiles = p.sums = static_cast<double*>(out.data_ptr());
+    OptionalTensor workspace;
+    if (p.tiles > 1) {
+      workspace = torch::stable::new_empty(out, {moments_workspace(out.numel(), p.tiles)});
+      p.of_tiles = static_cast<double*>(workspace->data_ptr());
+    }
+    const OnDevice device(View("sums", out).device_index);
+    check_launch(launch_moments(p, device.stream));
+  }
 };
 
 }  // namespace

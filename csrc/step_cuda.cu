@@ -2,14 +2,11 @@
 // store. One launch; the row, its index and the seed are read on the device. Compiled for the host too, by the tests.
 #include "step_cuda.h"
 
-#include <cuda_runtime.h>
-
 #include "halves.h"
+#include "launch_cuda.h"
 
 namespace epskernels {
 namespace {
-
-constexpr int THREADS = 128;
 
 // ---- neighbouring elements of a tensor, in its own format ----
 
@@ -86,7 +83,7 @@ struct Tile {
   bool whole;             // all inside the sample, in 16-byte words
 
   __device__ __forceinline__ Tile(int units, int64_t sample_numel, bool aligned)
-      : sample(blockIdx.y + static_cast<int64_t>(gridDim.y) * blockIdx.z),
+      : sample(layer_of_block()),
         begin(blockIdx.x * (int64_t{THREADS} * UNIT * units)),
         left(sample_numel - begin),
         whole(aligned && left >= THREADS * UNIT * units) {}
@@ -328,14 +325,8 @@ __global__ void __launch_bounds__(THREADS) normal_kernel(const NormalParameters 
 // ---- launches ----
 
 template <typename Parameters>
-const char* launch(void (*kernel)(Parameters), Parameters parameters, int64_t tile, void* stream) {
-  const int64_t tiles = (parameters.operands.sample_numel + tile - 1) / tile, batch = parameters.operands.batch;
-  const int64_t rows = batch < 65535 ? batch : 65535, layers = (batch + rows - 1) / rows;
-  if (tiles > 0x7fffffff || layers > 65535) return "too many elements for a launch";
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(rows), static_cast<unsigned>(layers));
-  void* arguments[] = {&parameters};
-  const cudaError_t error = cudaLaunchKernel(kernel, grid, dim3(THREADS), arguments, 0, static_cast<cudaStream_t>(stream));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+const char* launch_samples(void (*kernel)(Parameters), const Parameters& p, int64_t tile, void* stream) {
+  return launch(kernel, p, (p.operands.sample_numel + tile - 1) / tile, p.operands.batch, stream);
 }
 
 template <Dtype X, Dtype F, unsigned tensors>
@@ -345,9 +336,9 @@ const char* launch_kernel(const StepParameters& p, void* stream) {
   if constexpr (Small::TILE != Large::TILE) {
     constexpr int64_t ENOUGH = 512;  // blocks, for the GPUs of today
     if (p.operands.batch * (p.operands.sample_numel / Large::TILE) >= ENOUGH)
-      return launch(&step_kernel<X, F, tensors, true>, p, Large::TILE, stream);
+      return launch_samples(&step_kernel<X, F, tensors, true>, p, Large::TILE, stream);
   }
-  return launch(&step_kernel<X, F, tensors, false>, p, Small::TILE, stream);
+  return launch_samples(&step_kernel<X, F, tensors, false>, p, Small::TILE, stream);
 }
 
 template <Dtype X, Dtype F, unsigned... sets>
@@ -387,9 +378,9 @@ const char* launch_step(const StepParameters& p, void* stream) {
 
 const char* launch_normal(const NormalParameters& p, void* stream) {
   switch (p.operands.dtype) {
-    case Dtype::float32: return launch(&normal_kernel<Dtype::float32>, p, THREADS * 4, stream);
-    case Dtype::float16: return launch(&normal_kernel<Dtype::float16>, p, THREADS * 8, stream);
-    default: return launch(&normal_kernel<Dtype::bfloat16>, p, THREADS * 8, stream);
+    case Dtype::float32: return launch_samples(&normal_kernel<Dtype::float32>, p, THREADS * 4, stream);
+    case Dtype::float16: return launch_samples(&normal_kernel<Dtype::float16>, p, THREADS * 8, stream);
+    default: return launch_samples(&normal_kernel<Dtype::bfloat16>, p, THREADS * 8, stream);
   }
 }
 

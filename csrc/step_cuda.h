@@ -34,8 +34,22 @@ struct NormalParameters {
   bool aligned;
 };
 
+struct MomentsParameters {
+  MomentsOperands operands;
+  const float* rows;  // with u: see StepParameters
+  int64_t row_stride, row_count;
+  Integers index;
+  int64_t tiles;     // of a sample
+  double* of_tiles;  // moments_workspace() of them, or `sums` where a sample has one tile
+  double* sums;      // (batch, 2), or (batch, 4) with u
+};
+
 // On the current device and the given stream (a cudaStream_t), without waiting. nullptr, or what CUDA says is wrong.
 const char* launch_step(const StepParameters& parameters, void* stream);
 const char* launch_normal(const NormalParameters& parameters, void* stream);
+const char* launch_moments(const MomentsParameters& parameters, void* stream);
+
+constexpr int64_t MOMENTS_TILE = 1024;  // elements
+int64_t moments_workspace(int64_t rows, int64_t tiles);  // in doubles; rows: all samples' sums
 
 }  // namespace epskernels

@@ -3,7 +3,7 @@
     rescale    phi*std(f)/std(fhat) + 1 - phi,  fhat = u + g*(f - u)    Lin et al., arXiv 2305.08891, eq. 15 and 16
     threshold  max(1, the quantile of |m0|)                             Saharia et al., arXiv 2205.11487, section 2.3
 
-On the CPU the first is one pass over f and u; elsewhere, and for the second, PyTorch's ops. Sums: float64, in a fixed order.
+The first takes one pass over f and u, whose sums are float64, in a fixed order; the second is PyTorch's ops.
 """
 
 import math

@@ -154,13 +154,14 @@ def moments_reference(f, u=None, rows=None, index=None):
 
 
 def guided_output(f, u, rows, index):
-    """fhat = u + g*(f - u), float32, as the step forms it; NaN for a sample whose index is out of range."""
-    good = (index >= 0) & (index < len(rows))
-    rows = rows.index_select(0, torch.where(good, index, 0).reshape(-1))
+    """fhat = u + g*(f - u), float32, as the step forms it; NaN for a sample whose index is out of range or whose guided_channels
+    is no count."""
+    inside = (index >= 0) & (index < len(rows))
+    rows = rows.index_select(0, torch.where(inside, index, 0).reshape(-1))
     each = (-1, *[1] * (f.dim() - 1))
-    g, guided_channels = (rows[:, COLUMNS.index(name)].reshape(each) for name in ("g", "guided_channels"))
-    fhat = _guide(f.float(), u.float(), g, guided_channels)
-    return torch.where(good.reshape(each), fhat, float("nan"))
+    g, channels = (rows[:, COLUMNS.index(name)].reshape(each) for name in ("g", "guided_channels"))
+    good = inside.reshape(each) & (channels >= 0) & (channels < 2**24) & (channels == channels.floor())
+    return torch.where(good, _guide(f.float(), u.float(), g, channels), float("nan"))
 
 
 def guided_elements(f, guided_channels):

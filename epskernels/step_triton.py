@@ -1,8 +1,8 @@
 """The step in Triton, for GPUs without the compiled CUDA kernel, and for Inductor, which sees the kernel in its graphs.
 
-Mirrors csrc/step.h, csrc/philox.h and csrc/polynomials.h; the formula and the coefficients are those of step_reference.py.
-One launch per call, whatever the rows; index, rows and seeds are read on the device. A sample whose index is out of range,
-or whose row asks for what is not there, comes out as NaN.
+Mirrors csrc/step.h, csrc/philox.h, csrc/polynomials.h and csrc/moments_cuda.cu; the formula and the coefficients are those of
+step_reference.py. One launch per step, whatever the rows; index, rows and seeds are read on the device. A sample whose index is
+out of range, or whose row asks for what is not there, comes out as NaN.
 """
 
 import os
@@ -15,8 +15,17 @@ from torch.compiler import is_compiling
 from torch.library import triton_op, wrap_triton
 
 from . import build, step_reference
-from .checks import INPUTS, check_normal, check_outputs, check_outputs_like, check_step, check_values, fail
-from .step_reference import STREAM_INITIAL
+from .checks import (
+    INPUTS,
+    check_moments,
+    check_normal,
+    check_outputs,
+    check_outputs_like,
+    check_step,
+    check_values,
+    fail,
+)
+from .step_reference import MOMENTS_TILE, STREAM_INITIAL
 
 LOG = tl.constexpr(tuple(step_reference.LOG))
 SIN = tl.constexpr(tuple(step_reference.SIN))
@@ -337,6 +346,56 @@ def normal_kernel(out_ptr, seeds_ptr, seeds_stride, draw, stream, numel, tiles, 
     _store(out_ptr, numel, sample, start, count, _lanes(BLOCK, VEC), z)
 
 
+@device_function
+def _tree_sum(value, SIZE: tl.constexpr):
+    """As step_reference.py's, of one element."""
+    for _ in tl.static_range(SIZE.bit_length() - 1):
+        low, high = tl.split(tl.trans(tl.reshape(value, (2, value.shape[0] // 2))))
+        value = low + high
+    return value
+
+
+@device_function
+def _store_sums(ptr, stride, value, TILE: tl.constexpr):
+    value, one = value.to(tl.float64), tl.arange(0, 1)
+    tl.store(ptr + one, _tree_sum(value, TILE))
+    tl.store(ptr + stride + one, _tree_sum(value * value, TILE))  # a float32's square is exact
+
+
+@triton.jit
+def tiles_kernel(
+    sums_ptr, f_ptr, f_stride, u_ptr, u_stride, rows_ptr, rows_stride, rows_count, index_ptr, index_stride,
+    numel, channel_numel, tiles, TILE: tl.constexpr,
+):  # fmt: skip
+    sample, start, count = _tile(numel, tiles, TILE)
+    lane = tl.arange(0, TILE)
+    f = _load(f_ptr, f_stride, sample, start, count, lane)
+    sums = sums_ptr + sample * tiles * (2 if u_ptr is None else 4) + start // TILE
+    _store_sums(sums, tiles, f, TILE)
+    if u_ptr is not None:
+        u = _load(u_ptr, u_stride, sample, start, count, lane)
+        index = tl.load(index_ptr + sample * index_stride)
+        good = (index >= 0) & (index < rows_count)
+        row = rows_ptr + tl.where(good, index, 0) * rows_stride
+        g, guided_channels = tl.load(row + 3), tl.load(row + 14)  # the order of table.py::COLUMNS
+        channels = tl.where((guided_channels >= 0.0) & (guided_channels < 2.0**24), guided_channels, 0.0).to(tl.int32)
+        good &= channels.to(tl.float32) == guided_channels
+        guided = tl.where(channels != 0, channels.to(tl.int64) * channel_numel, numel)
+        fhat = tl.where(start + lane < tl.where(g != 1.0, guided, 0), u + mul(g, f - u), f)
+        fhat = tl.where(lane < count, tl.where(good, fhat, float("nan")), 0.0)
+        _store_sums(sums + 2 * tiles, tiles, fhat, TILE)
+
+
+@triton.jit
+def level_kernel(to_ptr, from_ptr, count, padded, groups, TILE: tl.constexpr):
+    """Rows of sums to shorter ones: see csrc/moments_cuda.cu::Level."""
+    row, first = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0) % groups
+    i = first + tl.arange(0, TILE).to(tl.int64) * groups
+    value = tl.load(from_ptr + row * count + i, mask=i < count, other=0.0)
+    value = tl.where(i < padded, value, -0.0)  # which adds nothing, to a -0 either
+    tl.store(to_ptr + row * groups + first + tl.arange(0, 1), _tree_sum(value, TILE))
+
+
 # ---- launches ----
 
 
@@ -392,6 +451,27 @@ def _run_normal(launch, out, seeds, draw, stream, block=None):
     tiles = triton.cdiv(numel, size)
     arguments = out, seeds, seeds.stride(0), draw, stream, numel, None if seeds.shape[0] == 1 else tiles
     launch((seeds.shape[0] * tiles,), *arguments, BLOCK=size, num_warps=warps)
+
+
+def _run_moments(launch_tiles, launch_level, f, u, rows, index):
+    batch, sums = f.shape[0], 2 if u is None else 4
+    numel = f.numel() // batch
+    tiles = triton.cdiv(numel, MOMENTS_TILE)
+    rows = None if rows is None else rows.resolve_neg()
+    values = torch.empty(batch * sums, tiles, dtype=torch.float64, device=f.device)
+    launch_tiles(
+        (batch * tiles,), values, *_batch(f, numel), *_batch(u, numel),
+        *((None, 0, 0) if u is None else (rows, rows.stride(0), rows.shape[0])),
+        *((None, 0) if u is None else (index, index.stride(0) if index.dim() else 0)),
+        numel, numel // f.shape[1] if f.dim() > 1 else 1, tiles, TILE=MOMENTS_TILE, num_warps=4,
+    )  # fmt: skip
+    while (count := values.shape[1]) > 1:
+        padded = triton.next_power_of_2(count)
+        shorter = values.new_empty(len(values), max(padded // MOMENTS_TILE, 1))
+        arguments = shorter, values, count, padded, shorter.shape[1]
+        launch_level((shorter.numel(),), *arguments, TILE=MOMENTS_TILE, num_warps=4)
+        values = shorter
+    return values.reshape(batch, sums)
 
 
 def _launcher(kernel, device):
@@ -497,6 +577,11 @@ def triton_normal(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
     return out
 
 
+def triton_moments(f, u=None, rows=None, index=None):
+    check_moments(f, u, rows, index)
+    return _run_moments(_launcher(tiles_kernel, f.device), _launcher(level_kernel, f.device), f, u, rows, index)
+
+
 TRITON = {
     "step": triton_step,
     "step_plain": triton_step,
@@ -505,4 +590,5 @@ TRITON = {
     "step_out": triton_step_out,
     "step_": triton_step_,
     "normal": triton_normal,
+    "moments": triton_moments,
 }

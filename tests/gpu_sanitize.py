@@ -8,6 +8,7 @@ History that the row leaves out is never initialised, so that initcheck sees who
 import itertools
 import sys
 
+import kernels
 import torch
 from test_step_bits import assert_same_bits, make_inputs, random_rows, reference
 
@@ -50,6 +51,9 @@ def check(backend, x_dtype, f_dtype, size, names, offset, seed):
     expected = reference(rows, index, inputs)
     for result, wanted, what in zip(got, expected, ("x'", "m0"), strict=True):
         assert_same_bits(result.cpu(), wanted, f"{what} of {backend}, {names}, size {size}, offset {offset}")
+    if "u" in names:
+        sums = kernels.overload(backend, "moments")(f, there["u"], rows.cuda(), index.cuda())
+        assert torch.equal(sums.cpu(), epskernels.moments(inputs["f"], inputs["u"], rows, index))
 
 
 def main(backends):

@@ -47,11 +47,11 @@ def compile_for_host(sources, here, sanitizers, target):
 
 @functools.cache
 def cuda_on_host():
-    """The ops of csrc/step_cuda.cu and csrc/ops_cuda.cpp over tests/cuda_on_host, compiled where they have changed."""
+    """The ops of csrc/*.cu and csrc/ops_cuda.cpp over tests/cuda_on_host, compiled where they have changed."""
     sanitizers = os.environ.get("EPSKERNELS_SANITIZE", "alignment,bounds")
     target = ROOT / "build" / "tests" / f"cuda_on_host-{sanitizers}" / "libepskernels_cuda_on_host.so"
     here = ROOT / "tests" / "cuda_on_host"
-    sources = [ROOT / "csrc" / "step_cuda.cu", ROOT / "csrc" / "ops_cuda.cpp", here / "device.cpp"]
+    sources = [*(ROOT / "csrc").glob("*.cu"), ROOT / "csrc" / "ops_cuda.cpp", here / "device.cpp"]
     newest = max(path.stat().st_mtime for path in (*here.iterdir(), *(ROOT / "csrc").iterdir()))
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_suffix(".lock")):  # between the processes of a test run

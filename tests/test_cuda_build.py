@@ -33,8 +33,9 @@ ARCHITECTURES = [
 ]
 
 DTYPES = {"0": "float32", "1": "float16", "2": "bfloat16"}
-KERNEL_OPS = [op for op in epskernels.ops.REFERENCE if op != "moments"]  # that one is PyTorch's ops on a GPU
 GUIDANCE, M1, NOISE, EVERYTHING = 1, 8, 64, 2**32 - 1  # csrc/step.h::StepTerm
+NORMALS = {("normal_kernel", dtype) for dtype in DTYPES}
+SUMS = {("tiles_kernel", dtype, guided) for dtype in DTYPES for guided in ("false", "true")} | {("level_kernel",)}
 
 
 def test_library_is_there():
@@ -70,7 +71,7 @@ import ctypes, sys
 import torch, epskernels
 ctypes.CDLL(sys.argv[1])  # stands for the libtorch_cuda.so that a torch with CUDA has loaded
 torch.ops.load_library(sys.argv[2])
-for op in set(epskernels.ops.REFERENCE) - {"moments"}:
+for op in epskernels.ops.REFERENCE:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"epskernels::{op}", "CUDA"), op
 assert not torch._C._dispatch_find_dangling_impls()
 """
@@ -120,7 +121,7 @@ def test_without_python_it_comes_where_torch_has_cuda(stand_in, tmp_path, torch_
         (tmp_path / "package").mkdir(exist_ok=True)
         shutil.copy(PACKAGE / name, tmp_path / "package")
     library, comes = tmp_path / "package" / "libepskernels.so", built and torch_cuda == "with"
-    arguments = [stand_in, library, torch_cuda, str(comes), *KERNEL_OPS]
+    arguments = [stand_in, library, torch_cuda, str(comes), *epskernels.ops.REFERENCE]
     result = subprocess.run([sys.executable, "-c", BRINGS, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     missing = torch_cuda == "with" and not built
@@ -146,8 +147,8 @@ def kernels(architecture):
     code, used = sass.kernels(LIBRARY, architecture), sass.registers(LIBRARY, architecture)
     result = {}
     for mangled, instructions in code.items():
-        name = re.search(r"::(step_kernel|normal_kernel)<(.*?)>\(", sass.demangle(mangled))
-        arguments = re.findall(r"(?:\(\w[\w:]*\)|\b)(\d+|true|false)u?\b", name[2].replace("epskernels::", ""))
+        name = re.search(r"::(\w+_kernel)(?:<(.*?)>)?\(", sass.demangle(mangled))
+        arguments = re.findall(r"(?:\(\w[\w:]*\)|\b)(\d+|true|false)u?\b", (name[2] or "").replace("epskernels::", ""))
         result[name[1], *arguments] = (instructions, *used[mangled])
     return result
 
@@ -177,7 +178,7 @@ def expected(name, x, f=None, tensors="0", large="false"):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_is_there(architecture):
     step = [key for key in kernels(architecture) if key[0] == "step_kernel"]
-    assert len(step) == 9 * (4 + 2 * 4 + 1) and len(kernels(architecture)) == len(step) + 3
+    assert len(step) == 9 * (4 + 2 * 4 + 1) and kernels(architecture).keys() == {*step, *NORMALS, *SUMS}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -197,6 +198,8 @@ def test_no_local_memory_and_no_fused_multiply_add(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fast_path_in_16_byte_words(architecture):
     for key, (code, _, _) in kernels(architecture).items():
+        if key in SUMS:
+            continue
         elements, loads, stores = expected(*key)
         path = sass.fast_path(code, stores)
         row = sass.count(path, r"LDG\.E.*\.128.*") - loads
@@ -206,6 +209,16 @@ def test_fast_path_in_16_byte_words(architecture):
         assert sass.count(path, r"STG.*") == stores, key
         roots = elements // 2 if key[0] == "normal_kernel" or int(key[3]) & NOISE else 0
         assert sass.count(path, r"MUFU\.RSQ.*") == roots, key
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_exchange_only_within_a_warp(architecture):
+    """Two words of each double, for each of 5 halvings, and no barrier: a warp's lanes read nothing that another warp wrote."""
+    for key in SUMS:
+        code, _, _ = kernels(architecture)[key]
+        doubles = {"level_kernel": 1, "tiles_kernel": 4 if key[-1] == "true" else 2}[key[0]]
+        assert sass.count(code, r"SHFL\.DOWN.*") == 2 * 5 * doubles, key
+        assert sass.count(code, r"(BAR|STS|LDS|ATOM|RED).*") == 0, key
 
 
 BUDGET = {

@@ -92,12 +92,15 @@ def test_runs_on_the_current_stream(backend):
 def test_never_waits_for_the_device(backend):
     inputs = on_gpu(make_inputs((2, 1000), NAMES, 5))
     rows, index = random_rows(2, NAMES, 6, idle=0).cuda(), torch.arange(2).cuda()
+    moments = kernels.overload(backend, "moments")
     step(backend, rows, index, inputs)  # compiles, and loads
+    moments(inputs["f"], inputs["u"], rows, index)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(backend, rows, index, inputs, return_m0=True)
         epskernels.normal(inputs["seeds"], (77,), backend=backend)
+        moments(inputs["f"], inputs["u"], rows, index)
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
@@ -111,6 +114,26 @@ def test_takes_no_memory_but_its_outputs(backend):
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     step(backend, rows, index, inputs, out=out, m0=m0)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@each_backend
+@pytest.mark.parametrize("size", [1001, 2**20 + 1])
+def test_moments_in_a_graph_on_another_stream(backend, size):
+    moments, rows = kernels.overload(backend, "moments"), random_rows(3, ("u",), 1, idle=0)
+    f, u, index = torch.zeros(2, size).cuda(), torch.zeros(2, size).cuda(), torch.zeros(2, dtype=torch.int64).cuda()
+    there, stream = rows.cuda(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        moments(f, u, there, index)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sums = moments(f, u, there, index)
+    for _ in range(3):
+        fresh, which = torch.randn(2, 2, size), torch.randint(3, (2,))
+        for static, value in ((f, fresh[0]), (u, fresh[1]), (index, which)):
+            static.copy_(value)
+        graph.replay()
+        assert torch.equal(sums.cpu(), epskernels.moments(*fresh, rows, which))
 
 
 @each_backend

@@ -7,34 +7,58 @@ import torch
 from test_step_bits import each_dtype, make_inputs, make_row, random_rows
 
 import epskernels
-from epskernels import _C, samplers, schedule
+from epskernels import samplers, schedule
 from epskernels.ops import REFERENCE
-
-CAPABILITIES = _C.cpu_capabilities()
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
-
+from epskernels.table import COLUMNS
 
 # ---- moments ----
+
+
+def assert_same_sums(kernel, *arguments):
+    got, expected = kernel.op("moments")(*arguments), REFERENCE["moments"](*arguments)
+    assert got.dtype == torch.float64 and got.shape == (len(arguments[0]), 4 if len(arguments) > 1 else 2)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num().view(torch.int64), expected.nan_to_num().view(torch.int64))  # zeros' signs too
 
 
 @pytest.mark.parametrize("special", [0.0, 0.01])
 @pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 3, 7, 5), (2, 1024), (3, 5000), (1, 4, 64, 65)], ids=str)
 @each_dtype
-def test_moments_have_the_reference_s_bits(capability, dtype, shape, special):
+def test_moments_have_the_reference_s_bits(kernel, dtype, shape, special):
     inputs = make_inputs(shape, ("u",), 1, dtype, dtype, special=special)
     rows, index = random_rows(4, ("u",), 2, idle=0.2), torch.arange(shape[0]) % 4
     f, u = inputs["f"], inputs["u"]
     for arguments in ((f,), (f, u, rows, index), (f, u, rows, torch.tensor(1))):
-        got, expected = torch.ops.epskernels.moments(*arguments), REFERENCE["moments"](*arguments)
-        assert got.dtype == torch.float64 and got.shape == (shape[0], 4 if len(arguments) > 1 else 2)
-        assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(), expected.nan_to_num())
+        assert_same_sums(kernel, *arguments)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4])
+def test_moments_keep_the_sign_of_zero(kernel, tiles):
+    f = torch.stack([torch.full((1024 * tiles,), -0.0), torch.zeros(1024 * tiles)])
+    assert_same_sums(kernel, f)
+    assert_same_sums(kernel, f[:, :-1])
+
+
+def test_moments_of_more_tiles_than_a_warp_takes(kernel):
+    assert_same_sums(kernel, torch.randn(1, 1024 * 1024 + 1))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 2000)], ids=str)
+def test_moments_of_rows_that_cannot_be_applied(kernel, shape):
+    """Where rows are read on the device, the sums of fhat are NaN, of that sample alone."""
+    f, u = torch.randn(2, *shape)
+    rows, index = random_rows(4, ("u",), 2, idle=0), torch.tensor([2, 4, -1, 3])
+    rows[3, COLUMNS.index("guided_channels")] = 0.5
+    if kernel.reads_rows:
+        with pytest.raises(RuntimeError, match="index: expected values in"):
+            kernel.op("moments")(f, u, rows, index)
+        with pytest.raises(RuntimeError, match="rows: expected guided_channels to be an integer"):
+            kernel.op("moments")(f, u, rows, torch.tensor(3))
+        return
+    sums = kernel.op("moments")(f, u, rows, index)
+    assert sums[:, 2:].isnan().all(1).tolist() == [False, True, True, True]
+    assert torch.equal(sums[:, :2], REFERENCE["moments"](f))
+    assert torch.equal(sums[:1], REFERENCE["moments"](f[:1], u[:1], rows, index[:1]))
 
 
 def test_moments_are_sums():
@@ -49,7 +73,7 @@ def test_moments_are_sums():
     assert torch.equal(epskernels.moments(f), got[:, :2])
 
 
-def test_moments_do_not_depend_on_threads_or_batch(capability):
+def test_moments_do_not_depend_on_threads_or_batch():
     f = torch.randn(5, 70001)
     threads = torch.get_num_threads()
     together = epskernels.moments(f)
@@ -60,15 +84,18 @@ def test_moments_do_not_depend_on_threads_or_batch(capability):
     assert torch.equal(together, torch.cat([epskernels.moments(f[i : i + 1]) for i in range(5)]))
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "half_of_channels", "expanded"])
-def test_moments_of_other_layouts(layout):
+@pytest.mark.parametrize("layout", ["channels_last", "half_of_channels", "expanded", "misaligned"])
+def test_moments_of_other_layouts(kernel, layout):
     f = torch.randn(2, 6, 5, 5)
     views = {
         "channels_last": f.to(memory_format=torch.channels_last),
         "half_of_channels": f[:, :3],
         "expanded": f[:1].expand_as(f),
+        "misaligned": torch.randn(2 * 6 * 25 + 1)[1:].view(f.shape),
     }
-    assert torch.equal(epskernels.moments(views[layout]), epskernels.moments(views[layout].contiguous()))
+    rows = torch.cat([torch.zeros(1, 3), make_row(g=3, guided_channels=2)], 1)[:, 3:]  # at any address
+    assert_same_sums(kernel, views[layout])
+    assert_same_sums(kernel, views[layout], torch.randn_like(views[layout]), rows, torch.tensor([0, 0]))
 
 
 BAD_MOMENTS = {
@@ -92,14 +119,17 @@ BAD_MOMENTS = {
     "index shape": (lambda f, row: (f, f, row, torch.tensor([0, 0, 0])), r"index: expected shape \(\) or \(2,\)"),
 }
 
+READ_ON_DEVICE = ("rows NaN", "index too big", "index negative")  # by kernels that do so: NaN
 
-@pytest.mark.parametrize("function", ["compiled", "reference"])
+
 @pytest.mark.parametrize("case", BAD_MOMENTS)
-def test_bad_moments(case, function):
+def test_bad_moments(kernel, case):
     make, message = BAD_MOMENTS[case]
-    op = torch.ops.epskernels.moments if function == "compiled" else REFERENCE["moments"]
-    with pytest.raises(RuntimeError, match=message):
-        op(*make(torch.ones(2, 5), make_row(g=2)))
+    arguments = make(torch.ones(2, 5), make_row(g=2))
+    for op in (kernel.op("moments"), REFERENCE["moments"]):
+        if op == REFERENCE["moments"] or kernel.reads_rows or case not in READ_ON_DEVICE:
+            with pytest.raises(RuntimeError, match=message):
+                op(*arguments)
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -106,9 +106,24 @@ def _calls():
         out, seeds = _make((4, 4096), dtype), _make((4,), torch.int64)
         return step_triton.normal_kernel, lambda launch: step_triton._run_normal(launch, out, seeds, 1, 1)
 
+    def moments(kernel, dtype, guided):
+        f = _make((4, 5, 1001), dtype)
+        arguments = (f, f, _make((3, 24), torch.float32), _make((4,), torch.int64)) if guided else (f, None, None, None)
+
+        def run(launch):
+            kernels = (step_triton.tiles_kernel, step_triton.level_kernel)
+            launches = (launch if k is kernel else lambda *_, **__: None for k in kernels)
+            step_triton._run_moments(*launches, *arguments)
+
+        return kernel, run
+
     calls = {f"{i}-{d}": step(INPUTS[i], *DTYPES[d]) for d in DTYPES for i in INPUTS}
     calls |= {f"normal-{dtype}": normal(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     calls |= {f"one_row-{d}": step((), *DTYPES[d], index=_make((), torch.int64)) for d in ("float32", "bfloat16")}
+    for dtype in ("float32", "bfloat16"):
+        calls[f"moments-{dtype}"] = moments(step_triton.tiles_kernel, getattr(torch, dtype), False)
+        calls[f"moments_guided-{dtype}"] = moments(step_triton.tiles_kernel, getattr(torch, dtype), True)
+    calls["moments_level"] = moments(step_triton.level_kernel, torch.float32, False)
     calls["one_element"] = step(INPUTS["everything_seeds"], shape=(1, 1))
     calls["beyond_32_bits"] = step(INPUTS["everything_seeds"], shape=(2, 2**33))
     calls["misaligned"] = step(INPUTS["everything_noise"], make=_make_misaligned)
@@ -172,6 +187,7 @@ def ahead(tmp_path_factory):
 STEPS = [f"{i}-{d}" for d in DTYPES for i in INPUTS]
 FAST = [*STEPS, "normal-float32", "normal-bfloat16", "one_row-float32", "one_row-bfloat16"]
 INDUCTOR = [f"inductor-{name}" for name in FAST if name.startswith(("everything_seeds", "normal"))]
+MOMENTS = [*(f"moments{g}-{dtype}" for g in ("", "_guided") for dtype in ("float32", "bfloat16")), "moments_level"]
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
@@ -239,6 +255,19 @@ def test_machine_code(ahead, architecture, name, record_property):
     record_property("registers", registers)
     record_property("instructions_per_element", executed / 8)
     print(f"sm_{architecture} {name}: {registers} registers, {executed} instructions for 8 elements")
+
+
+@each_architecture
+@pytest.mark.parametrize("name", MOMENTS)
+def test_moments_fuse_nothing_and_do_not_spill(ahead, architecture, name):
+    import sass
+
+    cubin = ahead[architecture] / f"{name}.cubin"
+    target = "sm_90a" if architecture == 90 else f"sm_{architecture}"
+    (code,), ((_, stack),) = sass.kernels(cubin, target).values(), sass.registers(cubin, target).values()
+    ptx = cubin.with_suffix(".ptx").read_text()
+    assert (_products(ptx) > 0) == ("guided" in name) and ".ftz" not in ptx
+    assert stack == 0 and sass.count(code, "(LDL|STL|DFMA).*") == 0 < sass.count(code, "DADD.*")
 
 
 # ---- seen by torch.compile ----

@@ -1,8 +1,11 @@
-// Just enough of CUDA's runtime for csrc/step_cuda.cu as host C++: a launch runs its blocks and threads one after the other.
+// Just enough of CUDA's runtime for csrc/*.cu as host C++: a launch runs its blocks and threads one after the other. A block whose
+// threads exchange values runs once more for each exchange, with what the threads gave the time before.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -23,6 +26,19 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
+inline thread_local std::vector<std::vector<double>> exchanged;  // by thread of the block, in the order of its exchanges
+inline thread_local size_t exchanges;                            // that the running thread has made
+
+// Every lane of the warp takes part. What a thread writes must not change what it reads: it is written again.
+inline double __shfl_down_sync(unsigned, double value, unsigned delta) {
+  std::vector<double>& mine = exchanged[threadIdx.x];
+  mine.resize(std::max(mine.size(), exchanges + 1));
+  mine[exchanges] = value;
+  const std::vector<double>& theirs = exchanged[threadIdx.x % 32 + delta < 32 ? threadIdx.x + delta : threadIdx.x];
+  const size_t i = exchanges++;
+  return i < theirs.size() ? theirs[i] : 0.0;
+}
+
 typedef void* cudaStream_t;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration"; }
@@ -35,7 +51,14 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters), dim3 grid, dim3 block, 
   blockDim = block;
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-        for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(*static_cast<Parameters*>(arguments[0]));
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+        exchanged.assign(block.x, {});
+        for (size_t time = 0, most = 0; time <= most; ++time)
+          for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) {
+            exchanges = 0;
+            kernel(*static_cast<Parameters*>(arguments[0]));
+            most = std::max(most, exchanges);
+          }
+      }
   return cudaSuccess;
 }
