@@ -52,7 +52,7 @@ EOF
 checked "$python" -m sanitized
 
 tests=()
-for name in test_fuzz test_bad_input test_step_bits test_rows_on_device; do
+for name in test_fuzz test_bad_input test_step_bits test_rows_on_device test_guidance; do
   [[ -e $root/tests/$name.py ]] && tests+=("$root/tests/$name.py")
 done
 cd "$build"
