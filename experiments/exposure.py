@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CACHE, RESULTS = ROOT / "runs" / "exposure", ROOT / "experiments" / "results"
 CHUNK = 100  # samples to a file
 CALIBRATION = 256  # real data, for norms and exposure bias
-SELECT, SELECT_SEED = 500, 100_000  # samples of a trial, and where their seeds begin
+SELECT_SEED = 100_000  # where the seeds of a trial's samples begin
 REPORT_SEED = 0
 ROUNDS = (1000, 2000, 5000)  # samples in the table: all settings get the first number before one gets the second
 STRIDE = 1000
@@ -118,19 +118,22 @@ class Setting:
 
     def measured(self, label, s):
         """The exposure bias with a scaling."""
-        path = self.results / f"{self.title}-{label}.json"
-        if not path.exists():
-            state = self.folder / f"exposure-{label}.npz"
-            found = exposure.measure(self._call, self.sampler(s), self._calibration, seed=2 * SELECT_SEED, state=state)
-            found.save(path)
-            state.unlink(missing_ok=True)
-        return exposure.Exposure.load(path)
+        path, table = self.results / f"{self.title}-{label}.json", self.sampler(s)
+        if path.exists():
+            found = exposure.Exposure.load(path)
+            if np.array_equal(found.lambda_t, table["lambda_t"]):  # b may have been another
+                return found
+        state = self.folder / f"exposure-{label}-{file_label(s, self.steps)}.npz"
+        found = exposure.measure(self._call, table, self._calibration, seed=2 * SELECT_SEED, state=state)
+        found.save(path)
+        state.unlink(missing_ok=True)
+        return found
 
     def features(self, s, first, count, compute=True):
         """(count, D) features of the samples of seeds first, first + 1, ...; None where they are not all there."""
         chunks = []
         for start in range(first, first + count, CHUNK):
-            path = self.folder / f"{label(s, self.steps)}-{start:06d}.npy"
+            path = self.folder / f"{file_label(s, self.steps)}-{start:06d}.npy"
             if not path.exists():
                 if not compute:
                     return None
@@ -150,7 +153,7 @@ class Setting:
 
         def there(b):
             if b not in found:
-                features = self.features(shaped(shape, b, self.steps), SELECT_SEED, SELECT, compute)
+                features = self.features(shaped(shape, b, self.steps), SELECT_SEED, self.subject.trial, compute)
                 if features is None:
                     return False
                 found[b] = quality.frechet(real, features)
@@ -233,7 +236,7 @@ def lambdas(candidates, steps):
     return {name: values[0] if len(set(values)) == 1 else values for name, values in found.items()}
 
 
-def label(s, steps):
+def file_label(s, steps):
     """A file name's part for a scaling."""
     values = s.values(steps)
     if (values == values[0]).all():
@@ -283,7 +286,7 @@ def about(subject):
     noise = epskernels.normal(range(len(others)), subject.shape).numpy()
     floor = {f"{size:g}": quality.frechet(first, subject.features(others + size * noise)) for size in (0, 0.02, 0.05)}
     weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in subject.weights}
-    return {"weights": weights, "select": [SELECT_SEED, SELECT], "report": REPORT_SEED, "resamples": RESAMPLES,
+    return {"weights": weights, "select": [SELECT_SEED, subject.trial], "report": REPORT_SEED, "resamples": RESAMPLES,
             "noise": {"sets": [len(first), len(others)], **floor}}  # fmt: skip
 
 

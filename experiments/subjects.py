@@ -34,6 +34,7 @@ class Subject:
     features: (N, *shape), an array or a tensor, -> float64 (N, D).
     to_stored: samples, a float32 tensor (N, *shape), -> the array that is kept. from_stored: that -> float32 (N, *shape).
     samplers: {name: (steps, scaling) -> Table}, lambda_t as samplers take it.
+    trial: samples over which a lambda is chosen.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Subject:
     to_stored: Callable
     from_stored: Callable
     samplers: dict
+    trial: int = 500
 
 
 def weights_of(name):
@@ -244,6 +246,7 @@ def power():
     return Subject(
         name="power", weights=(weights_of("power"),), shape=CURVE, schedule=path, call=network, real=real_curves,
         features=curve_features, to_stored=curves_to_stored, from_stored=lambda stored: stored, samplers=tables,
+        trial=5000,
     )  # fmt: skip
 
 

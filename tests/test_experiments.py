@@ -45,9 +45,10 @@ def experiment(tmp_path, monkeypatch):
         to_stored=lambda samples: samples.numpy(), from_stored=np.asarray,
         samplers={"ddim": lambda steps, s: samplers.ddim(PATH, steps, scaling=s),
                   "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(PATH, steps, scaling=s, spacing="trailing")},
+        trial=20,
     )  # fmt: skip
     for name, value in {
-        "CACHE": tmp_path / "cache", "RESULTS": tmp_path / "results", "CHUNK": 4, "CALIBRATION": 8, "SELECT": 20,
+        "CACHE": tmp_path / "cache", "RESULTS": tmp_path / "results", "CHUNK": 4, "CALIBRATION": 8,
         "ROUNDS": (20,), "STRIDE": 20, "RESAMPLES": 20, "CALLS": (3,), "LIMITS": (0.97, 1.03), "LONG": {},
         "SHAPED": {("ddim", 3)}, "SUBJECTS": {"nothing": lambda: subject}, "QUICK": ("nothing", "ddim", 3, 20),
     }.items():  # fmt: skip
@@ -97,6 +98,16 @@ def test_interrupted_experiment_comes_to_the_same_results(experiment, tmp_path):
     (experiment.RESULTS / "nothing.json").write_text(whole.replace('"weights": "', '"weights": "of another'))
     experiment.run(10, [subject])  # whose numbers are no use
     assert results(experiment) == whole and experiment.network.calls > 0
+
+
+def test_exposure_bias_is_measured_again_for_another_lambda(experiment):
+    setting, constant = experiment.Setting(experiment.subject, "ddim", 3), experiment.scaling.constant
+    first = setting.measured("uniform", constant(1.02))
+    calls = experiment.network.calls
+    assert setting.measured("uniform", constant(1.02)).rows.keys() == first.rows.keys()
+    assert experiment.network.calls == calls
+    assert setting.measured("uniform", constant(1.01)).lambda_t.tolist() == [1.01] * 3
+    assert experiment.network.calls == 2 * calls
 
 
 def test_runs_share_the_work(experiment):
