@@ -1,5 +1,5 @@
 // torch.ops.epskernels.* on NVIDIA GPUs: checks on the host what can be known without waiting for the device, then one launch
-// on the current stream.
+// on the current stream; for sums over samples two or three.
 #define USE_CUDA  // the headers' own name for it: declares the current stream
 
 #include <torch/csrc/stable/accelerator.h>
