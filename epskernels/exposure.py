@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .guidance import moments
-from .ops import normal, step
+from .ops import moments, normal, step
 from .sample import _outputs
 from .shards import write_whole
 from .table import check_one_sampler, denoising_rows

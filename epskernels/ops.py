@@ -231,6 +231,7 @@ class _Functions(typing.NamedTuple):
     step_m0: typing.Callable
     step_y: typing.Callable
     step_out: typing.Callable
+    moments: typing.Callable
     normal: typing.Callable
 
 
@@ -270,8 +271,8 @@ _choices = 0 if _DEFAULT_BACKEND is None else 1
 
 @contextlib.contextmanager
 def use_backend(name):
-    """Within the context, `step` and `normal` run on this backend: "auto", "cpu", "cuda" (compiled C++ and CUDA C++), "triton" or
-    "reference".
+    """Within the context, `step`, `moments` and `normal` run on this backend: "auto", "cpu", "cuda" (compiled C++ and CUDA C++),
+    "triton" or "reference".
 
     Raises ValueError for an unknown one, RuntimeError for one that this installation or machine lacks, saying why.
     EPSKERNELS_BACKEND sets the same for a whole process; the functions' own argument `backend` comes first.
@@ -476,6 +477,21 @@ torch.library.register_vmap("epskernels::normal", _vmap_normal, lib=_library)
 # ---- the public functions ----
 
 
+def rows_and_index(table, index, like):
+    """The tensors that the ops take, for a Table or its rows, and an int or a tensor; a new one lies where `like` does."""
+    rows = table
+    if isinstance(table, Table):
+        rows = table.rows
+        if type(index) is int and 0 <= index < len(table.row_index):
+            # A compiled graph then takes any row, an eager call a tensor made before.
+            return rows, table.index[index] if is_dynamo_compiling() else table.row_index[index]
+    if type(index) is int or isinstance(index, np.integer):
+        if not -(2**63) <= index < 2**63:
+            fail(f"index: expected an integer of 64 bits, got {index}")
+        index = torch.tensor(int(index), device=getattr(like, "device", None))
+    return rows, index
+
+
 def step(
     x,
     f,
@@ -522,19 +538,7 @@ def step(
     never read by the host: a sample whose index is out of range, or whose row needs a tensor that is absent, comes out as NaN;
     EPSKERNELS_CHECK_ROWS=1 reads them on the host at every call and raises, as on the CPU.
     """
-    if isinstance(table, Table):
-        rows = table.rows
-        if type(index) is int and 0 <= index < len(table.row_index):
-            # A compiled graph then takes any row, an eager call a tensor made before.
-            index = table.index[index] if is_dynamo_compiling() else table.row_index[index]
-    else:
-        rows = table
-    if type(index) is int:
-        if not -(2**63) <= index < 2**63:
-            fail(f"index: expected an integer of 64 bits, got {index}")
-        index = torch.tensor(index, device=getattr(x, "device", None))
-    elif isinstance(index, np.integer):
-        index = torch.tensor(int(index), device=getattr(x, "device", None))
+    rows, index = rows_and_index(table, index, x)
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
     outputs = (out, m0, y_out, model_input)
     functions = _chosen(x, backend) if _choices or backend is not None else _DISPATCHED
@@ -584,6 +588,28 @@ def step_results(results, plain=False):
     if is_dynamo_compiling():
         return _BY_RESULTS[results]
     return _STEP_PLAIN if plain and results == 1 else _WITHOUT_PYTHON[results]
+
+
+def moments(f, u=None, table=None, index=None, *, backend=None):
+    """Sums over each sample, float64 (B, 2): of f and of f^2; with u, (B, 4): of the guided output fhat and fhat^2 too.
+
+    f: (B, ...), float32, float16 or bfloat16. u: as f; table (or its rows) and index as in `step`: fhat = u + g*(f - u), in
+    float32, as the step forms it. backend: as in `step`. The same bits on every device: tiles of 1,024 elements, halves added to
+    halves, then the tiles likewise.
+    Raises RuntimeError naming the argument; for one that requires grad too: there is no gradient, and the sums of f.detach() are
+    constants.
+    """
+    rows, index = rows_and_index(table, index, f)
+    if is_grad_enabled():
+        for name, tensor in (("f", f), ("u", u), ("rows", rows)):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                fail(
+                    f"{name}: expected a tensor that does not require grad, or torch.no_grad(): moments have no gradient"
+                )
+    functions = _chosen(f, backend)
+    if _logs_calls and not is_compiling():
+        _log_call("moments", functions, backend, {"f": f, "u": u, "rows": rows})
+    return functions.moments(f, u, rows, index)
 
 
 def as_seeds(seeds, device="cpu"):

@@ -223,9 +223,11 @@ def check_one_sampler(table):
 
 def denoising_rows(rows):
     """Rows that make m0 alone: whatever history, noise or second state `rows` ask for, these do not."""
-    kept = [COLUMNS.index(name) for name in ("d_x", "d_f", "clip", "g", "guided_channels")]
     denoising = torch.zeros_like(rows)
-    denoising[:, kept] = rows[:, kept]
+    parts = (("d_x", "g"), ("guided_channels", "guided_channels"))
+    for first, last in parts:  # slices: a list of columns would be copied to the GPU
+        kept = slice(COLUMNS.index(first), COLUMNS.index(last) + 1)
+        denoising[:, kept] = rows[:, kept]
     return denoising
 
 

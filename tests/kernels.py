@@ -141,7 +141,7 @@ class Kernel:
 
     @contextlib.contextmanager
     def active(self, monkeypatch):
-        """epskernels.step and epskernels.normal run on this kernel."""
+        """The public functions run on this kernel."""
         global current
         current = self.name
         with self._active(monkeypatch):
@@ -159,7 +159,8 @@ class Kernel:
             return
         with epskernels.use_backend(self.name):
             if self.gpu:
-                monkeypatch.setattr(epskernels, "step", on_gpu(epskernels.step))
+                for name in ("step", "moments", "guidance_rescale", "dynamic_threshold"):
+                    monkeypatch.setattr(epskernels, name, on_gpu(getattr(epskernels, name)))
                 normal = epskernels.normal
                 on = functools.partial(normal, device="cuda")
                 monkeypatch.setattr(epskernels, "normal", lambda *args, **kwargs: on(*args, **kwargs).cpu())

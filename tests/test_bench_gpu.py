@@ -57,8 +57,8 @@ def test_runs_on_the_cpu_and_judges_nothing(bench, tmp_path):
 
 def test_covers_every_shape_dtype_and_feature_within_45_lines(bench):
     cases = list(bench.all_cases("cuda"))
-    assert len(set(cases)) == len(cases) == 6 * (2 * 6 + 2) + 4
-    assert sum(bench.INDUCTOR in bench.plan(case, "cuda")["node"] for case in cases) == 6 * (2 * 3 + 2)
+    assert len(set(cases)) == len(cases) == 6 * (2 * 6 + 2) + 8
+    assert sum(bench.INDUCTOR in bench.plan(case, "cuda")["node"] for case in cases) == 6 * (2 * 3 + 2) + 4
     step = bench.Case((1, 4, 64, 64), "float32 of bfloat16", "guidance")
     assert step.bytes == 16384 * (4 + 4 + 2 + 2)
 

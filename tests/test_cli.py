@@ -140,8 +140,11 @@ x, row = torch.ones(2, 3, 4, 4), torch.zeros(1, 24)
 row[0, 3] = row[0, 4] = 1
 epskernels.step(x.mT, x, row, 0)
 epskernels.step(x, x, row, 0, backend="reference")
+epskernels.moments(x.mT)
 with epskernels.use_backend("cpu"):
     epskernels.normal([1], (3,))
+with epskernels.use_backend("reference"):
+    epskernels.moments(x)
 """
 
 
@@ -156,6 +159,8 @@ def test_debug_log_says_what_ran_and_why():
         "cpu kernel: loaded",
         "step on cpu runs on the CPU kernel (generic), by default; x goes through a contiguous copy\n",
         "step on cpu runs on the reference, as asked\n",
+        "moments on cpu runs on the CPU kernel (generic), by default; f goes through a contiguous copy\n",
+        "moments on cpu runs on the reference, by use_backend\n",
         "normal on cpu runs on the CPU kernel (generic), by use_backend\n",
     ):
         assert line in log

@@ -97,6 +97,20 @@ def test_a_row_by_number_is_compiled_once_more_at_most():
     assert counter.frame_count == 2
 
 
+def test_sums_over_samples_are_not_compiled_for_each_row():
+    def run(x, f, u, i):
+        rescale = epskernels.guidance_rescale(f, u, table, i)
+        threshold = epskernels.dynamic_threshold(x, f, table, i, u=u, rescale=rescale, sample_max_value=2.0)
+        return epskernels.step(x, f, table, i, u=u, rescale=rescale, threshold=threshold)
+
+    table, counter = samplers.ddim(schedule.linear(), 5, guidance=3.0), CompileCounter()
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    x, f, _ = tensors(2, 3, 5)
+    for i in (*range(5), *table.row_index):
+        assert torch.equal(compiled(x, f, x, i), run(x, f, x, i))
+    assert counter.frame_count <= 3
+
+
 @pytest.mark.parametrize("names", [("seeds",), ("u", "m1", "m2", "v", "grad", "noise")], ids=["seeds", "all"])
 @pytest.mark.parametrize("dynamic, compilations", [(True, 1), (None, 2)], ids=["dynamic", "automatic"])
 def test_another_batch_or_resolution_is_not_compiled_again(dynamic, compilations, names):

@@ -137,6 +137,31 @@ def test_moments_in_a_graph_on_another_stream(backend, size):
 
 
 @each_backend
+def test_rescaled_and_thresholded_in_a_graph(backend):
+    """Factor, threshold and step, with rows by number, as a captured loop has them."""
+    table, here = samplers.ddim(schedule.linear(), 20, guidance=7.5), torch.randn(3, 2, 3, 67, 5)
+    there, (x, f, u) = table.to("cuda"), here.cuda()
+
+    def run(x, f, u, table, i, backend=None):
+        rescale = epskernels.guidance_rescale(f, u, table, i, backend=backend)
+        threshold = epskernels.dynamic_threshold(
+            x, f, table, i, u=u, rescale=rescale, sample_max_value=2.0, backend=backend
+        )
+        return epskernels.step(x, f, table, i, u=u, rescale=rescale, threshold=threshold, backend=backend)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(x, f, u, there, 0, backend)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [run(x, f, u, there, i, backend) for i in (3, 7)]
+    graph.replay()
+    for i, result in zip((3, 7), got, strict=True):
+        assert_same_bits(result.cpu(), run(*here, table, i), f"row {i}")
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_graph_replay_with_changed_inputs(backend, dtype):
     batch = 3

@@ -169,6 +169,15 @@ def test_guidance_rescale_is_the_paper_s(g, phi):
         assert torch.equal(rescale, torch.ones(3))
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 7, 11), (2, 3, 32, 32)], ids=str)
+@pytest.mark.parametrize("phi", [0.3, 0.7])
+def test_guidance_rescale_has_the_same_bits_on_every_backend(backend, shape, phi):
+    f, u = torch.randn(2, *shape)
+    rows = samplers.ddim(schedule.linear(), 20, guidance=7.5).rows
+    rescale = epskernels.guidance_rescale(f, u, rows, 7, phi)
+    assert torch.equal(rescale, epskernels.guidance_rescale(f, u, rows, 7, phi, backend="reference"))
+
+
 @pytest.mark.parametrize("phi", [-0.1, 1.1, math.nan])
 def test_bad_phi(phi):
     f = torch.randn(2, 5)
