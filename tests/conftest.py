@@ -25,7 +25,7 @@ def extension():
 
 @pytest.fixture(params=KERNELS)
 def kernel(request, monkeypatch):
-    """epskernels.step and epskernels.normal run on this kernel."""
+    """The public functions run on this kernel."""
     with Kernel(request.param).active(monkeypatch) as kernel:
         yield kernel
 
