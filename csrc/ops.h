@@ -48,8 +48,8 @@ struct Layouts {
 inline Tensor allocate_like(const Tensor& tensor, const View& view) {
   if (!tensor.is_contiguous()) return torch::stable::empty_like(tensor);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(view.dim, view.sizes, view.strides, view.dtype,
-                                                         view.device_type, view.device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(view.dim, view.sizes, view.strides, view.dtype, view.device_type,
+                                                  view.device_index, &handle));
   return Tensor(handle);
 }
 

@@ -35,7 +35,7 @@ struct OnDevice {
   void* stream = nullptr;
 
   explicit OnDevice(int32_t index) : guard(index) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   }
 };
 

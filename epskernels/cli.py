@@ -555,8 +555,8 @@ def run_info(args):
         print(build.cmake_dir())
         return
     print(f"epskernels {__version__}, in {pathlib.Path(__file__).parent}")
-    names = ("torch", "numpy", "triton", "diffusers")
-    print(f"python {platform.python_version()}, " + ", ".join(f"{name} {_version(name)}" for name in names))
+    others = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "triton", "diffusers"))
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {others}")
     extension = build.extension()
     if extension:
         details = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())

@@ -346,12 +346,21 @@ def normal_kernel(out_ptr, seeds_ptr, seeds_stride, draw, stream, numel, tiles, 
     _store(out_ptr, numel, sample, start, count, _lanes(BLOCK, VEC), z)
 
 
+@triton.jit
+def _added(a, b):
+    return a + b
+
+
 @device_function
 def _tree_sum(value, SIZE: tl.constexpr):
-    """As step_reference.py's, of one element."""
+    """As step_reference.py's, of one element. In one warp: in registers, then by shuffles."""
     for _ in tl.static_range(SIZE.bit_length() - 1):
-        low, high = tl.split(tl.trans(tl.reshape(value, (2, value.shape[0] // 2))))
-        value = low + high
+        halves = tl.reshape(value, (2, value.shape[0] // 2))
+        if INTERPRETED:  # there a reduction takes each element in turn
+            low, high = tl.split(tl.trans(halves))
+            value = low + high
+        else:
+            value = tl.reduce(halves, 0, _added)
     return value
 
 
@@ -392,7 +401,8 @@ def level_kernel(to_ptr, from_ptr, count, padded, groups, TILE: tl.constexpr):
     row, first = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0) % groups
     i = first + tl.arange(0, TILE).to(tl.int64) * groups
     value = tl.load(from_ptr + row * count + i, mask=i < count, other=0.0)
-    value = tl.where(i < padded, value, -0.0)  # which adds nothing, to a -0 either
+    minus_zero = tl.full([], -(2**63), tl.int64).to(tl.float64, bitcast=True)  # a literal is 0 to Triton 3.6
+    value = tl.where(i < padded, value, minus_zero)  # which adds nothing, to a -0 either
     tl.store(to_ptr + row * groups + first + tl.arange(0, 1), _tree_sum(value, TILE))
 
 
@@ -463,13 +473,13 @@ def _run_moments(launch_tiles, launch_level, f, u, rows, index):
         (batch * tiles,), values, *_batch(f, numel), *_batch(u, numel),
         *((None, 0, 0) if u is None else (rows, rows.stride(0), rows.shape[0])),
         *((None, 0) if u is None else (index, index.stride(0) if index.dim() else 0)),
-        numel, numel // f.shape[1] if f.dim() > 1 else 1, tiles, TILE=MOMENTS_TILE, num_warps=4,
+        numel, numel // f.shape[1] if f.dim() > 1 else 1, tiles, TILE=MOMENTS_TILE, num_warps=1,
     )  # fmt: skip
     while (count := values.shape[1]) > 1:
         padded = triton.next_power_of_2(count)
         shorter = values.new_empty(len(values), max(padded // MOMENTS_TILE, 1))
         arguments = shorter, values, count, padded, shorter.shape[1]
-        launch_level((shorter.numel(),), *arguments, TILE=MOMENTS_TILE, num_warps=4)
+        launch_level((shorter.numel(),), *arguments, TILE=MOMENTS_TILE, num_warps=1)
         values = shorter
     return values.reshape(batch, sums)
 

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
 ]
 SHAPE = (2, 3, 5, 7)
-FEW_ULP = 2e-7  # three units in the last place
+FEW_ULP = 3e-7  # five units in the last place
 
 
 # ---- diffusers in float64 ----
@@ -368,8 +368,9 @@ add(
 
 
 def allowed(case, theirs):
-    """Of the states and of the other result, given diffusers' own errors."""
-    factors = [2.0 if "Multistep" in case.name else 1.0, 2.5][: len(theirs)]
+    """Of the states and of the other result, given diffusers' own errors: both are draws, and other ones on another processor,
+    whose tanh and sin differ."""
+    factors = [2.0 if "Multistep" in case.name else 1.25, 2.5][: len(theirs)]
     return np.array(factors) * theirs + FEW_ULP
 
 

@@ -8,7 +8,7 @@ import kernels
 import markdown_examples
 import pytest
 import torch
-from test_export import OUTPUTS, Step, dynamic_shapes, step_inputs
+from test_export import BATCH, OUTPUTS, Normal, Step, dynamic_shapes, misread, step_inputs
 from test_step_bits import assert_same_bits, make_inputs, name, random_rows, reference
 
 import epskernels
@@ -453,6 +453,15 @@ def test_a_package_has_the_bits_of_the_cpu(tmp_path):
         inputs = step_inputs(batch, row_count, batch)
         for got, wanted, what in zip(package(*there(inputs)), Step()(*inputs), OUTPUTS, strict=True):
             assert_same_bits(got.cpu(), wanted, f"{what}, batch {batch}")
+
+
+@misread
+def test_a_packaged_normal_runs_on_the_gpu(tmp_path):
+    seeds = torch.arange(4)
+    program = torch.export.export(Normal(), (seeds.cuda(),), dynamic_shapes=({0: BATCH},))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "normal.pt2"))
+    package = torch._inductor.aoti_load_package(path)
+    assert_same_bits(package(seeds.cuda()).cpu(), Normal()(seeds), "z")
 
 
 def test_the_c_plus_plus_example_samples_on_the_gpu(tmp_path):
