@@ -286,14 +286,14 @@ def test_double_backward():
     assert_close(*found, 1e-4)
 
 
-@pytest.mark.parametrize("at", [-2.0, -1.0, -0.5, 1.0, 1.5, float("nan")])
-def test_clamp_passes_gradients_as_torch_clamp_does(at):
+@pytest.mark.parametrize(
+    ("at", "slope"), [(-2.0, 0), (-1.0, 1), (-0.5, 1), (1.0, 1), (1.5, 0), (float("nan"), 0)], ids=str
+)
+def test_clamp_passes_gradients_at_its_bounds(at, slope):
     x = torch.tensor([at], requires_grad=True)
     rows = make_row(d_x=1, clip=1, c_m0=1)
     epskernels.step(x, torch.zeros(1), rows, 0).backward()
-    expected = torch.tensor([at], requires_grad=True)
-    expected.clamp(-1, 1).backward()
-    assert torch.equal(x.grad, expected.grad)
+    assert x.grad == slope
 
 
 def test_uninitialised_history_is_harmless_where_it_is_idle():
