@@ -95,6 +95,11 @@ def test_interrupted_experiment_comes_to_the_same_results(experiment, tmp_path):
     without("*.np?")  # on another machine: the results are all that there is
     experiment.run(10, [subject])
     assert results(experiment) == whole and experiment.network.calls == 0
+    other = json.loads(whole)
+    other["about"]["noise"]["0.05"] *= 1 + 1e-9  # as another processor's sine and cosine make it
+    (experiment.RESULTS / "nothing.json").write_text(json.dumps(other))
+    experiment.run(10, [subject])
+    assert results(experiment) == whole and experiment.network.calls == 0
     (experiment.RESULTS / "nothing.json").write_text(whole.replace('"weights": "', '"weights": "of another'))
     experiment.run(10, [subject])  # whose numbers are no use
     assert results(experiment) == whole and experiment.network.calls > 0
