@@ -3,7 +3,7 @@
 a_bar is the derivative of the loss by a. Written out by hand from epskernels/step_reference.py::step_reference, with m0 the
 clamp of p = d_x*x + d_f*fhat and T = m0_bar + c_m0*x'_bar + k_m0*y'_bar (without threshold and rescale):
 
-    p_bar = T where -clip <= p <= clip, else 0             it passes at the bounds, as torch.clamp's does up to 2.13, not in 2.15
+    p_bar = T where -clip <= p <= clip, else 0             it passes at the bounds (torch.clamp too, up to 2.13)
     fhat_bar = d_f*p_bar + c_f*x'_bar,  f_bar = g*fhat_bar,  u_bar = (1 - g)*fhat_bar
     x_bar = c_x*x'_bar + k_x*y'_bar + d_x*p_bar
 

@@ -147,9 +147,18 @@ def test_the_choice_of_backend_stays_outside():
 # ---- AOTInductor ----
 
 
+def packaged(program, folder):
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "package.pt2"))
+    return torch._inductor.aoti_load_package(path)
+
+
 class Normal(torch.nn.Module):
     def forward(self, seeds):
         return epskernels.normal(seeds, (3, 35), dtype=torch.float16, draw=7)
+
+
+def packaged_normal(seeds, folder):
+    return packaged(torch.export.export(Normal(), (seeds,), dynamic_shapes=({0: BATCH},)), folder)
 
 
 def torch_2_11(what):
@@ -162,16 +171,14 @@ misread = torch_2_11("it hands an op the number of another dtype")
 
 @misread
 def test_a_packaged_normal_has_the_eager_bits(quick_inductor, tmp_path):
-    program = torch.export.export(Normal(), (torch.arange(4),), dynamic_shapes=({0: BATCH},))
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "normal.pt2"))
+    package = packaged_normal(torch.arange(4), tmp_path)
     for seeds in (torch.arange(4), torch.arange(-3, 6)):
-        assert_same_bits(torch._inductor.aoti_load_package(path)(seeds), Normal()(seeds), "z")
+        assert_same_bits(package(seeds), Normal()(seeds), "z")
 
 
 def test_a_packaged_step_has_the_eager_bits(exported_step, quick_inductor, tmp_path):
     """Optional inputs, two outputs, the in-place form, noise: through AOTInductor's calls of custom ops."""
-    path = torch._inductor.aoti_compile_and_package(exported_step, package_path=str(tmp_path / "step.pt2"))
-    package = torch._inductor.aoti_load_package(path)
+    package = packaged(exported_step, tmp_path)
     for batch, row_count in ((4, 3), (9, 12), (1, 1)):
         assert_step(package, batch, row_count)
 

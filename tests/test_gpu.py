@@ -8,7 +8,7 @@ import kernels
 import markdown_examples
 import pytest
 import torch
-from test_export import BATCH, OUTPUTS, Normal, Step, dynamic_shapes, misread, step_inputs
+from test_export import OUTPUTS, Normal, Step, dynamic_shapes, misread, packaged, packaged_normal, step_inputs
 from test_step_bits import assert_same_bits, make_inputs, name, random_rows, reference
 
 import epskernels
@@ -447,8 +447,7 @@ def test_a_package_has_the_bits_of_the_cpu(tmp_path):
         return tuple(value.cuda() for value in values)
 
     program = torch.export.export(Step(), there(step_inputs(4, 3, 1)), dynamic_shapes=dynamic_shapes())
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "step.pt2"))
-    package = torch._inductor.aoti_load_package(path)
+    package = packaged(program, tmp_path)
     for batch, row_count in ((4, 3), (9, 12), (1, 1)):
         inputs = step_inputs(batch, row_count, batch)
         for got, wanted, what in zip(package(*there(inputs)), Step()(*inputs), OUTPUTS, strict=True):
@@ -458,9 +457,7 @@ def test_a_package_has_the_bits_of_the_cpu(tmp_path):
 @misread
 def test_a_packaged_normal_runs_on_the_gpu(tmp_path):
     seeds = torch.arange(4)
-    program = torch.export.export(Normal(), (seeds.cuda(),), dynamic_shapes=({0: BATCH},))
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "normal.pt2"))
-    package = torch._inductor.aoti_load_package(path)
+    package = packaged_normal(seeds.cuda(), tmp_path)
     assert_same_bits(package(seeds.cuda()).cpu(), Normal()(seeds), "z")
 
 
