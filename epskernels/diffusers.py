@@ -22,6 +22,7 @@ from diffusers import SchedulerMixin  # noqa: F401 (from_pretrained of a saved p
 from diffusers import schedulers as theirs
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from . import scaling
 from .ops import as_seeds, normal, step, step_results
@@ -32,6 +33,7 @@ from .table import _DEFAULTS, COLUMNS
 _log = logging.getLogger("epskernels")
 _FLOAT32 = torch.float32
 _DTYPES = (_FLOAT32, torch.float16, torch.bfloat16)
+_NOISE_ALONE = 1 / 900  # of alpha/sigma: a zero SNR is written as sigma = 4096, and a flow begins at 0.999 or above
 
 
 def as_eps_scaling(value):
@@ -118,21 +120,42 @@ class Plan:
 class _Plans:
     """The plans made of one schedule, by the options of step and the device; other arrays mean that the schedule is another.
 
-    host: the timesteps as numbers; rank: where each is; at: the same by their addresses; input_scale: scale_model_input's.
+    held: what the schedule is, as `_held` has it, and versions, how often its tensors had been written to. host: the timesteps as
+    numbers; rank: where each is; at: the same by their addresses; input_scale: scale_model_input's.
     """
 
-    __slots__ = ("timesteps", "sigmas", "host", "rank", "at", "input_scale", "made", "last")
+    __slots__ = ("held", "versions", "host", "rank", "at", "input_scale", "made", "last")
 
-    def __init__(self, timesteps, sigmas):
-        self.timesteps, self.sigmas, self.made, self.last = timesteps, sigmas, {}, (None, None, None)
+    def __init__(self, scheduler):
+        self.held, self.made, self.last = _held(scheduler), {}, (None, None, None)
+        self.versions, timesteps = _versions(self.held), scheduler.timesteps
         self.host = timesteps.tolist()
         self.rank = {t: i for i, t in reversed(list(enumerate(self.host)))}
         apart = timesteps.stride(0) * timesteps.element_size()
         self.at = {timesteps.data_ptr() + i * apart: i for i in reversed(range(len(self.host)))}
 
+    def are_of(self, scheduler):
+        """Whether the scheduler's schedule and configuration are still those."""
+        a, b, c, d, steps = _held(scheduler)
+        timesteps, sigmas, abar, config, before = self.held
+        same = a is timesteps and b is sigmas and c is abar and d is config and steps == before
+        # Compiled code is made for one schedule, and cannot ask for a version.
+        return same and (is_dynamo_compiling() or _versions(self.held) == self.versions)
+
     def __reduce__(self):
         """To None: a deep copy of a scheduler, or one from a pickle, has its timesteps elsewhere, and makes its own plans."""
         return type(None), ()
+
+
+def _held(scheduler):
+    """What a plan is made of; the configuration is another object when something is registered to it."""
+    get = scheduler.__dict__.get
+    return get("timesteps"), get("sigmas"), get("alphas_cumprod"), get("_internal_dict"), get("num_inference_steps")
+
+
+def _versions(held):
+    timesteps, sigmas, abar, *_ = held
+    return [timesteps._version, sigmas is not None and sigmas._version, abar is not None and abar._version]
 
 
 class _Fused:
@@ -175,6 +198,8 @@ class _Fused:
     def _adopt(self, eps_scaling):
         """The scaling into the configuration; a default one is not written where diffusers' own class would warn of it."""
         as_eps_scaling(eps_scaling)
+        if isinstance(eps_scaling, np.generic):
+            eps_scaling = eps_scaling.item()
         defaults = [name for name in self.config.get("_use_default_values", []) if name != "eps_scaling"]
         if isinstance(eps_scaling, (int, float)) and eps_scaling == 1:
             defaults.append("eps_scaling")
@@ -193,20 +218,20 @@ class _Fused:
         raise NotImplementedError
 
     def _model(self, options):
-        """(alpha, d_x, d_f) of x_0 = d_x*x + d_f*f as diffusers has it, for each step of the schedule."""
+        """(alpha, sigma, d_x, d_f) of x = alpha*x_0 + sigma*eps and x_0 = d_x*x + d_f*f as diffusers has it, for each row."""
         raise NotImplementedError
 
-    def _lambdas(self, alpha):
-        """lambda for each step; 1 where alpha is 0, where only that has a meaning: refused there if given one by one."""
+    def _lambdas(self, alpha, sigma):
+        """lambda for each step; 1 where x is noise alone, where only that has a meaning: refused there if given one by one."""
         value = self.config.eps_scaling
         lambda_t = as_eps_scaling(value).values(self._steps())
-        nowhere = self._per_step(alpha) == 0
+        nowhere = self._per_step(_noise_alone(alpha, sigma))
         if (bad := nowhere & (lambda_t != 1)).any():
             i = int(np.flatnonzero(bad)[0])
             if isinstance(value, (list, tuple, np.ndarray)):
-                raise ValueError(f"eps_scaling: expected 1 where alpha is 0 (step {i}), got {lambda_t[i]:g}")
-            _say(self, f"eps_scaling is 1 in step {i}: alpha is 0 there")
-            lambda_t[nowhere] = 1.0
+                raise ValueError(f"eps_scaling: expected 1 where x is noise alone (step {i}), got {lambda_t[i]:g}")
+            _say(self, f"eps_scaling is 1 in step {i}: x is noise alone there")
+        lambda_t[nowhere | (self._per_step(sigma) == 0)] = 1.0  # without noise, any lambda is 1
         return lambda_t
 
     def _steps(self):
@@ -222,10 +247,7 @@ class _Fused:
         return lambda_t
 
     def _plan(self, options, device):
-        kept = self._plans
-        if kept is None or kept.timesteps is not self.timesteps or kept.sigmas is not self.sigmas:
-            kept = self._plans = _Plans(self.timesteps, self.sigmas)
-            kept.input_scale = self._input_scale()
+        kept = self._refresh()
         before, where, plan = kept.last
         if before == options and where == device:
             return plan
@@ -235,11 +257,24 @@ class _Fused:
         kept.last = options, device, plan
         return plan
 
+    def _refresh(self):
+        """The plans of the schedule and the configuration as they are now."""
+        kept = self._plans
+        if kept is None or not kept.are_of(self):
+            for name, tensor in zip(("timesteps", "sigmas", "alphas_cumprod"), _held(self), strict=False):
+                if tensor is not None and tensor.is_inference():  # those do not tell when they are written to
+                    with torch.inference_mode(False):
+                        setattr(self, name, tensor.clone())
+            self._read_config()
+            kept = self._plans = _Plans(self)
+            kept.input_scale = self._input_scale()
+        return kept
+
     def _scaled_formula(self, options):
         with np.errstate(all="ignore"):  # a row that is not finite is not used
             columns, draws = self._formula(options)
-            alpha, d_x, d_f = self._model(options)
-            scale = self._per_call(self._lambdas(alpha))
+            alpha, sigma, d_x, d_f = self._model(options)
+            scale = self._per_call(self._lambdas(alpha, sigma))
             on_x = np.where(scale == 1, 0.0, (1 - d_x * alpha) / d_f * (1 - 1 / scale) / alpha)
             length = len(scale)
             levels = max(np.size(column) for column in columns.values()) // length
@@ -341,8 +376,7 @@ class _Fused:
         kept = self._plans
         if (
             kept is None
-            or kept.timesteps is not self.timesteps
-            or kept.sigmas is not self.sigmas
+            or not kept.are_of(self)
             or type(x) is not Tensor
             or type(f) is not Tensor
             or type(timestep) is not Tensor
@@ -412,19 +446,23 @@ class _Fused:
         own, v = f.split([x.shape[1], f.shape[1] - x.shape[1]], dim=1)  # learned variance
         return torch.cat([own / lambda_t + to_x * x, v], dim=1)
 
-    def _noise(self, plan, row, f, generator, seeds, given=None, dtype=None):
-        """{"noise": ...} or {"seeds": ...} for the step: diffusers' own draw from the generator, or the kernel's from seeds."""
+    def _noise(self, plan, row, f, generator, seeds, given=None, dtype=None, noisy=None):
+        """{"noise": ...} or {"seeds": ...} for the step: diffusers' own draw from the generator, or the kernel's from seeds.
+
+        noisy: whether the step uses it, where the row does not say.
+        """
         if generator is not None and seeds is not None:
             raise ValueError("generator, seeds: expected one of them, got both")
         if not plan.draws[row]:
             return {}
+        noisy = plan.noisy[row] if noisy is None else noisy
         if given is None and generator is None:
             if seeds is None and self._seeds is not None:
                 seeds = self._seeds = self._seeds.to(f.device)
             if seeds is not None:
-                return {"seeds": as_seeds(seeds, f.device)} if plan.noisy[row] else {}
+                return {"seeds": as_seeds(seeds, f.device)} if noisy else {}
         noise = _draw(f, generator, dtype or f.dtype) if given is None else given.to(f.device)
-        return {"noise": noise} if plan.noisy[row] else {}
+        return {"noise": noise} if noisy else {}
 
     def _as_tensor(self, noise, x, i):
         """[the noise of step i] where it comes from seeds too, or []."""
@@ -490,6 +528,11 @@ def _state(f, x):
     return x if x.dtype is f.dtype else x.to(torch.promote_types(x.dtype, f.dtype))
 
 
+def _noise_alone(alpha, sigma):
+    """Whether so little of x is x_0 that dividing the noise by lambda would say what x_0 is, and not the model."""
+    return alpha < _NOISE_ALONE * sigma
+
+
 def _vp_denoiser(prediction, alpha, sigma):
     """(d_x, d_f) of x_0 on a variance-preserving path, as diffusers writes it."""
     zero, one = np.zeros_like(alpha), np.ones_like(alpha)
@@ -529,16 +572,20 @@ class _OnTimesteps(_Fused):
 
     def _model(self, options):
         abar = self._abar(self._t())
-        alpha = np.sqrt(abar)
-        return alpha, *_vp_denoiser(self.config.prediction_type, alpha, np.sqrt(1 - abar))
+        alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+        return alpha, sigma, *_vp_denoiser(self.config.prediction_type, alpha, sigma)
 
 
 class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
+    def _read_config(self):
+        super()._read_config()
+        self._configured = self.config.variance_type
+
     def _formula(self, options):
         t = self._t()
         abar, abar_prev = self._abar(t), self._abar(np.append(t[1:], -1))
         alpha_ts, beta = abar / abar_prev, 1 - abar / abar_prev
-        d_x, d_f = self._model(options)[1:]
+        d_x, d_f = self._model(options)[2:]
         small = np.maximum((1 - abar_prev) / (1 - abar) * beta, 1e-20)
         kind, inside = self.variance_type, t > 0
         columns = {
@@ -561,9 +608,15 @@ class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         f, x, v = model_output, sample, None
         learned = self.variance_type in ("learned", "learned_range")
-        results = None if learned else self._plain(f, timestep, x, generator, seeds, 2)
+        results = (
+            None
+            if learned or self.variance_type != self._configured
+            else self._plain(f, timestep, x, generator, seeds, 2)
+        )
         if results is None:
             plan, i, _, why = entered = self._enter((), f, timestep, x)
+            if why is None and self.variance_type != self._configured:
+                *_, why = entered = (plan, i, i, "variance_type is not its configuration's")
             if why is not None:
                 return self._own(entered, f, timestep, x, seeds, generator=generator, return_dict=return_dict)
             if learned and f.shape[1] == 2 * x.shape[1]:
@@ -586,7 +639,7 @@ class DDIMScheduler(_OnTimesteps, diffusers.DDIMScheduler):
         prev = t - self.config.num_train_timesteps // (self.num_inference_steps or np.nan)
         abar, abar_prev = self._abar(t), self._abar(prev, self.final_alpha_cumprod)
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
-        d_x, d_f = self._model(options)[1:]
+        d_x, d_f = self._model(options)[2:]
         variance = (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
         std = eta * np.sqrt(variance)
         towards = np.sqrt(1 - abar_prev - std**2)
@@ -672,7 +725,7 @@ class _OnSigmas(_Fused):
 
     def _model(self, options):
         sigma = self._sigmas()[0]
-        return np.ones(len(sigma)), *self._output(sigma)
+        return np.ones(len(sigma)), sigma, *self._output(sigma)
 
     def _result(self, x, m0, return_dict):
         self._step_index += 1
@@ -699,7 +752,7 @@ class _Euler(_OnSigmas):
 
     def _model(self, options):
         sigma, hat = self._hat(options)
-        return np.ones(len(sigma)), *self._output(hat, sigma)
+        return np.ones(len(sigma)), hat, *self._output(hat, sigma)
 
     def _formula(self, options):
         sigma, hat = self._hat(options)
@@ -871,7 +924,16 @@ class HeunDiscreteScheduler(_OnSigmas, diffusers.HeunDiscreteScheduler):
 class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteScheduler):
     def _model(self, options):
         sigma = _double(self.sigmas)[:-1]
-        return 1 - sigma, np.ones(len(sigma)), -sigma
+        one = np.ones(len(sigma))
+        if self.config.invert_sigmas:  # the schedule's are of x_0
+            return sigma, 1 - sigma, one, 1 - sigma
+        if not self._interpolates():  # x = x_0 + sigma*eps: the velocity is eps
+            return one, sigma, one, -sigma
+        return 1 - sigma, sigma, one, -sigma
+
+    def _interpolates(self):
+        """Whether x = (1 - sigma)*x_0 + sigma*eps at the schedule's sigmas."""
+        return not self.config.invert_sigmas and max(self.sigmas.tolist()) <= 1.001
 
     def _formula(self, options):
         sigma, sigma_next = (sigmas := _double(self.sigmas))[:-1], sigmas[1:]
@@ -909,8 +971,9 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
                     return_dict=return_dict,
                 )  # fmt: skip
             x = _state(f, sample)
-            noise = self._noise(plan, i, f, generator, seeds, dtype=torch.float32)
-            if per_token_timesteps is not None:
+            per_token = per_token_timesteps is not None  # some may have noise to come in the schedule's last step
+            noise = self._noise(plan, i, f, generator, seeds, dtype=torch.float32, noisy=True if per_token else None)
+            if per_token:
                 x = self._per_token(i, f, x.float(), per_token_timesteps, self._as_tensor(noise, x, i))
             else:
                 x = self._step(plan, i, f, x, f.dtype, **noise, results=1)
@@ -934,10 +997,13 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
             if name in columns:
                 columns[name].fill_(value)
         lambda_t = float(as_eps_scaling(self.config.eps_scaling).values(self._steps())[i])
-        to_x = -(1 - 1 / lambda_t) / (1 - sigma).clamp_min(0) if lambda_t != 1 else torch.zeros_like(sigma)
-        alpha_is_0 = sigma >= 1  # lambda is 1 there
-        on_f = torch.where(alpha_is_0, 1.0, 1 / lambda_t)
-        to_x = torch.where(alpha_is_0, 0.0, to_x)
+        if lambda_t != 1 and not self._interpolates():
+            raise ValueError(
+                f"eps_scaling: expected 1 with per_token_timesteps and sigmas inverted or above 1, got {lambda_t:g}"
+            )
+        nowhere = _noise_alone(1 - sigma, sigma)  # lambda is 1 there
+        on_f = torch.where(nowhere, 1.0, 1 / lambda_t)
+        to_x = torch.where(nowhere, 0.0, -(1 - 1 / lambda_t) / (1 - sigma))
         if self.config.stochastic_sampling:
             columns["d_x"].copy_(1 - sigma * to_x)
             columns["d_f"].copy_(-sigma * on_f)
@@ -994,7 +1060,8 @@ class _Multistep(_Fused):
         return _vp_denoiser(self.config.prediction_type, alpha, sigma)
 
     def _model(self, options):
-        return self._alpha_sigma(_double(self.sigmas))[0][:-1], *self._denoiser()
+        alpha, sigma = self._alpha_sigma(_double(self.sigmas)[:-1])
+        return alpha, sigma, *self._denoiser()
 
     def _kept(self, by_noise):
         """(d_x, d_f) of what the history keeps: x_0, or eps where that is integrated."""
@@ -1090,6 +1157,7 @@ class _DPMSolver(_Multistep):
 
     def _dpm(self, f, timestep, x, generator, noise_dtype, return_dict, seeds, **more):
         self._check()
+        self._refresh()
         whole, f = f, f if self._leading is None else f[:, : self._leading]
         plan, row, i, why = entered = self._enter((), f, timestep, x)
         if why is None and self._bends_eps:
@@ -1210,8 +1278,8 @@ class _Consistency(_Fused):
 
     def _model(self, options):
         t, abar = self._levels()
-        alpha = np.sqrt(abar[t])
-        return alpha, *_vp_denoiser(self.config.prediction_type, alpha, np.sqrt(1 - abar[t]))
+        alpha, sigma = np.sqrt(abar[t]), np.sqrt(1 - abar[t])
+        return alpha, sigma, *_vp_denoiser(self.config.prediction_type, alpha, sigma)
 
     def _consistency(self, options, f, timestep, x, generator, return_dict, seeds, **more):
         if self.num_inference_steps is None:
@@ -1237,7 +1305,7 @@ class LCMScheduler(_Consistency, diffusers.LCMScheduler):
         abar_prev = abar[np.append(t[1:], t[-1])]  # of itself, where the schedule ends before num_inference_steps
         c_skip, c_out = boundary(t * self.config.timestep_scaling)
         root = np.where(last, 1.0, np.sqrt(abar_prev))
-        d_x, d_f = self._model(options)[1:]
+        d_x, d_f = self._model(options)[2:]
         columns = {
             "d_x": d_x, "d_f": d_f, "clip": _clip(self.config), "t": t, "c_x": root * c_skip, "c_m0": root * c_out,
             "c_noise": np.where(last, 0.0, np.sqrt(1 - abar_prev)), "k_x": c_skip, "k_m0": c_out,
@@ -1267,7 +1335,7 @@ class TCDScheduler(_Consistency, diffusers.TCDScheduler):
         k_m0 = np.sqrt(abar[s]) - k_x * alpha
         noisy = (np.arange(len(t)) != self.num_inference_steps - 1) & (eta > 0)
         ratio = np.where(noisy, abar[prev] / abar[s], 1.0)
-        d_x, d_f = self._model(options)[1:]
+        d_x, d_f = self._model(options)[2:]
         columns = {
             "d_x": d_x, "d_f": d_f, "t": t, "k_x": k_x, "k_m0": k_m0, "c_x": np.sqrt(ratio) * k_x, "c_m0": np.sqrt(ratio) * k_m0,
             "c_noise": np.sqrt(1 - ratio),

@@ -46,7 +46,10 @@ class _Given(KarrasSchedule):
         return sampler(self, len(self.levels), scaling=scaled, prediction="sample", **options)
 
 
-def _run(sampler, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler=None, **options):
+def _run(
+    sampler, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler=None, ahead=0, **options
+):
+    """ahead: which step after it a row's noise is of: 1 with churn."""
     given = _Given(sigmas)
     table = given.table(sampler, eps_scaling, **options).to(x.device)
     calls = -(-len(table) // len(given.levels))  # of the model, in a step
@@ -67,7 +70,10 @@ def _run(sampler, model, x, sigmas, extra_args, callback, disable, eps_scaling, 
                 denoised = model(x, sigma, **(extra_args or {}))
                 noise = {}
                 if noisy[row]:
-                    noise = {"seeds": seeds} if seeds is not None else {"noise": noise_sampler(*_pair(x, levels, i))}
+                    if seeds is not None:
+                        noise = {"seeds": seeds}
+                    else:
+                        noise = {"noise": noise_sampler(*_pair(x, levels, i + ahead))}
                 next_x, m0 = step(x, denoised, table, row, m1=m1, m2=m2, **noise, return_m0=True)
                 if callback is not None and row == calls * i:
                     callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigma[0], "denoised": m0})
@@ -80,9 +86,12 @@ def _pair(x, levels, i):
 
 
 def _churn(s_churn, s_tmin, s_tmax, s_noise, sigmas):
-    """EDM's options; its table counts the steps that are in it."""
+    """EDM's options; its table counts the steps that are in it, of which the one that is not run has no churn."""
     given = _Given(sigmas)
-    return {"S_churn": s_churn * len(given.levels) / given.steps, "S_min": s_tmin, "S_max": s_tmax, "S_noise": s_noise}
+    if len(given.levels) > given.steps:
+        s_tmin = max(s_tmin, np.nextafter(given.levels[-1], np.inf))
+    S_churn = s_churn * len(given.levels) / given.steps
+    return {"S_churn": S_churn, "S_min": s_tmin, "S_max": s_tmax, "S_noise": s_noise, "ahead": 1}
 
 
 def sample_euler(

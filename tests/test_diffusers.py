@@ -93,7 +93,7 @@ def network(case):
     scheduler = case.ours()
     scheduler._plan(scheduler._options, torch.device("cpu"))
     with np.errstate(divide="ignore"):
-        alpha, d_x, d_f = np.broadcast_arrays(*scheduler._model(scheduler._options))
+        alpha, _, d_x, d_f = np.broadcast_arrays(*scheduler._model(scheduler._options))
     sigma = -d_f * alpha
     phases = scheduler.timesteps.double().numpy() / max(1.0, float(scheduler.timesteps.abs().max()))
 
@@ -461,8 +461,8 @@ def test_lambda_is_the_textbook(name, kind):
     f, scheduler = network(case), case.theirs()
     steps = (len(scheduler.timesteps) + 1) // 2 if "Heun" in case.name else len(scheduler.timesteps)
     chosen, lam = SCALINGS[kind](steps)
-    if "Flow" in case.name:
-        lam[0] = 1.0  # alpha is 0
+    if "Flow" in case.name or "use_flow_sigmas" in case.config:
+        lam[0] = 1.0  # x is noise alone
         chosen = lam.tolist() if kind == "array" else chosen
     scale = textbook(case, scheduler, lam)
     with in_float64(scheduler, drawn_in(case)):
@@ -851,14 +851,89 @@ def test_published_eps_scaling():
     assert plan.lambda_t == pytest.approx((1.0 + 0.0025 * np.arange(20)[::-1]).tolist())
 
 
-def test_lambda_where_alpha_is_0(caplog):
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+NOISE_ALONE = {
+    "FlowMatchEulerDiscreteScheduler": {},
+    "UniPCMultistepScheduler": {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+    "DPMSolverMultistepScheduler": {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+    "EulerDiscreteScheduler": ZERO_SNR, "EulerAncestralDiscreteScheduler": ZERO_SNR, "DDIMScheduler": ZERO_SNR,
+    "DPMSolverMultistepScheduler ": ZERO_SNR, "UniPCMultistepScheduler ": ZERO_SNR,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOISE_ALONE)
+def test_lambda_where_x_is_noise_alone(name, caplog):
+    """A zero SNR, or what a scheduler writes for it: x_0 is what the model says, whatever lambda, and lambda is 1."""
     fused._said.clear()
+    kind, config = getattr(fused, name.strip()), NOISE_ALONE[name]
+    scheduler, plain = kind(**config, eps_scaling=1.02), kind(**config)
+    for each in (scheduler, plain):
+        each.set_timesteps(5)
+    assert scheduler._plan(scheduler._options, torch.device("cpu")).lambda_t[:5] == (1.0, 1.02, 1.02, 1.02, 1.02)
+    assert "eps_scaling is 1 in step 0: x is noise alone there" in caplog.text
+    with pytest.raises(ValueError, match=r"eps_scaling: expected 1 where x is noise alone \(step 0\), got 1.02"):
+        kind(**config, eps_scaling=[1.02] * 5).set_timesteps(5)
+    kind(**config, eps_scaling=[1.0, *[1.02] * 4]).set_timesteps(5)
+    runs = []
+    for each in (scheduler, plain):
+        torch.manual_seed(6)
+        x, f, results = float(getattr(each, "init_noise_sigma", 1)) * torch.randn(SHAPE), torch.randn(2, *SHAPE), []
+        for i in range(2):
+            x = each.step(f[i], each.timesteps[i], x, return_dict=False)[0]
+            results.append(x)
+        runs.append(results)
+    assert torch.equal(runs[0][0], runs[1][0]) and not torch.equal(runs[0][1], runs[1][1])
+
+
+def test_lambda_where_x_is_x_0_alone():
+    """Without noise there is nothing to divide: the step is as without lambda, not NaN."""
     scheduler = fused.FlowMatchEulerDiscreteScheduler(eps_scaling=1.02)
-    scheduler.set_timesteps(5)
-    assert scheduler._plan((), torch.device("cpu")).lambda_t == (1.0, 1.02, 1.02, 1.02, 1.02)
-    assert "eps_scaling is 1 in step 0: alpha is 0 there" in caplog.text
-    with pytest.raises(ValueError, match=r"eps_scaling: expected 1 where alpha is 0 \(step 0\), got 1.02"):
-        fused.FlowMatchEulerDiscreteScheduler(eps_scaling=[1.02] * 5).set_timesteps(5)
+    scheduler.set_timesteps(sigmas=[0.9, 0.5, 0.0])
+    assert scheduler._plan((), torch.device("cpu")).lambda_t == (1.02, 1.02, 1.0)
+    x = torch.randn(SHAPE)
+    assert torch.equal(scheduler.step(torch.randn(SHAPE), scheduler.timesteps[2], x).prev_sample, x)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_lambda_of_inverted_sigmas(stochastic):
+    """Mochi's: the schedule's numbers are the share of x_0, and the output is x_0 - eps."""
+    made = {"invert_sigmas": True, "stochastic_sampling": stochastic}
+    theirs, ours = (
+        diffusers.FlowMatchEulerDiscreteScheduler(**made),
+        fused.FlowMatchEulerDiscreteScheduler(**made, eps_scaling=1.02),
+    )
+    for i in (1, 4):
+        for scheduler in (theirs, ours):
+            scheduler.set_timesteps(6)
+            scheduler.set_begin_index(i)
+        x, f, alpha = torch.randn(SHAPE), torch.randn(SHAPE), float(theirs.sigmas[i])
+        eps = (x - alpha * f) / 1.02  # x = alpha*x_0 + (1 - alpha)*eps
+        scaled = (x - eps) / alpha
+        noise = [torch.Generator().manual_seed(2) for _ in range(2)]
+        expected = theirs.step(scaled, theirs.timesteps[i], x, generator=noise[0]).prev_sample
+        found = ours.step(f, ours.timesteps[i], x, generator=noise[1]).prev_sample
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert ours.path == "fused"
+
+
+def test_lambda_of_flow_steps_above_1():
+    """Sigmas of x = x_0 + sigma*eps, whose velocity is eps."""
+    sigmas, made = [14.0, 5.0, 1.0, 0.3], {"eps_scaling": 1.02}
+    theirs, ours = diffusers.FlowMatchEulerDiscreteScheduler(), fused.FlowMatchEulerDiscreteScheduler(**made)
+    x, f = 14 * torch.randn(SHAPE), torch.randn(SHAPE)
+    y = x
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(sigmas=sigmas)
+    for i in range(4):
+        x = theirs.step(f / 1.02, theirs.timesteps[i], x).prev_sample
+        y = ours.step(f, ours.timesteps[i], y).prev_sample
+        torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)
+
+
+def test_numpy_numbers_are_saved(tmp_path):
+    scheduler = fused.DDIMScheduler(eps_scaling=np.float64(1.01))
+    scheduler.save_pretrained(tmp_path)
+    assert fused.DDIMScheduler.from_pretrained(tmp_path).config.eps_scaling == 1.01
 
 
 # ---- plans ----
@@ -888,6 +963,71 @@ def test_sigmas_set_by_hand_are_seen():
     torch.testing.assert_close(
         ours.step(f, ours.timesteps[0], x).prev_sample, theirs.step(f, theirs.timesteps[0], x).prev_sample
     )
+
+
+def in_place(scheduler):
+    scheduler.sigmas.mul_(0.9)
+
+
+def other_final_sigma(scheduler):
+    scheduler.sigmas = torch.cat([scheduler.sigmas[:-1], torch.tensor([0.02])])
+
+
+def other_prediction(scheduler):
+    scheduler.register_to_config(prediction_type="v_prediction")
+
+
+def other_alphas(scheduler):
+    scheduler.alphas_cumprod.mul_(0.98)
+
+
+def other_count(scheduler):
+    scheduler.num_inference_steps = 8
+
+
+def thresholding(scheduler):
+    scheduler.register_to_config(thresholding=True, sample_max_value=2.0)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("EulerDiscreteScheduler", in_place), ("EulerDiscreteScheduler", other_final_sigma),
+        ("EulerDiscreteScheduler", other_prediction), ("FlowMatchEulerDiscreteScheduler", in_place),
+        ("DDIMScheduler", other_alphas), ("DDIMScheduler", other_count), ("DDIMScheduler", other_prediction),
+        ("DDPMScheduler", other_alphas), ("DDPMScheduler", other_prediction), ("DDPMScheduler", thresholding),
+        ("DPMSolverMultistepScheduler", in_place), ("DPMSolverMultistepScheduler", thresholding),
+    ],
+)  # fmt: skip
+def test_changes_after_set_timesteps_are_seen(name, change, inference):
+    """Of the schedule and of the configuration: each step is diffusers' own of what the scheduler is by then."""
+    f, x, found = torch.randn(3, *SHAPE), 3 * torch.randn(SHAPE), []
+    for kind in (diffusers, fused):
+        with torch.inference_mode(inference):
+            scheduler, y = getattr(kind, name)(), x
+            scheduler.set_timesteps(4)
+            for i in range(3):
+                if i == 1:
+                    change(scheduler)
+                noise = {"generator": torch.Generator().manual_seed(i)}
+                y = scheduler.step(f[i], scheduler.timesteps[i], y, return_dict=False, **noise)[0]
+            found.append(y)
+    assert scheduler.path == "fused"
+    torch.testing.assert_close(*found, rtol=2e-5, atol=2e-5)
+
+
+def test_another_variance_than_the_configured_is_diffusers_own():
+    """Its step looks at both, the attribute and the configuration."""
+    f, x, found = torch.randn(SHAPE), torch.randn(SHAPE), []
+    for kind in (diffusers, fused):
+        scheduler = kind.DDPMScheduler()
+        scheduler.set_timesteps(4)
+        scheduler.variance_type = "fixed_small_log"
+        noise = torch.Generator().manual_seed(1)
+        found.append(scheduler.step(f, scheduler.timesteps[1], x, generator=noise).prev_sample)
+    assert torch.equal(*found)
+    assert scheduler.path == "diffusers: variance_type is not its configuration's"
 
 
 @classes
@@ -977,7 +1117,7 @@ def test_per_token_timesteps(stochastic, lam, dtype):
         if kind is diffusers and lam != 1:
             eps = (x.double() + (1 - sigma) * f.double()) / lam
             scaled = eps - (x.double() - sigma * eps) / (1 - sigma)
-            output = torch.where(sigma == 1, f.double(), scaled)
+            output = torch.where(1 - sigma < sigma / 900, f.double(), scaled)
             output = output.float()
         call = {"generator": torch.Generator().manual_seed(2), "per_token_timesteps": levels}
         scheduler.set_begin_index(3)  # not at the level where lambda is held to 1
@@ -990,6 +1130,42 @@ def test_per_token_timesteps(stochastic, lam, dtype):
         ValueError, match=r"per_token_timesteps: expected \(B, N\) for a sample \(B, N, C\) \(2, 6, 4\), got \(6,\)"
     ):
         scheduler.step(f, scheduler.timesteps[4], x, per_token_timesteps=levels[0])
+
+
+@pytest.mark.parametrize("seeds", [None, [4, 5]])
+def test_per_token_noise_in_the_last_step(seeds):
+    """Tokens that have further to go get noise where the schedule's own step has none."""
+    x, f = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    levels = torch.tensor([[1000.0, 900, 640, 500, 333, 1], [750, 1000, 60, 20, 999, 400]])
+    results = []
+    for kind in (diffusers, fused):
+        scheduler = kind.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+        scheduler.set_timesteps(4)
+        scheduler.set_begin_index(3)
+        call = {"generator": torch.Generator().manual_seed(2)}
+        if seeds is not None and kind is fused:
+            call = {"seeds": seeds}
+        results.append(scheduler.step(f, scheduler.timesteps[3], x, per_token_timesteps=levels, **call).prev_sample)
+    if seeds is None:
+        torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
+    below = (scheduler.sigmas[:, None, None] * (scheduler.sigmas[:, None, None] < levels / 1000 - 1e-6)).amax(0)[
+        ..., None
+    ]
+    z = results[1] - (1 - below) * (x - levels[..., None] / 1000 * f)
+    assert (z[(below == 0).expand_as(z)].abs() < 1e-5).all() and (below > 0).sum() > 6
+    assert 0.7 < (z / below)[(below > 0).expand_as(z)].std() < 1.3
+
+
+@pytest.mark.parametrize("made", [{"invert_sigmas": True}, {}], ids=["inverted", "above 1"])
+def test_per_token_lambda_needs_a_flow(made):
+    scheduler = fused.FlowMatchEulerDiscreteScheduler(**made, eps_scaling=1.02)
+    scheduler.set_timesteps(sigmas=[0.9, 0.5] if made else [3.0, 0.5])
+    with pytest.raises(
+        ValueError, match="eps_scaling: expected 1 with per_token_timesteps and sigmas inverted or above 1"
+    ):
+        scheduler.step(
+            torch.zeros(1, 2, 4), scheduler.timesteps[0], torch.zeros(1, 2, 4), per_token_timesteps=torch.ones(1, 2)
+        )
 
 
 def test_learned_variance_as_it_is():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import itertools
 import pathlib
 
 import numpy as np
@@ -85,19 +86,37 @@ def test_against_the_oracle(name, levels, lam):
 
 
 @pytest.mark.parametrize("name", ["euler", "heun"])
-def test_churn(name):
-    noise, churn = Noise(), {"s_churn": 4.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
-    x = start(EDM)
+@pytest.mark.parametrize("s_tmin, s_tmax", [(0.05, 50.0), (0.0, float("inf"))])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_churn(name, levels, s_tmin, s_tmax):
+    """k-diffusion's, at each level that has a step: the noise sampler is told that level and the next."""
+    sigmas, noise = LEVELS[levels], Noise()
+    steps = len(sigmas) - 1
+    churn = {"s_churn": 0.4 * steps, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": 1.003}
+    x = start(sigmas)
     run = getattr(k_diffusion, f"sample_{name}")
-    result = run(model, x, torch.tensor(EDM), None, None, True, **churn, eps_scaling=1.01, noise_sampler=noise)
-    # The oracle's noise[j] is the churn of step j, which the row before it draws.
-    drawn = noise.of(EDM)
-    names = {"s_churn": "S_churn", "s_tmin": "S_min", "s_tmax": "S_max", "s_noise": "S_noise"}
-    expected = oracles.edm_sampler(
-        denoise, x.double().numpy(), EDM, np.full(9, 1.01), [None, *drawn[:-1]], heun=name == "heun",
-        **{names[key]: value for key, value in churn.items()},
-    )[-1]  # fmt: skip
-    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=2e-5)
+    result = run(model, x, torch.tensor(sigmas), None, None, True, **churn, eps_scaling=1.01, noise_sampler=noise)
+    churned = [i for i in range(steps) if s_tmin <= sigmas[i] <= s_tmax]
+    assert [pair[:2] for pair in noise.given] == [tuple(np.float32(sigmas[i : i + 2]).tolist()) for i in churned]
+    expected = churned_by_hand(x.double().numpy(), sigmas, noise.of(sigmas), heun=name == "heun", **churn)
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
+
+
+def churned_by_hand(x, sigmas, noise, heun, s_churn, s_tmin, s_tmax, s_noise, lam=1.01):
+    """k-diffusion's sample_euler or sample_heun in float64; noise: that of each step."""
+
+    def d(x, sigma):
+        return (x - denoise(x, sigma)) / sigma / lam
+
+    for i, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+        gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        hat = sigma * (gamma + 1)
+        x = x + noise[i] * s_noise * np.sqrt(hat**2 - sigma**2)
+        slope = d(x, hat)
+        if heun and after > 0:
+            slope = (slope + d(x + (after - hat) * slope, after)) / 2
+        x = x + (after - hat) * slope
+    return x
 
 
 def test_the_first_churn_is_added_to_the_latent():
@@ -185,6 +204,10 @@ class FlowSampling(Sampling, CONST):
     sigma_max = torch.tensor(1.0)
 
 
+class ZeroSNRSampling(Sampling):
+    sigma_max = torch.tensor(4518.0)
+
+
 class Patcher:
     """What the node uses of ComfyUI's ModelPatcher, and how its sampler calls the hook after guidance."""
 
@@ -247,3 +270,11 @@ def test_node_on_a_flow(node):
     expected = (x - 0.6 * eps / 1.02) / 0.4
     torch.testing.assert_close(patched.denoise(x, 0.6, denoised), expected, rtol=1e-5, atol=1e-5)
     assert patched.denoise(x, 1.0, denoised) is denoised
+    assert patched.denoise(x, 0.9995, denoised) is denoised
+
+
+def test_node_where_x_is_noise_alone(node):
+    """A zero terminal SNR, which ComfyUI writes as a sigma of some thousands."""
+    (patched,), (x, denoised) = node().patch(Patcher(ZeroSNRSampling()), 1.02), torch.randn(2, *SHAPE)
+    assert patched.denoise(4518.0 * x, 4518.0, denoised) is denoised
+    torch.testing.assert_close(patched.denoise(x, 3.0, denoised), x - (x - denoised) / 1.02, rtol=1e-5, atol=1e-6)

@@ -6,6 +6,8 @@ hook after classifier-free guidance; tested against a stand-in of both, not run 
 
 from epskernels.k_diffusion import scale_denoised
 
+NOISE_ALONE = 900.0  # sigma/alpha from which x is noise alone; a zero terminal SNR is written as some thousands
+
 
 class EpsilonScalingFused:
     """lambda of arXiv 2308.15321 for a model: the noise that it predicts is divided by it."""
@@ -32,17 +34,18 @@ class EpsilonScalingFused:
         patched = model.clone()
         sampling = patched.get_model_object("model_sampling")
         flow = any(kind.__name__ == "CONST" for kind in type(sampling).__mro__)  # x = (1 - sigma)*x_0 + sigma*eps
+        reads = flow or at_the_end > 0 or float(sampling.sigma_max) > NOISE_ALONE
         noisiest, cleanest = float(sampling.sigma_max), float(sampling.sigma_min)
 
         def scale(args):
             """The hook: {"denoised", "input", "sigma", ...} -> denoised."""
             denoised, x, lambda_t = args["denoised"], args["input"], eps_scaling
-            sigma = float(args["sigma"].flatten()[0]) if flow or at_the_end > 0 else None  # read back from the device
+            sigma = float(args["sigma"].flatten()[0]) if reads else 0.0  # back from the device
             if at_the_end > 0:
                 along = (noisiest - sigma) / (noisiest - cleanest)
                 lambda_t += (at_the_end - eps_scaling) * min(max(along, 0.0), 1.0)
             alpha = 1 - sigma if flow else 1.0
-            if lambda_t == 1 or alpha <= 0:  # where alpha is 0, no other lambda has a meaning
+            if lambda_t == 1 or sigma > NOISE_ALONE * alpha:  # no other lambda has a meaning there
                 return denoised
             return scale_denoised(x, denoised, lambda_t, alpha)
 
