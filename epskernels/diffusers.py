@@ -221,11 +221,14 @@ class _Fused:
         """(alpha, sigma, d_x, d_f) of x = alpha*x_0 + sigma*eps and x_0 = d_x*x + d_f*f as diffusers has it, for each row."""
         raise NotImplementedError
 
-    def _lambdas(self, alpha, sigma):
-        """lambda for each step; 1 where x is noise alone, where only that has a meaning: refused there if given one by one."""
+    def _lambdas(self, alpha, sigma, d_x):
+        """lambda for each step; 1 where x is noise alone, where only that has a meaning: refused there if given one by one.
+
+        A model that predicts eps itself (d_x = 1/alpha) has its own errors divided by alpha too, and lambda is left to it.
+        """
         value = self.config.eps_scaling
         lambda_t = as_eps_scaling(value).values(self._steps())
-        nowhere = self._per_step(_noise_alone(alpha, sigma))
+        nowhere = self._per_step(_noise_alone(alpha, sigma) & ~(np.abs(d_x * alpha - 1) < 1e-9))  # d_x may be infinite
         if (bad := nowhere & (lambda_t != 1)).any():
             i = int(np.flatnonzero(bad)[0])
             if isinstance(value, (list, tuple, np.ndarray)):
@@ -274,7 +277,7 @@ class _Fused:
         with np.errstate(all="ignore"):  # a row that is not finite is not used
             columns, draws = self._formula(options)
             alpha, sigma, d_x, d_f = self._model(options)
-            scale = self._per_call(self._lambdas(alpha, sigma))
+            scale = self._per_call(self._lambdas(alpha, sigma, d_x))
             on_x = np.where(scale == 1, 0.0, (1 - d_x * alpha) / d_f * (1 - 1 / scale) / alpha)
             length = len(scale)
             levels = max(np.size(column) for column in columns.values()) // length

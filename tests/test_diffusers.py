@@ -885,6 +885,23 @@ def test_lambda_where_x_is_noise_alone(name, caplog):
     assert torch.equal(runs[0][0], runs[1][0]) and not torch.equal(runs[0][1], runs[1][1])
 
 
+def test_lambda_of_a_predicted_eps_is_the_papers_at_any_level():
+    """The cosine schedule ends at alpha = sigma/20000; where the model predicts eps, the first step is scaled as all others."""
+    cosine = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": False, "timestep_spacing": "trailing"}
+    for value in (1.02, [1.02] * 5):
+        scheduler = fused.DDPMScheduler(**cosine, eps_scaling=value)
+        scheduler.set_timesteps(5)
+        assert scheduler._plan((), torch.device("cpu")).lambda_t == (1.02,) * 5
+    theirs = diffusers.DDPMScheduler(**cosine)
+    theirs.set_timesteps(5)
+    f, x, t = torch.randn(SHAPE), torch.randn(SHAPE), theirs.timesteps[0]
+    expected = theirs.step(f / 1.02, t, x, torch.Generator().manual_seed(1)).prev_sample
+    found = scheduler.step(f, scheduler.timesteps[0], x, torch.Generator().manual_seed(1)).prev_sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    with pytest.raises(ValueError, match="expected 1 where x is noise alone"):
+        fused.DDPMScheduler(**cosine, prediction_type="v_prediction", eps_scaling=[1.02] * 5).set_timesteps(5)
+
+
 def test_lambda_where_x_is_x_0_alone():
     """Without noise there is nothing to divide: the step is as without lambda, not NaN."""
     scheduler = fused.FlowMatchEulerDiscreteScheduler(eps_scaling=1.02)
