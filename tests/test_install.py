@@ -1,4 +1,4 @@
-"""Wheels: compiled and not, installed in an environment of their own, away from the source tree."""
+"""The sdist, and wheels, compiled and not: installed in an environment of their own, away from the source tree."""
 
 import os
 import pathlib
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 
 import pytest
@@ -45,11 +46,22 @@ def environment(tmp_path_factory):
     return folder, site
 
 
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """As a build frontend makes it; of a copy: other tests write into the checkout while setuptools looks through it."""
+    folder = tmp_path_factory.mktemp("sdist")
+    without = shutil.ignore_patterns(".*", "build", "runs", "__pycache__", "*.egg-info", "*.so", "*built*.txt")
+    copy = shutil.copytree(ROOT, folder / "sources", ignore=without)
+    make = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", make], cwd=copy, check=True, capture_output=True)
+    return next(folder.glob("*.tar.gz"))
+
+
 def install_and_use(environment, wheel, tmp_path):
     folder, site = environment
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(site)]
     subprocess.run([*install, str(wheel)], check=True, capture_output=True)
-    python = [str(folder / "bin" / "python"), "-c", USE]
+    python = [str(folder / "bin" / "python"), "-I", "-c", USE]  # PYTHONPATH may lead to the checkout
     return subprocess.run(python, cwd=tmp_path, capture_output=True, text=True)
 
 
@@ -65,10 +77,19 @@ def test_wheel_works_away_from_the_source_tree(environment, tmp_path, cuda):
         assert "cuda the CUDA kernel is missing (EPSKERNELS_CUDA=0 was set when it was installed)" in result.stdout
 
 
-def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment, tmp_path):
-    # From a copy: nothing is compiled, and other tests write into the checkout while setuptools looks through it.
-    without = shutil.ignore_patterns(".*", "build", "runs", "__pycache__", "*.egg-info", "*.so", "*built*.txt")
-    made = make_wheel(tmp_path, shutil.copytree(ROOT, tmp_path / "sources", ignore=without), EPSKERNELS_BUILD="0")
+def test_the_sdist_has_what_builds_the_package_and_no_more(sdist):
+    with tarfile.open(sdist) as archive:
+        files = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    made = {"PKG-INFO", "setup.cfg", *(name for name in files if name.startswith("epskernels.egg-info/"))}
+    top = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
+    compiled = (".so", "built.txt", "built_cuda.txt")
+    below = [path.relative_to(ROOT) for part in ("csrc", "epskernels") for path in (ROOT / part).rglob("*.*")]
+    below = {str(path) for path in below if "__pycache__" not in path.parts and not path.name.endswith(compiled)}
+    assert len(below) > 50 and files - made == top | below
+
+
+def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment, sdist, tmp_path):
+    made = make_wheel(tmp_path, sdist, EPSKERNELS_BUILD="0")
     assert made.returncode == 0, made.stdout + made.stderr
     (wheel,) = tmp_path.glob("*.whl")
     result = install_and_use(environment, wheel, tmp_path)
