@@ -1,4 +1,4 @@
-# Every target sets up .venv first: Python 3.11 or newer, a C++ compiler and git are all that must be there.
+# Every target sets up .venv first: Python 3.11 or newer with its headers, a C++ compiler and git are all that must be there.
 PYTHON ?= python3
 VENV ?= .venv
 # Pinned: a release whose plain wheel is CPU-only where such a wheel is offered. Any torch from 2.11 on works.

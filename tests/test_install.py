@@ -112,3 +112,20 @@ def test_switches_of_the_build(switch, wanted, expected, tmp_path):
     made = make_wheel(tmp_path, **{switch: wanted} | ({"PATH": str(tmp_path)} if wanted == "1" else {}))
     assert made.returncode != 0
     assert expected in made.stdout + made.stderr
+
+
+@pytest.mark.parametrize(
+    "without, expected",
+    [
+        ("real = sysconfig.get_path; sysconfig.get_path = lambda name: '/none' if 'include' in name else real(name)",
+         [f"Python.h of Python {sysconfig.get_python_version()} (package python3-dev or python3-devel)"]),
+        ("sys.modules['pybind11'] = None", ["pybind11"]),
+        ("", []),
+    ],
+    ids=["Python.h", "pybind11", "nothing"],
+)  # fmt: skip
+def test_what_the_build_lacks_is_named(without, expected):
+    code = f"import runpy, sys, sysconfig\n{without}\nsys.argv = ['setup.py', '--version']\n"
+    code += "print(runpy.run_path('setup.py')['missing_tools']())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.splitlines()[1:] == [str(expected)], result.stdout + result.stderr
