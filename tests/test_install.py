@@ -61,8 +61,13 @@ def install_and_use(environment, wheel, tmp_path):
     folder, site = environment
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(site)]
     subprocess.run([*install, str(wheel)], check=True, capture_output=True)
-    python = [str(folder / "bin" / "python"), "-I", "-c", USE]  # PYTHONPATH may lead to the checkout
-    return subprocess.run(python, cwd=tmp_path, capture_output=True, text=True)
+    return use(environment, USE, tmp_path)
+
+
+def use(environment, code, folder):
+    python = [str(environment[0] / "bin" / "python"), "-c", code]
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it may lead to the checkout
+    return subprocess.run(python, cwd=folder, env=without, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("cuda", ["auto", "0"])
@@ -97,6 +102,16 @@ def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment
     assert "EPSKERNELS_BUILD=0 was set when it was installed" in result.stdout
     assert result.stderr.count("runs its pure PyTorch reference") == 1
     assert "pip install --force-reinstall" in result.stderr
+
+    shutil.unpack_archive(sdist, tmp_path)
+    (sources,) = tmp_path.glob("epskernels-*/")
+    result = use(environment, "from epskernels import build as b; print(b.why_missing(), b.why_missing('cuda'))", sources)
+    why = f"(this is the source tree {sources}, not built for this Python, and it hides the package installed in "
+    why += f"{environment[1] / 'epskernels'}); run outside of the source tree, or build it there: `make build` or"
+    assert result.stdout.count(why) == 2, result.stdout + result.stderr
+    shutil.rmtree(environment[1] / "epskernels")
+    result = use(environment, "from epskernels import build; print(build.why_missing())", sources)
+    assert "(this is the source tree" in result.stdout and "); build it there: `make build`" in result.stdout
 
 
 @pytest.mark.parametrize(
