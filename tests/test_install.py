@@ -144,3 +144,21 @@ def test_what_the_build_lacks_is_named(without, expected):
     code += "print(runpy.run_path('setup.py')['missing_tools']())"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.splitlines()[1:] == [str(expected)], result.stdout + result.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_installs_another_torch_in_the_place_of_the_one_that_is_there(tmp_path):
+    def said(*arguments):
+        """What `make build` would do."""
+        of_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "TORCH", "VENV")  # these tests may run under it
+        outside = {name: value for name, value in os.environ.items() if name not in of_make}
+        command = ["make", "--dry-run", "build", f"VENV={tmp_path}", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=outside, check=True, capture_output=True, text=True).stdout
+
+    assert "pip install --quiet torch==2.13.0 " in said() and "--editable" in said()
+    (tmp_path / ".torch").write_text("torch==2.11.0\n")
+    (tmp_path / ".ready").touch()
+    assert "Nothing to be done" in said() and "Nothing to be done" in said("TORCH=torch==2.11.0")
+    again = said("TORCH=torch==2.15.0")
+    assert "pip install --quiet torch==2.15.0 " in again and "--editable" in again
+    assert f"echo 'torch==2.15.0' > {tmp_path}/.torch" in again
