@@ -1,8 +1,10 @@
-# Every target sets up .venv first: Python 3.11 or newer, a C++ compiler and git are all that must be there.
+# Every target sets up .venv first: Python 3.11 or newer with its headers, a C++ compiler and git are all that must be there.
 PYTHON ?= python3
 VENV ?= .venv
-# Pinned: a release whose plain wheel is CPU-only where such a wheel is offered. Any torch from 2.11 on works.
-TORCH ?= torch==2.13.0
+# What .venv has, which its stamp tells; another is installed in its place, and all is built again. At first a pinned one: a
+# release whose plain wheel is CPU-only where such a wheel is offered. Any torch from 2.11 on works.
+TORCH_THERE := $(shell cat $(VENV)/.torch 2>/dev/null)
+TORCH ?= $(or $(TORCH_THERE),torch==2.13.0)
 # Of `make test`.
 WORKERS ?= 2
 # The digits of `make sample`.
@@ -26,14 +28,17 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/schemas.py $(wildcard csrc/*)
 
 .PHONY: build sample test sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report quality \
-	quality-report quality-quick train clean
+	quality-report quality-quick train clean another-torch
 
 build: $(READY)
 
+ifneq ($(TORCH),$(TORCH_THERE))
+$(VENV)/.torch: another-torch
+endif
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH) numpy "setuptools>=77" wheel cmake ninja pybind11
-	touch $@
+	echo '$(TORCH)' > $@
 
 $(READY): $(VENV)/.torch $(SOURCES)
 	EPSKERNELS_BUILD=1 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'

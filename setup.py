@@ -2,6 +2,7 @@
 tool leaves it out and says so: the package then runs on its pure PyTorch reference. EPSKERNELS_CUDA is the same for the CUDA
 kernel, which needs nvcc but no GPU; EPSKERNELS_CUDA_ARCHITECTURES says what to compile it for, as CMake spells it."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -37,9 +38,14 @@ def missing_tools():
     missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         missing.append("a C++ compiler")
+    if importlib.util.find_spec("pybind11") is None:
+        missing.append("pybind11")
+    headers = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
+    if not any((pathlib.Path(folder) / "Python.h").exists() for folder in headers):
+        missing.append(f"Python.h of Python {sysconfig.get_python_version()} (package python3-dev or python3-devel)")
     folder = find_torch()
     if folder is None:
-        missing.append("torch>=2.11 (install it first: its headers are needed)")
+        missing.append("torch>=2.11 (its headers are needed: install it first; with uv and build, --no-build-isolation too)")
     elif tuple(int(part) for part in torch_version(folder).split(".")[:2]) < (2, 11):
         missing.append(f"torch>=2.11 (found {torch_version(folder)})")
     return missing

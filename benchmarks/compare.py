@@ -3,7 +3,7 @@
     make bench-compare OLD=benchmarks/results/a.json NEW=benchmarks/results/b.json
 
 A regression is a ratio whose whole interval lies above the old one, and which is worse by at least 3 %. Exit status 1 where
-there is one.
+there is one, 2 where there are no such results.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main():
     parser.add_argument("old")
     parser.add_argument("new")
     args = parser.parse_args()
-    old, new = harness.load(args.old), harness.load(args.new)
+    old, new = harness.asked_for(parser, args.old), harness.asked_for(parser, args.new)
     for field in ("processor", "cpu_capability", "threads", "versions"):
         if old["machine"][field] != new["machine"][field]:
             print(f"NOTE: {field} differs: {old['machine'][field]} and {new['machine'][field]}")

@@ -139,6 +139,14 @@ def load(path):
     return results
 
 
+def asked_for(parser, path):
+    """The results file that a command line names; where there is none, the parser says so, with exit status 2."""
+    try:
+        return load(path)
+    except FileNotFoundError:
+        parser.error(f"no results at {path}: `make bench` writes benchmarks/results/latest.json, and cpu.json there is kept")
+
+
 def save(path, results):
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,8 @@ def draw(results, folder):
         axis.legend(fontsize=8)
         drawing.text(0.99, 0.01, machine, ha="right", fontsize=6, color="gray")
         drawing.tight_layout()
-        drawing.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        with matplotlib.rc_context({"svg.hashsalt": name}):  # the same file for the same numbers
+            drawing.savefig(folder / f"{name}.svg", metadata={"Date": None})
         plt.close(drawing)
         return f"{name}.svg"
 
@@ -165,7 +166,7 @@ def main():
     parser.add_argument("run")
     parser.add_argument("--docs", default=ROOT / "docs", type=pathlib.Path)
     args = parser.parse_args()
-    results = harness.load(args.run)
+    results = harness.asked_for(parser, args.run)
     plots = draw(results, args.docs / "benchmarks")
     run = pathlib.Path(args.run).resolve()
     name = run.relative_to(ROOT) if run.is_relative_to(ROOT) else run.name

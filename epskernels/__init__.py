@@ -1,6 +1,8 @@
 """Fused sampling steps for diffusion models, with Epsilon Scaling (arXiv 2308.15321): one pass over memory, the same bits on
 every backend. See README.md and docs/architecture.md."""
 
+import importlib
+
 from . import samplers, scaling, schedule
 from .graphed import GraphedSampler
 from .guidance import dynamic_threshold, guidance_rescale
@@ -14,3 +16,16 @@ __all__ = [
     "EpsilonScaling", "GraphedSampler", "Table", "as_seeds", "concat", "dynamic_threshold", "guidance_rescale", "moments",
     "normal", "pfgmpp_prior", "published", "sample", "samplers", "scaling", "schedule", "step", "use_backend",
 ]  # fmt: skip
+
+# Imported at first use: epskernels.diffusers is there without an import of its own, and diffusers is read by those who use it.
+_AT_FIRST_USE = ("calibrate", "diffusers", "exposure", "images", "k_diffusion", "models", "quality")
+
+
+def __getattr__(name):
+    if name in _AT_FIRST_USE:
+        return importlib.import_module(f"{__name__}.{name}")  # and so an attribute: this is not asked again
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_AT_FIRST_USE})

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import sys
 
 import torch
 
@@ -29,7 +30,7 @@ def load_kernels():
     try:
         _extension = importlib.import_module("epskernels._C")
     except ImportError as error:
-        _why["cpu"] = f"the compiled kernels are missing ({_note('cpu', error)}); {_MEND.format('a C++ compiler')}"
+        _why["cpu"] = f"the compiled kernels are missing {_because('cpu', error, 'a C++ compiler')}"
     else:
         if capability := os.environ.get("EPSKERNELS_CPU_CAPABILITY"):
             _extension.set_cpu_capability(capability)
@@ -41,14 +42,25 @@ def load_kernels():
         else:
             torch.ops.load_library(_CUDA_LIBRARY)
     except OSError as error:
-        _why["cuda"] = f"the CUDA kernel is missing ({_note('cuda', error)}); {_MEND.format('nvcc')}"
+        _why["cuda"] = f"the CUDA kernel is missing {_because('cuda', error, 'nvcc')}"
     for backend in ("cpu", "cuda"):
         _log.debug("%s kernel: %s", backend, _why.get(backend, "loaded"))
 
 
-def _note(backend, error):
+def _because(backend, error, tool):
+    """(why a part is missing); and the mend."""
     note = _NOTES[backend] if _NOTES[backend].exists() else _NOTES["cpu"]
-    return note.read_text().strip() if note.exists() else str(error)
+    if note.exists():
+        return f"({note.read_text().strip()}); {_MEND.format(tool)}"
+    sources = _FOLDER.parent
+    if not (sources / "csrc" / "step.h").exists() or importlib.util.find_spec("epskernels._C"):
+        return f"({error}); {_MEND.format(tool)}"
+    why, mend = f"this is the source tree {sources}, not built for this Python", ""
+    for installed in (pathlib.Path(place, "epskernels").resolve() for place in sys.path):
+        if installed != _FOLDER.resolve() and (installed / "__init__.py").exists():
+            why, mend = f"{why}, and it hides the package installed in {installed}", "run outside of the source tree, or "
+            break
+    return f"({why}); {mend}build it there: `make build` or pip install --editable ."
 
 
 def library():

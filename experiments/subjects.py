@@ -187,7 +187,7 @@ def real_curves():
         package = importlib.metadata.distribution("sktime")
     except importlib.metadata.PackageNotFoundError as error:
         raise ImportError(
-            "the power demand curves come inside sktime: pip install 'epskernels[experiments]'", name="sktime"
+            "the power demand curves come inside sktime: pip install '.[experiments]' in the checkout", name="sktime"
         ) from error
     curves = []
     for part in ("TRAIN", "TEST"):

@@ -125,11 +125,27 @@ def test_other_schemas_are_refused(tmp_path):
         harness.load(path)
 
 
+def report(run, docs):
+    command = [sys.executable, FOLDER / "report.py", run, "--docs", docs]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
 def test_report(run, tmp_path):
-    command = [sys.executable, FOLDER / "report.py", run, "--docs", tmp_path]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for docs in (tmp_path, tmp_path / "again"):
+        docs.mkdir(exist_ok=True)
+        done = report(run, docs)
+        assert done.returncode == 0, done.stderr
     page = (tmp_path / "benchmarks.md").read_text()
     assert "run.json" in page and "## Memory of a call" in page and "Not measured: the run left it out" in page
     for plot in ("share_of_copy", "beside_compile", "by_batch", "by_size"):
         assert (tmp_path / "benchmarks" / f"{plot}.svg").stat().st_size > 5000 and f"{plot}.svg" in page
+        assert (tmp_path / "benchmarks" / f"{plot}.svg").read_bytes() == (docs / "benchmarks" / f"{plot}.svg").read_bytes()
+
+
+def test_results_that_are_not_there(tmp_path):
+    """As before the first `make bench`."""
+    kept, missing = FOLDER / "results" / "cpu.json", tmp_path / "latest.json"
+    for done in (report(missing, tmp_path), compared(kept, missing), compared(missing, kept)):
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert f"error: no results at {missing}: `make bench` writes benchmarks/results/latest.json" in done.stderr
+        assert not list(tmp_path.iterdir())

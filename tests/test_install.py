@@ -1,4 +1,4 @@
-"""Wheels: compiled and not, installed in an environment of their own, away from the source tree."""
+"""The sdist, and wheels, compiled and not: installed in an environment of their own, away from the source tree."""
 
 import os
 import pathlib
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 
 import pytest
@@ -45,12 +46,28 @@ def environment(tmp_path_factory):
     return folder, site
 
 
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """As a build frontend makes it; of a copy: other tests write into the checkout while setuptools looks through it."""
+    folder = tmp_path_factory.mktemp("sdist")
+    without = shutil.ignore_patterns(".*", "build", "runs", "__pycache__", "*.egg-info", "*.so", "*built*.txt")
+    copy = shutil.copytree(ROOT, folder / "sources", ignore=without)
+    make = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", make], cwd=copy, check=True, capture_output=True)
+    return next(folder.glob("*.tar.gz"))
+
+
 def install_and_use(environment, wheel, tmp_path):
     folder, site = environment
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(site)]
     subprocess.run([*install, str(wheel)], check=True, capture_output=True)
-    python = [str(folder / "bin" / "python"), "-c", USE]
-    return subprocess.run(python, cwd=tmp_path, capture_output=True, text=True)
+    return use(environment, USE, tmp_path)
+
+
+def use(environment, code, folder):
+    python = [str(environment[0] / "bin" / "python"), "-c", code]
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it may lead to the checkout
+    return subprocess.run(python, cwd=folder, env=without, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("cuda", ["auto", "0"])
@@ -65,10 +82,19 @@ def test_wheel_works_away_from_the_source_tree(environment, tmp_path, cuda):
         assert "cuda the CUDA kernel is missing (EPSKERNELS_CUDA=0 was set when it was installed)" in result.stdout
 
 
-def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment, tmp_path):
-    # From a copy: nothing is compiled, and other tests write into the checkout while setuptools looks through it.
-    without = shutil.ignore_patterns(".*", "build", "runs", "__pycache__", "*.egg-info", "*.so", "*built*.txt")
-    made = make_wheel(tmp_path, shutil.copytree(ROOT, tmp_path / "sources", ignore=without), EPSKERNELS_BUILD="0")
+def test_the_sdist_has_what_builds_the_package_and_no_more(sdist):
+    with tarfile.open(sdist) as archive:
+        files = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    made = {"PKG-INFO", "setup.cfg", *(name for name in files if name.startswith("epskernels.egg-info/"))}
+    top = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
+    compiled = (".so", "built.txt", "built_cuda.txt")
+    below = [path.relative_to(ROOT) for part in ("csrc", "epskernels") for path in (ROOT / part).rglob("*.*")]
+    below = {str(path) for path in below if "__pycache__" not in path.parts and not path.name.endswith(compiled)}
+    assert len(below) > 50 and files - made == top | below
+
+
+def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment, sdist, tmp_path):
+    made = make_wheel(tmp_path, sdist, EPSKERNELS_BUILD="0")
     assert made.returncode == 0, made.stdout + made.stderr
     (wheel,) = tmp_path.glob("*.whl")
     result = install_and_use(environment, wheel, tmp_path)
@@ -76,6 +102,16 @@ def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment
     assert "EPSKERNELS_BUILD=0 was set when it was installed" in result.stdout
     assert result.stderr.count("runs its pure PyTorch reference") == 1
     assert "pip install --force-reinstall" in result.stderr
+
+    shutil.unpack_archive(sdist, tmp_path)
+    (sources,) = tmp_path.glob("epskernels-*/")
+    result = use(environment, "from epskernels import build as b; print(b.why_missing(), b.why_missing('cuda'))", sources)
+    why = f"(this is the source tree {sources}, not built for this Python, and it hides the package installed in "
+    why += f"{environment[1] / 'epskernels'}); run outside of the source tree, or build it there: `make build` or"
+    assert result.stdout.count(why) == 2, result.stdout + result.stderr
+    shutil.rmtree(environment[1] / "epskernels")
+    result = use(environment, "from epskernels import build; print(build.why_missing())", sources)
+    assert "(this is the source tree" in result.stdout and "); build it there: `make build`" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -91,3 +127,38 @@ def test_switches_of_the_build(switch, wanted, expected, tmp_path):
     made = make_wheel(tmp_path, **{switch: wanted} | ({"PATH": str(tmp_path)} if wanted == "1" else {}))
     assert made.returncode != 0
     assert expected in made.stdout + made.stderr
+
+
+@pytest.mark.parametrize(
+    "without, expected",
+    [
+        ("real = sysconfig.get_path; sysconfig.get_path = lambda name: '/none' if 'include' in name else real(name)",
+         [f"Python.h of Python {sysconfig.get_python_version()} (package python3-dev or python3-devel)"]),
+        ("sys.modules['pybind11'] = None", ["pybind11"]),
+        ("", []),
+    ],
+    ids=["Python.h", "pybind11", "nothing"],
+)  # fmt: skip
+def test_what_the_build_lacks_is_named(without, expected):
+    code = f"import runpy, sys, sysconfig\n{without}\nsys.argv = ['setup.py', '--version']\n"
+    code += "print(runpy.run_path('setup.py')['missing_tools']())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.splitlines()[1:] == [str(expected)], result.stdout + result.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_installs_another_torch_in_the_place_of_the_one_that_is_there(tmp_path):
+    def said(*arguments):
+        """What `make build` would do."""
+        of_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "TORCH", "VENV")  # these tests may run under it
+        outside = {name: value for name, value in os.environ.items() if name not in of_make}
+        command = ["make", "--dry-run", "build", f"VENV={tmp_path}", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=outside, check=True, capture_output=True, text=True).stdout
+
+    assert "pip install --quiet torch==2.13.0 " in said() and "--editable" in said()
+    (tmp_path / ".torch").write_text("torch==2.11.0\n")
+    (tmp_path / ".ready").touch()
+    assert "Nothing to be done" in said() and "Nothing to be done" in said("TORCH=torch==2.11.0")
+    again = said("TORCH=torch==2.15.0")
+    assert "pip install --quiet torch==2.15.0 " in again and "--editable" in again
+    assert f"echo 'torch==2.15.0' > {tmp_path}/.torch" in again
