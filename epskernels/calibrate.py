@@ -202,7 +202,8 @@ def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, pro
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What `search` found: the best scaling and its score, that of no scaling, and all trials as (k, b, score)."""
+    """What `search` found: the best scaling and its score, that of no scaling, and all trials as (k, b, score); a score that was
+    not finite is infinity."""
 
     scaling: scaling.EpsilonScaling
     score: float
@@ -218,7 +219,7 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
     bounds: (low, high) of b, the uniform lambda, by Brent's bounded method; or ((low, high) of k, (low, high) of lambda in the
     middle) of lambda_i = k*i + b, i from the cleanest of `steps`, by Nelder and Mead's. trials: calls of score, at most.
     cache: a JSON file; trials that it holds are not made again. key: whatever else the score depends on, kept with it.
-    Raises ValueError naming the argument, ImportError without scipy.
+    Raises ValueError naming the argument, also where no trial has a finite score, ImportError without scipy.
     """
     try:
         from scipy import optimize
@@ -259,7 +260,7 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
     def as_lambda(k, b):
         return scaling.linear(k, b, origin="cleanest") if linear else scaling.constant(b)
 
-    baseline = value(0.0, 1.0)
+    value(0.0, 1.0)
     try:
         if linear:
             low, high = bounds.T
@@ -274,8 +275,10 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
         pass
     bar.close()
     best = min(made, key=made.get)
+    if not math.isfinite(made[best]):
+        raise ValueError(f"score: expected a finite number from at least one trial, got none from {len(made)}")
     found = tuple((*at, each) for at, each in made.items())
-    return Found(as_lambda(*best), made[best], baseline, found)
+    return Found(as_lambda(*best), made[best], made[0.0, 1.0], found)
 
 
 class _Trials:

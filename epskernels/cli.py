@@ -474,8 +474,8 @@ def run_calibrate(args):
         fitted = found.scaling
         notes |= {
             "score": found.score,
-            "score without scaling": found.baseline,
-            "trials": [list(t) for t in found.trials],
+            "score without scaling": _finite(found.baseline),
+            "trials": [[k, b, _finite(score)] for k, b, score in found.trials],
         }
         print(
             f"{fitted.label}: Frechet distance {found.score:.5g} of {args.samples} samples, {found.baseline:.5g} without"
@@ -530,6 +530,11 @@ def _search(args, model, call, sampler, data, progress):
         return calibrate.search(score, bounds, **options)
     except (ValueError, ImportError) as error:
         raise UsageError(error) from error
+
+
+def _finite(score):
+    """As JSON can say it."""
+    return score if np.isfinite(score) else None
 
 
 def _print_times(model_seconds, seconds):

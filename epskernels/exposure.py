@@ -146,8 +146,12 @@ class Exposure:
         return (self.std_single - self.sigma_out) ** 2
 
     def save(self, path):
-        """To JSON: numbers that read back as they were, null for NaN."""
-        rows = {name: [None if math.isnan(x) else x for x in values.tolist()] for name, values in self.rows.items()}
+        """To JSON: numbers that read back as they were, null for NaN, "inf" and "-inf" for infinities."""
+
+        def plain(x):
+            return x if math.isfinite(x) else None if math.isnan(x) else str(x)
+
+        rows = {name: [plain(x) for x in values.tolist()] for name, values in self.rows.items()}
         saved = {"format": FORMAT, "sampler": self.sampler, "images": self.images, "seed": self.seed, "rows": rows}
         text = json.dumps(saved, indent=1, allow_nan=False) + "\n"
         write_whole(pathlib.Path(path), lambda file: file.write(text.encode()))

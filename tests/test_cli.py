@@ -274,6 +274,27 @@ def test_searches_the_digits_by_trials(tmp_path, capsys):
     assert "begun with key" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("finite", [True, False])
+def test_search_shows_what_is_not_finite(finite, tmp_path, monkeypatch, capsys):
+    """The first trial is that without scaling."""
+    out, digits, scores = tmp_path / "lambda.json", str(tmp_path / "digits.npy"), iter([np.inf, 3.0, np.nan, 2.0])
+    np.save(digits, np.random.default_rng(0).uniform(-1, 1, (4, 1, 28, 28)).astype(np.float32))
+    monkeypatch.setattr(cli.quality, "frechet", lambda *_: next(scores) if finite else np.nan)
+    status = calibrate("--steps", "2", "--data", digits, "--images", "4", "--out", str(out), "--method", "search",
+                       "--trials", "4", "--samples", "2")  # fmt: skip
+    captured = capsys.readouterr()
+    if not finite:
+        assert status == 2 and not out.exists() and captured.out == ""
+        assert captured.err.splitlines() == [
+            "epskernels calibrate: score: expected a finite number from at least one trial, got none from 4"
+        ]
+        return
+    assert status == 0 and "Frechet distance 2 of 2 samples, inf without" in captured.out
+    notes = scaling.load(out)[1]
+    assert notes["score"] == 2 and notes["score without scaling"] is None
+    assert [score for *_, score in notes["trials"]] == [None, 3, None, 2]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -368,6 +368,15 @@ def test_saved_and_loaded(tmp_path):
         exposure.Exposure.load(tmp_path / "exposure.json")
 
 
+def test_infinities_are_saved_as_plain_json(tmp_path):
+    found = exposure.measure(lambda x, t: x * 1e30, TABLES["ddim"], images(4), parts=("training", "chain"))
+    assert np.isinf(found.std_chain).any() or np.isinf(found.norm_chain).any()
+    found.save(tmp_path / "exposure.json")
+    json.loads((tmp_path / "exposure.json").read_text(), parse_constant=pytest.fail)
+    assert equal(found, exposure.Exposure.load(tmp_path / "exposure.json"))
+    found.plot(tmp_path / "exposure.png")
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_plot(suffix, tmp_path):
     found = exposure.measure(wavy_for(TABLES["ddpm"]), TABLES["ddpm"], images(4), progress=True)
