@@ -60,7 +60,7 @@ def _add_sampler(run):
     run.add_argument(
         "--variance",
         choices=("fixed_small", "fixed_large", "learned_range"),
-        help="DDPM's variance; default: learned_range where the model has learned one, else fixed_small",
+        help="DDPM's variance; default: learned_range where the model has learned one, else what its scheduler says",
     )
     run.add_argument("--class", type=int, dest="label", metavar="N", help="class, for a model with classes")
     run.add_argument(
@@ -202,11 +202,13 @@ def make_table(args, model, scaling_):
         raise UsageError(f"--{min(wrong)}: not an option of --sampler {args.sampler}")
     path = model.schedule
     if args.sampler == "ddpm":
-        given.setdefault("variance", "learned_range" if model.learned_variance else "fixed_small")
+        given.setdefault("variance", model.variance)
     if args.sampler.startswith("edm_") or args.sampler == "dpmpp_2s":
         path = schedule.KarrasSchedule(model=model.schedule)
+    elif args.sampler.startswith("dpmpp_"):
+        given["spacing"] = "trailing"
     elif args.sampler not in ("lcm", "tcd"):
-        given["spacing"] = "trailing" if args.sampler.startswith("dpmpp_") else "leading"
+        given |= model.grid | ({"final": model.final} if args.sampler == "ddim" else {})
     return samplers.SAMPLERS[args.sampler](path, args.steps, **options, **given)
 
 
@@ -306,9 +308,6 @@ class _Sampling:
     def settings(self):
         """All that decides the bits of a chunk, for run.json. Not the backend: all have the same bits."""
         args, seeds = self.args, self.args.seeds
-        network = self.model.network
-        config = {key: value for key, value in network.config.items() if not key.startswith("_")}  # not where it lies
-        weights = _sha256(network.state_dict().values())
         on_gpu = self.device.type == "cuda"
         cpu = f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         return {
@@ -316,7 +315,7 @@ class _Sampling:
             "eta": args.eta, "direction": args.direction, "variance": args.variance, "class": args.label,
             "guidance": args.guidance, "dtype": args.dtype, "batch": args.batch, "shape": list(self.model.shape),
             "seeds": f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, {_digest(seeds)}",
-            "model": f"{_digest(config)} {weights}",
+            "model": " ".join(_digests(self.model)),
             "tables": {name: _sha256([table.rows]) for name, table in self.tables.items()},
             "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu,
             "epskernels": __version__, "torch": torch.__version__,
@@ -327,24 +326,30 @@ def _digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _digests(model):
+    """Of the network's configuration, but for where it lies, and of its weights."""
+    config = {key: value for key, value in model.network.config.items() if not key.startswith("_")}
+    return _digest(config), _sha256(model.network.state_dict().values())
+
+
 def _fitted_for(args):
     """What lambda_t depends on: it does not transfer to another sampler, or number of steps."""
     names = ("sampler", "steps", "eta", "direction", "variance", "label", "guidance")
     return {name: getattr(args, name) for name in names}
 
 
-def _warn_of_transfer(args):
+def _warn_of_transfer(args, model):
     notes = scaling.load(args.scaling)[1]
     now = _fitted_for(args)
     if changed := [name for name in now if name in notes and notes[name] != now[name]]:
         said = "; ".join(f"{name} {notes[name]}, here {now[name]}" for name in changed)
         print(f"warning: {args.scaling} was fitted for {said}: lambda need not transfer", file=sys.stderr)
+    if "weights" in notes and notes["weights"] != _digests(model)[1]:
+        print(f"warning: {args.scaling} was fitted for other weights: lambda need not transfer", file=sys.stderr)
 
 
 def run_sample(args):
     directory = _check_usage(args)
-    if args.scaling:
-        _warn_of_transfer(args)
     try:
         ranks = Ranks(args.device)
     except (ValueError, RuntimeError) as error:
@@ -359,6 +364,8 @@ def run_sample(args):
             torch.set_num_threads(threads)
         with ops.use_backend(args.backend), ranks:
             sampling = _Sampling(args, ranks.device)
+            if args.scaling and ranks.rank == 0:
+                _warn_of_transfer(args, sampling.model)
             if directory is None:
                 _sample_in_memory(args, sampling)
             else:
@@ -468,9 +475,13 @@ def run_calibrate(args):
         return make_table(args, model, scaling_).to(args.device)
 
     progress = not args.quiet
-    notes = _fitted_for(args) | {"method": args.method, "images": len(data), "data": str(args.data), "seed": args.seed}
+    config, weights = _digests(model)
+    notes = _fitted_for(args) | {"weights": weights, "method": args.method, "images": len(data), "data": str(args.data)}
+    notes["seed"] = args.seed
     if searches:
-        found = _search(args, model, call, sampler, data, progress)
+        key = {**_fitted_for(args), "samples": args.samples, "seed": args.seed, "network": config, "weights": weights,
+               "rows": _sha256([sampler(1.0).rows]), "data": _sha256([data])}  # fmt: skip
+        found = _search(args, model, call, sampler, data, _digest(key), progress)
         fitted = found.scaling
         notes |= {
             "score": found.score,
@@ -504,7 +515,7 @@ def run_calibrate(args):
         print(f"wrote {args.plots}.json and plots")
 
 
-def _search(args, model, call, sampler, data, progress):
+def _search(args, model, call, sampler, data, key, progress):
     """Trials by the distance of samples to the data, in the features of the digits' classifier."""
     if tuple(model.shape) != (1, 28, 28):
         raise UsageError(
@@ -520,9 +531,6 @@ def _search(args, model, call, sampler, data, progress):
         return quality.frechet(real, quality.digit_features(samples)) if samples.isfinite().all() else np.inf
 
     bounds = args.bounds or (0.97, 1.03)
-    weights = _sha256(model.network.state_dict().values())
-    key = _digest({**_fitted_for(args), "samples": args.samples, "seed": args.seed, "weights": weights,
-                   "data": _sha256([data])})  # fmt: skip
     options = {"trials": args.trials, "cache": args.cache, "key": key, "progress": progress}
     try:
         if args.k_bounds:

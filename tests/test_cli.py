@@ -1,10 +1,13 @@
 """The command line: what it writes, what it prints, how it refuses."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -33,6 +36,7 @@ def tiny(tmp_path_factory):
     return {
         "plain": build("plain", out_channels=2),
         "classes": build("classes", out_channels=1, num_class_embeds=4),
+        "one": build("one", out_channels=1),
     }
 
 
@@ -200,6 +204,71 @@ def test_bundled_digits_load_as_a_diffusers_pipeline():
     torch.testing.assert_close(pipeline.scheduler.alphas_cumprod.double(), alphas, rtol=1e-4, atol=1e-7)
 
 
+@pytest.fixture
+def model_of(tiny, tmp_path):
+    """A function of a scheduler, and of changes to its configuration, that gives the directory of a model with it."""
+
+    def make(scheduler, of="plain", **changes):
+        shutil.copytree(tiny[of], tmp_path / "model", dirs_exist_ok=True)
+        path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+        scheduler.save_pretrained(path.parent)
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return tmp_path / "model"
+
+    return make
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "trained"])
+def test_betas_are_those_of_the_scheduler(betas, zero_snr, model_of):
+    named = {"trained_betas": np.geomspace(1e-4, 0.03, 50).tolist()} if betas == "trained" else {"beta_schedule": betas}
+    scheduler = diffusers.DDPMScheduler(50, **named, rescale_betas_zero_snr=zero_snr)
+    abar = torch.from_numpy(models.load(model_of(scheduler)).schedule.abar.copy())
+    torch.testing.assert_close(abar, scheduler.alphas_cumprod.double(), rtol=1e-4, atol=1e-6)
+    assert (abar[-1] == 0) == zero_snr
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_timesteps_variance_and_last_step_are_those_of_the_scheduler(spacing, model_of):
+    options = {"timestep_spacing": spacing, "steps_offset": int(spacing == "leading")}
+    for sampler, scheduler in (
+        ("ddpm", diffusers.DDPMScheduler(**options, variance_type="fixed_large")),
+        ("ddim", diffusers.DDIMScheduler(**options, set_alpha_to_one=False)),
+    ):
+        args = cli.build_parser().parse_args(["sample", "--sampler", sampler, "--steps", "7"])
+        table = cli.make_table(args, models.load(model_of(scheduler, of="one")), scaling.constant(1.0))
+        scheduler.set_timesteps(7)
+        assert table["t"].tolist() == scheduler.timesteps.tolist()
+        if sampler == "ddim":
+            assert table["alpha_out"][-1] ** 2 == pytest.approx(scheduler.final_alpha_cumprod.item(), rel=1e-6) != 1
+        else:
+            beta = 1 - (table["alpha_in"] / table["alpha_out"]) ** 2
+            np.testing.assert_allclose(table["c_noise"][:-1] ** 2, beta[:-1], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "scheduler, changes, message",
+    [
+        (diffusers.DDPMScheduler(thresholding=True), {}, "thresholding of .* has no counterpart"),
+        (diffusers.DDPMScheduler(variance_type="learned"), {}, "variance that is learned other than as a range"),
+        (diffusers.DDPMScheduler(), {"_class_name": "UNet2DModel"}, "expected a scheduler of diffusers .*got 'UNet2DModel'"),
+        (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), {}, "use_flow_sigmas of"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), {}, "unknown prediction type None"),
+        (diffusers.EDMEulerScheduler(), {}, "expected a scheduler of betas, got EDMEulerScheduler"),
+        (diffusers.CogVideoXDDIMScheduler(), {}, "noise levels of CogVideoXDDIMScheduler"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, diffusers.SchedulerMixin) else "",
+)  # fmt: skip
+def test_schedulers_without_a_counterpart_are_refused(scheduler, changes, message, model_of):
+    with pytest.raises(ValueError, match=f"model: .*{message}"):
+        models.load(model_of(scheduler, **changes))
+
+
+def test_only_a_scheduler_that_clips_says_so(model_of):
+    assert models.load(model_of(diffusers.DDPMScheduler(clip_sample_range=0.9))).clip == 0.9
+    assert models.load(model_of(diffusers.EulerDiscreteScheduler())).clip is None
+
+
 # ---- calibrate ----
 
 
@@ -253,6 +322,30 @@ def test_says_that_lambda_was_fitted_for_another_sampler(tiny, tmp_path, capsys)
     assert (
         "was fitted for sampler ddim, here ddpm; steps 20, here 3: lambda need not transfer" in capsys.readouterr().err
     )
+
+
+def test_says_that_lambda_was_fitted_for_other_weights(tiny, data, tmp_path, capsys):
+    out = str(tmp_path / "lambda.json")
+    settings = ["--sampler", "ddim", "--steps", "2"]
+    assert calibrate("--model", tiny["plain"], *settings, "--data", data, "--images", "4", "--out", out) == 0
+    for name, warns in (("plain", False), ("one", True)):
+        assert run("--model", tiny[name], *settings, "--seeds", "0", "--scaling", out) == 0
+        assert ("was fitted for other weights: lambda need not transfer" in capsys.readouterr().err) == warns
+
+
+@pytest.mark.parametrize("file, change", [("scheduler/scheduler_config.json", {"clip_sample": False}),
+                                          ("unet/config.json", {"norm_eps": 1e-3})])  # fmt: skip
+def test_a_search_is_of_one_scheduler_and_network(file, change, tmp_path, capsys):
+    model, digits = tmp_path / "model", str(tmp_path / "digits.npy")
+    shutil.copytree(models.DIGITS, model)
+    np.save(digits, np.random.default_rng(0).uniform(-1, 1, (4, 1, 28, 28)).astype(np.float32))
+    arguments = ["--model", str(model), "--steps", "2", "--data", digits, "--images", "4", "--out", str(tmp_path / "l.json"),
+                 "--method", "search", "--trials", "2", "--samples", "2", "--cache", str(tmp_path / "trials.json")]  # fmt: skip
+    assert calibrate(*arguments) == 0
+    config = json.loads((model / file).read_text())
+    assert change.keys() <= config.keys()
+    (model / file).write_text(json.dumps(config | change))
+    assert calibrate(*arguments) == 2 and "begun with key" in capsys.readouterr().err
 
 
 def test_searches_the_digits_by_trials(tmp_path, capsys):
