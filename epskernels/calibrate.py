@@ -224,7 +224,7 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
     try:
         from scipy import optimize
     except ImportError as error:
-        raise ImportError("search needs scipy: pip install 'epskernels[exposure]'", name="scipy") from error
+        raise ImportError("search needs scipy: pip install scipy", name="scipy") from error
     bounds = np.asarray(bounds, dtype=np.float64)
     if bounds.shape not in ((2,), (2, 2)) or not (
         np.isfinite(bounds).all() and (bounds[..., 0] < bounds[..., 1]).all()
@@ -287,22 +287,30 @@ class _Trials:
     def __init__(self, path, settings):
         self.path, self.saved = None if path is None else pathlib.Path(path), settings | {"trials": []}
         if self.path is not None and self.path.exists():
-            saved = json.loads(self.path.read_text())
+            try:
+                saved = json.loads(self.path.read_text())
+                _by_scaling(saved["trials"])
+            except (ValueError, TypeError, KeyError, OSError) as error:
+                raise ValueError(f"cache: expected what search has saved in {path}: {error!r}") from None
             for name, expected in settings.items():
                 if saved.get(name) != expected:
                     raise ValueError(f"cache: {path} was begun with {name} {saved.get(name)!r}, now {expected!r}")
             self.saved = saved
-        self.scores = {(t["k"], t["b"]): t["score"] for t in self.saved["trials"]}
+        self.scores = _by_scaling(self.saved["trials"])
 
     def score(self, k, b, make):
         if (k, b) not in self.scores:
             score = float(make())
-            self.scores[k, b] = score if math.isfinite(score) else None
-            self.saved["trials"].append({"k": k, "b": b, "score": self.scores[k, b]})
+            self.saved["trials"].append({"k": k, "b": b, "score": score if math.isfinite(score) else None})
+            self.scores |= _by_scaling(self.saved["trials"][-1:])
             if self.path is not None:
                 text = json.dumps(self.saved, indent=1) + "\n"
                 write_whole(self.path, lambda file: file.write(text.encode()))
-        return math.inf if self.scores[k, b] is None else self.scores[k, b]
+        return self.scores[k, b]
+
+
+def _by_scaling(trials):
+    return {(t["k"], t["b"]): math.inf if t["score"] is None else float(t["score"]) for t in trials}
 
 
 # ---- the gradient ----

@@ -15,6 +15,8 @@ import json
 import math
 import pathlib
 import time
+import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -199,7 +201,7 @@ def figures(columns):
     try:
         from matplotlib.figure import Figure  # without pyplot: no display, no global state
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'epskernels[exposure]'", name="matplotlib") from error
+        raise ImportError("plots need matplotlib: pip install matplotlib", name="matplotlib") from error
     figure = Figure(figsize=(4.6 * columns, 3.6))
     return figure, np.atleast_1d(figure.subplots(1, columns))
 
@@ -295,9 +297,12 @@ def batches(images, batch):
 
 
 def _load_state(path, settings):
-    with np.load(path) as file:
-        saved = dict(file)
-    before = json.loads(str(saved.get("settings", "{}")))
+    try:
+        with np.load(path) as file:
+            saved = dict(file)
+        before, _, _ = json.loads(str(saved["settings"])), int(saved["images"]), str(saved["digest"])
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"state: {path} is damaged, or of something else: {error}") from None
     changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if changed:
         said = "; ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in changed)
@@ -370,6 +375,8 @@ class _Run:
         return arrays
 
     def restore(self, arrays):
+        if lacking := self.arrays().keys() - arrays.keys():
+            raise ValueError(f"state: expected {min(lacking)} among its arrays: it is damaged")
         self.images = int(arrays["images"])
         for name, kept in self._all().items():
             if arrays[f"{name}_mean"].shape != tuple(kept.mean.shape):

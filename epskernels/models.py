@@ -1,6 +1,7 @@
 """Trained networks from a diffusers directory, as the callables that sample() takes."""
 
 import dataclasses
+import json
 import pathlib
 
 import numpy as np
@@ -15,8 +16,8 @@ DIGITS = pathlib.Path(__file__).with_name("digits")  # ships with the package: s
 class Model:
     """A network and what a table for it needs.
 
-    call: (x, t) -> f, or (f, u) with classes. variance: ddpm's. grid: how its timesteps are spaced, as DiscreteSchedule.grid takes
-    it. final: where ddim's last step ends. shape: of one sample. classes: how many, 0 for an unconditional network.
+    call: (x, t) -> f, or (f, u) with classes. variance: ddpm's. grid: where its timesteps are, for DiscreteSchedule.grid.
+    final: where ddim's last step ends. shape: of one sample. classes: how many, 0 for an unconditional network.
     """
 
     network: torch.nn.Module
@@ -72,18 +73,18 @@ def load(directory=DIGITS, device="cpu"):
     from diffusers.utils import logging
 
     directory = pathlib.Path(directory)
-    for part in ("unet/config.json", "scheduler/scheduler_config.json"):
-        if not (directory / part).exists():
-            raise FileNotFoundError(f"model: expected {part} in {directory}, the directory of a diffusers pipeline")
+    _, said = (_config(directory, part) for part in ("unet/config.json", "scheduler/scheduler_config.json"))
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         network = diffusers.UNet2DModel.from_pretrained(directory / "unet").eval().requires_grad_(False).to(device)
-        named = diffusers.DDPMScheduler.load_config(directory / "scheduler").get("_class_name", "DDPMScheduler")
+        named = said.get("_class_name", "DDPMScheduler")
         kind = getattr(diffusers, named, None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ValueError(f"model: expected a scheduler of diffusers in {directory}, got {named!r}")
         scheduler = kind.from_pretrained(directory / "scheduler")
+    except NotImplementedError as error:  # of a schedule of betas
+        raise ValueError(f"model: {directory}: {error}") from None
     finally:
         logging.set_verbosity(verbosity)
     unet, config = network.config, scheduler.config  # with the defaults of that scheduler for what is not said
@@ -108,13 +109,26 @@ def load(directory=DIGITS, device="cpu"):
     )
 
 
+def _config(directory, part):
+    path = directory / part
+    if not path.exists():
+        raise FileNotFoundError(f"model: expected {part} in {directory}, the directory of a diffusers pipeline")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"model: expected JSON in {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"model: expected a configuration of diffusers in {path}, got {type(config).__name__}")
+    return config
+
+
 def _variance(config, unet):
     """What ddpm takes where nothing else is said."""
     kind = config.get("variance_type") or "fixed_small"
     if unet.out_channels == unet.in_channels:
         return "fixed_large" if kind.startswith("fixed_large") else "fixed_small"
     if unet.out_channels != 2 * unet.in_channels:
-        raise ValueError(f"model: expected {unet.in_channels} output channels, or twice as many, got {unet.out_channels}")
+        raise ValueError(f"model: expected {unet.in_channels} output channels, or twice that, got {unet.out_channels}")
     if kind == "learned":
         raise ValueError("model: a variance that is learned other than as a range has no counterpart here")
     return "learned_range"

@@ -22,11 +22,11 @@ from epskernels import cli, exposure, models, samplers, scaling
 def tiny(tmp_path_factory):
     """Directories of small untrained models: without classes (learned variance), and with."""
 
-    def build(name, **config):
+    def build(name, in_channels=1, **config):
         directory = tmp_path_factory.mktemp(name)
         torch.manual_seed(0)
         network = UNet2DModel(
-            sample_size=8, in_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+            sample_size=8, in_channels=in_channels, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
             down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **config,
         )  # fmt: skip
         network.save_pretrained(directory / "unet")
@@ -37,6 +37,7 @@ def tiny(tmp_path_factory):
         "plain": build("plain", out_channels=2),
         "classes": build("classes", out_channels=1, num_class_embeds=4),
         "one": build("one", out_channels=1),
+        "two": build("two", in_channels=2, out_channels=2),
     }
 
 
@@ -57,6 +58,52 @@ def test_writes_samples_and_grid(tiny, sampler, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"time in the model \d+\.\d+ s, in the step and the loop around it \d+\.\d+ s", printed)
     assert len(re.findall(r"sha256 of the (?:initial noise|baseline|samples) [0-9a-f]{64}", printed)) == 3
+
+
+@pytest.mark.parametrize("suffix", ["png", "npz"])
+def test_an_interrupted_write_leaves_the_file_as_it_was(suffix, tiny, tmp_path, monkeypatch):
+    path = tmp_path / f"samples.{suffix}"
+    arguments = ["--model", tiny["plain"], "--steps", "2", "--out", str(path)]
+    assert run(*arguments, "--seeds", "0") == 0
+    before = path.read_bytes()
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", interrupted)
+        run(*arguments, "--seeds", "1")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert run(*arguments, "--seeds", "1") == 0 and path.read_bytes() != before
+
+
+def test_channels_that_no_png_has_are_refused_before_sampling(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "sample", None)
+    assert run("--model", tiny["two"], "--seeds", "0", "--out", str(tmp_path / "new" / "grid.png")) == 2
+    assert "--out: expected images of 1 or 3 channels for a .png, got 2" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "file, contents, message",
+    [
+        ("seeds.npy", b"", "seeds.npy is damaged, and would be made again if it were not there"),
+        ("seeds.npy", np.arange(5, dtype=np.uint64), "seeds.npy holds other seeds than run.json says"),
+        ("run.json", b"[]", "run.json: expected the settings of a run, got list"),
+        ("run.json", b"{", "run.json: expected JSON: "),
+    ],
+)
+def test_a_damaged_directory_is_refused(file, contents, message, tiny, tmp_path, capsys):
+    arguments = ["--model", tiny["plain"], "--steps", "2", "--seeds", "0-2", "--out", str(tmp_path / "samples")]
+    assert run(*arguments) == 0
+    path = tmp_path / "samples" / file
+    np.save(path, contents) if isinstance(contents, np.ndarray) else path.write_bytes(contents)
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    path.unlink()
+    assert (run(*arguments) == 0) == (file == "seeds.npy")
 
 
 def test_backends_print_the_same_hashes(tiny, capsys):
@@ -106,7 +153,12 @@ def test_scalings(tiny, setting):
         (["--guidance", "2"], "guidance and class need a network with classes"),
         (["--device", "nope"], "--device: 'nope' cannot be used"),
         (["--device", f"cuda:{torch.cuda.device_count()}"], "--device: 'cuda:.' cannot be used"),
+        (["--device", "meta"], "--device: 'meta' cannot be used"),
         (["--model", "/nonexistent"], "model: expected unet/config.json"),
+        (["--scaling", "/nonexistent"], "No such file or directory: '/nonexistent'"),
+        (["--scaling", "/"], "Is a directory: '/'"),
+        (["--out", "/dev/null/a.png"], "--out: /dev/null/a.png cannot be written: "),
+        (["--out", "/dev/null/a"], "--out: .*Not a directory: '/dev/null/a'"),
         ([], "required: COMMAND"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -394,6 +446,11 @@ def test_search_shows_what_is_not_finite(finite, tmp_path, monkeypatch, capsys):
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--images", "1"], "--images: expected at least 2"),
         (["--images", "13"], "data: expected 13 images"),
+        (["--seed", "-1"], "--seed: expected at least 0, got -1"),
+        (["--seed", str(2**63 - 999)], f"--seed: expected at most {2**63 - 1000}"),
+        (["--device", "nope"], "--device: 'nope' cannot be used: "),
+        (["--device", "meta"], "--device: 'meta' cannot be used: "),
+        (["--device", f"cuda:{torch.cuda.device_count()}"], "' cannot be used: "),
         (["--data", "nowhere"], "data: expected mnist, a .npy"),
         (["--out", "lambda.txt"], "--out: expected a .json"),
         (["--bounds", "0.9", "1.1"], "--bounds: not an option of --method norms"),
@@ -406,7 +463,140 @@ def test_search_shows_what_is_not_finite(finite, tmp_path, monkeypatch, capsys):
 )
 def test_calibrate_refuses(arguments, message, tiny, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.calibrate, "match_norms", None)  # before the work
     given = ["--model", tiny["plain"], "--steps", "4", "--data", data, "--images", "8", "--out", "lambda.json"]
     assert calibrate(*given, *arguments) == 2
-    assert message in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert message in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out", "file/lambda.json"], "--out: file/lambda.json cannot be written: "),
+        (["--out", "folder.json"], "--out: folder.json cannot be written: a directory"),
+        (["--plots", "file/bias"], "--plots: file/bias.json cannot be written: "),
+        (["--plots", "."], "--plots: expected the stem of files' names"),
+        (["--plots", "lambda"], "--plots: lambda.json is the file of --out already"),
+        (["--method", "search", "--cache", "./lambda.json"], "--cache: lambda.json is the file of --out already"),
+        (["--method", "search", "--cache", "folder.json"], "--cache: folder.json cannot be written: a directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_written_is_said_before_the_work(arguments, message, tiny, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for work in ("match_norms", "search"):
+        monkeypatch.setattr(cli.calibrate, work, None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.json").mkdir()
+    given = ["--model", tiny["plain"], "--steps", "4", "--data", data, "--images", "8", "--out", "lambda.json"]
+    assert calibrate(*given, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"epskernels calibrate: {message}") and len(captured.err.splitlines()) == 1
+
+
+def test_plots_without_matplotlib_are_refused_before_the_work(tiny, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(cli.calibrate, "match_norms", None)
+    given = [
+        "--model",
+        tiny["plain"],
+        "--steps",
+        "4",
+        "--data",
+        data,
+        "--images",
+        "8",
+        "--out",
+        str(tmp_path / "l.json"),
+    ]
+    assert calibrate(*given, "--plots", str(tmp_path / "bias")) == 2
+    assert "--plots: plots need matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_plots_into_a_new_folder(tiny, data, tmp_path):
+    given = [
+        "--model",
+        tiny["plain"],
+        "--steps",
+        "2",
+        "--data",
+        data,
+        "--images",
+        "4",
+        "--out",
+        str(tmp_path / "l.json"),
+    ]
+    assert calibrate(*given, "--plots", str(tmp_path / "new" / "bias")) == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["bias-lambda.png", "bias.json", "bias.png"]
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize("kind", ["truncated", "empty", "a number", "objects", "text"])
+def test_data_that_cannot_be_read_is_refused(kind, suffix, tiny, data, tmp_path, capsys):
+    path = tmp_path / f"images.{suffix}"
+    contents = {"a number": np.float32(1), "objects": np.array([{}, 1], dtype=object)}.get(kind, np.load(data))
+    (np.save if suffix == "npy" else np.savez)(path, contents)
+    if kind in ("truncated", "empty", "text"):
+        whole = path.read_bytes()
+        path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"no array"}[kind])
+    assert (
+        calibrate("--model", tiny["plain"], "--data", str(path), "--images", "4", "--out", str(tmp_path / "l.json"))
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert re.fullmatch(f"epskernels calibrate: data: expected .* in {path}.*\\n", error) and "unsafely" not in error
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused(mode, tiny, tmp_path, capsys):
+    """Pillow would cut them off at 255."""
+    pixels = np.full((8, 8), 300, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    for name in "ab":
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png", format="PNG" if mode == "I;16" else "TIFF")
+    given = ["--model", tiny["plain"], "--images", "2", "--out", str(tmp_path / "l.json"), "--data", str(tmp_path)]
+    assert calibrate(*given) == 2
+    assert f"data: expected 8 bits a channel in {tmp_path / 'a.png'}, got mode {mode};" in capsys.readouterr().err
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert calibrate(*given) == 2
+    assert f"epskernels calibrate: data: {tmp_path / 'a.png'} cannot be read: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"trials": [{"k": 0, "score": 1}]}', '{"trials": [0]}'])
+def test_a_damaged_cache_is_refused(text, tmp_path, capsys):
+    digits, cache = str(tmp_path / "digits.npy"), tmp_path / "trials.json"
+    np.save(digits, np.random.default_rng(0).uniform(-1, 1, (4, 1, 28, 28)).astype(np.float32))
+    cache.write_text(text)
+    arguments = ["--steps", "2", "--data", digits, "--images", "4", "--out", str(tmp_path / "l.json"), "--samples", "2"]
+    assert calibrate(*arguments, "--method", "search", "--cache", str(cache)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"epskernels calibrate: cache: expected what search has saved in {cache}: ")
+    assert len(error.splitlines()) == 1 and cache.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        ("unet/config.json", None, "expected a sample_size"),
+        ("unet/config.json", "{", "expected JSON in"),
+        ("unet/config.json", "[]", "expected a configuration of diffusers in"),
+        ("scheduler/scheduler_config.json", "[]", "expected a configuration of diffusers in"),
+        ("scheduler/scheduler_config.json", '{"beta_schedule": "none"}', "none is not implemented"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_refused(file, text, message, tiny, tmp_path, capsys):
+    path = tmp_path / "model" / file
+    shutil.copytree(tiny["plain"], tmp_path / "model")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": None}) if text is None else text)
+    assert run("--model", str(tmp_path / "model"), "--seeds", "0") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("epskernels sample: model: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_an_error_that_announces_its_reason_says_it(tiny, tmp_path, capsys):
+    shutil.copytree(tiny["plain"], tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [8, 16]}))
+    assert run("--model", str(tmp_path / "model"), "--seeds", "0") == 1
+    assert re.match(r"epskernels sample: Error.*: size mismatch for down_blocks.*\n$", capsys.readouterr().err)
