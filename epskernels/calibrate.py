@@ -151,8 +151,9 @@ def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, pro
     sample with its own image: from pure noise the norms of other images would be compared, whose spread hides the gap, and
     the first t's own distance from pure noise would count as a gap.
     feedback=False: the run takes its steps without scaling, so that lambda_t is the norm gap. True: each step is taken with the
-    lambda_t just found, so that the gap of the scaled sampler is closed exactly; but a lambda_t above 1 leaves noise in x,
-    which raises the next norm: in a sampler that adds no noise of its own lambda_t runs away (measured in docs/exposure.md).
+    lambda_t just found, so that the gap of the scaled sampler is closed exactly; but a lambda_t above 1 leaves noise in x, one
+    below 1 takes too much out, and the next norm moves the same way: in a sampler that adds no noise of its own lambda_t may run
+    away, as it does on two of the three models of docs/exposure.md, downward.
     model: as in `sample`. sampler: a function of a scaling that returns the Table, such as
     functools.partial(samplers.ddpm, schedule, 20) called with scaling=: `lambda s: samplers.ddpm(schedule, 20, scaling=s)`.
     images, seed, batch: as in `exposure.measure`; all are held in memory, as are as many states and model outputs.
