@@ -151,8 +151,9 @@ def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, pro
     sample with its own image: from pure noise the norms of other images would be compared, whose spread hides the gap, and
     the first t's own distance from pure noise would count as a gap.
     feedback=False: the run takes its steps without scaling, so that lambda_t is the norm gap. True: each step is taken with the
-    lambda_t just found, so that the gap of the scaled sampler is closed exactly; but a lambda_t above 1 leaves noise in x,
-    which raises the next norm: in a sampler that adds no noise of its own lambda_t runs away (measured in docs/exposure.md).
+    lambda_t just found, so that the gap of the scaled sampler is closed exactly; but a lambda_t above 1 leaves noise in x, one
+    below 1 takes too much out, and the next norm moves the same way: in a sampler that adds no noise of its own lambda_t may run
+    away, as it does on two of the three models of docs/exposure.md, downward.
     model: as in `sample`. sampler: a function of a scaling that returns the Table, such as
     functools.partial(samplers.ddpm, schedule, 20) called with scaling=: `lambda s: samplers.ddpm(schedule, 20, scaling=s)`.
     images, seed, batch: as in `exposure.measure`; all are held in memory, as are as many states and model outputs.
@@ -202,7 +203,8 @@ def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, pro
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What `search` found: the best scaling and its score, that of no scaling, and all trials as (k, b, score)."""
+    """What `search` found: the best scaling and its score, that of no scaling, and all trials as (k, b, score); a score that was
+    not finite is infinity."""
 
     scaling: scaling.EpsilonScaling
     score: float
@@ -218,12 +220,12 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
     bounds: (low, high) of b, the uniform lambda, by Brent's bounded method; or ((low, high) of k, (low, high) of lambda in the
     middle) of lambda_i = k*i + b, i from the cleanest of `steps`, by Nelder and Mead's. trials: calls of score, at most.
     cache: a JSON file; trials that it holds are not made again. key: whatever else the score depends on, kept with it.
-    Raises ValueError naming the argument, ImportError without scipy.
+    Raises ValueError naming the argument, also where no trial has a finite score, ImportError without scipy.
     """
     try:
         from scipy import optimize
     except ImportError as error:
-        raise ImportError("search needs scipy: pip install 'epskernels[exposure]'", name="scipy") from error
+        raise ImportError("search needs scipy: pip install scipy", name="scipy") from error
     bounds = np.asarray(bounds, dtype=np.float64)
     if bounds.shape not in ((2,), (2, 2)) or not (
         np.isfinite(bounds).all() and (bounds[..., 0] < bounds[..., 1]).all()
@@ -259,7 +261,7 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
     def as_lambda(k, b):
         return scaling.linear(k, b, origin="cleanest") if linear else scaling.constant(b)
 
-    baseline = value(0.0, 1.0)
+    value(0.0, 1.0)
     try:
         if linear:
             low, high = bounds.T
@@ -274,8 +276,10 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
         pass
     bar.close()
     best = min(made, key=made.get)
+    if not math.isfinite(made[best]):
+        raise ValueError(f"score: expected a finite number from at least one trial, got none from {len(made)}")
     found = tuple((*at, each) for at, each in made.items())
-    return Found(as_lambda(*best), made[best], baseline, found)
+    return Found(as_lambda(*best), made[best], made[0.0, 1.0], found)
 
 
 class _Trials:
@@ -284,22 +288,30 @@ class _Trials:
     def __init__(self, path, settings):
         self.path, self.saved = None if path is None else pathlib.Path(path), settings | {"trials": []}
         if self.path is not None and self.path.exists():
-            saved = json.loads(self.path.read_text())
+            try:
+                saved = json.loads(self.path.read_text())
+                _by_scaling(saved["trials"])
+            except (ValueError, TypeError, KeyError, OSError) as error:
+                raise ValueError(f"cache: expected what search has saved in {path}: {error!r}") from None
             for name, expected in settings.items():
                 if saved.get(name) != expected:
                     raise ValueError(f"cache: {path} was begun with {name} {saved.get(name)!r}, now {expected!r}")
             self.saved = saved
-        self.scores = {(t["k"], t["b"]): t["score"] for t in self.saved["trials"]}
+        self.scores = _by_scaling(self.saved["trials"])
 
     def score(self, k, b, make):
         if (k, b) not in self.scores:
             score = float(make())
-            self.scores[k, b] = score if math.isfinite(score) else None
-            self.saved["trials"].append({"k": k, "b": b, "score": self.scores[k, b]})
+            self.saved["trials"].append({"k": k, "b": b, "score": score if math.isfinite(score) else None})
+            self.scores |= _by_scaling(self.saved["trials"][-1:])
             if self.path is not None:
                 text = json.dumps(self.saved, indent=1) + "\n"
                 write_whole(self.path, lambda file: file.write(text.encode()))
-        return math.inf if self.scores[k, b] is None else self.scores[k, b]
+        return self.scores[k, b]
+
+
+def _by_scaling(trials):
+    return {(t["k"], t["b"]): math.inf if t["score"] is None else float(t["score"]) for t in trials}
 
 
 # ---- the gradient ----

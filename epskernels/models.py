@@ -1,8 +1,10 @@
 """Trained networks from a diffusers directory, as the callables that sample() takes."""
 
 import dataclasses
+import json
 import pathlib
 
+import numpy as np
 import torch
 
 from . import schedule
@@ -14,16 +16,23 @@ DIGITS = pathlib.Path(__file__).with_name("digits")  # ships with the package: s
 class Model:
     """A network and what a table for it needs.
 
-    call: (x, t) -> f, or (f, u) with classes. shape: of one sample. classes: how many, 0 for an unconditional network.
+    call: (x, t) -> f, or (f, u) with classes. variance: ddpm's. grid: where its timesteps are, for DiscreteSchedule.grid.
+    final: where ddim's last step ends. shape: of one sample. classes: how many, 0 for an unconditional network.
     """
 
     network: torch.nn.Module
     schedule: schedule.DiscreteSchedule
     prediction: str
-    learned_variance: bool
+    variance: str
     clip: float | None
+    grid: dict
+    final: str
     shape: tuple
     classes: int
+
+    @property
+    def learned_variance(self):
+        return self.variance == "learned_range"
 
     def callable(self, label=None, guidance=1.0):
         """The network as sample() calls it. label: a class; with guidance other than 1 its last class is the empty one.
@@ -54,45 +63,89 @@ class Model:
 
 
 def load(directory=DIGITS, device="cpu"):
-    """The UNet2DModel and the DDPM schedule of a diffusers pipeline directory (unet/, scheduler/).
+    """The UNet2DModel and the schedule of betas of a diffusers pipeline directory (unet/, scheduler/).
 
-    Raises FileNotFoundError where one of them is missing, ValueError for a schedule that has no counterpart here.
+    Of the scheduler's configuration all is heeded that says what the network has learned and where it is called; what is of its
+    own solver alone (its order, Karras' sigmas) is not: the sampler is chosen here.
+    Raises FileNotFoundError where one of them is missing, ValueError for a network or a schedule that has no counterpart here.
     """
-    from diffusers import DDPMScheduler, UNet2DModel
+    import diffusers
     from diffusers.utils import logging
 
     directory = pathlib.Path(directory)
-    for part in ("unet/config.json", "scheduler/scheduler_config.json"):
-        if not (directory / part).exists():
-            raise FileNotFoundError(f"model: expected {part} in {directory}, the directory of a diffusers pipeline")
+    _, said = (_config(directory, part) for part in ("unet/config.json", "scheduler/scheduler_config.json"))
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        network = UNet2DModel.from_pretrained(directory / "unet").eval().requires_grad_(False).to(device)
-        scheduler = DDPMScheduler.from_pretrained(directory / "scheduler")
+        network = diffusers.UNet2DModel.from_pretrained(directory / "unet").eval().requires_grad_(False).to(device)
+        named = said.get("_class_name", "DDPMScheduler")
+        kind = getattr(diffusers, named, None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise ValueError(f"model: expected a scheduler of diffusers in {directory}, got {named!r}")
+        scheduler = kind.from_pretrained(directory / "scheduler")
+    except NotImplementedError as error:  # of a schedule of betas
+        raise ValueError(f"model: {directory}: {error}") from None
     finally:
         logging.set_verbosity(verbosity)
-    config = scheduler.config
-    if config.prediction_type not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(f"model: unknown prediction type {config.prediction_type!r} in {directory}")
-    size = network.config.sample_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    unet, config = network.config, scheduler.config  # with the defaults of that scheduler for what is not said
+    if config.get("prediction_type") not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(f"model: unknown prediction type {config.get('prediction_type')!r} in {directory}")
+    for name in ("thresholding", "use_flow_sigmas"):
+        if config.get(name):
+            raise ValueError(f"model: {name} of {directory}/scheduler has no counterpart here")
+    size = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else tuple(unet.sample_size or ())
+    if len(size) != 2:
+        raise ValueError(f"model: expected a sample_size (H, W) in {directory}/unet, got {unet.sample_size}")
     return Model(
         network=network,
         schedule=_betas(config, scheduler),
         prediction=config.prediction_type,
-        learned_variance=network.config.out_channels == 2 * network.config.in_channels,
-        clip=config.clip_sample_range if config.clip_sample else None,
-        shape=(network.config.in_channels, *size),
-        classes=network.config.num_class_embeds or 0,
+        variance=_variance(config, unet),
+        clip=config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None,
+        grid={"spacing": config.get("timestep_spacing", "leading"), "steps_offset": config.get("steps_offset", 0)},
+        final="clean" if config.get("set_alpha_to_one", True) else "first",
+        shape=(unet.in_channels, *size),
+        classes=unet.num_class_embeds or 0,
     )
+
+
+def _config(directory, part):
+    path = directory / part
+    if not path.exists():
+        raise FileNotFoundError(f"model: expected {part} in {directory}, the directory of a diffusers pipeline")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"model: expected JSON in {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"model: expected a configuration of diffusers in {path}, got {type(config).__name__}")
+    return config
+
+
+def _variance(config, unet):
+    """What ddpm takes where nothing else is said."""
+    kind = config.get("variance_type") or "fixed_small"
+    if unet.out_channels == unet.in_channels:
+        return "fixed_large" if kind.startswith("fixed_large") else "fixed_small"
+    if unet.out_channels != 2 * unet.in_channels:
+        raise ValueError(f"model: expected {unet.in_channels} output channels, or twice that, got {unet.out_channels}")
+    if kind == "learned":
+        raise ValueError("model: a variance that is learned other than as a range has no counterpart here")
+    return "learned_range"
 
 
 def _betas(config, scheduler):
     """The schedule in float64, from its formula where the configuration names one."""
-    T, given = config.num_train_timesteps, config.trained_betas is not None
-    if not given and config.beta_schedule == "squaredcos_cap_v2":
-        return schedule.cosine(T)
-    if not given and config.beta_schedule in ("linear", "scaled_linear"):
-        return getattr(schedule, config.beta_schedule)(T, config.beta_start, config.beta_end)
-    return schedule.from_betas(scheduler.betas.double().numpy())
+    T, name = config.num_train_timesteps, config.get("beta_schedule")
+    if config.get("trained_betas") is None and name in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        ends = () if name == "squaredcos_cap_v2" else (config.beta_start, config.beta_end)
+        path = (schedule.cosine if name == "squaredcos_cap_v2" else getattr(schedule, name))(T, *ends)
+        path = path.zero_terminal_snr() if config.get("rescale_betas_zero_snr") else path
+    elif name is not None:
+        path = schedule.from_betas(scheduler.betas.double().numpy())
+    else:
+        raise ValueError(f"model: expected a scheduler of betas, got {type(scheduler).__name__}")
+    theirs = scheduler.alphas_cumprod.double().numpy()
+    if path.abar.shape != theirs.shape or not np.allclose(path.abar, theirs, rtol=1e-2, atol=1e-5):
+        raise ValueError(f"model: the noise levels of {type(scheduler).__name__} have no counterpart here")
+    return path

@@ -21,15 +21,19 @@ FORMAT = 1
 class Shards:
     """The chunks in a directory: `settings`, `seeds`, and for each of `names` the arrays of `len(shards)` chunks.
 
-    Raises FileNotFoundError where nothing was begun, ValueError for another format.
+    Raises FileNotFoundError where nothing was begun, ValueError for another format, or where it is damaged.
     """
 
     def __init__(self, directory):
         self.directory = pathlib.Path(directory)
-        self.settings = json.loads((self.directory / "run.json").read_text())
+        self.settings = _settings(self.directory)
         if self.settings.get("format") != FORMAT:
             raise ValueError(f"{directory}: expected format {FORMAT}, got {self.settings.get('format')!r}")
-        self.seeds = np.load(self.directory / "seeds.npy")
+        path = self.directory / "seeds.npy"
+        try:
+            self.seeds = np.load(path)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged, and would be made again if it were not there: {error}") from None
         self.names, self.batch = tuple(self.settings["names"]), self.settings["batch"]
 
     def __len__(self):
@@ -100,14 +104,28 @@ def begin(directory, settings, seeds):
     settings = json.loads(json.dumps({"format": FORMAT, **settings}))
     path = directory / "run.json"
     if path.exists():
-        compare(json.loads(path.read_text()), settings, directory)
+        compare(_settings(directory), settings, directory)
     elif found := [other.name for other in directory.iterdir() if other.suffix != ".tmp"]:
         raise ValueError(f"{directory}: expected run.json or an empty directory, found {min(found)}")
     else:
         write_whole(path, lambda file: file.write(json.dumps(settings, indent=1).encode() + b"\n"))
     if not (directory / "seeds.npy").exists():  # after run.json, which says what they are
         write_whole(directory / "seeds.npy", lambda file: np.save(file, np.array(seeds, dtype=np.uint64)))
-    return Shards(directory)
+    run = Shards(directory)
+    if not np.array_equal(run.seeds, np.array(seeds, dtype=np.uint64)):
+        raise ValueError(f"{directory}: seeds.npy holds other seeds than run.json says")
+    return run
+
+
+def _settings(directory):
+    path = directory / "run.json"
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected the settings of a run, got {type(settings).__name__}")
+    return settings
 
 
 def compare(old, new, where):

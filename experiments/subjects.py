@@ -186,9 +186,7 @@ def real_curves():
     try:
         package = importlib.metadata.distribution("sktime")
     except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError(
-            "the power demand curves come inside sktime: pip install '.[experiments]' in the checkout", name="sktime"
-        ) from error
+        raise ImportError("the power demand curves come inside sktime: pip install sktime", name="sktime") from error
     curves = []
     for part in ("TRAIN", "TEST"):
         path = package.locate_file(f"sktime/datasets/data/ItalyPowerDemand/ItalyPowerDemand_{part}.ts")

@@ -289,6 +289,14 @@ def test_a_score_that_is_not_finite_is_the_worst(tmp_path):
     assert None in [trial["score"] for trial in json.loads(cache.read_text())["trials"]]
 
 
+def test_no_scaling_may_be_what_is_not_finite(tmp_path):
+    score = lambda s: math.inf if s.values(1)[0] == 1 else s.values(1)[0]  # noqa: E731
+    found = calibrate.search(score, (0.98, 1.04), trials=4, cache=tmp_path / "trials.json")
+    assert found.baseline == math.inf and found.trials[0] == (0, 1, math.inf) and found.score < 1.04
+    again = calibrate.search(score, (0.98, 1.04), trials=4, cache=tmp_path / "trials.json")
+    assert again.trials == found.trials and again.baseline == math.inf
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -298,6 +306,7 @@ def test_a_score_that_is_not_finite_is_the_worst(tmp_path):
         (lambda: calibrate.search(abs, (1.0, 0.9)), "bounds: expected"),
         (lambda: calibrate.search(abs, ((0, 1), (1, 2))), "steps: expected an integer of at least 2"),
         (lambda: calibrate.search(abs, (0.9, 1.0), trials=1), "trials: expected an integer of at least 2, got 1"),
+        (lambda: calibrate.search(lambda s: math.nan, (0.9, 1.1), trials=3), "score: expected .* at least one trial, got none"),
         (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], torch.sum, [1], SHAPE, form="cubic"), "form: expected one of"),
         (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], torch.sum, [1], SHAPE, rounds=1), "rounds, rate: expected"),
         (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], lambda x: x.sum() * math.inf, [1], SHAPE), "loss: expected a"),

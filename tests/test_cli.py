@@ -1,10 +1,13 @@
 """The command line: what it writes, what it prints, how it refuses."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,11 +22,11 @@ from epskernels import cli, exposure, models, samplers, scaling
 def tiny(tmp_path_factory):
     """Directories of small untrained models: without classes (learned variance), and with."""
 
-    def build(name, **config):
+    def build(name, in_channels=1, **config):
         directory = tmp_path_factory.mktemp(name)
         torch.manual_seed(0)
         network = UNet2DModel(
-            sample_size=8, in_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+            sample_size=8, in_channels=in_channels, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
             down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **config,
         )  # fmt: skip
         network.save_pretrained(directory / "unet")
@@ -33,6 +36,8 @@ def tiny(tmp_path_factory):
     return {
         "plain": build("plain", out_channels=2),
         "classes": build("classes", out_channels=1, num_class_embeds=4),
+        "one": build("one", out_channels=1),
+        "two": build("two", in_channels=2, out_channels=2),
     }
 
 
@@ -53,6 +58,52 @@ def test_writes_samples_and_grid(tiny, sampler, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"time in the model \d+\.\d+ s, in the step and the loop around it \d+\.\d+ s", printed)
     assert len(re.findall(r"sha256 of the (?:initial noise|baseline|samples) [0-9a-f]{64}", printed)) == 3
+
+
+@pytest.mark.parametrize("suffix", ["png", "npz"])
+def test_an_interrupted_write_leaves_the_file_as_it_was(suffix, tiny, tmp_path, monkeypatch):
+    path = tmp_path / f"samples.{suffix}"
+    arguments = ["--model", tiny["plain"], "--steps", "2", "--out", str(path)]
+    assert run(*arguments, "--seeds", "0") == 0
+    before = path.read_bytes()
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", interrupted)
+        run(*arguments, "--seeds", "1")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert run(*arguments, "--seeds", "1") == 0 and path.read_bytes() != before
+
+
+def test_channels_that_no_png_has_are_refused_before_sampling(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "sample", None)
+    assert run("--model", tiny["two"], "--seeds", "0", "--out", str(tmp_path / "new" / "grid.png")) == 2
+    assert "--out: expected images of 1 or 3 channels for a .png, got 2" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "file, contents, message",
+    [
+        ("seeds.npy", b"", "seeds.npy is damaged, and would be made again if it were not there"),
+        ("seeds.npy", np.arange(5, dtype=np.uint64), "seeds.npy holds other seeds than run.json says"),
+        ("run.json", b"[]", "run.json: expected the settings of a run, got list"),
+        ("run.json", b"{", "run.json: expected JSON: "),
+    ],
+)
+def test_a_damaged_directory_is_refused(file, contents, message, tiny, tmp_path, capsys):
+    arguments = ["--model", tiny["plain"], "--steps", "2", "--seeds", "0-2", "--out", str(tmp_path / "samples")]
+    assert run(*arguments) == 0
+    path = tmp_path / "samples" / file
+    np.save(path, contents) if isinstance(contents, np.ndarray) else path.write_bytes(contents)
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    path.unlink()
+    assert (run(*arguments) == 0) == (file == "seeds.npy")
 
 
 def test_backends_print_the_same_hashes(tiny, capsys):
@@ -102,7 +153,12 @@ def test_scalings(tiny, setting):
         (["--guidance", "2"], "guidance and class need a network with classes"),
         (["--device", "nope"], "--device: 'nope' cannot be used"),
         (["--device", f"cuda:{torch.cuda.device_count()}"], "--device: 'cuda:.' cannot be used"),
+        (["--device", "meta"], "--device: 'meta' cannot be used"),
         (["--model", "/nonexistent"], "model: expected unet/config.json"),
+        (["--scaling", "/nonexistent"], "No such file or directory: '/nonexistent'"),
+        (["--scaling", "/"], "Is a directory: '/'"),
+        (["--out", "/dev/null/a.png"], "--out: /dev/null/a.png cannot be written: "),
+        (["--out", "/dev/null/a"], "--out: .*Not a directory: '/dev/null/a'"),
         ([], "required: COMMAND"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -200,6 +256,71 @@ def test_bundled_digits_load_as_a_diffusers_pipeline():
     torch.testing.assert_close(pipeline.scheduler.alphas_cumprod.double(), alphas, rtol=1e-4, atol=1e-7)
 
 
+@pytest.fixture
+def model_of(tiny, tmp_path):
+    """A function of a scheduler, and of changes to its configuration, that gives the directory of a model with it."""
+
+    def make(scheduler, of="plain", **changes):
+        shutil.copytree(tiny[of], tmp_path / "model", dirs_exist_ok=True)
+        path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+        scheduler.save_pretrained(path.parent)
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return tmp_path / "model"
+
+    return make
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "trained"])
+def test_betas_are_those_of_the_scheduler(betas, zero_snr, model_of):
+    named = {"trained_betas": np.geomspace(1e-4, 0.03, 50).tolist()} if betas == "trained" else {"beta_schedule": betas}
+    scheduler = diffusers.DDPMScheduler(50, **named, rescale_betas_zero_snr=zero_snr)
+    abar = torch.from_numpy(models.load(model_of(scheduler)).schedule.abar.copy())
+    torch.testing.assert_close(abar, scheduler.alphas_cumprod.double(), rtol=1e-4, atol=1e-6)
+    assert (abar[-1] == 0) == zero_snr
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_timesteps_variance_and_last_step_are_those_of_the_scheduler(spacing, model_of):
+    options = {"timestep_spacing": spacing, "steps_offset": int(spacing == "leading")}
+    for sampler, scheduler in (
+        ("ddpm", diffusers.DDPMScheduler(**options, variance_type="fixed_large")),
+        ("ddim", diffusers.DDIMScheduler(**options, set_alpha_to_one=False)),
+    ):
+        args = cli.build_parser().parse_args(["sample", "--sampler", sampler, "--steps", "7"])
+        table = cli.make_table(args, models.load(model_of(scheduler, of="one")), scaling.constant(1.0))
+        scheduler.set_timesteps(7)
+        assert table["t"].tolist() == scheduler.timesteps.tolist()
+        if sampler == "ddim":
+            assert table["alpha_out"][-1] ** 2 == pytest.approx(scheduler.final_alpha_cumprod.item(), rel=1e-6) != 1
+        else:
+            beta = 1 - (table["alpha_in"] / table["alpha_out"]) ** 2
+            np.testing.assert_allclose(table["c_noise"][:-1] ** 2, beta[:-1], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "scheduler, changes, message",
+    [
+        (diffusers.DDPMScheduler(thresholding=True), {}, "thresholding of .* has no counterpart"),
+        (diffusers.DDPMScheduler(variance_type="learned"), {}, "variance that is learned other than as a range"),
+        (diffusers.DDPMScheduler(), {"_class_name": "UNet2DModel"}, "expected a scheduler of diffusers .*got 'UNet2DModel'"),
+        (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), {}, "use_flow_sigmas of"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), {}, "unknown prediction type None"),
+        (diffusers.EDMEulerScheduler(), {}, "expected a scheduler of betas, got EDMEulerScheduler"),
+        (diffusers.CogVideoXDDIMScheduler(), {}, "noise levels of CogVideoXDDIMScheduler"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, diffusers.SchedulerMixin) else "",
+)  # fmt: skip
+def test_schedulers_without_a_counterpart_are_refused(scheduler, changes, message, model_of):
+    with pytest.raises(ValueError, match=f"model: .*{message}"):
+        models.load(model_of(scheduler, **changes))
+
+
+def test_only_a_scheduler_that_clips_says_so(model_of):
+    assert models.load(model_of(diffusers.DDPMScheduler(clip_sample_range=0.9))).clip == 0.9
+    assert models.load(model_of(diffusers.EulerDiscreteScheduler())).clip is None
+
+
 # ---- calibrate ----
 
 
@@ -255,6 +376,30 @@ def test_says_that_lambda_was_fitted_for_another_sampler(tiny, tmp_path, capsys)
     )
 
 
+def test_says_that_lambda_was_fitted_for_other_weights(tiny, data, tmp_path, capsys):
+    out = str(tmp_path / "lambda.json")
+    settings = ["--sampler", "ddim", "--steps", "2"]
+    assert calibrate("--model", tiny["plain"], *settings, "--data", data, "--images", "4", "--out", out) == 0
+    for name, warns in (("plain", False), ("one", True)):
+        assert run("--model", tiny[name], *settings, "--seeds", "0", "--scaling", out) == 0
+        assert ("was fitted for other weights: lambda need not transfer" in capsys.readouterr().err) == warns
+
+
+@pytest.mark.parametrize("file, change", [("scheduler/scheduler_config.json", {"clip_sample": False}),
+                                          ("unet/config.json", {"norm_eps": 1e-3})])  # fmt: skip
+def test_a_search_is_of_one_scheduler_and_network(file, change, tmp_path, capsys):
+    model, digits = tmp_path / "model", str(tmp_path / "digits.npy")
+    shutil.copytree(models.DIGITS, model)
+    np.save(digits, np.random.default_rng(0).uniform(-1, 1, (4, 1, 28, 28)).astype(np.float32))
+    arguments = ["--model", str(model), "--steps", "2", "--data", digits, "--images", "4", "--out", str(tmp_path / "l.json"),
+                 "--method", "search", "--trials", "2", "--samples", "2", "--cache", str(tmp_path / "trials.json")]  # fmt: skip
+    assert calibrate(*arguments) == 0
+    config = json.loads((model / file).read_text())
+    assert change.keys() <= config.keys()
+    (model / file).write_text(json.dumps(config | change))
+    assert calibrate(*arguments) == 2 and "begun with key" in capsys.readouterr().err
+
+
 def test_searches_the_digits_by_trials(tmp_path, capsys):
     out, cache, digits = tmp_path / "lambda.json", tmp_path / "trials.json", str(tmp_path / "digits.npy")
     np.save(digits, np.random.default_rng(0).uniform(-1, 1, (20, 1, 28, 28)).astype(np.float32))
@@ -274,12 +419,38 @@ def test_searches_the_digits_by_trials(tmp_path, capsys):
     assert "begun with key" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("finite", [True, False])
+def test_search_shows_what_is_not_finite(finite, tmp_path, monkeypatch, capsys):
+    """The first trial is that without scaling."""
+    out, digits, scores = tmp_path / "lambda.json", str(tmp_path / "digits.npy"), iter([np.inf, 3.0, np.nan, 2.0])
+    np.save(digits, np.random.default_rng(0).uniform(-1, 1, (4, 1, 28, 28)).astype(np.float32))
+    monkeypatch.setattr(cli.quality, "frechet", lambda *_: next(scores) if finite else np.nan)
+    status = calibrate("--steps", "2", "--data", digits, "--images", "4", "--out", str(out), "--method", "search",
+                       "--trials", "4", "--samples", "2")  # fmt: skip
+    captured = capsys.readouterr()
+    if not finite:
+        assert status == 2 and not out.exists() and captured.out == ""
+        assert captured.err.splitlines() == [
+            "epskernels calibrate: score: expected a finite number from at least one trial, got none from 4"
+        ]
+        return
+    assert status == 0 and "Frechet distance 2 of 2 samples, inf without" in captured.out
+    notes = scaling.load(out)[1]
+    assert notes["score"] == 2 and notes["score without scaling"] is None
+    assert [score for *_, score in notes["trials"]] == [None, 3, None, 2]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--images", "1"], "--images: expected at least 2"),
         (["--images", "13"], "data: expected 13 images"),
+        (["--seed", "-1"], "--seed: expected at least 0, got -1"),
+        (["--seed", str(2**63 - 999)], f"--seed: expected at most {2**63 - 1000}"),
+        (["--device", "nope"], "--device: 'nope' cannot be used: "),
+        (["--device", "meta"], "--device: 'meta' cannot be used: "),
+        (["--device", f"cuda:{torch.cuda.device_count()}"], "' cannot be used: "),
         (["--data", "nowhere"], "data: expected mnist, a .npy"),
         (["--out", "lambda.txt"], "--out: expected a .json"),
         (["--bounds", "0.9", "1.1"], "--bounds: not an option of --method norms"),
@@ -292,7 +463,140 @@ def test_searches_the_digits_by_trials(tmp_path, capsys):
 )
 def test_calibrate_refuses(arguments, message, tiny, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.calibrate, "match_norms", None)  # before the work
     given = ["--model", tiny["plain"], "--steps", "4", "--data", data, "--images", "8", "--out", "lambda.json"]
     assert calibrate(*given, *arguments) == 2
-    assert message in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert message in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out", "file/lambda.json"], "--out: file/lambda.json cannot be written: "),
+        (["--out", "folder.json"], "--out: folder.json cannot be written: a directory"),
+        (["--plots", "file/bias"], "--plots: file/bias.json cannot be written: "),
+        (["--plots", "."], "--plots: expected the stem of files' names"),
+        (["--plots", "lambda"], "--plots: lambda.json is the file of --out already"),
+        (["--method", "search", "--cache", "./lambda.json"], "--cache: lambda.json is the file of --out already"),
+        (["--method", "search", "--cache", "folder.json"], "--cache: folder.json cannot be written: a directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_written_is_said_before_the_work(arguments, message, tiny, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for work in ("match_norms", "search"):
+        monkeypatch.setattr(cli.calibrate, work, None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.json").mkdir()
+    given = ["--model", tiny["plain"], "--steps", "4", "--data", data, "--images", "8", "--out", "lambda.json"]
+    assert calibrate(*given, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"epskernels calibrate: {message}") and len(captured.err.splitlines()) == 1
+
+
+def test_plots_without_matplotlib_are_refused_before_the_work(tiny, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(cli.calibrate, "match_norms", None)
+    given = [
+        "--model",
+        tiny["plain"],
+        "--steps",
+        "4",
+        "--data",
+        data,
+        "--images",
+        "8",
+        "--out",
+        str(tmp_path / "l.json"),
+    ]
+    assert calibrate(*given, "--plots", str(tmp_path / "bias")) == 2
+    assert "--plots: plots need matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_plots_into_a_new_folder(tiny, data, tmp_path):
+    given = [
+        "--model",
+        tiny["plain"],
+        "--steps",
+        "2",
+        "--data",
+        data,
+        "--images",
+        "4",
+        "--out",
+        str(tmp_path / "l.json"),
+    ]
+    assert calibrate(*given, "--plots", str(tmp_path / "new" / "bias")) == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["bias-lambda.png", "bias.json", "bias.png"]
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize("kind", ["truncated", "empty", "a number", "objects", "text"])
+def test_data_that_cannot_be_read_is_refused(kind, suffix, tiny, data, tmp_path, capsys):
+    path = tmp_path / f"images.{suffix}"
+    contents = {"a number": np.float32(1), "objects": np.array([{}, 1], dtype=object)}.get(kind, np.load(data))
+    (np.save if suffix == "npy" else np.savez)(path, contents)
+    if kind in ("truncated", "empty", "text"):
+        whole = path.read_bytes()
+        path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"no array"}[kind])
+    assert (
+        calibrate("--model", tiny["plain"], "--data", str(path), "--images", "4", "--out", str(tmp_path / "l.json"))
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert re.fullmatch(f"epskernels calibrate: data: expected .* in {path}.*\\n", error) and "unsafely" not in error
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused(mode, tiny, tmp_path, capsys):
+    """Pillow would cut them off at 255."""
+    pixels = np.full((8, 8), 300, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    for name in "ab":
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png", format="PNG" if mode == "I;16" else "TIFF")
+    given = ["--model", tiny["plain"], "--images", "2", "--out", str(tmp_path / "l.json"), "--data", str(tmp_path)]
+    assert calibrate(*given) == 2
+    assert f"data: expected 8 bits a channel in {tmp_path / 'a.png'}, got mode {mode};" in capsys.readouterr().err
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert calibrate(*given) == 2
+    assert f"epskernels calibrate: data: {tmp_path / 'a.png'} cannot be read: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"trials": [{"k": 0, "score": 1}]}', '{"trials": [0]}'])
+def test_a_damaged_cache_is_refused(text, tmp_path, capsys):
+    digits, cache = str(tmp_path / "digits.npy"), tmp_path / "trials.json"
+    np.save(digits, np.random.default_rng(0).uniform(-1, 1, (4, 1, 28, 28)).astype(np.float32))
+    cache.write_text(text)
+    arguments = ["--steps", "2", "--data", digits, "--images", "4", "--out", str(tmp_path / "l.json"), "--samples", "2"]
+    assert calibrate(*arguments, "--method", "search", "--cache", str(cache)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"epskernels calibrate: cache: expected what search has saved in {cache}: ")
+    assert len(error.splitlines()) == 1 and cache.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        ("unet/config.json", None, "expected a sample_size"),
+        ("unet/config.json", "{", "expected JSON in"),
+        ("unet/config.json", "[]", "expected a configuration of diffusers in"),
+        ("scheduler/scheduler_config.json", "[]", "expected a configuration of diffusers in"),
+        ("scheduler/scheduler_config.json", '{"beta_schedule": "none"}', "none is not implemented"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_refused(file, text, message, tiny, tmp_path, capsys):
+    path = tmp_path / "model" / file
+    shutil.copytree(tiny["plain"], tmp_path / "model")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": None}) if text is None else text)
+    assert run("--model", str(tmp_path / "model"), "--seeds", "0") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("epskernels sample: model: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_an_error_that_announces_its_reason_says_it(tiny, tmp_path, capsys):
+    shutil.copytree(tiny["plain"], tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [8, 16]}))
+    assert run("--model", str(tmp_path / "model"), "--seeds", "0") == 1
+    assert re.match(r"epskernels sample: Error.*: size mismatch for down_blocks.*\n$", capsys.readouterr().err)

@@ -353,6 +353,30 @@ def test_state_of_something_else_is_refused(changes, message, tmp_path):
     assert (tmp_path / "state.npz").read_bytes() == before
 
 
+@pytest.mark.parametrize("kind", ["truncated", "empty", "another archive", "an array", "lacking"])
+def test_a_damaged_state_is_refused(kind, tmp_path):
+    state = tmp_path / "state.npz"
+    arguments = {
+        "model": wavy_for(TABLES["ddim"]),
+        "table": TABLES["ddim"],
+        "images": images(8),
+        "batch": 4,
+        "state": state,
+    }
+    exposure.measure(**arguments)
+    whole, arrays = state.read_bytes(), dict(np.load(state))
+    if kind == "another archive":
+        np.savez(state, images=np.ones(3))
+    elif kind == "lacking":
+        np.savez(state, **{name: array for name, array in arrays.items() if name != "pixels_chain_mean"})
+    elif kind == "an array":
+        np.save(state.open("wb"), np.ones(3))
+    else:
+        state.write_bytes(whole[: len(whole) // 2] if kind == "truncated" else b"")
+    with pytest.raises(ValueError, match="^state: .*damaged"):
+        exposure.measure(**arguments)
+
+
 # ---- the result ----
 
 
@@ -366,6 +390,15 @@ def test_saved_and_loaded(tmp_path):
     (tmp_path / "exposure.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="expected an Exposure of format"):
         exposure.Exposure.load(tmp_path / "exposure.json")
+
+
+def test_infinities_are_saved_as_plain_json(tmp_path):
+    found = exposure.measure(lambda x, t: x * 1e30, TABLES["ddim"], images(4), parts=("training", "chain"))
+    assert np.isinf(found.std_chain).any() or np.isinf(found.norm_chain).any()
+    found.save(tmp_path / "exposure.json")
+    json.loads((tmp_path / "exposure.json").read_text(), parse_constant=pytest.fail)
+    assert equal(found, exposure.Exposure.load(tmp_path / "exposure.json"))
+    found.plot(tmp_path / "exposure.png")
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
