@@ -13,7 +13,8 @@ The compiled kernels register themselves, for CPU and for CUDA tensors. Where on
 kernel; failing that the reference stands in, and says so once.
 
 The ops themselves have no gradient, which costs their callers nothing: `step` takes the way through autograd where an input
-requires grad. torch.vmap folds its dimension into the batch, for `step` and for the ops that write nothing.
+requires grad, and marks what it writes; of what step_out and step_ write when called directly, autograd learns nothing.
+torch.vmap folds its dimension into the batch, for `step` and for the ops that write nothing.
 """
 
 import contextlib

@@ -409,12 +409,33 @@ def test_autograd_notices_what_a_step_overwrites(written):
         loss.backward()
 
 
-def test_the_op_itself_has_no_gradient_and_pytorch_says_so():
+@pytest.mark.parametrize("op", ["step", "step_plain", "step_m0", "step_y", "moments"])
+def test_the_op_itself_has_no_gradient_and_pytorch_says_so(op):
     rows, inputs = call((), 33)
-    x = inputs["x"].requires_grad_()
-    result = torch.ops.epskernels.step(x, inputs["f"], rows, torch.tensor(0))
-    with pytest.warns(UserWarning, match="epskernels::step: an autograd kernel was not registered"):
+    x, f = inputs["x"].requires_grad_(), inputs["f"]
+    others = () if op == "moments" else (f, rows, torch.tensor(0))
+    result = getattr(torch.ops.epskernels, op)(x, *others)
+    result = result[0] if isinstance(result, tuple) else result
+    with pytest.warns(UserWarning, match=f"epskernels::{op}: an autograd kernel was not registered"):
         (result.sum() + 0 * x.sum()).backward()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autograd_learns_nothing_of_what_an_op_writes(compiled):
+    """As docs/production_compile.md says of the ops called directly."""
+
+    def loss_of(leaf):
+        x = 3 * leaf
+        torch.ops.epskernels.step_(x, torch.zeros(2), make_row(c_x=0.5), torch.tensor(0))
+        return x.sum()
+
+    leaf = torch.ones(2, requires_grad=True)
+    torch._dynamo.reset()
+    loss = (torch.compile(loss_of, backend="aot_eager", fullgraph=True) if compiled else loss_of)(leaf)
+    loss.backward()
+    assert loss == 3 and (leaf.grad == 3).all()  # where 1.5 is right
+    torch.ops.epskernels.step_(leaf, torch.zeros(2), make_row(c_x=0.5), torch.tensor(0))
+    assert (leaf == 0.5).all() and leaf._version == 0
 
 
 # ---- torch.func ----
