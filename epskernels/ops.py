@@ -343,6 +343,12 @@ def _log_call(name, functions, backend, tensors):
     _log.debug("%s on %s runs on %s, %s%s", name, first.device, kernel, why, "".join(f"; {text}" for text in slower))
 
 
+def _raise_out_of_memory(error):
+    """torch's own type where torch says so: its stable ABI lets a library raise none but RuntimeError."""
+    if "epskernels: could not allocate" in str(error) and "out of memory" in str(error):
+        raise torch.OutOfMemoryError(str(error)) from None
+
+
 # ---- gradients and vmap ----
 
 
@@ -388,7 +394,11 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(backend, op, x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold):
         run = getattr(_BACKENDS[backend][0](), op)
-        return run(x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
+        try:
+            return run(x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
+        except RuntimeError as error:
+            _raise_out_of_memory(error)
+            raise
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -535,9 +545,10 @@ def step(
 
     Samples contiguous in themselves, at any batch stride, are read in place; other layouts through a copy.
     Returns x', or with m0, or with m0 and y', in x's shape and dtype; the tensors given as out, m0 and y_out where they were.
-    Raises RuntimeError, naming the argument, before anything is written. On a GPU the values of index, rows and threshold are
-    never read by the host: a sample whose index is out of range, or whose row needs a tensor that is absent, comes out as NaN;
-    EPSKERNELS_CHECK_ROWS=1 reads them on the host at every call and raises, as on the CPU.
+    Raises RuntimeError, naming the argument, before anything is written; torch.OutOfMemoryError where torch does. On a GPU the
+    values of index, rows and threshold are never read by the host: a sample whose index is out of range, or whose row needs a
+    tensor that is absent, comes out as NaN; EPSKERNELS_CHECK_ROWS=1 reads them on the host at every call and raises, as on the
+    CPU.
     """
     rows, index = rows_and_index(table, index, x)
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
@@ -554,17 +565,21 @@ def step(
             op = "step_y" if return_y else "step_m0" if return_m0 else "step"
             return _Step.apply(_chosen_name(backend), op, *inputs)
         _refuse_gradients(**_by_name(inputs, outputs))
-    if out is None and m0 is None and y_out is None and model_input is None:
-        if return_y:
-            return functions.step_y(*inputs)
-        return functions.step_m0(*inputs) if return_m0 else functions.step(*inputs)
-    if m0 is None and (return_m0 or return_y):
-        m0 = torch.empty_like(x)
-    if y_out is None and return_y:
-        y_out = torch.empty_like(x)
-    if out is None:
-        out = torch.empty_like(x)
-    functions.step_out(*inputs, out=out, m0=m0, y_out=y_out, model_input=model_input)
+    try:
+        if out is None and m0 is None and y_out is None and model_input is None:
+            if return_y:
+                return functions.step_y(*inputs)
+            return functions.step_m0(*inputs) if return_m0 else functions.step(*inputs)
+        if m0 is None and (return_m0 or return_y):
+            m0 = torch.empty_like(x)
+        if y_out is None and return_y:
+            y_out = torch.empty_like(x)
+        if out is None:
+            out = torch.empty_like(x)
+        functions.step_out(*inputs, out=out, m0=m0, y_out=y_out, model_input=model_input)
+    except RuntimeError as error:
+        _raise_out_of_memory(error)
+        raise
     if not is_dynamo_compiling():  # autograd may have kept what is overwritten, and then refuses to go on with it
         if m0 is None and y_out is None and model_input is None:
             _increment_version((out,))
@@ -610,7 +625,11 @@ def moments(f, u=None, table=None, index=None, *, backend=None):
     functions = _chosen(f, backend)
     if _logs_calls and not is_compiling():
         _log_call("moments", functions, backend, {"f": f, "u": u, "rows": rows})
-    return functions.moments(f, u, rows, index)
+    try:
+        return functions.moments(f, u, rows, index)
+    except RuntimeError as error:
+        _raise_out_of_memory(error)
+        raise
 
 
 def as_seeds(seeds, device="cpu"):
@@ -647,4 +666,8 @@ def normal(seeds, shape, *, dtype=torch.float32, draw=0, stream=STREAM_INITIAL, 
     functions = _chosen(seeds, backend)
     if _logs_calls and not is_compiling():
         _log_call("normal", functions, backend, {"seeds": seeds})
-    return functions.normal(seeds, list(shape), dtype=dtype, draw=draw, stream=stream)
+    try:
+        return functions.normal(seeds, list(shape), dtype=dtype, draw=draw, stream=stream)
+    except RuntimeError as error:
+        _raise_out_of_memory(error)
+        raise

@@ -339,6 +339,51 @@ def test_freed_storage(extension):
         torch.ops.epskernels.step(x, torch.ones(SHAPE), make_rows(), torch.tensor(1))
 
 
+# Of more bytes than there are addresses. Torch says why only from 2.13 on.
+NO_MEMORY = {
+    "a result": (
+        lambda: epskernels.step(x := torch.ones(1, 1).expand(1, 2**46), x, make_rows(), 1),
+        r"float32 \(1, 70368744177664\) on cpu",
+    ),
+    "a copy": (
+        lambda: epskernels.moments(torch.ones(1, 1, 1).bfloat16().expand(1, 2**23, 2**24)),
+        r"bfloat16 \(1, 8388608, 16777216\) on cpu",
+    ),
+    "normals": (lambda: epskernels.normal([1, 2], (2**46,), dtype=torch.float16), r"float16 \(2, 70368744177664\) on cpu"),
+}
+
+
+@pytest.mark.parametrize("backend", ["compiled", "cuda_on_host"], indirect=True)
+@pytest.mark.parametrize("case", NO_MEMORY)
+def test_no_memory(backend, case):
+    run, what = NO_MEMORY[case]
+    why = ": .*tried to allocate 281474976710656 bytes" if torch.__version__ >= (2, 13) else "$"
+    with pytest.raises(RuntimeError, match=f"epskernels: could not allocate {what}{why}"):
+        run()
+
+
+OUT_OF_MEMORY = {
+    "step": lambda: call(good()),
+    "step_out": lambda: call(good(), out=torch.empty(SHAPE)),
+    "step with gradient": lambda: call(good(x=torch.ones(SHAPE, requires_grad=True))),
+    "moments": lambda: epskernels.moments(torch.ones(SHAPE)),
+    "normal": lambda: epskernels.normal([1], (4,)),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_MEMORY)
+def test_a_gpu_s_lack_of_memory_has_torch_s_type(case, monkeypatch):
+    message = "epskernels: could not allocate float32 (3, 2, 5) on cuda:0: CUDA out of memory. Tried to allocate 2 GiB."
+
+    def full(*args, **kwargs):
+        raise RuntimeError(message)
+
+    functions = ops._Functions(*[full] * len(ops._Functions._fields))
+    monkeypatch.setitem(ops._BACKENDS, "cpu", (lambda: functions, "cpu"))
+    with epskernels.use_backend("cpu"), pytest.raises(torch.OutOfMemoryError, match=R(message)):
+        OUT_OF_MEMORY[case]()
+
+
 # ---- outputs ----
 
 

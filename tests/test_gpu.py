@@ -36,6 +36,15 @@ def test_both_kernels_are_here():
     assert not any(missing.values()), missing
 
 
+@each_backend
+def test_out_of_memory(backend):
+    """torch's own error; before 2.13 it does not tell a library which one it was."""
+    x, rows = torch.ones(1, 1, device="cuda").expand(1, 2**45), random_rows(1, (), 1).cuda()
+    told = backend != "cuda" or torch.__version__ >= (2, 13)
+    with pytest.raises(torch.OutOfMemoryError if told else RuntimeError, match="out of memory|could not allocate"):
+        epskernels.step(x, x, rows, 0, backend=backend)
+
+
 # ---- every compiled kernel, small and large ----
 
 SETS = [tuple(itertools.compress(("u", "m1", "seeds"), chosen)) for chosen in itertools.product((0, 1), repeat=3)]
