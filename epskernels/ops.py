@@ -332,7 +332,7 @@ def _log_call(name, functions, backend, tensors):
         kernel = f"the CPU kernel ({build.extension().cpu_capability()})" if kind == "cpu" else "the CUDA kernel"
     slower = []
     for key, tensor in tensors.items():
-        if key not in (*ELEMENTWISE, "rows", "out", "m0", "y_out", "model_input"):
+        if key not in (*ELEMENTWISE, "rows", "out", "m0", "y_out", "model_input") or not tensor.dim():
             continue
         size = tensor.element_size()
         if key != "rows" and not tensor[0].is_contiguous():

@@ -331,12 +331,32 @@ def test_bad_python_index(backend, kind, index):
         epskernels.step(torch.ones(SHAPE), torch.ones(SHAPE), table if kind == "table" else table.rows, index)
 
 
-def test_freed_storage(extension):
-    # PyTorch's own ops crash here, and so does the reference, which is made of them.
-    x = torch.ones(SHAPE)
-    x.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="x: expected a tensor with memory"):
-        torch.ops.epskernels.step(x, torch.ones(SHAPE), make_rows(), torch.tensor(1))
+@pytest.mark.parametrize("offset", [0, 4])
+@pytest.mark.parametrize("name", [*TENSORS, "out", "m0", "y_out", "model_input"])
+def test_freed_storage(backend, name, offset):
+    if backend == "reference":
+        pytest.skip("PyTorch's own ops crash here, and so does the reference, which is made of them")
+    a = complete(name) if name in TENSORS else good()
+    outputs = {key: torch.full(SHAPE, SENTINEL) for key in ("out", "m0", "y_out", "model_input")}
+    given = a if name in a else outputs
+    whole = torch.zeros(offset + given[name].numel(), dtype=given[name].dtype)
+    given[name] = whole[offset:].view(given[name].shape)
+    whole.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name}: expected a tensor with memory, got one whose storage was freed"):
+        op(backend, "step_out")(**a, **outputs)
+    assert all((output == SENTINEL).all() for key, output in outputs.items() if key != name)
+
+
+@pytest.mark.parametrize("name", ["f", "u", "rows", "index", "seeds"])
+def test_freed_storage_of_the_other_ops(backend, name):
+    if backend == "reference":
+        pytest.skip("as above")
+    a = {key: good()[key] for key in ("f", "u", "rows", "index", "seeds")}
+    a[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name}: expected a tensor with memory, got one whose storage was freed"):
+        if name == "seeds":
+            op(backend, "normal")(a["seeds"], [4], dtype=torch.float32)
+        op(backend, "moments")(a["f"], a["u"], a["rows"], a["index"])
 
 
 # Of more bytes than there are addresses. Torch says why only from 2.13 on.
@@ -671,6 +691,17 @@ def test_layouts_of_inputs(backend, name, layout):
     result, m0 = call(complete(name, value), return_m0=True)
     expected, expected_m0 = call(complete(name, value.clone(memory_format=torch.contiguous_format)), return_m0=True)
     assert same(result, expected) and same(m0, expected_m0)
+
+
+@pytest.mark.parametrize("name", ["rows", "index", "seeds", *PER_SAMPLE])
+def test_a_sign_bit_on_single_elements(backend, name):
+    """Of the tensors that are not read element by element."""
+    a = good(index=torch.tensor([1, 0, 2]))
+    assert same(call(a | {name: torch._neg_view(-a[name])}), call(a))
+    f, u, rows, index, seeds = (a[key] for key in ("f", "u", "rows", "index", "seeds"))
+    moments, normal = op(backend, "moments"), op(backend, "normal")
+    assert same(moments(f, u, torch._neg_view(-rows), torch._neg_view(-index)), moments(f, u, rows, index))
+    assert same(normal(torch._neg_view(-seeds), [7], dtype=torch.float32), normal(seeds, [7], dtype=torch.float32))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "batch last", "every other", "offset"])
