@@ -470,6 +470,21 @@ def _refuse_vmap(op):
     _library.impl(op, refuse, "FuncTorchBatched")
 
 
+def _vmap_moments(info, in_dims, f, u=None, rows=None, index=None):
+    dims = (*in_dims, None, None, None)[:4]
+    one = [t if dim is None else t.select(dim, 0) for t, dim in zip((f, u, rows, index), dims, strict=True)]
+    check_moments(*one)
+    if u is None:
+        f = f.movedim(dims[0], 0)
+        return _DISPATCHED.moments(f.flatten(0, 1)).unflatten(0, f.shape[:2]), 0
+
+    def run(x, f, rows, index, u, *absent):
+        return _DISPATCHED.moments(f, u, rows, index)
+
+    absent = [None] * (len(INPUTS) - 5)
+    return _folded(run, info, [dims[0], dims[0], *dims[2:], dims[1], *absent], [f, f, rows, index, u, *absent])
+
+
 def _vmap_normal(info, in_dims, seeds, shape, *options, **named):
     seeds = seeds.movedim(in_dims[0], 0)
     if seeds.dim() != 2:
@@ -482,6 +497,7 @@ for _name in ("step", "step_m0", "step_y"):
 _register_vmap("step_plain", _DISPATCHED.step)
 for _name in ("step_out", "step_"):
     _refuse_vmap(_name)
+torch.library.register_vmap("epskernels::moments", _vmap_moments, lib=_library)
 torch.library.register_vmap("epskernels::normal", _vmap_normal, lib=_library)
 
 
@@ -533,10 +549,10 @@ def step(
     table: a Table, or its rows: float32 (R, 24). index: an int, or an int64 tensor, () for one row or (B,) for a row each.
     u: unconditional output, as f; needed where the row's g is not 1. m1, m2: m0 of the one and two calls before, as x; needed
     where c_m1, c_m2 are not 0. v: the model's second half of channels (learned variance), as f. grad: a classifier's
-    gradient, as x; rows with c_grad = 0 leave it out. seeds: (B,) int64, for the noise made in the kernel; or noise: standard
-    normals, as x; one of them needed where c_noise is not 0. y: the second state of predictor-correctors, as x; needed where c_y
-    or k_y is not 0. rescale: (B,) float32, times the guided output (`guidance_rescale`). threshold: (B,) float32, finite and
-    above 0: m0 is held to it and divided by it (`dynamic_threshold`).
+    gradient, as x; rows with c_grad = 0 leave it out. seeds: (B,) int64 (see `as_seeds`), for the noise made in the kernel; or
+    noise: standard normals, as x; one of them needed where c_noise is not 0. y: the second state of predictor-correctors, as x;
+    needed where c_y or k_y is not 0. rescale: (B,) float32, times the guided output (`guidance_rescale`). threshold: (B,)
+    float32, finite and above 0: m0 is held to it and divided by it (`dynamic_threshold`).
     out: written instead of a new tensor; may be x itself. m0: written with the denoised estimate, as x; may be m1 or m2. y_out:
     written with the second state y', as x; may be y. model_input: (B, ...) or (2B, ...), as f: written with what the model reads
     next, the next row's c_in times x', in both halves where the batch is doubled for guidance.

@@ -555,6 +555,41 @@ def test_vmap_of_vmap(batched):
     assert torch.equal(torch.vmap(torch.vmap(run))(twice), torch.stack([torch.stack([*map(run, xs)]) for xs in twice]))
 
 
+MOMENTS_VMAPPED = [{"f": 0}, {"f": 2}, {"u": 1}, {"index": 0}, {"rows": 1}, dict.fromkeys(("f", "u", "rows", "index"), 0)]
+
+
+@pytest.mark.parametrize("index", [torch.tensor(1), torch.tensor([2, 0])], ids=["one_row", "row_each"])
+@pytest.mark.parametrize("dims", MOMENTS_VMAPPED, ids="-".join)
+@pytest.mark.filterwarnings("error")
+def test_vmap_of_moments(dims, index):
+    """Bit for bit the calls one by one; f alone too."""
+    calls = []
+    for seed in range(3):
+        rows, inputs = call(("u",), 50 + seed)
+        calls.append({"f": inputs["f"], "u": inputs["u"], "rows": rows, "index": (index + seed) % 3})
+    in_dims = [dims.get(name) for name in calls[0]]
+    stacked = [calls[0][name] if dim is None else torch.stack([c[name] for c in calls], dim)
+               for name, dim in zip(calls[0], in_dims, strict=True)]  # fmt: skip
+    each = [[calls[k if name in dims else 0][name] for name in calls[0]] for k in range(3)]
+    got = torch.vmap(epskernels.moments, in_dims=tuple(in_dims))(*stacked)
+    assert torch.equal(got, torch.stack([epskernels.moments(*one) for one in each]))
+    got = torch.vmap(epskernels.guidance_rescale, in_dims=tuple(in_dims))(*stacked)
+    assert torch.equal(got, torch.stack([epskernels.guidance_rescale(*one) for one in each]))
+    if "f" in dims:
+        got = torch.vmap(epskernels.moments, in_dims=dims["f"])(stacked[0])
+        assert torch.equal(got, torch.stack([epskernels.moments(one[0]) for one in each]))
+
+
+def test_vmap_of_moments_refuses():
+    f, row = torch.ones(3, 2, 5), make_row(g=2)
+    with pytest.raises(RuntimeError, match=r"f: expected shape \(B, ...\) with at least one element, got \(\)"):
+        torch.vmap(epskernels.moments)(f[:, 0, 0])
+    with pytest.raises(RuntimeError, match=r"u: expected shape \(2, 5\) as f has, got \(1, 5\)"):
+        torch.vmap(lambda f, u: epskernels.moments(f, u, row, 0))(f, f[:, :1])
+    with pytest.raises(RuntimeError, match="u, rows, index: expected all of them, or none"):
+        torch.vmap(lambda f: epskernels.moments(f, None, row, torch.tensor(0)))(f)
+
+
 def test_vmap_of_normal():
     seeds = torch.arange(6).reshape(2, 3)
     got = torch.vmap(lambda s: epskernels.normal(s, (5,), dtype=torch.bfloat16, draw=3), in_dims=1)(seeds)

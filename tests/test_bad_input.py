@@ -301,6 +301,20 @@ def test_bad_input(backend, case, how):
         refused(backend, a, message, how, m0=torch.full(SHAPE, SENTINEL))
 
 
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_where_calls_are_logged(case, monkeypatch):
+    """The log leaves it to the op to judge."""
+    monkeypatch.setattr(ops, "_logs_calls", True)
+    make, message = BAD[case]
+    refused("auto", make(), message, "step_out", out=torch.full(SHAPE, SENTINEL))
+
+
+def test_bad_moments_where_calls_are_logged(monkeypatch):
+    monkeypatch.setattr(ops, "_logs_calls", True)
+    with pytest.raises(RuntimeError, match=r"f: expected shape \(B, ...\) with at least one element, got \(\)"):
+        epskernels.moments(torch.tensor(1.0))
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [
