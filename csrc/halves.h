@@ -14,10 +14,14 @@ HOST_DEVICE float widen_float16(uint16_t half) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(half));
 #else
-  const uint32_t magnitude = half & 0x7fffu, sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const float value = float_from_bits(magnitude << 13) * 0x1p112f;  // moves the exponent's bias; exact
-  const uint32_t infinite = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-  return float_from_bits(bits_from_float(value) | infinite | sign);
+  const int32_t magnitude = half & 0x7fff;
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  // Masks: below 2^-14, and infinite or NaN.
+  const uint32_t small = static_cast<uint32_t>((magnitude - 0x400) >> 31), infinite = static_cast<uint32_t>((0x7bff - magnitude) >> 31);
+  // What is small is read as 2^-14 more, then less: exact, and no float32 subnormal, which a processor may be told to flush.
+  const uint32_t bits = (static_cast<uint32_t>(magnitude) << 13) + 0x38000000u + (small & 0x00800000u);
+  const float value = float_from_bits(bits) - float_from_bits(small & 0x38800000u);
+  return float_from_bits(bits_from_float(value) | (infinite & 0x7f800000u) | sign);
 #endif
 }
 

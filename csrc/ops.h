@@ -11,9 +11,30 @@
 
 #include "arguments.h"
 
+// What torch said, in this thread, of its last call that failed. From torch 2.13 on; null before.
+extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
+
 namespace epskernels {
 
 using torch::headeronly::ScalarType;
+
+// The tensor that `make` makes. Where torch cannot: what was wanted, and why, which torch's stable ABI keeps to itself.
+template <typename Make>
+Tensor allocate(const View& wanted, const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    const char* why = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : "";
+    fail("could not allocate ", dtype_name(wanted.dtype), " ", wanted.shape(), " on ", device_name(wanted), *why ? ": " : "", why);
+  }
+}
+
+// One beside `tensor`, on its device.
+inline Tensor allocate(const Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype) {
+  View wanted("", tensor);
+  wanted.sizes = shape.data(), wanted.dim = static_cast<int64_t>(shape.size()), wanted.dtype = static_cast<int32_t>(dtype);
+  return allocate(wanted, [&] { return torch::stable::new_empty(tensor, shape, dtype); });
+}
 
 // Samples contiguous in themselves are used in place, others through a contiguous copy.
 struct Layouts {
@@ -22,7 +43,7 @@ struct Layouts {
 
   Batch input(const View& view, const Tensor& tensor) {
     if (view.samples_contiguous()) return {view.data, view.batch_stride()};
-    copies.push_back(torch::stable::contiguous(tensor));
+    copies.push_back(allocate(view, [&] { return torch::stable::contiguous(tensor); }));
     return contiguous(view, copies.back());
   }
   Batch input(const View& view, const OptionalTensor& tensor) { return view ? input(view, *tensor) : Batch{}; }
@@ -30,7 +51,7 @@ struct Layouts {
   Batch output(const Tensor& tensor) {
     const View view("", tensor);
     if (view.samples_contiguous()) return {view.data, view.batch_stride()};
-    results.emplace_back(tensor, torch::stable::new_empty(tensor, tensor.sizes()));
+    results.emplace_back(tensor, allocate(view, [&] { return torch::stable::new_empty(tensor, tensor.sizes()); }));
     return contiguous(view, results.back().second);
   }
   Batch output(const OptionalTensor& tensor) { return tensor ? output(*tensor) : Batch{}; }
@@ -46,11 +67,13 @@ struct Layouts {
 
 // A new tensor as torch.empty_like makes it.
 inline Tensor allocate_like(const Tensor& tensor, const View& view) {
-  if (!tensor.is_contiguous()) return torch::stable::empty_like(tensor);
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(view.dim, view.sizes, view.strides, view.dtype, view.device_type,
-                                                  view.device_index, &handle));
-  return Tensor(handle);
+  return allocate(view, [&] {
+    if (!tensor.is_contiguous()) return torch::stable::empty_like(tensor);
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(view.dim, view.sizes, view.strides, view.dtype, view.device_type,
+                                                    view.device_index, &handle));
+    return Tensor(handle);
+  });
 }
 
 template <typename Backend>
@@ -161,7 +184,7 @@ struct Ops {
       fail("dtype: expected float32, float16 or bfloat16, got ", dtype_name(static_cast<int32_t>(dtype)));
 
     shape.insert(shape.begin(), batch);
-    Tensor out = torch::stable::new_empty(seeds_tensor, shape, dtype);
+    Tensor out = allocate(seeds_tensor, shape, dtype);
     const View view("out", out);
     Backend::normal({float_dtype(view), view.data, static_cast<uint32_t>(draw), static_cast<uint32_t>(stream), batch, sample_numel}, seeds);
     return out;
@@ -174,7 +197,7 @@ struct Ops {
     check_moments(f, u, rows, index);
     Layouts layouts;
     const int64_t batch = f.sizes[0], numel = f.numel() / batch;
-    Tensor out = torch::stable::new_empty(f_tensor, {batch, u ? 4 : 2}, ScalarType::Double);
+    Tensor out = allocate(f_tensor, {batch, u ? 4 : 2}, ScalarType::Double);
     Backend::moments({float_dtype(f), layouts.input(f, f_tensor), layouts.input(u, u_tensor), batch, numel,
                       f.dim > 1 ? numel / f.sizes[1] : 1}, rows, index, out);
     return out;

@@ -83,7 +83,7 @@ struct Cuda {
       p.rows = reinterpret_cast<const float*>(a.rows.data);
       p.row_stride = a.rows.strides[0];
     } else {
-      rows.copy = torch::stable::new_empty(tensors.rows, tensors.rows.sizes());
+      rows.copy = allocate(a.rows, [&] { return torch::stable::new_empty(tensors.rows, tensors.rows.sizes()); });
       torch::stable::copy_(rows.copy, tensors.rows);
       p.rows = static_cast<const float*>(rows.copy.data_ptr());
       p.row_stride = ROW_COLUMNS;
@@ -146,7 +146,7 @@ struct Cuda {
     p.of_tiles = p.sums = static_cast<double*>(out.data_ptr());
     OptionalTensor workspace;
     if (p.tiles > 1) {
-      workspace = torch::stable::new_empty(out, {moments_workspace(out.numel(), p.tiles)});
+      workspace = allocate(out, {moments_workspace(out.numel(), p.tiles)}, ScalarType::Double);
       p.of_tiles = static_cast<double*>(workspace->data_ptr());
     }
     const OnDevice device(View("sums", out).device_index);

@@ -171,6 +171,15 @@ def check_values(inputs, writes_y):
                 fail(f"threshold: expected finite values above 0, got {value} for sample {sample}")
 
 
+def check_memory(tensors):
+    """Of tensors by name, or None, that a kernel is about to read or write."""
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.is_meta or tensor.numel() == 0:
+            continue
+        if tensor.untyped_storage().data_ptr() == 0:  # a view's own address is its offset then
+            fail(f"{name}: expected a tensor with memory, got one whose storage was freed")
+
+
 def _extent(tensor):
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

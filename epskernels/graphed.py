@@ -4,6 +4,7 @@ The step writes the model's next input itself (c_in times x', in the model's dty
 so that nothing stands between a model call and the next but the step. Without CUDA the loop runs without a graph, and says so.
 """
 
+import contextlib
 import threading
 import warnings
 
@@ -25,7 +26,8 @@ class GraphedSampler:
     whole: capture the loop over all rows, one replay per call of the sampler; else a graph of one row, replayed for each, its
     index advancing on the device: less memory for long tables, and a few small kernels more for each row.
 
-    Calls give the bits of `sample` with the same table and seeds where the model does. One call at a time: others wait.
+    Calls give the bits of `sample` with the same table and seeds where the model does. One call at a time: others wait, on the
+    device too, whatever their streams. What the model reads is the caller's to order.
     Attributes: graphed, whether a CUDA graph is replayed; why_not, else the reason, which a RuntimeWarning tells too.
     Raises ValueError, TypeError or RuntimeError naming the argument; what the model raises, when it is first called.
     """
@@ -80,7 +82,7 @@ class GraphedSampler:
         seeds = as_seeds(seeds, self.table.device)
         if len(seeds) != len(self._x):
             raise ValueError(f"seeds: expected {len(self._x)}, the batch that was captured, got {len(seeds)}")
-        with self._lock:
+        with self._in_turn():
             self._seeds.copy_(seeds)
             if self.whole:
                 self._loop() if self._graph is None else self._graph.replay()
@@ -89,6 +91,20 @@ class GraphedSampler:
                 for _ in range(len(self.table)):
                     self._next_row() if self._graph is None else self._graph.replay()
             return self._x.clone()
+
+    @contextlib.contextmanager
+    def _in_turn(self):
+        """All calls write the same tensors: each waits for the one before, the host by a lock, the call's stream by an event."""
+        with self._lock:
+            if self._graph is None:
+                yield
+                return
+            stream = torch.cuda.current_stream(self.table.device)
+            stream.wait_event(self._done)
+            try:
+                yield
+            finally:
+                stream.record_event(self._done)
 
     # ---- what is captured ----
 
@@ -139,9 +155,7 @@ class GraphedSampler:
             return self._loop() if self.whole else self._next_row()
 
         with torch.cuda.device(self.table.device):
-            stream = (
-                torch.cuda.Stream()
-            )  # libraries make their workspaces, and the model its mistakes, before the capture
+            stream = torch.cuda.Stream()  # libraries make workspaces, and the model its mistakes, before the capture
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._begin()
@@ -151,4 +165,4 @@ class GraphedSampler:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 run()
-            self._graph = graph
+            self._graph, self._done = graph, torch.cuda.current_stream().record_event()

@@ -13,7 +13,8 @@ The compiled kernels register themselves, for CPU and for CUDA tensors. Where on
 kernel; failing that the reference stands in, and says so once.
 
 The ops themselves have no gradient, which costs their callers nothing: `step` takes the way through autograd where an input
-requires grad. torch.vmap folds its dimension into the batch, for `step` and for the ops that write nothing.
+requires grad, and marks what it writes; of what step_out and step_ write when called directly, autograd learns nothing.
+torch.vmap folds its dimension into the batch, for `step` and for the ops that write nothing.
 """
 
 import contextlib
@@ -331,7 +332,7 @@ def _log_call(name, functions, backend, tensors):
         kernel = f"the CPU kernel ({build.extension().cpu_capability()})" if kind == "cpu" else "the CUDA kernel"
     slower = []
     for key, tensor in tensors.items():
-        if key not in (*ELEMENTWISE, "rows", "out", "m0", "y_out", "model_input"):
+        if key not in (*ELEMENTWISE, "rows", "out", "m0", "y_out", "model_input") or not tensor.dim():
             continue
         size = tensor.element_size()
         if key != "rows" and not tensor[0].is_contiguous():
@@ -340,6 +341,12 @@ def _log_call(name, functions, backend, tensors):
             effect = "is copied" if key == "rows" else "makes accesses of single elements"
             slower.append(f"{key}, whose samples do not begin at multiples of 16 bytes, {effect}")
     _log.debug("%s on %s runs on %s, %s%s", name, first.device, kernel, why, "".join(f"; {text}" for text in slower))
+
+
+def _raise_out_of_memory(error):
+    """torch's own type where torch says so: its stable ABI lets a library raise none but RuntimeError."""
+    if "epskernels: could not allocate" in str(error) and "out of memory" in str(error):
+        raise torch.OutOfMemoryError(str(error)) from None
 
 
 # ---- gradients and vmap ----
@@ -387,7 +394,11 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(backend, op, x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold):
         run = getattr(_BACKENDS[backend][0](), op)
-        return run(x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
+        try:
+            return run(x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
+        except RuntimeError as error:
+            _raise_out_of_memory(error)
+            raise
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -459,6 +470,21 @@ def _refuse_vmap(op):
     _library.impl(op, refuse, "FuncTorchBatched")
 
 
+def _vmap_moments(info, in_dims, f, u=None, rows=None, index=None):
+    dims = (*in_dims, None, None, None)[:4]
+    one = [t if dim is None else t.select(dim, 0) for t, dim in zip((f, u, rows, index), dims, strict=True)]
+    check_moments(*one)
+    if u is None:
+        f = f.movedim(dims[0], 0)
+        return _DISPATCHED.moments(f.flatten(0, 1)).unflatten(0, f.shape[:2]), 0
+
+    def run(x, f, rows, index, u, *absent):
+        return _DISPATCHED.moments(f, u, rows, index)
+
+    absent = [None] * (len(INPUTS) - 5)
+    return _folded(run, info, [dims[0], dims[0], *dims[2:], dims[1], *absent], [f, f, rows, index, u, *absent])
+
+
 def _vmap_normal(info, in_dims, seeds, shape, *options, **named):
     seeds = seeds.movedim(in_dims[0], 0)
     if seeds.dim() != 2:
@@ -471,6 +497,7 @@ for _name in ("step", "step_m0", "step_y"):
 _register_vmap("step_plain", _DISPATCHED.step)
 for _name in ("step_out", "step_"):
     _refuse_vmap(_name)
+torch.library.register_vmap("epskernels::moments", _vmap_moments, lib=_library)
 torch.library.register_vmap("epskernels::normal", _vmap_normal, lib=_library)
 
 
@@ -522,10 +549,10 @@ def step(
     table: a Table, or its rows: float32 (R, 24). index: an int, or an int64 tensor, () for one row or (B,) for a row each.
     u: unconditional output, as f; needed where the row's g is not 1. m1, m2: m0 of the one and two calls before, as x; needed
     where c_m1, c_m2 are not 0. v: the model's second half of channels (learned variance), as f. grad: a classifier's
-    gradient, as x; rows with c_grad = 0 leave it out. seeds: (B,) int64, for the noise made in the kernel; or noise: standard
-    normals, as x; one of them needed where c_noise is not 0. y: the second state of predictor-correctors, as x; needed where c_y
-    or k_y is not 0. rescale: (B,) float32, times the guided output (`guidance_rescale`). threshold: (B,) float32, finite and
-    above 0: m0 is held to it and divided by it (`dynamic_threshold`).
+    gradient, as x; rows with c_grad = 0 leave it out. seeds: (B,) int64 (see `as_seeds`), for the noise made in the kernel; or
+    noise: standard normals, as x; one of them needed where c_noise is not 0. y: the second state of predictor-correctors, as x;
+    needed where c_y or k_y is not 0. rescale: (B,) float32, times the guided output (`guidance_rescale`). threshold: (B,)
+    float32, finite and above 0: m0 is held to it and divided by it (`dynamic_threshold`).
     out: written instead of a new tensor; may be x itself. m0: written with the denoised estimate, as x; may be m1 or m2. y_out:
     written with the second state y', as x; may be y. model_input: (B, ...) or (2B, ...), as f: written with what the model reads
     next, the next row's c_in times x', in both halves where the batch is doubled for guidance.
@@ -534,9 +561,10 @@ def step(
 
     Samples contiguous in themselves, at any batch stride, are read in place; other layouts through a copy.
     Returns x', or with m0, or with m0 and y', in x's shape and dtype; the tensors given as out, m0 and y_out where they were.
-    Raises RuntimeError, naming the argument, before anything is written. On a GPU the values of index, rows and threshold are
-    never read by the host: a sample whose index is out of range, or whose row needs a tensor that is absent, comes out as NaN;
-    EPSKERNELS_CHECK_ROWS=1 reads them on the host at every call and raises, as on the CPU.
+    Raises RuntimeError, naming the argument, before anything is written; torch.OutOfMemoryError where torch does. On a GPU the
+    values of index, rows and threshold are never read by the host: a sample whose index is out of range, or whose row needs a
+    tensor that is absent, comes out as NaN; EPSKERNELS_CHECK_ROWS=1 reads them on the host at every call and raises, as on the
+    CPU.
     """
     rows, index = rows_and_index(table, index, x)
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
@@ -553,17 +581,21 @@ def step(
             op = "step_y" if return_y else "step_m0" if return_m0 else "step"
             return _Step.apply(_chosen_name(backend), op, *inputs)
         _refuse_gradients(**_by_name(inputs, outputs))
-    if out is None and m0 is None and y_out is None and model_input is None:
-        if return_y:
-            return functions.step_y(*inputs)
-        return functions.step_m0(*inputs) if return_m0 else functions.step(*inputs)
-    if m0 is None and (return_m0 or return_y):
-        m0 = torch.empty_like(x)
-    if y_out is None and return_y:
-        y_out = torch.empty_like(x)
-    if out is None:
-        out = torch.empty_like(x)
-    functions.step_out(*inputs, out=out, m0=m0, y_out=y_out, model_input=model_input)
+    try:
+        if out is None and m0 is None and y_out is None and model_input is None:
+            if return_y:
+                return functions.step_y(*inputs)
+            return functions.step_m0(*inputs) if return_m0 else functions.step(*inputs)
+        if m0 is None and (return_m0 or return_y):
+            m0 = torch.empty_like(x)
+        if y_out is None and return_y:
+            y_out = torch.empty_like(x)
+        if out is None:
+            out = torch.empty_like(x)
+        functions.step_out(*inputs, out=out, m0=m0, y_out=y_out, model_input=model_input)
+    except RuntimeError as error:
+        _raise_out_of_memory(error)
+        raise
     if not is_dynamo_compiling():  # autograd may have kept what is overwritten, and then refuses to go on with it
         if m0 is None and y_out is None and model_input is None:
             _increment_version((out,))
@@ -609,7 +641,11 @@ def moments(f, u=None, table=None, index=None, *, backend=None):
     functions = _chosen(f, backend)
     if _logs_calls and not is_compiling():
         _log_call("moments", functions, backend, {"f": f, "u": u, "rows": rows})
-    return functions.moments(f, u, rows, index)
+    try:
+        return functions.moments(f, u, rows, index)
+    except RuntimeError as error:
+        _raise_out_of_memory(error)
+        raise
 
 
 def as_seeds(seeds, device="cpu"):
@@ -646,4 +682,8 @@ def normal(seeds, shape, *, dtype=torch.float32, draw=0, stream=STREAM_INITIAL, 
     functions = _chosen(seeds, backend)
     if _logs_calls and not is_compiling():
         _log_call("normal", functions, backend, {"seeds": seeds})
-    return functions.normal(seeds, list(shape), dtype=dtype, draw=draw, stream=stream)
+    try:
+        return functions.normal(seeds, list(shape), dtype=dtype, draw=draw, stream=stream)
+    except RuntimeError as error:
+        _raise_out_of_memory(error)
+        raise

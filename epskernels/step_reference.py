@@ -180,7 +180,7 @@ def step_reference(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=Non
     """(x', m0, y', the next model input): the first three in x's shape and dtype, the last in f's dtype. Arguments as in
     epskernels.ops.step, already checked."""
     dtype, f_dtype, shape = x.dtype, f.dtype, x.shape
-    row = rows[index] if index.dim() else rows[index].reshape(1, -1)
+    row = rows.index_select(0, index.reshape(-1))
     row = dict(zip(COLUMNS, row.reshape(-1, len(COLUMNS), *[1] * (x.dim() - 1)).unbind(1), strict=True))
     tensors = (x, f, u, m1, m2, v, grad, noise, y)
     x, f, u, m1, m2, v, grad, noise, y = (t if t is None else t.float() for t in tensors)

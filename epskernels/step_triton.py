@@ -17,6 +17,7 @@ from torch.library import triton_op, wrap_triton
 from . import build, step_reference
 from .checks import (
     INPUTS,
+    check_memory,
     check_moments,
     check_normal,
     check_outputs,
@@ -428,9 +429,15 @@ def _batch(tensor, numel, written=False):
     return (torch.empty_like if written else torch.clone)(tensor, memory_format=torch.contiguous_format), numel
 
 
+def _resolved(*tensors):
+    """Those of which single elements are read, as their memory holds them."""
+    return [tensor if tensor is None else tensor.resolve_neg() for tensor in tensors]
+
+
 def _run_step(launch, written, x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold, block=None):
     """One call of `launch`, with the grid, the kernel's arguments and its options. written: out, m0, y_out, model_input."""
-    batch, rows = x.shape[0], rows.resolve_neg()
+    rows, index, seeds, rescale, threshold = _resolved(rows, index, seeds, rescale, threshold)
+    batch = x.shape[0]
     numel, channels = x.numel() // batch, x.shape[1] if x.dim() > 1 else 1
     outputs = [_batch(tensor, numel, written=True) for tensor in written]
     tensors = outputs + [_batch(tensor, numel) for tensor in (x, f, u, m1, m2, y, v, grad, noise)]
@@ -456,6 +463,7 @@ def _run_step(launch, written, x, f, rows, index, u, m1, m2, v, grad, noise, see
 
 
 def _run_normal(launch, out, seeds, draw, stream, block=None):
+    seeds = seeds.resolve_neg()
     numel = out.numel() // seeds.shape[0]
     size, warps = block or _block_of(numel)
     tiles = triton.cdiv(numel, size)
@@ -467,7 +475,7 @@ def _run_moments(launch_tiles, launch_level, f, u, rows, index):
     batch, sums = f.shape[0], 2 if u is None else 4
     numel = f.numel() // batch
     tiles = triton.cdiv(numel, MOMENTS_TILE)
-    rows = None if rows is None else rows.resolve_neg()
+    rows, index = _resolved(rows, index)
     values = torch.empty(batch * sums, tiles, dtype=torch.float64, device=f.device)
     launch_tiles(
         (batch * tiles,), values, *_batch(f, numel), *_batch(u, numel),
@@ -537,10 +545,13 @@ def _step(outputs, inputs, named):
         torch.ops.epskernels.triton_step_out(*inputs.values(), *_made(outputs, x).values())
         return tuple(outputs.values())
     check_step(**inputs)
+    check_memory(inputs)
     if os.environ.get("EPSKERNELS_CHECK_ROWS") == "1":
         check_values(inputs, outputs["y_out"] is not None)
     launch = _launcher(step_kernel, x.device)
-    check_outputs({key: tensor for key, tensor in outputs.items() if tensor is not NEW}, inputs)
+    given = {key: tensor for key, tensor in outputs.items() if tensor is not NEW}
+    check_outputs(given, inputs)
+    check_memory(given)
     _run_step(launch, tuple(_made(outputs, x).values()), *inputs.values())
     return tuple(outputs.values())
 
@@ -581,6 +592,7 @@ def triton_normal(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
     if is_compiling():
         return torch.ops.epskernels.triton_normal(seeds, shape, dtype, draw, stream)
     check_normal(seeds, shape, dtype, draw, stream)
+    check_memory({"seeds": seeds})
     launch = _launcher(normal_kernel, seeds.device)
     out = torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
     _run_normal(launch, out, seeds, draw, stream)
@@ -589,6 +601,7 @@ def triton_normal(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
 
 def triton_moments(f, u=None, rows=None, index=None):
     check_moments(f, u, rows, index)
+    check_memory({"f": f, "u": u, "rows": rows, "index": index})
     return _run_moments(_launcher(tiles_kernel, f.device), _launcher(level_kernel, f.device), f, u, rows, index)
 
 

@@ -409,12 +409,33 @@ def test_autograd_notices_what_a_step_overwrites(written):
         loss.backward()
 
 
-def test_the_op_itself_has_no_gradient_and_pytorch_says_so():
+@pytest.mark.parametrize("op", ["step", "step_plain", "step_m0", "step_y", "moments"])
+def test_the_op_itself_has_no_gradient_and_pytorch_says_so(op):
     rows, inputs = call((), 33)
-    x = inputs["x"].requires_grad_()
-    result = torch.ops.epskernels.step(x, inputs["f"], rows, torch.tensor(0))
-    with pytest.warns(UserWarning, match="epskernels::step: an autograd kernel was not registered"):
+    x, f = inputs["x"].requires_grad_(), inputs["f"]
+    others = () if op == "moments" else (f, rows, torch.tensor(0))
+    result = getattr(torch.ops.epskernels, op)(x, *others)
+    result = result[0] if isinstance(result, tuple) else result
+    with pytest.warns(UserWarning, match=f"epskernels::{op}: an autograd kernel was not registered"):
         (result.sum() + 0 * x.sum()).backward()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autograd_learns_nothing_of_what_an_op_writes(compiled):
+    """As docs/production_compile.md says of the ops called directly."""
+
+    def loss_of(leaf):
+        x = 3 * leaf
+        torch.ops.epskernels.step_(x, torch.zeros(2), make_row(c_x=0.5), torch.tensor(0))
+        return x.sum()
+
+    leaf = torch.ones(2, requires_grad=True)
+    torch._dynamo.reset()
+    loss = (torch.compile(loss_of, backend="aot_eager", fullgraph=True) if compiled else loss_of)(leaf)
+    loss.backward()
+    assert loss == 3 and (leaf.grad == 3).all()  # where 1.5 is right
+    torch.ops.epskernels.step_(leaf, torch.zeros(2), make_row(c_x=0.5), torch.tensor(0))
+    assert (leaf == 0.5).all() and leaf._version == 0
 
 
 # ---- torch.func ----
@@ -532,6 +553,41 @@ def test_vmap_of_vmap(batched):
     run = lambda x: epskernels.step(x, f, rows, 1, m1=m1, noise=m1)  # noqa: E731
     twice = torch.stack([many, many + 1])
     assert torch.equal(torch.vmap(torch.vmap(run))(twice), torch.stack([torch.stack([*map(run, xs)]) for xs in twice]))
+
+
+MOMENTS_VMAPPED = [{"f": 0}, {"f": 2}, {"u": 1}, {"index": 0}, {"rows": 1}, dict.fromkeys(("f", "u", "rows", "index"), 0)]
+
+
+@pytest.mark.parametrize("index", [torch.tensor(1), torch.tensor([2, 0])], ids=["one_row", "row_each"])
+@pytest.mark.parametrize("dims", MOMENTS_VMAPPED, ids="-".join)
+@pytest.mark.filterwarnings("error")
+def test_vmap_of_moments(dims, index):
+    """Bit for bit the calls one by one; f alone too."""
+    calls = []
+    for seed in range(3):
+        rows, inputs = call(("u",), 50 + seed)
+        calls.append({"f": inputs["f"], "u": inputs["u"], "rows": rows, "index": (index + seed) % 3})
+    in_dims = [dims.get(name) for name in calls[0]]
+    stacked = [calls[0][name] if dim is None else torch.stack([c[name] for c in calls], dim)
+               for name, dim in zip(calls[0], in_dims, strict=True)]  # fmt: skip
+    each = [[calls[k if name in dims else 0][name] for name in calls[0]] for k in range(3)]
+    got = torch.vmap(epskernels.moments, in_dims=tuple(in_dims))(*stacked)
+    assert torch.equal(got, torch.stack([epskernels.moments(*one) for one in each]))
+    got = torch.vmap(epskernels.guidance_rescale, in_dims=tuple(in_dims))(*stacked)
+    assert torch.equal(got, torch.stack([epskernels.guidance_rescale(*one) for one in each]))
+    if "f" in dims:
+        got = torch.vmap(epskernels.moments, in_dims=dims["f"])(stacked[0])
+        assert torch.equal(got, torch.stack([epskernels.moments(one[0]) for one in each]))
+
+
+def test_vmap_of_moments_refuses():
+    f, row = torch.ones(3, 2, 5), make_row(g=2)
+    with pytest.raises(RuntimeError, match=r"f: expected shape \(B, ...\) with at least one element, got \(\)"):
+        torch.vmap(epskernels.moments)(f[:, 0, 0])
+    with pytest.raises(RuntimeError, match=r"u: expected shape \(2, 5\) as f has, got \(1, 5\)"):
+        torch.vmap(lambda f, u: epskernels.moments(f, u, row, 0))(f, f[:, :1])
+    with pytest.raises(RuntimeError, match="u, rows, index: expected all of them, or none"):
+        torch.vmap(lambda f: epskernels.moments(f, None, row, torch.tensor(0)))(f)
 
 
 def test_vmap_of_normal():

@@ -301,6 +301,20 @@ def test_bad_input(backend, case, how):
         refused(backend, a, message, how, m0=torch.full(SHAPE, SENTINEL))
 
 
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_where_calls_are_logged(case, monkeypatch):
+    """The log leaves it to the op to judge."""
+    monkeypatch.setattr(ops, "_logs_calls", True)
+    make, message = BAD[case]
+    refused("auto", make(), message, "step_out", out=torch.full(SHAPE, SENTINEL))
+
+
+def test_bad_moments_where_calls_are_logged(monkeypatch):
+    monkeypatch.setattr(ops, "_logs_calls", True)
+    with pytest.raises(RuntimeError, match=r"f: expected shape \(B, ...\) with at least one element, got \(\)"):
+        epskernels.moments(torch.tensor(1.0))
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [
@@ -331,12 +345,77 @@ def test_bad_python_index(backend, kind, index):
         epskernels.step(torch.ones(SHAPE), torch.ones(SHAPE), table if kind == "table" else table.rows, index)
 
 
-def test_freed_storage(extension):
-    # PyTorch's own ops crash here, and so does the reference, which is made of them.
-    x = torch.ones(SHAPE)
-    x.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="x: expected a tensor with memory"):
-        torch.ops.epskernels.step(x, torch.ones(SHAPE), make_rows(), torch.tensor(1))
+@pytest.mark.parametrize("offset", [0, 4])
+@pytest.mark.parametrize("name", [*TENSORS, "out", "m0", "y_out", "model_input"])
+def test_freed_storage(backend, name, offset):
+    if backend == "reference":
+        pytest.skip("PyTorch's own ops crash here, and so does the reference, which is made of them")
+    a = complete(name) if name in TENSORS else good()
+    outputs = {key: torch.full(SHAPE, SENTINEL) for key in ("out", "m0", "y_out", "model_input")}
+    given = a if name in a else outputs
+    whole = torch.zeros(offset + given[name].numel(), dtype=given[name].dtype)
+    given[name] = whole[offset:].view(given[name].shape)
+    whole.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name}: expected a tensor with memory, got one whose storage was freed"):
+        op(backend, "step_out")(**a, **outputs)
+    assert all((output == SENTINEL).all() for key, output in outputs.items() if key != name)
+
+
+@pytest.mark.parametrize("name", ["f", "u", "rows", "index", "seeds"])
+def test_freed_storage_of_the_other_ops(backend, name):
+    if backend == "reference":
+        pytest.skip("as above")
+    a = {key: good()[key] for key in ("f", "u", "rows", "index", "seeds")}
+    a[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name}: expected a tensor with memory, got one whose storage was freed"):
+        if name == "seeds":
+            op(backend, "normal")(a["seeds"], [4], dtype=torch.float32)
+        op(backend, "moments")(a["f"], a["u"], a["rows"], a["index"])
+
+
+# Of more bytes than there are addresses. Torch says why only from 2.13 on.
+NO_MEMORY = {
+    "a result": (
+        lambda: epskernels.step(x := torch.ones(1, 1).expand(1, 2**46), x, make_rows(), 1),
+        r"float32 \(1, 70368744177664\) on cpu",
+    ),
+    "a copy": (
+        lambda: epskernels.moments(torch.ones(1, 1, 1).bfloat16().expand(1, 2**23, 2**24)),
+        r"bfloat16 \(1, 8388608, 16777216\) on cpu",
+    ),
+    "normals": (lambda: epskernels.normal([1, 2], (2**46,), dtype=torch.float16), r"float16 \(2, 70368744177664\) on cpu"),
+}
+
+
+@pytest.mark.parametrize("backend", ["compiled", "cuda_on_host"], indirect=True)
+@pytest.mark.parametrize("case", NO_MEMORY)
+def test_no_memory(backend, case):
+    run, what = NO_MEMORY[case]
+    why = ": .*tried to allocate 281474976710656 bytes" if torch.__version__ >= (2, 13) else "$"
+    with pytest.raises(RuntimeError, match=f"epskernels: could not allocate {what}{why}"):
+        run()
+
+
+OUT_OF_MEMORY = {
+    "step": lambda: call(good()),
+    "step_out": lambda: call(good(), out=torch.empty(SHAPE)),
+    "step with gradient": lambda: call(good(x=torch.ones(SHAPE, requires_grad=True))),
+    "moments": lambda: epskernels.moments(torch.ones(SHAPE)),
+    "normal": lambda: epskernels.normal([1], (4,)),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_MEMORY)
+def test_a_gpu_s_lack_of_memory_has_torch_s_type(case, monkeypatch):
+    message = "epskernels: could not allocate float32 (3, 2, 5) on cuda:0: CUDA out of memory. Tried to allocate 2 GiB."
+
+    def full(*args, **kwargs):
+        raise RuntimeError(message)
+
+    functions = ops._Functions(*[full] * len(ops._Functions._fields))
+    monkeypatch.setitem(ops._BACKENDS, "cpu", (lambda: functions, "cpu"))
+    with epskernels.use_backend("cpu"), pytest.raises(torch.OutOfMemoryError, match=R(message)):
+        OUT_OF_MEMORY[case]()
 
 
 # ---- outputs ----
@@ -626,6 +705,17 @@ def test_layouts_of_inputs(backend, name, layout):
     result, m0 = call(complete(name, value), return_m0=True)
     expected, expected_m0 = call(complete(name, value.clone(memory_format=torch.contiguous_format)), return_m0=True)
     assert same(result, expected) and same(m0, expected_m0)
+
+
+@pytest.mark.parametrize("name", ["rows", "index", "seeds", *PER_SAMPLE])
+def test_a_sign_bit_on_single_elements(backend, name):
+    """Of the tensors that are not read element by element."""
+    a = good(index=torch.tensor([1, 0, 2]))
+    assert same(call(a | {name: torch._neg_view(-a[name])}), call(a))
+    f, u, rows, index, seeds = (a[key] for key in ("f", "u", "rows", "index", "seeds"))
+    moments, normal = op(backend, "moments"), op(backend, "normal")
+    assert same(moments(f, u, torch._neg_view(-rows), torch._neg_view(-index)), moments(f, u, rows, index))
+    assert same(normal(torch._neg_view(-seeds), [7], dtype=torch.float32), normal(seeds, [7], dtype=torch.float32))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "batch last", "every other", "offset"])

@@ -36,6 +36,15 @@ def test_both_kernels_are_here():
     assert not any(missing.values()), missing
 
 
+@each_backend
+def test_out_of_memory(backend):
+    """torch's own error; before 2.13 it does not tell a library which one it was."""
+    x, rows = torch.ones(1, 1, device="cuda").expand(1, 2**45), random_rows(1, (), 1).cuda()
+    told = backend != "cuda" or torch.__version__ >= (2, 13)
+    with pytest.raises(torch.OutOfMemoryError if told else RuntimeError, match="out of memory|could not allocate"):
+        epskernels.step(x, x, rows, 0, backend=backend)
+
+
 # ---- every compiled kernel, small and large ----
 
 SETS = [tuple(itertools.compress(("u", "m1", "seeds"), chosen)) for chosen in itertools.product((0, 1), repeat=3)]
@@ -270,6 +279,29 @@ def test_graphed_sampler_of_a_doubled_batch():
     )
     pair = lambda x, t: (0.5 * x.to(torch.bfloat16), 0.125 * x.to(torch.bfloat16))  # noqa: E731
     assert_same_bits(made([3, 4]).cpu(), epskernels.sample(pair, table, [3, 4], (3, 9, 9)), "samples")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "row_by_row"])
+def test_graphed_sampler_on_two_streams(whole):
+    """The second call is made long before the first is done, and must not write into it."""
+
+    def slow(x, t):
+        torch.cuda._sleep(20_000_000)
+        return halved(x, t)
+
+    table, shape = samplers.ddpm(schedule.linear(), 7), (3, 64, 64)
+    made = epskernels.GraphedSampler(slow, table, 2, shape, whole=whole, device="cuda")
+    seeds = torch.tensor([[1, 2], [3, 4], [5, 6]], device="cuda")
+    streams = [torch.cuda.Stream() for _ in seeds]
+    torch.cuda.synchronize()
+    results = []
+    for stream, each in zip(streams, seeds, strict=True):
+        with torch.cuda.stream(stream):
+            results.append(made(each))
+    assert not streams[0].query()  # all were made while the first ran
+    torch.cuda.synchronize()
+    for result, each in zip(results, seeds.cpu(), strict=True):
+        assert_same_bits(result.cpu(), epskernels.sample(halved, table, each, shape), "samples")
 
 
 def test_a_graphed_loop_has_one_kernel_of_the_sampler_per_model_call():

@@ -1,5 +1,7 @@
 """GraphedSampler where there is no GPU: the loop that would be captured, run as it stands. tests/test_gpu.py has the graphs."""
 
+import contextlib
+
 import markdown_examples
 import pytest
 import torch
@@ -76,6 +78,35 @@ def test_results_are_the_caller_s_own():
     kept = first.clone()
     made([3, 4])
     assert torch.equal(first, kept)
+
+
+class Stream(list):
+    """What was asked of it, in order."""
+
+    def wait_event(self, event):
+        self.append(f"wait for {event}")
+
+    def record_event(self, event):
+        self.append(f"record {event}")
+
+    def replay(self):
+        self.append("replay")
+        if len(self) > 20:
+            raise MemoryError
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "row_by_row"])
+def test_a_call_waits_on_its_stream_for_the_call_before(whole, monkeypatch):
+    """And leaves word for the next one, where it fails too. tests/test_gpu.py does it on two streams."""
+    made = sampler(model, TABLES["ddim"], 2, SHAPE, whole=whole)
+    made._done, replays = "done", ["replay"] * (1 if whole else len(TABLES["ddim"]))
+    for failing in (False, True):
+        stream = made._graph = Stream([""] * 20 * failing)
+        monkeypatch.setattr(torch.cuda, "current_stream", {made.table.device: stream}.get)
+        with pytest.raises(MemoryError) if failing else contextlib.nullcontext():
+            made([1, 2])
+        expected = ["wait for done", *(replays[:1] if failing else replays), "record done"]
+        assert stream[20 * failing :] == expected
 
 
 class Calls(TorchDispatchMode):

@@ -812,6 +812,22 @@ def test_every_half_precision_state_as_m0(backend, dtype):
     assert_same_bits(m0, every, "m0")
 
 
+@pytest.mark.parametrize("width", [4, 65536])
+@pytest.mark.parametrize("key", ["x", "f"])
+def test_float16_where_the_processor_flushes_subnormals(kernel, key, width):
+    """Those of float16 are none in float32, and stay."""
+    every = _every_pattern(torch.float16, width)
+    zero, model_input = torch.full_like(every, -0.0), torch.empty_like(every)
+    row = make_row(c_in_next=1, **PASSED[key])
+    assert torch.set_flush_denormal(True)
+    try:
+        got = epskernels.step(**{"x": zero, "f": zero, key: every}, table=row, index=0, model_input=model_input)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(got, every, "x'")
+    assert_same_bits(model_input, every, "the model's next input")
+
+
 @pytest.mark.parametrize("state", DTYPES, ids=lambda dtype: f"to_{name(dtype)}")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
 def test_every_half_precision_model_output_as_m0(backend, dtype, state):
