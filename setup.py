@@ -45,7 +45,9 @@ def missing_tools():
         missing.append(f"Python.h of Python {sysconfig.get_python_version()} (package python3-dev or python3-devel)")
     folder = find_torch()
     if folder is None:
-        missing.append("torch>=2.11 (its headers are needed: install it first; with uv and build, --no-build-isolation too)")
+        missing.append(
+            "torch>=2.11 (its headers are needed: install it first; with uv and build, --no-build-isolation too)"
+        )
     elif tuple(int(part) for part in torch_version(folder).split(".")[:2]) < (2, 11):
         missing.append(f"torch>=2.11 (found {torch_version(folder)})")
     return missing

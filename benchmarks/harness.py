@@ -144,7 +144,9 @@ def asked_for(parser, path):
     try:
         return load(path)
     except FileNotFoundError:
-        parser.error(f"no results at {path}: `make bench` writes benchmarks/results/latest.json, and cpu.json there is kept")
+        parser.error(
+            f"no results at {path}: `make bench` writes benchmarks/results/latest.json, and cpu.json there is kept"
+        )
 
 
 def save(path, results):

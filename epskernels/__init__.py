@@ -23,7 +23,10 @@ _AT_FIRST_USE = ("calibrate", "diffusers", "exposure", "images", "k_diffusion", 
 
 def __getattr__(name):
     if name in _AT_FIRST_USE:
-        return importlib.import_module(f"{__name__}.{name}")  # and so an attribute: this is not asked again
+        try:
+            return importlib.import_module(f"{__name__}.{name}")  # and so an attribute: this is not asked again
+        except ModuleNotFoundError as error:  # hasattr and help go on without what an extra brings
+            raise AttributeError(f"{__name__}.{name} needs {error.name}, which is not installed") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -81,8 +81,8 @@ def fit(values, kind, skip=0):
 class Matched:
     """What `match_norms` found, per step of the sampler, float64 (steps,), the noisiest first.
 
-    lambda_t: the ratio of the norms, or 1 where alpha is 0. standard_error: of it, of pairs. norm_training, norm_sampling: means
-    over images, the second before it is divided by lambda_t.
+    lambda_t: the ratio of the norms, or 1 where x is noise alone. standard_error: of it, of pairs. norm_training,
+    norm_sampling: means over images, the second before it is divided by lambda_t.
     """
 
     sampler: str
@@ -138,9 +138,19 @@ def steps_of(sampler):
         raise ValueError(f"sampler: expected one whose lambda_t is the scaling given, got {table['lambda_t']} for 1")
     if len(table.parts) != 1:
         raise ValueError(f"sampler: expected one sampler's table, got {len(table.parts)} concatenated: {table.name}")
-    singular = table["alpha_in"] == 0  # only lambda = 1 is defined there, and only a sampler's first step starts there
-    numbered = scaling.EpsilonScaling(lambda i: np.where((i == 0) & singular[0], 1, 1 + i), "noisiest", "step numbers")
-    return table, np.round(sampler(numbered)["lambda_t"]).astype(int) - 1
+    numbers = (
+        np.round(sampler(scaling.EpsilonScaling(lambda i: 1 + i, "noisiest", "step numbers"))["lambda_t"]).astype(int)
+        - 1
+    )
+    rows = int(
+        (np.cumsum(numbers) == 0).sum()
+    )  # of the first step, and of all where x is noise alone, whose lambda is 1 too
+    numbers[:rows] = np.arange(rows) * (numbers[rows] if rows < len(numbers) else rows) // rows
+    return table, numbers
+
+
+def _noise_alone(table):
+    return scaling.noise_alone(table["alpha_in"], table["sigma_in"], table["f_x0"])
 
 
 @torch.no_grad()
@@ -171,7 +181,7 @@ def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, pro
     seeds = [torch.arange(first, first + len(x_0), device=device) for first, x_0 in zip(firsts, data, strict=True)]
     states = [noised(table, 0, x_0, s) for x_0, s in zip(data, seeds, strict=True)]
     kept = [((None, None), None) for _ in data]  # (m1, m2) and y of each batch
-    steps = step_of_row.max() + 1
+    steps, alone = step_of_row.max() + 1, _noise_alone(table)
     lambda_t, errors, training, sampling = np.ones(steps), np.zeros(steps), np.zeros(steps), np.zeros(steps)
     for i in tqdm(range(len(table)), desc=f"{table.name}, norms", disable=not progress):
         n = step_of_row[i]
@@ -187,7 +197,7 @@ def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, pro
             if not (np.isfinite(training[n]) and np.isfinite(sampling[n]) and training[n] > 0 and sampling[n] > 0):
                 raise ValueError(f"model: norms of eps at step {n} are {sampling[n]} sampling, {training[n]} training")
             ratio = sampling[n] / training[n]
-            if table["alpha_in"][i] != 0:
+            if not alone[i]:
                 lambda_t[n] = ratio
             errors[n] = (there - ratio * here).std(ddof=1) / training[n] / math.sqrt(count)
         scaled = sampler(scaling.array(lambda_t, origin="noisiest")) if feedback else table
@@ -348,10 +358,8 @@ def learn(model, sampler, loss, seeds, shape, *, form="array", rounds=30, rate=3
     basis = torch.eye(steps, dtype=torch.float64, device=device)
     if form != "array":
         basis = torch.stack([i**power for power in range(FITS[form] + 1)], 1)
-    if table["alpha_in"][0] == 0:
-        if form != "array":
-            raise ValueError(f"form: expected 'array' where alpha is 0, and lambda can only be 1 there, got {form!r}")
-        basis = torch.cat([torch.zeros_like(basis[:1]), basis[1:]])
+    if form == "array":
+        basis[step_of_row[_noise_alone(table)]] = 0.0
     seeds = as_seeds(seeds, device)
     weights = torch.zeros(basis.shape[1], dtype=torch.float64, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=rate)

@@ -307,8 +307,9 @@ def _load(args, device):
 
 
 def _missing(error):
-    models_need = f"{error.name} is missing: pip install diffusers safetensors pillow"
-    return UsageError(error if "pip" in str(error) else models_need)
+    if error.name is None or "pip" in str(error):
+        return UsageError(_line(error))
+    return UsageError(f"{error.name} is missing: pip install diffusers safetensors pillow")
 
 
 class _Sampling:

@@ -33,7 +33,6 @@ from .table import _DEFAULTS, COLUMNS
 _log = logging.getLogger("epskernels")
 _FLOAT32 = torch.float32
 _DTYPES = (_FLOAT32, torch.float16, torch.bfloat16)
-_NOISE_ALONE = 1 / 900  # of alpha/sigma: a zero SNR is written as sigma = 4096, and a flow begins at 0.999 or above
 
 
 def as_eps_scaling(value):
@@ -117,45 +116,53 @@ class Plan:
         return len(self.index)
 
 
+_SCHEDULE = ("timesteps", "sigmas", "alphas_cumprod")  # the tensors that a scheduler may have
+
+
 class _Plans:
     """The plans made of one schedule, by the options of step and the device; other arrays mean that the schedule is another.
 
-    held: what the schedule is, as `_held` has it, and versions, how often its tensors had been written to. host: the timesteps as
-    numbers; rank: where each is; at: the same by their addresses; input_scale: scale_model_input's.
+    timesteps, sigmas, alphas_cumprod, config, count: what they were made of; versions: how often those tensors had been written
+    to. host: the timesteps as numbers; rank: where each is; at: the same by their addresses; input_scale: scale_model_input's.
     """
 
-    __slots__ = ("held", "versions", "host", "rank", "at", "input_scale", "made", "last")
+    __slots__ = (
+        "timesteps", "sigmas", "alphas_cumprod", "config", "count", "tensors", "versions", "host", "rank", "at",
+        "input_scale", "made", "last",
+    )  # fmt: skip
 
     def __init__(self, scheduler):
-        self.held, self.made, self.last = _held(scheduler), {}, (None, None, None)
-        self.versions, timesteps = _versions(self.held), scheduler.timesteps
+        held = scheduler.__dict__
+        self.timesteps, self.sigmas, self.alphas_cumprod = (held.get(name) for name in _SCHEDULE)
+        self.config, self.count = held.get("_internal_dict"), held.get("num_inference_steps")
+        self.tensors = [tensor for tensor in (held.get(name) for name in _SCHEDULE) if tensor is not None]
+        self.versions, timesteps = sum([tensor._version for tensor in self.tensors]), self.timesteps
+        self.made, self.last = {}, (None, None, None)
         self.host = timesteps.tolist()
         self.rank = {t: i for i, t in reversed(list(enumerate(self.host)))}
         apart = timesteps.stride(0) * timesteps.element_size()
         self.at = {timesteps.data_ptr() + i * apart: i for i in reversed(range(len(self.host)))}
 
     def are_of(self, scheduler):
-        """Whether the scheduler's schedule and configuration are still those."""
-        a, b, c, d, steps = _held(scheduler)
-        timesteps, sigmas, abar, config, before = self.held
-        same = a is timesteps and b is sigmas and c is abar and d is config and steps == before
-        # Compiled code is made for one schedule, and cannot ask for a version.
-        return same and (is_dynamo_compiling() or _versions(self.held) == self.versions)
+        """Whether the scheduler's schedule and configuration are still those. Every step asks."""
+        held = scheduler.__dict__
+        if (
+            held["timesteps"] is not self.timesteps
+            or held.get("sigmas") is not self.sigmas
+            or held["_internal_dict"] is not self.config  # another object when something is registered to it
+            or held.get("num_inference_steps") != self.count
+        ):
+            return False
+        if is_dynamo_compiling():  # alphas_cumprod may be on another device by now, and versions cannot be asked for
+            return True
+        versions = 0
+        for tensor in self.tensors:
+            versions += tensor._version
+        return versions == self.versions and held.get("alphas_cumprod") is self.alphas_cumprod
 
     def __reduce__(self):
         """To None: a deep copy of a scheduler, or one from a pickle, has its timesteps elsewhere, and makes its own plans."""
         return type(None), ()
-
-
-def _held(scheduler):
-    """What a plan is made of; the configuration is another object when something is registered to it."""
-    get = scheduler.__dict__.get
-    return get("timesteps"), get("sigmas"), get("alphas_cumprod"), get("_internal_dict"), get("num_inference_steps")
-
-
-def _versions(held):
-    timesteps, sigmas, abar, *_ = held
-    return [timesteps._version, sigmas is not None and sigmas._version, abar is not None and abar._version]
 
 
 class _Fused:
@@ -222,19 +229,12 @@ class _Fused:
         raise NotImplementedError
 
     def _lambdas(self, alpha, sigma, d_x):
-        """lambda for each step; 1 where x is noise alone, where only that has a meaning: refused there if given one by one.
-
-        A model that predicts eps itself (d_x = 1/alpha) has its own errors divided by alpha too, and lambda is left to it.
-        """
-        value = self.config.eps_scaling
-        lambda_t = as_eps_scaling(value).values(self._steps())
-        nowhere = self._per_step(_noise_alone(alpha, sigma) & ~(np.abs(d_x * alpha - 1) < 1e-9))  # d_x may be infinite
-        if (bad := nowhere & (lambda_t != 1)).any():
-            i = int(np.flatnonzero(bad)[0])
-            if isinstance(value, (list, tuple, np.ndarray)):
-                raise ValueError(f"eps_scaling: expected 1 where x is noise alone (step {i}), got {lambda_t[i]:g}")
-            _say(self, f"eps_scaling is 1 in step {i}: x is noise alone there")
-        lambda_t[nowhere | (self._per_step(sigma) == 0)] = 1.0  # without noise, any lambda is 1
+        """lambda for each step; 1 where x is noise alone."""
+        says_x0 = ~(np.abs(d_x * alpha - 1) < 1e-9)  # d_x may be infinite
+        alone = self._per_step(scaling.noise_alone(alpha, sigma, says_x0))
+        value = as_eps_scaling(self.config.eps_scaling)
+        lambda_t = scaling.lambdas(value, alone, "eps_scaling", functools.partial(_say, self))
+        lambda_t[self._per_step(sigma) == 0] = 1.0  # without noise, any lambda is 1
         return lambda_t
 
     def _steps(self):
@@ -264,7 +264,8 @@ class _Fused:
         """The plans of the schedule and the configuration as they are now."""
         kept = self._plans
         if kept is None or not kept.are_of(self):
-            for name, tensor in zip(("timesteps", "sigmas", "alphas_cumprod"), _held(self), strict=False):
+            for name in _SCHEDULE:
+                tensor = self.__dict__.get(name)
                 if tensor is not None and tensor.is_inference():  # those do not tell when they are written to
                     with torch.inference_mode(False):
                         setattr(self, name, tensor.clone())
@@ -529,11 +530,6 @@ def _double(values):
 def _state(f, x):
     """x in the dtype that holds both."""
     return x if x.dtype is f.dtype else x.to(torch.promote_types(x.dtype, f.dtype))
-
-
-def _noise_alone(alpha, sigma):
-    """Whether so little of x is x_0 that dividing the noise by lambda would say what x_0 is, and not the model."""
-    return alpha < _NOISE_ALONE * sigma
 
 
 def _vp_denoiser(prediction, alpha, sigma):
@@ -1004,7 +1000,7 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
             raise ValueError(
                 f"eps_scaling: expected 1 with per_token_timesteps and sigmas inverted or above 1, got {lambda_t:g}"
             )
-        nowhere = _noise_alone(1 - sigma, sigma)  # lambda is 1 there
+        nowhere = scaling.noise_alone(1 - sigma, sigma, -1)  # lambda is 1 there
         on_f = torch.where(nowhere, 1.0, 1 / lambda_t)
         to_x = torch.where(nowhere, 0.0, -(1 - 1 / lambda_t) / (1 - sigma))
         if self.config.stochastic_sampling:

@@ -74,7 +74,7 @@ def _directory(source, shape, count):
         try:
             with Image.open(path) as image:
                 mode, pixels = image.mode, np.asarray(image.convert("L" if shape[0] == 1 else "RGB"))
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"data: {path} cannot be read: {error}") from None
         if mode[0] in "IF":  # Pillow does not scale these to 8 bits: it cuts off what is above 255
             raise ValueError(

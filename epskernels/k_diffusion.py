@@ -6,6 +6,7 @@ noise made in the kernel; else noise_sampler(sigma, sigma_next), by default torc
 Brownian tree. Every table is that of samplers.py at the given sigmas. It does not take sigmas that rise.
 """
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -40,9 +41,10 @@ class _Given(KarrasSchedule):
         return self.grid_at(self.levels)
 
     def table(self, sampler, eps_scaling, **options):
-        lambda_t = scaling.as_scaling(eps_scaling).values(self.steps)
-        lambda_t = np.append(lambda_t, np.ones(len(self.levels) - self.steps))
-        scaled = scaling.array(lambda_t, origin="noisiest")
+        given, not_run = scaling.as_scaling(eps_scaling), np.ones(len(self.levels) - self.steps)
+        scaled = dataclasses.replace(
+            given, formula=lambda i: np.append(given.values(self.steps), not_run), origin="noisiest"
+        )
         return sampler(self, len(self.levels), scaling=scaled, prediction="sample", **options)
 
 

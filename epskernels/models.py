@@ -65,8 +65,9 @@ class Model:
 def load(directory=DIGITS, device="cpu"):
     """The UNet2DModel and the schedule of betas of a diffusers pipeline directory (unet/, scheduler/).
 
-    Of the scheduler's configuration all is heeded that says what the network has learned and where it is called; what is of its
-    own solver alone (its order, Karras' sigmas) is not: the sampler is chosen here.
+    Of the scheduler's configuration all is heeded that says what the network has learned, and where the samplers ddpm, ddim,
+    euler, euler_ancestral, heun and unipc call it; what is of its own solver alone (its order, Karras' sigmas) is not: the
+    sampler is chosen here.
     Raises FileNotFoundError where one of them is missing, ValueError for a network or a schedule that has no counterpart here.
     """
     import diffusers
@@ -79,12 +80,14 @@ def load(directory=DIGITS, device="cpu"):
     try:
         network = diffusers.UNet2DModel.from_pretrained(directory / "unet").eval().requires_grad_(False).to(device)
         named = said.get("_class_name", "DDPMScheduler")
-        kind = getattr(diffusers, named, None)
+        kind = getattr(diffusers, str(named), None)
+        if lacks := getattr(kind, "_backends", None):  # diffusers' stand-in for a class
+            raise ValueError(f"model: {named} of {directory} needs {', '.join(lacks)}: pip install {' '.join(lacks)}")
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ValueError(f"model: expected a scheduler of diffusers in {directory}, got {named!r}")
         scheduler = kind.from_pretrained(directory / "scheduler")
-    except NotImplementedError as error:  # of a schedule of betas
-        raise ValueError(f"model: {directory}: {error}") from None
+    except (NotImplementedError, TypeError) as error:  # of a schedule of betas; of numbers that are none
+        raise ValueError(f"model: {directory}: {str(error).splitlines()[0]}") from None
     finally:
         logging.set_verbosity(verbosity)
     unet, config = network.config, scheduler.config  # with the defaults of that scheduler for what is not said

@@ -6,7 +6,7 @@ denoised estimate m0 from the model's output with lambda_t folded in, and x' as 
 
 import numpy as np
 
-from .scaling import as_scaling, scale
+from .scaling import as_scaling, lambdas, noise_alone, scale
 from .schedule import DiscreteSchedule, FlowSchedule, Grid, KarrasSchedule, linear
 from .table import COLUMNS, PROVENANCE, Table
 
@@ -37,7 +37,7 @@ def denoiser(prediction, grid, lambda_t):
     """(d_x, d_f) of m0 = d_x*x + d_f*f, with eps -> eps/lambda_t: x0' = (1 - 1/lambda_t)*x/alpha + x0/lambda_t.
 
     Exact for every prediction, since x0' is linear in (x, f). The network's own variables are c_in times those of the path.
-    Raises ValueError where alpha = 0: epsilon prediction is undefined there, and so is any lambda_t but 1.
+    Not finite where alpha is 0 and lambda_t is not 1. Raises ValueError where epsilon is predicted at alpha = 0.
     """
     alpha, sigma = grid.alpha, grid.sigma
     f_x0, f_eps = model_output(prediction, grid.c_in * alpha, grid.c_in * sigma)
@@ -48,13 +48,15 @@ def denoiser(prediction, grid, lambda_t):
             f"prediction: {prediction!r} says nothing of x_0 where alpha is {alpha[row]:g}, sigma {sigma[row]:g} (step {row})"
         )
     d_x, d_f = f_eps / determinant, -sigma / determinant
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scaled_d_x, scaled_d_f = scale(d_x, d_f, alpha, lambda_t)
     scaled = lambda_t != 1
-    if (scaled & (alpha == 0)).any():
-        row = int(np.flatnonzero(scaled & (alpha == 0))[0])
-        raise ValueError(f"lambda: expected 1 where alpha is 0 (step {row}), got {lambda_t[row]:g}")
-    safe_alpha = np.where(alpha == 0, 1.0, alpha)
-    scaled_d_x, scaled_d_f = scale(d_x, d_f, safe_alpha, lambda_t)
     return np.where(scaled, scaled_d_x, d_x), np.where(scaled, scaled_d_f, d_f), f_x0, f_eps
+
+
+def _lambdas(scaling, grid, prediction):
+    f_x0, _ = model_output(prediction, grid.alpha, grid.sigma)
+    return lambdas(as_scaling(scaling), noise_alone(grid.alpha, grid.sigma, f_x0))
 
 
 def _clip_value(clip):
@@ -93,7 +95,7 @@ def _table(name, grid, columns, initial_sigma):
 def _first_order(schedule, steps, scaling, prediction, clip, guidance, allowed, grid_options):
     """The grid and the columns of samplers with one model call per step."""
     grid = _grid(schedule, steps, allowed, grid_options)
-    lambda_t = as_scaling(scaling).values(len(grid))
+    lambda_t = _lambdas(scaling, grid, prediction)
     d_x, d_f, f_x0, f_eps = denoiser(prediction, grid, lambda_t)
     columns = {
         "t": grid.t, "c_in": grid.c_in, "lambda_t": lambda_t,
@@ -120,7 +122,7 @@ def _in_space(grid, space):
     if space != "sigma":
         raise ValueError(f"space: expected 'vp' or 'sigma', got {space!r}")
     if (grid.alpha == 0).any() or grid.alpha_end == 0:
-        raise ValueError("space: 'sigma' needs alpha > 0 at every step; take 'vp'")
+        raise ValueError("space: 'sigma' needs alpha > 0 at every step; take 'vp', or another sampler")
     return Grid(
         grid.t, np.ones(len(grid)), grid.sigma / grid.alpha, grid.c_in * grid.alpha,
         float(grid.initial_sigma / grid.alpha[0]), 1.0, float(grid.sigma_end / grid.alpha_end), grid.discrete,
@@ -207,7 +209,8 @@ def ddpm(
 
     schedule: a DiscreteSchedule (its betas are respaced to `steps` as ADM does), FlowSchedule, or a Grid. steps: a count,
     ADM's section counts or timesteps (DiscreteSchedule.timesteps; spacing and the rest of its options pass through).
-    scaling: lambda_t, an EpsilonScaling or a number. prediction: one of PREDICTIONS.
+    scaling: lambda_t, an EpsilonScaling or a number; 1 where x is noise alone (scaling.lambdas), as at zero terminal SNR or in
+    the first step of a flow. prediction: one of PREDICTIONS.
     variance: "fixed_small" (posterior), "fixed_large" (beta), "learned_range" (the model's second half of channels, v,
     between the two; arXiv 2102.09672, eq. 15). clip: x_0 is held to [-clip, clip]; None for none.
     guidance: the scale g of fhat = u + g*(f - u). A classifier's gradient, where given to the step, shifts the mean by the
@@ -307,7 +310,7 @@ def _edm(name, schedule, steps, scaling, prediction, clip, guidance, churn, heun
     at_hat = schedule.grid_at(sigma_hat)
     sigma_next = grid.sigma_next
     added_next = np.append(added[1:], 0.0)  # churn before the next step is noise at the end of this one
-    lambda_t = as_scaling(scaling).values(n)
+    lambda_t = _lambdas(scaling, at_hat, prediction)
 
     def part(point, lambda_t):
         d_x, d_f, f_x0, f_eps = denoiser(prediction, point, lambda_t)
@@ -619,7 +622,7 @@ def _two_calls(name, grid, middle, scaling, prediction, clip, guidance, first, s
 
     first: the first call's columns, of N values, which leads to the middle point but in the last step; second: those of N - 1.
     """
-    lambda_t = as_scaling(scaling).values(len(grid))
+    lambda_t = _lambdas(scaling, grid, prediction)
 
     def part(point, lambda_t, alpha_out, sigma_out, own):
         d_x, d_f, f_x0, f_eps = denoiser(prediction, point, lambda_t)
@@ -820,8 +823,7 @@ def flow_euler(
 ):
     """Rectified flow's sampler: Euler on x_t = (1 - sigma)*x_0 + sigma*eps, or, stochastic, m0 with fresh noise in each step.
 
-    schedule: a FlowSchedule, or a Grid. scaling: lambda_t, 1 where alpha is 0: the first step of a flow from pure noise.
-    The other arguments as in ddpm. Raises ValueError naming the argument.
+    schedule: a FlowSchedule, or a Grid. The other arguments as in ddpm. Raises ValueError naming the argument.
     """
     grid, columns = _first_order(schedule, steps, scaling, prediction, clip, guidance, (FlowSchedule,), grid_options)
     columns["c_x"] = np.zeros(len(grid)) if stochastic else grid.sigma_next / grid.sigma

@@ -5,14 +5,18 @@ above 1 shrinks the predicted noise. i is the 0-based index of the sampler's ste
 """
 
 import dataclasses
+import functools
 import json
+import logging
 import pathlib
 
 import numpy as np
 
 from .shards import write_whole
 
+_log = logging.getLogger("epskernels")
 ORIGINS = ("cleanest", "noisiest")
+NOISE_ALONE = 1 / 900  # of alpha/sigma: a zero SNR is often written as sigma = 4096, and a flow begun at 0.999 or above
 FORMAT = 1  # of the JSON files
 
 
@@ -147,6 +151,37 @@ def as_scaling(scaling):
     if isinstance(scaling, (int, float, np.number)) and not isinstance(scaling, bool):
         return constant(scaling)
     raise TypeError(f"scaling: expected an EpsilonScaling or a number, got {type(scaling).__name__}")
+
+
+def noise_alone(alpha, sigma, f_x0):
+    """Whether so little of x = alpha*x_0 + sigma*eps is x_0 that lambda would say what x_0 is, and not the network.
+
+    f_x0: the share of x_0 in the network's output. Where it is 0 the network predicts eps itself, its own errors are divided by
+    alpha too, and lambda is left to it, as in the paper. Arrays or tensors.
+    """
+    return (alpha < NOISE_ALONE * sigma) & (f_x0 != 0)
+
+
+def lambdas(scaling, alone, name="lambda", say=None):
+    """(steps,) lambda of each step, the noisiest first; 1 where x is noise `alone`, (steps,) bool: only that has a meaning there.
+
+    A formula gives 1 there, as `say` is told, by default the log, once; an array must.
+    Raises ValueError where it does not, and as EpsilonScaling.values does.
+    """
+    lambda_t = scaling.values(len(alone))
+    wrong = np.flatnonzero(alone & (lambda_t != 1))
+    if wrong.size:
+        i = int(wrong[0])
+        if scaling.spec is not None and scaling.spec["kind"] == "array":
+            raise ValueError(f"{name}: expected 1 where x is noise alone (step {i}), got {lambda_t[i]:g}")
+        (say or _say)(f"{name} is 1 in step {i}: x is noise alone there")
+        lambda_t[alone] = 1.0
+    return lambda_t
+
+
+@functools.cache
+def _say(message):
+    _log.warning("%s", message)
 
 
 def scale(d_x, d_f, alpha, lambda_t):

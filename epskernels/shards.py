@@ -137,7 +137,8 @@ def compare(old, new, where):
 
 
 def write_whole(path, write):
-    """Whole or not at all, whatever interrupts, the power included."""
+    """Whole or not at all, whatever interrupts, the power included. A link is written through."""
+    path = path.resolve()
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

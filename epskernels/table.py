@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from .scaling import scale
+from .scaling import noise_alone, scale
 
 # The order of csrc/step.h::StepRow.
 COLUMNS = (
@@ -172,7 +172,7 @@ class Table:
         """The rows with another lambda_t, differentiable in it: float32 (R, columns), to pass in the table's place.
 
         lambda_t: float32 or float64, () or (R,), a value for each row (edm_heun has two rows in a step), on the table's
-        device. Worked out in float64 and rounded once, as a sampler does it. Where alpha_in is 0 a row stays as it is: no
+        device. Worked out in float64 and rounded once, as a sampler does it. Where x is noise alone a row stays as it is: no
         other lambda_t is defined there. One that is not above 0 gives a row of NaN: the step refuses it, a GPU's passes it on.
         Raises ValueError for another shape, dtype or device, or a table whose d_x and d_f are not those of its provenance.
         """
@@ -189,13 +189,13 @@ class Table:
                 f"lambda_t: expected shape () or ({len(self)},) on {self.device}, "
                 f"got {tuple(lambda_t.shape)} on {lambda_t.device}"
             )
-        d_x, d_f, alpha = self._unscaled.to(self.device).unbind()
+        d_x, d_f, alpha, alone = self._unscaled.to(self.device).unbind()
         lambda_t = torch.where(lambda_t > 0, lambda_t.double(), torch.nan)
-        scaled = scale(d_x, d_f, torch.where(alpha == 0, 1.0, alpha), lambda_t)
+        scaled = scale(d_x, d_f, torch.where(alone != 0, 1.0, alpha), lambda_t)
         columns = list(self.rows.unbind(1))
         for name, column in zip(("d_x", "d_f"), scaled, strict=True):
             i = COLUMNS.index(name)
-            columns[i] = torch.where(alpha == 0, columns[i], column.float())
+            columns[i] = torch.where(alone != 0, columns[i], column.float())
         return torch.stack(columns, 1)
 
     def to(self, device):
@@ -260,7 +260,8 @@ def concat(tables):
 
 
 def _unscaled(columns):
-    """d_x and d_f for lambda_t = 1, and alpha_in: float64 (3, R); None where lambda_t does not lead from them to the columns."""
+    """d_x and d_f for lambda_t = 1, alpha_in, and whether x is noise alone: float64 (4, R); None where lambda_t does not lead
+    from them to the columns."""
     alpha, sigma, f_x0, f_eps = (columns[key] for key in ("alpha_in", "sigma_in", "f_x0", "f_eps"))
     with np.errstate(all="ignore"):
         determinant = alpha * f_eps - sigma * f_x0
@@ -269,7 +270,7 @@ def _unscaled(columns):
         for key, column in zip(("d_x", "d_f"), scaled, strict=True):
             if not (np.abs(column - columns[key]) <= _TOLERANCE * (1 + np.abs(column))).all():
                 return None
-    return torch.from_numpy(np.stack([d_x, d_f, alpha]))
+    return torch.from_numpy(np.stack([d_x, d_f, alpha, noise_alone(alpha, sigma, f_x0)]))
 
 
 def _check(columns, parts):

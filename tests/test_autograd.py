@@ -555,7 +555,14 @@ def test_vmap_of_vmap(batched):
     assert torch.equal(torch.vmap(torch.vmap(run))(twice), torch.stack([torch.stack([*map(run, xs)]) for xs in twice]))
 
 
-MOMENTS_VMAPPED = [{"f": 0}, {"f": 2}, {"u": 1}, {"index": 0}, {"rows": 1}, dict.fromkeys(("f", "u", "rows", "index"), 0)]
+MOMENTS_VMAPPED = [
+    {"f": 0},
+    {"f": 2},
+    {"u": 1},
+    {"index": 0},
+    {"rows": 1},
+    dict.fromkeys(("f", "u", "rows", "index"), 0),
+]
 
 
 @pytest.mark.parametrize("index", [torch.tensor(1), torch.tensor([2, 0])], ids=["one_row", "row_each"])

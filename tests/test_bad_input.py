@@ -383,7 +383,10 @@ NO_MEMORY = {
         lambda: epskernels.moments(torch.ones(1, 1, 1).bfloat16().expand(1, 2**23, 2**24)),
         r"bfloat16 \(1, 8388608, 16777216\) on cpu",
     ),
-    "normals": (lambda: epskernels.normal([1, 2], (2**46,), dtype=torch.float16), r"float16 \(2, 70368744177664\) on cpu"),
+    "normals": (
+        lambda: epskernels.normal([1, 2], (2**46,), dtype=torch.float16),
+        r"float16 \(2, 70368744177664\) on cpu",
+    ),
 }
 
 
@@ -1113,9 +1116,15 @@ for name, sampler in samplers.SAMPLERS.items():
         r"prediction: 'epsilon' says nothing of x_0 where alpha is 0, sigma 1 \(step 0\)",
     )
     BAD_CONSTRUCTORS[f"{name}: lambda at alpha 0"] = (
-        lambda sampler=sampler: sampler(ZERO_SNR, 5, spacing="trailing", prediction="v_prediction", scaling=1.01),
+        lambda sampler=sampler: sampler(
+            ZERO_SNR,
+            5,
+            spacing="trailing",
+            prediction="v_prediction",
+            scaling=scaling.array([1.01] * 5, origin="noisiest"),
+        ),
         ValueError,
-        r"lambda: expected 1 where alpha is 0 \(step 0\), got 1.01",
+        r"lambda: expected 1 where x is noise alone \(step 0\), got 1.01",
     )
 
 BAD_CONSTRUCTORS |= {

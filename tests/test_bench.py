@@ -139,7 +139,9 @@ def test_report(run, tmp_path):
     assert "run.json" in page and "## Memory of a call" in page and "Not measured: the run left it out" in page
     for plot in ("share_of_copy", "beside_compile", "by_batch", "by_size"):
         assert (tmp_path / "benchmarks" / f"{plot}.svg").stat().st_size > 5000 and f"{plot}.svg" in page
-        assert (tmp_path / "benchmarks" / f"{plot}.svg").read_bytes() == (docs / "benchmarks" / f"{plot}.svg").read_bytes()
+        assert (tmp_path / "benchmarks" / f"{plot}.svg").read_bytes() == (
+            docs / "benchmarks" / f"{plot}.svg"
+        ).read_bytes()
 
 
 def test_results_that_are_not_there(tmp_path):

@@ -251,8 +251,19 @@ def test_learn_leaves_lambda_where_alpha_is_zero():
     sampler = lambda s: samplers.ddim(path, 4, scaling=s, prediction="v_prediction", spacing="trailing")  # noqa: E731
     found = calibrate.learn(linear_model, sampler, lambda x: x.square().mean(), range(4), SHAPE, rounds=5)
     assert found.scaling.values(4)[0] == 1 and (found.scaling.values(4)[1:] != 1).all()
-    with pytest.raises(ValueError, match="form: expected 'array' where alpha is 0"):
-        calibrate.learn(linear_model, sampler, lambda x: x.mean(), range(4), SHAPE, form="constant")
+    found = calibrate.learn(
+        linear_model, sampler, lambda x: x.square().mean(), range(4), SHAPE, form="constant", rounds=5
+    )
+    assert found.scaling.values(1)[0] != 1 and sampler(found.scaling)["lambda_t"][0] == 1
+
+
+@pytest.mark.parametrize("heun", [False, True])
+def test_steps_are_numbered_where_x_is_noise_alone(heun):
+    """Several steps of it, whose lambda is 1 whatever is asked for."""
+    path, make = schedule.KarrasSchedule(sigma_max=50_000.0), samplers.edm_heun if heun else samplers.edm_euler
+    table, steps = calibrate.steps_of(lambda s: make(path, 12, scaling=s, prediction="sample"))
+    assert 3 < (table["sigma_in"] > 900).sum() < len(table) - 3
+    assert steps.tolist() == (np.repeat(np.arange(12), 2)[:-1] if heun else np.arange(12)).tolist()
 
 
 def test_no_scaling_is_a_trial():

@@ -304,6 +304,8 @@ def test_timesteps_variance_and_last_step_are_those_of_the_scheduler(spacing, mo
         (diffusers.DDPMScheduler(thresholding=True), {}, "thresholding of .* has no counterpart"),
         (diffusers.DDPMScheduler(variance_type="learned"), {}, "variance that is learned other than as a range"),
         (diffusers.DDPMScheduler(), {"_class_name": "UNet2DModel"}, "expected a scheduler of diffusers .*got 'UNet2DModel'"),
+        (diffusers.DDPMScheduler(), {"_class_name": None}, "expected a scheduler of diffusers .*got None"),
+        (diffusers.DDPMScheduler(), {"num_train_timesteps": "many"}, "received an invalid"),
         (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), {}, "use_flow_sigmas of"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), {}, "unknown prediction type None"),
         (diffusers.EDMEulerScheduler(), {}, "expected a scheduler of betas, got EDMEulerScheduler"),
@@ -547,6 +549,42 @@ def test_data_that_cannot_be_read_is_refused(kind, suffix, tiny, data, tmp_path,
     )
     error = capsys.readouterr().err
     assert re.fullmatch(f"epskernels calibrate: data: expected .* in {path}.*\\n", error) and "unsafely" not in error
+
+
+def test_a_scheduler_of_a_missing_package(tiny, monkeypatch, tmp_path, capsys):
+    """diffusers has a stand-in for it; what a constructor lacks comes without a name."""
+    model = shutil.copytree(tiny["plain"], tmp_path / "model")
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "OfAPackage"}))
+    monkeypatch.setattr(
+        diffusers, "OfAPackage", type("OfAPackage", (), {"_backends": ["torch", "torchsde"]}), raising=False
+    )
+    given = ["sample", "--model", str(model), "--steps", "2", "--seeds", "0"]
+    assert cli.main(given) == 2
+    assert capsys.readouterr().err.endswith("needs torch, torchsde: pip install torch torchsde\n")
+
+    def load(*_):
+        raise ImportError("Make sure to install scipy")
+
+    monkeypatch.setattr(cli.models, "load", load)
+    assert cli.main(given) == 2 and capsys.readouterr().err == "epskernels sample: Make sure to install scipy\n"
+
+
+def test_zero_terminal_snr_takes_a_lambda(tiny, tmp_path, capsys, caplog):
+    """lambda is 1 in the first step, which the log says; --fit constant is taken by --scaling."""
+    model, out = shutil.copytree(tiny["plain"], tmp_path / "model"), tmp_path / "lambda.json"
+    config = diffusers.DDPMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+    )
+    config.save_pretrained(model / "scheduler")
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).uniform(-1, 1, (4, 1, 8, 8)).astype(np.float32))
+    given = ["--model", str(model), "--sampler", "ddim", "--steps", "4"]
+    fit = ["--data", str(tmp_path / "data.npy"), "--images", "4", "--fit", "constant", "--out", str(out)]
+    assert calibrate(*given, *fit) == 0
+    scaling._say.cache_clear()
+    for scaled in (["--scaling", str(out)], ["--lambda", "1.005"], ["--lambda-linear", "0.001", "1.005"]):
+        assert cli.main(["sample", *given, "--seeds", "0-1", *scaled]) == 0
+    assert "lambda is 1 in step 0: x is noise alone there" in caplog.text
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])

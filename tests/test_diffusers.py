@@ -1034,6 +1034,21 @@ def test_changes_after_set_timesteps_are_seen(name, change, inference):
     torch.testing.assert_close(*found, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_compiled_step_after_add_noise(name):
+    """add_noise moves alphas_cumprod to the samples' device: to compiled code that is the same schedule."""
+    f, x, found = torch.randn(SHAPE), torch.randn(SHAPE), []
+    for compiled in (False, True):
+        scheduler = CLASSES[name](eps_scaling=1.01)
+        scheduler.set_timesteps(4)
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.clone()
+        step = torch.compile(scheduler.step, backend="eager", fullgraph=True) if compiled else scheduler.step
+        torch.manual_seed(3)
+        with torch.no_grad():
+            found.append(step(f, scheduler.timesteps[0], x, return_dict=False)[0])
+    assert torch.equal(*found)
+
+
 def test_another_variance_than_the_configured_is_diffusers_own():
     """Its step looks at both, the attribute and the configuration."""
     f, x, found = torch.randn(SHAPE), torch.randn(SHAPE), []

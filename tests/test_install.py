@@ -105,7 +105,9 @@ def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment
 
     shutil.unpack_archive(sdist, tmp_path)
     (sources,) = tmp_path.glob("epskernels-*/")
-    result = use(environment, "from epskernels import build as b; print(b.why_missing(), b.why_missing('cuda'))", sources)
+    result = use(
+        environment, "from epskernels import build as b; print(b.why_missing(), b.why_missing('cuda'))", sources
+    )
     why = f"(this is the source tree {sources}, not built for this Python, and it hides the package installed in "
     why += f"{environment[1] / 'epskernels'}); run outside of the source tree, or build it there: `make build` or"
     assert result.stdout.count(why) == 2, result.stdout + result.stderr

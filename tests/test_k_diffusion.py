@@ -1,5 +1,6 @@
 """k-diffusion's signatures against the float64 oracles, and the ComfyUI node against a stand-in of its hook."""
 
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import k_diffusion
+from epskernels import k_diffusion, scaling
 
 SHAPE = (2, 3, 4, 5)
 EDM = oracles.edm_sigmas(9)
@@ -145,6 +146,18 @@ def test_callback(name):
         plain = model(info["x"], info["sigma_hat"].expand(2))
         scaled = info["x"] - (info["x"] - plain) / 1.01
         torch.testing.assert_close(info["denoised"], scaled, rtol=1e-5, atol=1e-5)
+
+
+def test_where_x_is_noise_alone():
+    """A zero terminal SNR, written as a sigma of some thousands: a number is 1 there, an array must be."""
+    sigmas, x = torch.tensor([4096.0, 50.0, 3.0, 0.5]), 4096 * torch.randn(SHAPE)
+    run = functools.partial(k_diffusion.sample_euler, model, x, disable=True)
+    first = [run(sigmas[:2], eps_scaling=lam) for lam in (1.0, 1.02)]
+    assert torch.equal(*first)
+    from_there = scaling.array([1.0, 1.02, 1.02], origin="noisiest")
+    assert torch.equal(run(sigmas, eps_scaling=1.02), run(sigmas, eps_scaling=from_there))
+    with pytest.raises(ValueError, match=r"lambda: expected 1 where x is noise alone \(step 0\), got 1.02"):
+        run(sigmas, eps_scaling=scaling.array([1.02] * 3, origin="noisiest"))
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_2s_ancestral"])

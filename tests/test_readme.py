@@ -25,6 +25,21 @@ def test_examples_run_and_agree():
     torch.testing.assert_close(names["step"](x, f, row, z), epskernels.step(x, f, table, 4, seeds=seeds))
 
 
+def test_what_an_extra_brings_is_not_needed_to_look_around():
+    """hasattr and help, where diffusers is not installed."""
+    code = """import inspect, pydoc, sys
+sys.modules["diffusers"] = None
+import epskernels
+assert not hasattr(epskernels, "diffusers") and "diffusers" in dir(epskernels)
+assert "k_diffusion" in dict(inspect.getmembers(epskernels)) and pydoc.render_doc(epskernels)
+try:
+    epskernels.diffusers
+except AttributeError as error:
+    assert str(error) == "epskernels.diffusers needs diffusers, which is not installed", error
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
 def test_the_names_of_the_pages_are_there_after_the_import_alone():
     pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
     pattern = r"(?<!ops\.)(?<!::)\bepskernels((?:\.[A-Za-z]\w*)+)"

@@ -461,16 +461,47 @@ def test_zero_terminal_snr_builds_without_scaling_there(sampler, prediction):
     assert table["alpha_in"][0] == 0 and table.rows[:, :2].isfinite().all()
     except_first = scaling.array([1.0, *[1.01] * 9], origin="noisiest")
     assert sampler(ZERO_SNR, 10, spacing="trailing", prediction=prediction, scaling=except_first)["lambda_t"][1] == 1.01
-    with pytest.raises(ValueError, match=r"lambda: expected 1 where alpha is 0 \(step 0\), got 1.01"):
-        sampler(ZERO_SNR, 10, spacing="trailing", prediction=prediction, scaling=1.01)
+    with pytest.raises(ValueError, match=r"lambda: expected 1 where x is noise alone \(step 0\), got 1.01"):
+        array = scaling.array([1.01] * 10, origin="cleanest")
+        sampler(ZERO_SNR, 10, spacing="trailing", prediction=prediction, scaling=array)
+    of_a_formula = sampler(ZERO_SNR, 10, spacing="trailing", prediction=prediction, scaling=1.01)
+    assert of_a_formula["lambda_t"].tolist() == [1.0, *[1.01] * 9]
+    assert torch.equal(of_a_formula.rows[0], table.rows[0]) and not torch.equal(of_a_formula.rows[1], table.rows[1])
 
 
 @pytest.mark.parametrize("sampler", [samplers.ddpm, samplers.ddim, samplers.dpmpp_2m], ids=lambda s: s.__name__)
 def test_flow_builds_from_pure_noise(sampler):
     table = sampler(FLOW, 10, prediction="flow")
     assert table["alpha_in"][0] == 0 and table["sigma_in"][0] == 1 and not table.discrete
-    with pytest.raises(ValueError, match="lambda: expected 1 where alpha is 0"):
-        sampler(FLOW, 10, prediction="flow", scaling=1.01)
+    assert sampler(FLOW, 10, prediction="flow", scaling=1.01)["lambda_t"].tolist() == [1.0, *[1.01] * 9]
+
+
+# name: a table whose first step begins at alpha below sigma/900 and above 0, and of a network that predicts eps.
+ALMOST_NOISE = {
+    "ddim": lambda s, p: samplers.ddim(schedule.cosine(), 10, spacing="trailing", prediction=p, scaling=s, clip=None),
+    "ddpm": lambda s, p: samplers.ddpm(schedule.cosine(), 10, spacing="trailing", prediction=p, scaling=s, clip=None),
+    "dpmpp_2m": lambda s, p: samplers.dpmpp_2m(schedule.cosine(), 10, spacing="trailing", prediction=p, scaling=s),
+    "heun": lambda s, p: samplers.heun(schedule.cosine(), 10, spacing="trailing", prediction=p, scaling=s),
+    "edm_heun": lambda s, p: samplers.edm_heun(schedule.KarrasSchedule(sigma_max=4096.0), 10, prediction=p, scaling=s),
+}
+
+
+@pytest.mark.parametrize("name", ALMOST_NOISE)
+def test_lambda_where_x_is_almost_noise_alone(name, caplog):
+    """x_0' = x_0 + (1 - 1/lambda)*(sigma/alpha)*eps would be noise; a network's own eps is divided as the paper has it."""
+    scaling._say.cache_clear()
+    make = ALMOST_NOISE[name]
+    table = make(1.01, "sample" if name == "edm_heun" else "v_prediction")
+    alone = table["sigma_in"] > 900 * table["alpha_in"]
+    assert alone[0] and not alone[-1] and (table["alpha_in"] > 0).all()
+    assert (table["lambda_t"][alone] == 1).all() and table["lambda_t"][-1] == 1.01
+    assert caplog.text.count("lambda is 1 in step 0: x is noise alone there") == 1
+    made = make(scaling.array([1.01] * 10, origin="noisiest"), "epsilon")  # not refused
+    assert (made["lambda_t"] == 1.01).all()
+    with pytest.raises(ValueError, match=r"lambda: expected 1 where x is noise alone \(step 0\), got 1.01"):
+        make(scaling.array([1.01] * 10, origin="noisiest"), "sample")
+    rows = table.scaled_rows(torch.tensor(1.2))
+    assert torch.equal(rows[0], table.rows[0]) and not torch.equal(rows[-1], table.rows[-1])
 
 
 @pytest.mark.parametrize("prediction, scale", list(itertools.product(PREDICTIONS, [1.0, 1.05, 0.95])))

@@ -5,8 +5,7 @@ hook after classifier-free guidance; tested against a stand-in of both, not run 
 """
 
 from epskernels.k_diffusion import scale_denoised
-
-NOISE_ALONE = 900.0  # sigma/alpha from which x is noise alone; a zero terminal SNR is written as some thousands
+from epskernels.scaling import NOISE_ALONE
 
 
 class EpsilonScalingFused:
@@ -34,8 +33,8 @@ class EpsilonScalingFused:
         patched = model.clone()
         sampling = patched.get_model_object("model_sampling")
         flow = any(kind.__name__ == "CONST" for kind in type(sampling).__mro__)  # x = (1 - sigma)*x_0 + sigma*eps
-        reads = flow or at_the_end > 0 or float(sampling.sigma_max) > NOISE_ALONE
         noisiest, cleanest = float(sampling.sigma_max), float(sampling.sigma_min)
+        reads = flow or at_the_end > 0 or NOISE_ALONE * noisiest > 1  # a zero terminal SNR is written as some thousands
 
         def scale(args):
             """The hook: {"denoised", "input", "sigma", ...} -> denoised."""
@@ -45,7 +44,7 @@ class EpsilonScalingFused:
                 along = (noisiest - sigma) / (noisiest - cleanest)
                 lambda_t += (at_the_end - eps_scaling) * min(max(along, 0.0), 1.0)
             alpha = 1 - sigma if flow else 1.0
-            if lambda_t == 1 or sigma > NOISE_ALONE * alpha:  # no other lambda has a meaning there
+            if lambda_t == 1 or alpha < NOISE_ALONE * sigma:  # no other lambda has a meaning there
                 return denoised
             return scale_denoised(x, denoised, lambda_t, alpha)
 
