@@ -133,20 +133,25 @@ def steps_of(sampler):
 
     sampler: a function of a scaling that returns the Table. Raises ValueError where the table does not carry its lambda_t.
     """
-    table = sampler(scaling.constant(1.0))
+    asked = []
+
+    def ones(i):
+        asked.append(len(i))
+        return np.ones(len(i))
+
+    table = sampler(scaling.EpsilonScaling(ones, "noisiest", "1"))
+    if not asked:
+        raise ValueError("sampler: expected one that scales by what it is called with: it did not look at it")
     if (table["lambda_t"] != 1).any():
         raise ValueError(f"sampler: expected one whose lambda_t is the scaling given, got {table['lambda_t']} for 1")
     if len(table.parts) != 1:
         raise ValueError(f"sampler: expected one sampler's table, got {len(table.parts)} concatenated: {table.name}")
-    numbers = (
-        np.round(sampler(scaling.EpsilonScaling(lambda i: 1 + i, "noisiest", "step numbers"))["lambda_t"]).astype(int)
-        - 1
-    )
-    rows = int(
-        (np.cumsum(numbers) == 0).sum()
-    )  # of the first step, and of all where x is noise alone, whose lambda is 1 too
-    numbers[:rows] = np.arange(rows) * (numbers[rows] if rows < len(numbers) else rows) // rows
-    return table, numbers
+    if len(table) not in (asked[0], 2 * asked[0] - 1):
+        raise ValueError(
+            f"sampler: expected a row for each step, or two but in the last, got {len(table)} for {asked[0]}"
+        )
+    calls = 1 if len(table) == asked[0] else 2
+    return table, np.arange(len(table)) // calls
 
 
 def _noise_alone(table):
@@ -358,16 +363,17 @@ def learn(model, sampler, loss, seeds, shape, *, form="array", rounds=30, rate=3
     basis = torch.eye(steps, dtype=torch.float64, device=device)
     if form != "array":
         basis = torch.stack([i**power for power in range(FITS[form] + 1)], 1)
-    if form == "array":
-        basis[step_of_row[_noise_alone(table)]] = 0.0
     seeds = as_seeds(seeds, device)
     weights = torch.zeros(basis.shape[1], dtype=torch.float64, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=rate)
     losses, best = [], None
     of_row = torch.from_numpy(step_of_row).to(device)
+    held = torch.from_numpy(np.isin(step_of_row, step_of_row[_noise_alone(table)])).to(
+        device
+    )  # both calls of such a step
     for _ in tqdm(range(rounds), desc=f"{table.name}, gradient", disable=not progress):
         lambda_t = 1 + basis @ weights
-        rows = table.scaled_rows(lambda_t[of_row])
+        rows = table.scaled_rows(torch.where(held, 1.0, lambda_t[of_row]))
         x, history, y = table.initial_sigma * normal(seeds, shape), (None, None), None
         for row in range(len(table)):
             output = call_model(model, table, row, x)

@@ -156,7 +156,10 @@ def build_parser():
     )
     fit.add_argument("--fit", choices=("array", *calibrate.FITS), help="form of lambda_t by norms; default: array")
     fit.add_argument(
-        "--skip", type=int, metavar="N", help="cleanest steps without lambda_t, or that the fit leaves out; default: a quarter"
+        "--skip",
+        type=int,
+        metavar="N",
+        help="cleanest steps without lambda_t, or that the fit leaves out; default: a quarter",
     )
     fit.add_argument("--bounds", type=float, nargs=2, metavar=("LOW", "HIGH"), help="search: of b; default: 0.97 1.03")
     fit.add_argument(
@@ -230,11 +233,12 @@ def image_grid(batches):
 def _check_writable(option, path):
     """Makes its folder; what cannot be written is said before the work, not after it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        to = path.resolve()  # where a link leads
+        to.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
         raise UsageError(f"{option}: {path} cannot be written: {error}") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"{option}: {path} cannot be written: {'a directory' if path.is_dir() else 'no permission'}")
+    if to.is_dir() or not os.access(to.parent, os.W_OK):
+        raise UsageError(f"{option}: {path} cannot be written: {'a directory' if to.is_dir() else 'no permission'}")
 
 
 def _check_files(args, model):

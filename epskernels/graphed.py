@@ -27,7 +27,8 @@ class GraphedSampler:
     index advancing on the device: less memory for long tables, and a few small kernels more for each row.
 
     Calls give the bits of `sample` with the same table and seeds where the model does. One call at a time: others wait, on the
-    device too, whatever their streams. What the model reads is the caller's to order.
+    device too, whatever their streams. What the model reads is the caller's to order; the sampler itself has to be kept until
+    its last call is done on the device.
     Attributes: graphed, whether a CUDA graph is replayed; why_not, else the reason, which a RuntimeWarning tells too.
     Raises ValueError, TypeError or RuntimeError naming the argument; what the model raises, when it is first called.
     """

@@ -263,7 +263,8 @@ def ddim(
     the scaled and clamped x_0 (ADM-ES, DDIM-ES), or "unscaled", where it is the model's own eps (LDM-ES); lambda does not
     transfer between the two. A classifier's gradient shifts eps by -sigma_t times it after clamping (ADM's condition_score);
     not where alpha is 0, and not in the unscaled form. A step ends at the next timestep (diffusers': T//n below its own, which is
-    another with "linspace", or where n does not divide T). The other arguments as in ddpm. Raises ValueError naming the argument.
+    another with "linspace", and with "trailing" where n does not divide T). The other arguments as in ddpm. Raises ValueError
+    naming the argument.
     """
     grid, columns = _first_order(
         schedule, steps, scaling, prediction, clip, guidance, (DiscreteSchedule, FlowSchedule), grid_options

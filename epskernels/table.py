@@ -173,7 +173,8 @@ class Table:
 
         lambda_t: float32 or float64, () or (R,), a value for each row (edm_heun has two rows in a step), on the table's
         device. Worked out in float64 and rounded once, as a sampler does it. Where x is noise alone a row stays as it is: no
-        other lambda_t is defined there. One that is not above 0 gives a row of NaN: the step refuses it, a GPU's passes it on.
+        other lambda_t is defined there; a sampler has 1 in the second row of such a step too. One that is not above 0 gives a
+        row of NaN: the step refuses it, a GPU's passes it on.
         Raises ValueError for another shape, dtype or device, or a table whose d_x and d_f are not those of its provenance.
         """
         if self._unscaled is None:

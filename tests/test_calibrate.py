@@ -257,6 +257,29 @@ def test_learn_leaves_lambda_where_alpha_is_zero():
     assert found.scaling.values(1)[0] != 1 and sampler(found.scaling)["lambda_t"][0] == 1
 
 
+@pytest.mark.parametrize("form", ["array", "constant", "linear"])
+def test_what_learn_found_is_what_the_sampler_does(form):
+    """Of two calls too, in a step that begins at noise alone: both have lambda 1."""
+    path = schedule.cosine()
+    sampler = lambda s: samplers.heun(path, 5, scaling=s, prediction="v_prediction", spacing="trailing")  # noqa: E731
+    loss = lambda x: (x - 0.3).square().mean()  # noqa: E731
+    found = calibrate.learn(linear_model, sampler, loss, range(4), SHAPE, form=form, rounds=8, rate=0.02)
+    samples = epskernels.sample(linear_model, sampler(found.scaling), range(4), SHAPE)
+    assert min(found.losses) < found.losses[0]
+    assert loss(samples).item() == pytest.approx(min(found.losses), rel=1e-4)
+
+
+def test_samplers_that_cannot_be_calibrated():
+    fixed = samplers.ddim(COSINE, 4)
+    with pytest.raises(ValueError, match="sampler: expected one that scales by what it is called with"):
+        calibrate.steps_of(lambda s: fixed)
+    with pytest.raises(ValueError, match="sampler: expected a row for each step, or two but in the last, got 4 for 3"):
+        calibrate.steps_of(lambda s: s.values(3) is not None and fixed)
+    with pytest.raises(ValueError, match="sampler: expected one whose lambda_t is the scaling given, got .* for 1"):
+        calibrate.steps_of(lambda s: s.values(4) is not None and samplers.ddim(COSINE, 4, scaling=1.1))
+    assert calibrate.steps_of(lambda s: samplers.heun(COSINE, 1, scaling=s))[1].tolist() == [0]
+
+
 @pytest.mark.parametrize("heun", [False, True])
 def test_steps_are_numbered_where_x_is_noise_alone(heun):
     """Several steps of it, whose lambda is 1 whatever is asked for."""
@@ -323,7 +346,7 @@ def test_no_scaling_may_be_what_is_not_finite(tmp_path):
         (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], lambda x: x.sum() * math.inf, [1], SHAPE), "loss: expected a"),
         (lambda: calibrate.match_norms(linear_model, SAMPLERS["ddim"], data(1)), "images: expected at least two, got 1"),
         (lambda: calibrate.match_norms(linear_model, SAMPLERS["ddim"], data(4), batch=0), "batch: expected an integer"),
-        (lambda: calibrate.match_norms(linear_model, lambda s: SAMPLERS["ddim"](1.1), data(4)), "sampler: expected one whose"),
+        (lambda: calibrate.match_norms(linear_model, lambda s: SAMPLERS["ddim"](1.1), data(4)), "sampler: expected one that"),
         (lambda: calibrate.match_norms(lambda x, t: x * math.nan, SAMPLERS["ddim"], data(4)), "model: norms of eps at step 0"),
     ],
 )  # fmt: skip

@@ -551,6 +551,17 @@ def test_data_that_cannot_be_read_is_refused(kind, suffix, tiny, data, tmp_path,
     assert re.fullmatch(f"epskernels calibrate: data: expected .* in {path}.*\\n", error) and "unsafely" not in error
 
 
+def test_out_through_a_link(tiny, tmp_path, capsys):
+    """The file that it leads to is written, its folder made; a loop is refused before the work."""
+    (tmp_path / "out.npz").symlink_to(tmp_path / "new" / "samples.npz")
+    (tmp_path / "loop.npz").symlink_to(tmp_path / "loop.npz")
+    given = ["sample", "--model", tiny["plain"], "--steps", "2", "--seeds", "0", "--out"]
+    assert cli.main([*given, str(tmp_path / "out.npz")]) == 0
+    assert (tmp_path / "out.npz").is_symlink() and "samples" in np.load(tmp_path / "new" / "samples.npz")
+    assert cli.main([*given, str(tmp_path / "loop.npz")]) == 2
+    assert "--out: " in capsys.readouterr().err
+
+
 def test_a_scheduler_of_a_missing_package(tiny, monkeypatch, tmp_path, capsys):
     """diffusers has a stand-in for it; what a constructor lacks comes without a name."""
     model = shutil.copytree(tiny["plain"], tmp_path / "model")
