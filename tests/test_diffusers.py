@@ -1037,12 +1037,13 @@ def test_changes_after_set_timesteps_are_seen(name, change, inference):
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DPMSolverMultistepScheduler"])
 def test_a_compiled_step_after_add_noise(name):
     """add_noise moves alphas_cumprod to the samples' device: to compiled code that is the same schedule."""
+    whole = torch.__version__ >= (2, 13)  # before, the graph breaks where a timestep is looked up by its address
     f, x, found = torch.randn(SHAPE), torch.randn(SHAPE), []
     for compiled in (False, True):
         scheduler = CLASSES[name](eps_scaling=1.01)
         scheduler.set_timesteps(4)
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.clone()
-        step = torch.compile(scheduler.step, backend="eager", fullgraph=True) if compiled else scheduler.step
+        step = torch.compile(scheduler.step, backend="eager", fullgraph=whole) if compiled else scheduler.step
         torch.manual_seed(3)
         with torch.no_grad():
             found.append(step(f, scheduler.timesteps[0], x, return_dict=False)[0])
