@@ -58,10 +58,8 @@ def _because(backend, error, tool):
     why, mend = f"this is the source tree {sources}, not built for this Python", ""
     for installed in (pathlib.Path(place, "epskernels").resolve() for place in sys.path):
         if installed != _FOLDER.resolve() and (installed / "__init__.py").exists():
-            why, mend = (
-                f"{why}, and it hides the package installed in {installed}",
-                "run outside of the source tree, or ",
-            )
+            why += f", and it hides the package installed in {installed}"
+            mend = "run outside of the source tree, or "
             break
     return f"({why}); {mend}build it there: `make build` or pip install --editable ."
 

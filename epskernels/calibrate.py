@@ -368,12 +368,11 @@ def learn(model, sampler, loss, seeds, shape, *, form="array", rounds=30, rate=3
     optimizer = torch.optim.Adam([weights], lr=rate)
     losses, best = [], None
     of_row = torch.from_numpy(step_of_row).to(device)
-    held = torch.from_numpy(np.isin(step_of_row, step_of_row[_noise_alone(table)])).to(
-        device
-    )  # both calls of such a step
+    alone = np.isin(step_of_row, step_of_row[_noise_alone(table)])  # with the second call of such a step
+    alone = torch.from_numpy(alone).to(device)
     for _ in tqdm(range(rounds), desc=f"{table.name}, gradient", disable=not progress):
         lambda_t = 1 + basis @ weights
-        rows = table.scaled_rows(torch.where(held, 1.0, lambda_t[of_row]))
+        rows = table.scaled_rows(torch.where(alone, 1.0, lambda_t[of_row]))
         x, history, y = table.initial_sigma * normal(seeds, shape), (None, None), None
         for row in range(len(table)):
             output = call_model(model, table, row, x)

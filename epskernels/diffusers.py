@@ -135,9 +135,9 @@ class _Plans:
         held = scheduler.__dict__
         self.timesteps, self.sigmas, self.alphas_cumprod = (held.get(name) for name in _SCHEDULE)
         self.config, self.count = held.get("_internal_dict"), held.get("num_inference_steps")
-        self.tensors = [tensor for tensor in (held.get(name) for name in _SCHEDULE) if tensor is not None]
-        self.versions, timesteps = sum([tensor._version for tensor in self.tensors]), self.timesteps
-        self.made, self.last = {}, (None, None, None)
+        self.tensors = [t for t in (self.timesteps, self.sigmas, self.alphas_cumprod) if t is not None]
+        self.versions = sum(tensor._version for tensor in self.tensors)
+        self.made, self.last, timesteps = {}, (None, None, None), self.timesteps
         self.host = timesteps.tolist()
         self.rank = {t: i for i, t in reversed(list(enumerate(self.host)))}
         apart = timesteps.stride(0) * timesteps.element_size()
@@ -607,11 +607,9 @@ class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         f, x, v = model_output, sample, None
         learned = self.variance_type in ("learned", "learned_range")
-        results = (
-            None
-            if learned or self.variance_type != self._configured
-            else self._plain(f, timestep, x, generator, seeds, 2)
-        )
+        results = None
+        if not learned and self.variance_type == self._configured:
+            results = self._plain(f, timestep, x, generator, seeds, 2)
         if results is None:
             plan, i, _, why = entered = self._enter((), f, timestep, x)
             if why is None and self.variance_type != self._configured:
@@ -926,13 +924,13 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
         one = np.ones(len(sigma))
         if self.config.invert_sigmas:  # the schedule's are of x_0
             return sigma, 1 - sigma, one, 1 - sigma
-        if not self._interpolates():  # x = x_0 + sigma*eps: the velocity is eps
+        if not self._interpolates(sigma):  # x = x_0 + sigma*eps: the velocity is eps
             return one, sigma, one, -sigma
         return 1 - sigma, sigma, one, -sigma
 
-    def _interpolates(self):
-        """Whether x = (1 - sigma)*x_0 + sigma*eps at the schedule's sigmas."""
-        return not self.config.invert_sigmas and max(self.sigmas.tolist()) <= 1.001
+    def _interpolates(self, sigma):
+        """Whether x = (1 - sigma)*x_0 + sigma*eps at the schedule's sigmas, in float64 on the host."""
+        return not self.config.invert_sigmas and sigma.max() <= 1.001
 
     def _formula(self, options):
         sigma, sigma_next = (sigmas := _double(self.sigmas))[:-1], sigmas[1:]
@@ -973,7 +971,7 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
             per_token = per_token_timesteps is not None  # some may have noise to come in the schedule's last step
             noise = self._noise(plan, i, f, generator, seeds, dtype=torch.float32, noisy=True if per_token else None)
             if per_token:
-                x = self._per_token(i, f, x.float(), per_token_timesteps, self._as_tensor(noise, x, i))
+                x = self._per_token(plan, i, f, x.float(), per_token_timesteps, self._as_tensor(noise, x, i))
             else:
                 x = self._step(plan, i, f, x, f.dtype, **noise, results=1)
         self._step_index += 1
@@ -981,7 +979,7 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
             return (x,)
         return theirs.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x)
 
-    def _per_token(self, i, f, x, timesteps, noise):
+    def _per_token(self, plan, i, f, x, timesteps, noise):
         """Each token with a level of its own, (B, N) timesteps: one launch with a row for each token, made on the device."""
         if x.dim() != 3 or timesteps.shape != x.shape[:2]:
             raise ValueError(
@@ -996,7 +994,7 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
             if name in columns:
                 columns[name].fill_(value)
         lambda_t = float(as_eps_scaling(self.config.eps_scaling).values(self._steps())[i])
-        if lambda_t != 1 and not self._interpolates():
+        if lambda_t != 1 and not self._interpolates(plan.columns["t"]):
             raise ValueError(
                 f"eps_scaling: expected 1 with per_token_timesteps and sigmas inverted or above 1, got {lambda_t:g}"
             )
@@ -1156,9 +1154,8 @@ class _DPMSolver(_Multistep):
 
     def _dpm(self, f, timestep, x, generator, noise_dtype, return_dict, seeds, **more):
         self._check()
-        self._refresh()
-        whole, f = f, f if self._leading is None else f[:, : self._leading]
         plan, row, i, why = entered = self._enter((), f, timestep, x)
+        whole, f = f, f if self._leading is None else f[:, : self._leading]
         if why is None and self._bends_eps:
             *_, why = entered = (plan, row, i, "dynamic thresholding of a solver that integrates eps")
         if why is not None:

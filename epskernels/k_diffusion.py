@@ -2,9 +2,9 @@
 
 model(x, sigma, **extra_args) is any denoiser of x = x_0 + sigma*eps; the update is one launch. eps_scaling, a number or an
 EpsilonScaling, has denoised' = x - (x - denoised)/lambda, but for sigma above 900, where x is noise alone and lambda is 1;
-`scale_denoised` does it for a loop of one's own, at any sigma. seeds: (B,), for
-noise made in the kernel; else noise_sampler(sigma, sigma_next), by default torch.randn_like, also where k-diffusion has a
-Brownian tree. Every table is that of samplers.py at the given sigmas. It does not take sigmas that rise.
+`scale_denoised` does it for a loop of one's own, at any sigma. seeds: (B,), for noise made in the kernel; else
+noise_sampler(sigma, sigma_next), by default torch.randn_like, also where k-diffusion has a Brownian tree. Every table is that of
+samplers.py at the given sigmas. It does not take sigmas that rise.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
 """Trained networks from a diffusers directory, as the callables that sample() takes."""
 
 import dataclasses
-import json
 import pathlib
 
 import numpy as np
 import torch
 
 from . import schedule
+from .shards import read_object
 
 DIGITS = pathlib.Path(__file__).with_name("digits")  # ships with the package: see its README.md
 
@@ -116,13 +116,7 @@ def _config(directory, part):
     path = directory / part
     if not path.exists():
         raise FileNotFoundError(f"model: expected {part} in {directory}, the directory of a diffusers pipeline")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"model: expected JSON in {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"model: expected a configuration of diffusers in {path}, got {type(config).__name__}")
-    return config
+    return read_object(path, "model: expected a configuration of diffusers")
 
 
 def _variance(config, unet):

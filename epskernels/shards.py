@@ -16,6 +16,7 @@ import socket
 import numpy as np
 
 FORMAT = 1
+SETTINGS = "expected the settings of a run"
 
 
 class Shards:
@@ -26,7 +27,7 @@ class Shards:
 
     def __init__(self, directory):
         self.directory = pathlib.Path(directory)
-        self.settings = _settings(self.directory)
+        self.settings = read_object(self.directory / "run.json", SETTINGS)
         if self.settings.get("format") != FORMAT:
             raise ValueError(f"{directory}: expected format {FORMAT}, got {self.settings.get('format')!r}")
         path = self.directory / "seeds.npy"
@@ -104,7 +105,7 @@ def begin(directory, settings, seeds):
     settings = json.loads(json.dumps({"format": FORMAT, **settings}))
     path = directory / "run.json"
     if path.exists():
-        compare(_settings(directory), settings, directory)
+        compare(read_object(path, SETTINGS), settings, directory)
     elif found := [other.name for other in directory.iterdir() if other.suffix != ".tmp"]:
         raise ValueError(f"{directory}: expected run.json or an empty directory, found {min(found)}")
     else:
@@ -117,23 +118,23 @@ def begin(directory, settings, seeds):
     return run
 
 
-def _settings(directory):
-    path = directory / "run.json"
-    try:
-        settings = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected the settings of a run, got {type(settings).__name__}")
-    return settings
-
-
 def compare(old, new, where):
     """Raises ValueError where the settings are not the same."""
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed := [key for key in changed if key != "tables"] or changed:  # digests, of settings that are said already
         said = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
         raise ValueError(f"{where}: begun with other settings, and its samples would not go together: {said}")
+
+
+def read_object(path, expected):
+    """The JSON object that a file holds. Raises ValueError that says what was expected of it."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{expected} in {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{expected} in {path}, got {type(found).__name__}")
+    return found
 
 
 def write_whole(path, write):

@@ -89,8 +89,8 @@ def test_channels_that_no_png_has_are_refused_before_sampling(tiny, tmp_path, mo
     [
         ("seeds.npy", b"", "seeds.npy is damaged, and would be made again if it were not there"),
         ("seeds.npy", np.arange(5, dtype=np.uint64), "seeds.npy holds other seeds than run.json says"),
-        ("run.json", b"[]", "run.json: expected the settings of a run, got list"),
-        ("run.json", b"{", "run.json: expected JSON: "),
+        ("run.json", b"[]", "expected the settings of a run in {}/run.json, got list"),
+        ("run.json", b"{", "expected the settings of a run in {}/run.json: "),
     ],
 )
 def test_a_damaged_directory_is_refused(file, contents, message, tiny, tmp_path, capsys):
@@ -101,7 +101,7 @@ def test_a_damaged_directory_is_refused(file, contents, message, tiny, tmp_path,
     capsys.readouterr()
     assert run(*arguments) == 2
     error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
+    assert message.format(tmp_path / "samples") in error and len(error.splitlines()) == 1
     path.unlink()
     assert (run(*arguments) == 0) == (file == "seeds.npy")
 
@@ -628,7 +628,7 @@ def test_a_damaged_cache_is_refused(text, tmp_path, capsys):
     "file, text, message",
     [
         ("unet/config.json", None, "expected a sample_size"),
-        ("unet/config.json", "{", "expected JSON in"),
+        ("unet/config.json", "{", "expected a configuration of diffusers in"),
         ("unet/config.json", "[]", "expected a configuration of diffusers in"),
         ("scheduler/scheduler_config.json", "[]", "expected a configuration of diffusers in"),
         ("scheduler/scheduler_config.json", '{"beta_schedule": "none"}', "none is not implemented"),
