@@ -14,21 +14,28 @@ from .checks import fail
 from .ops import moments, rows_and_index, step
 from .table import COLUMNS, denoising_rows
 
+# A standard deviation below 2^-24 of the root mean square is rounding: float32 values that close are equal. The float64 sums of
+# equal values err by some 2^-52 of their squares.
+_ROUNDING = 2.0**-48
+
 
 def guidance_rescale(f, u, table, index, phi=0.7, *, backend=None):
     """The factor that brings the guided output's standard deviation towards the conditional one's: (B,) float32, for
     `step(..., u=u, rescale=...)`.
 
-    f, u, table, index, backend: as in `step`. phi: how far, in [0, 1]; 0 gives ones. Where a sample's guided output is constant,
-    its deviation is rounding and the factor means nothing.
+    f, u, table, index, backend: as in `step`. phi: how far, in [0, 1]; 0 gives ones. A sample whose guided output is constant,
+    zeros too, has no deviation to bring anywhere: its factor is 1.
     Raises ValueError for phi, RuntimeError for the others. Lin et al., arXiv 2305.08891, eq. 15 and 16.
     """
     if not 0 <= phi <= 1:
         raise ValueError(f"phi: expected a value in [0, 1], got {phi!r}")
     sums = moments(f, u, table, index, backend=backend)
     numel = f[0].numel()
-    squares = numel * sums[:, 1::2] - sums[:, ::2] * sums[:, ::2]  # of the deviations from the mean, times numel
-    return (phi * (squares[:, 0] / squares[:, 1]).sqrt() + (1 - phi)).float()
+    total = numel * sums[:, 1::2]
+    squares = total - sums[:, ::2] * sums[:, ::2]  # of the deviations from the mean, times numel
+    squares = torch.where(squares <= _ROUNDING * total, 0.0, squares)
+    ratio = torch.where(squares[:, 1] == 0, 1.0, (squares[:, 0] / squares[:, 1]).sqrt())
+    return (phi * ratio + (1 - phi)).float()
 
 
 def dynamic_threshold(x, f, table, index, *, u=None, rescale=None, ratio=0.995, sample_max_value=1.0, backend=None):

@@ -56,7 +56,7 @@ def denoiser(prediction, grid, lambda_t):
 
 def _lambdas(scaling, grid, prediction):
     f_x0, _ = model_output(prediction, grid.alpha, grid.sigma)
-    return lambdas(as_scaling(scaling), noise_alone(grid.alpha, grid.sigma, f_x0))
+    return lambdas(as_scaling(scaling), noise_alone(grid.alpha, grid.sigma, f_x0), "scaling")
 
 
 def _clip_value(clip):

@@ -8,9 +8,13 @@ import dataclasses
 import functools
 import json
 import logging
+import numbers
+import os
 import pathlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from .shards import write_whole
 
@@ -20,19 +24,21 @@ NOISE_ALONE = 1 / 900  # of alpha/sigma: a zero SNR is often written as sigma = 
 FORMAT = 1  # of the JSON files
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EpsilonScaling:
     """lambda_i = formula(i), i = 0 at the cleanest or the noisiest step.
 
     `values(steps)` gives lambda for each step, the noisiest first. label: what repr shows. source: where it was published, or
-    what it was fitted to. spec: the function here that made it and its arguments, for JSON; None for a formula of one's own.
+    what it was fitted to. steps: of the sampler that it was published or fitted for; with another number the log warns. spec:
+    the function here that made it and its arguments, for JSON; None for a formula of one's own. Two with one spec are equal.
     """
 
     formula: object
     origin: str
     label: str
     source: str = ""
-    spec: dict | None = dataclasses.field(default=None, compare=False, repr=False)
+    spec: dict | None = dataclasses.field(default=None, repr=False)
+    steps: int | None = None
 
     def __post_init__(self):
         if self.origin not in ORIGINS:
@@ -40,6 +46,8 @@ class EpsilonScaling:
 
     def values(self, steps):
         """(steps,) float64, the noisiest step first. Raises ValueError where lambda is not finite or not above 0."""
+        if self.steps not in (None, steps):
+            _say(f"{self.label}: {self.source or 'fitted'} with {self.steps} steps, used with {steps}: lambda need not transfer")
         lambdas = np.asarray(self.formula(np.arange(steps)), dtype=np.float64)
         if lambdas.shape != (steps,):
             raise ValueError(f"lambda: expected one value for each of {steps} steps, got shape {lambdas.shape}")
@@ -53,16 +61,38 @@ class EpsilonScaling:
             )
         return lambdas.copy()
 
-    def save(self, path, **notes):
-        """To JSON, for `load`. notes: kept beside it, such as the sampler and the steps that it was fitted for.
+    def to_dict(self):
+        """What JSON can hold of it, and `as_scaling` takes: {"kind": "linear", "k": , ...}, with its source and steps.
 
         Raises ValueError for a formula that is not one of this module's.
         """
         if self.spec is None:
             raise ValueError(f"scaling: expected one made by a function of epskernels.scaling, to save it, got {self}")
-        saved = {"format": FORMAT, **self.spec, "source": self.source, "notes": notes}
-        text = json.dumps(saved, indent=1, allow_nan=False) + "\n"
+        about = {"source": self.source, "steps": self.steps}
+        return self.spec | {key: value for key, value in about.items() if value}
+
+    def save(self, path, **notes):
+        """To JSON, for `load`. notes: kept beside it, such as the sampler and the steps that it was fitted for.
+
+        Raises ValueError for a formula that is not one of this module's.
+        """
+        text = json.dumps({"format": FORMAT, **self.to_dict(), "notes": notes}, indent=1, allow_nan=False) + "\n"
         write_whole(pathlib.Path(path), lambda file: file.write(text.encode()))
+
+    def _identity(self):
+        made = self.formula if self.spec is None else json.dumps(self.spec, sort_keys=True)
+        return made, self.origin, self.source, self.steps
+
+    def __eq__(self, other):
+        return self._identity() == other._identity() if isinstance(other, EpsilonScaling) else NotImplemented
+
+    def __hash__(self):
+        return hash(self._identity())
+
+    def __reduce__(self):
+        if self.spec is None:
+            return super().__reduce__()  # pickled where the formula can be
+        return _from_dict, (self.to_dict(),)
 
     def __repr__(self):
         return f"EpsilonScaling({self.label}{', ' + self.source if self.source else ''})"
@@ -130,6 +160,18 @@ def array(values, *, origin):
 _KINDS = {function.__name__: function for function in (constant, linear, quadratic, exponential, array)}
 
 
+def _from_dict(saved):
+    """The EpsilonScaling of `to_dict`."""
+    arguments = {key: value for key, value in saved.items() if key not in ("kind", "source", "steps")}
+    if saved["kind"] not in _KINDS:
+        raise ValueError(f"kind: expected one of {tuple(_KINDS)}, got {saved['kind']!r}")
+    steps = saved.get("steps")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
+        raise ValueError(f"steps: expected an integer, got {steps!r}")
+    made = _KINDS[saved["kind"]](**arguments)
+    return dataclasses.replace(made, source=str(saved.get("source", "")), steps=steps)
+
+
 def load(path):
     """The EpsilonScaling of a JSON file, and the notes beside it. Raises ValueError, naming the file, for anything else."""
     path = pathlib.Path(path)
@@ -137,20 +179,96 @@ def load(path):
         saved = json.loads(path.read_text())
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']!r}")
-        arguments = {k: v for k, v in saved.items() if k not in ("format", "kind", "source", "notes")}
-        scaling = _KINDS[saved["kind"]](**arguments)
-        return dataclasses.replace(scaling, source=str(saved.get("source", ""))), dict(saved.get("notes", {}))
+        notes = dict(saved.get("notes", {}))
+        about = {key: value for key, value in saved.items() if key not in ("format", "notes")}
+        return _from_dict({"steps": notes.get("steps")} | about), notes
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: expected a scaling saved by EpsilonScaling.save, format {FORMAT}: {error}") from None
 
 
-def as_scaling(scaling):
-    """An EpsilonScaling, or a number for the constant one; anything else is a TypeError."""
-    if isinstance(scaling, EpsilonScaling):
-        return scaling
-    if isinstance(scaling, (int, float, np.number)) and not isinstance(scaling, bool):
-        return constant(scaling)
-    raise TypeError(f"scaling: expected an EpsilonScaling or a number, got {type(scaling).__name__}")
+def as_scaling(value, name="scaling"):
+    """The EpsilonScaling that a value names: the one grammar for lambda, of samplers, schedulers, k_diffusion and files.
+
+    value: an EpsilonScaling; a number, for every step; (steps,) numbers, a sequence, array or tensor, the noisiest step first;
+    {"k": , "b": , "origin": "cleanest" (default) or "noisiest"}, the paper's linear schedule, or a dict that `to_dict` made;
+    "SYSTEM/DATASET/STEPS[/KIND]", as in `published`; the path of a file that `EpsilonScaling.save` or `epskernels calibrate`
+    wrote, a string that ends in .json or a pathlib.Path. name: what the caller calls the argument; errors begin with it.
+    Raises TypeError for another type, ValueError for a bad value, FileNotFoundError.
+    """
+    if isinstance(value, EpsilonScaling):
+        return value
+    try:
+        if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(".json")):
+            return load(value)[0]
+        if isinstance(value, str):
+            return _named(value)
+        if isinstance(value, Mapping):
+            return _from_mapping(value)
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().numpy() if value.dtype is not torch.bfloat16 else value.tolist()
+        found = _numbers(value)
+        if found is not None:
+            return constant(found) if found.ndim == 0 else array(found, origin="noisiest")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: expected a file saved by EpsilonScaling.save, and there is no {value}") from None
+    except OSError as error:
+        raise type(error)(f"{name}: {error}") from None
+    except (ValueError, TypeError) as error:
+        said = str(error)
+        for inner in ("lambda", "values", "b") if not isinstance(value, Mapping) else ():
+            said = said.removeprefix(f"{inner}: ")
+        raise ValueError(f"{name}: {said}") from None
+    raise TypeError(
+        f"{name}: expected a number, numbers (one for each step), a dict, 'SYSTEM/DATASET/STEPS', a .json file or an "
+        f"EpsilonScaling, got {type(value).__name__}"
+    )
+
+
+def as_json(value, name="scaling"):
+    """What JSON can hold of a value that as_scaling takes, and reads back: a number, list, string or dict.
+
+    A file is stored by what it holds, not by its path. Raises as as_scaling, and ValueError for a formula of one's own.
+    """
+    made = as_scaling(value, name)
+    if isinstance(value, str) and not value.endswith(".json"):
+        return value
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (EpsilonScaling, str, os.PathLike)):
+        try:
+            return made.to_dict()
+        except ValueError as error:
+            raise ValueError(f"{name}: {str(error).removeprefix('scaling: ')}") from None
+    return made.spec["b"] if made.spec["kind"] == "constant" else made.spec["values"]
+
+
+def _numbers(value):
+    """A number, or an array of them; None for what is neither."""
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    if not isinstance(value, (numbers.Real, np.ndarray, Sequence)):
+        return None
+    found = np.asarray(value)
+    return found if found.dtype.kind in "iuf" else None
+
+
+def _named(text):
+    """The published setting of "SYSTEM/DATASET/STEPS" or with "/KIND"."""
+    parts = [part.strip() for part in text.strip().rstrip("/").split("/")]
+    if len(parts) not in (3, 4) or not parts[2].isdigit():
+        raise ValueError(f"expected 'SYSTEM/DATASET/STEPS', or with '/KIND', or a file that ends in .json, got {text!r}")
+    try:
+        return published(parts[0], parts[1], int(parts[2]), *parts[3:])
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
+
+
+def _from_mapping(value):
+    if "kind" in value:
+        return _from_dict(value)
+    if not {"b"} <= set(value) <= {"k", "b", "origin"}:
+        raise ValueError(f"expected the keys k, b and perhaps origin, or those of EpsilonScaling.to_dict, got {list(value)}")
+    return linear(value.get("k", 0.0), value["b"], origin=value.get("origin", "cleanest"))
 
 
 def noise_alone(alpha, sigma, f_x0):
@@ -168,7 +286,10 @@ def lambdas(scaling, alone, name="lambda", say=None):
     A formula gives 1 there, as `say` is told, by default the log, once; an array must.
     Raises ValueError where it does not, and as EpsilonScaling.values does.
     """
-    lambda_t = scaling.values(len(alone))
+    try:
+        lambda_t = scaling.values(len(alone))
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('lambda: ')}") from None
     wrong = np.flatnonzero(alone & (lambda_t != 1))
     if wrong.size:
         i = int(wrong[0])
@@ -179,7 +300,7 @@ def lambdas(scaling, alone, name="lambda", say=None):
     return lambda_t
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _say(message):
     _log.warning("%s", message)
 
@@ -226,7 +347,9 @@ def _settings():
 
     def add(key, scaling, baseline, scaled):
         source = "published for " + ", ".join(str(part) for part in key)
-        settings[key] = Published(dataclasses.replace(scaling, source=source), baseline, scaled)
+        _, _, calls, kind = key
+        steps = (calls + 1) // 2 if kind == "heun" else calls  # of Heun's, the last has one call
+        settings[key] = Published(dataclasses.replace(scaling, source=source, steps=steps), baseline, scaled)
 
     for steps, row in _ADM_UNIFORM.items():
         for dataset, (b, baseline, scaled) in zip(_ADM_DATASETS, row, strict=True):

@@ -255,3 +255,24 @@ def test_in_one_graph_with_the_step():
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(compiled(x, f, u, index), run(x, f, u, index))
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("numel", [1, 3, 1000, 786432])
+def test_rescale_of_constant_outputs_is_1(numel, phi):
+    """Zeros too: there is no deviation to bring anywhere. NaN in gives NaN out."""
+    table = samplers.ddim(schedule.cosine(), 4, guidance=7.5)
+    for value in (0.0, 1.0, 0.1, -123.456, 1e-20, 1e10):
+        f = torch.full((2, numel), value)
+        assert guidance_rescale(f, f, table, 1, phi).tolist() == [1.0, 1.0]
+        assert guidance_rescale(f, -f, table, 1, phi).tolist() == [1.0, 1.0]
+    f = torch.full((2, numel), 0.5)
+    f[1, 0] = math.nan
+    factors = guidance_rescale(f, f, table, 1, phi)
+    assert factors[0] == 1 and factors[1].isnan()
+
+
+def test_rescale_of_a_constant_conditional_output_takes_all_its_deviation():
+    table = samplers.ddim(schedule.cosine(), 4, guidance=7.5)
+    f, u = torch.full((1, 1000), 0.1), torch.randn(1, 1000)
+    assert guidance_rescale(f, u, table, 1, 0.75).tolist() == [0.25]

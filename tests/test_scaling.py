@@ -1,11 +1,17 @@
 """lambda_t: each schedule's values and direction; every published setting against the paper's tables, typed anew."""
 
+import copy
 import dataclasses
 import itertools
+import json
+import math
+import pathlib
+import pickle
 import re
 
 import numpy as np
 import pytest
+import torch
 
 from epskernels import published, samplers, scaling, schedule
 from epskernels.scaling import SETTINGS, published_setting
@@ -189,3 +195,109 @@ def test_unknown_setting_lists_what_exists(key):
         published(*key)
     for known in SETTINGS:
         assert ", ".join(str(part) for part in known) in str(error.value)
+
+
+# ---- one grammar ----
+
+VALUES = np.array([1.03, 1.02, 1.01])
+FORMS = {
+    "number": (1.02, [1.02] * 3),
+    "integer": (1, [1.0] * 3),
+    "numpy number": (np.float32(1.5), [1.5] * 3),
+    "0-d array": (np.array(1.02), [1.02] * 3),
+    "0-d tensor": (torch.tensor(1.5), [1.5] * 3),
+    "list": (VALUES.tolist(), VALUES),
+    "tuple": (tuple(VALUES), VALUES),
+    "array": (VALUES, VALUES),
+    "float64 tensor": (torch.tensor(VALUES), VALUES),
+    "bfloat16 tensor": (torch.tensor([1.5, 1.25, 1.0], dtype=torch.bfloat16), [1.5, 1.25, 1.0]),
+    "tensor that requires grad": (torch.tensor(VALUES, requires_grad=True), VALUES),
+    "linear": ({"k": 0.01, "b": 1.0}, [1.02, 1.01, 1.0]),
+    "linear from the noisiest": ({"k": 0.01, "b": 1.0, "origin": "noisiest"}, [1.0, 1.01, 1.02]),
+    "b alone": ({"b": 1.02}, [1.02] * 3),
+    "quadratic dict": ({"kind": "quadratic", "a": 0.01, "k": 0.0, "b": 1.0, "origin": "cleanest"}, [1.04, 1.01, 1.0]),
+    "EpsilonScaling": (scaling.exponential(0.0, 1.02, origin="cleanest"), [1.02] * 3),
+    "published": ("EDM/CIFAR-10/35/euler", [1.0034] * 3),
+}
+
+
+@pytest.mark.parametrize("value, expected", FORMS.values(), ids=FORMS)
+def test_every_form_of_lambda(value, expected, tmp_path):
+    """Also what is kept of it as JSON, in a file, and in a pickle."""
+    made = scaling.as_scaling(value)
+    np.testing.assert_allclose(made.values(3), expected, rtol=1e-15)
+    kept = json.loads(json.dumps(scaling.as_json(value)))
+    assert scaling.as_scaling(kept) == made
+    made.save(tmp_path / "lambda.json")
+    for path in (tmp_path / "lambda.json", str(tmp_path / "lambda.json")):
+        assert scaling.as_scaling(path) == made
+        assert scaling.as_scaling(scaling.as_json(path)) == made, "stored by what it holds"
+    for copied in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+        assert copied == made and hash(copied) == hash(made) and copied.values(3).tolist() == made.values(3).tolist()
+    torch.save(made, tmp_path / "made.pt")
+    assert torch.load(tmp_path / "made.pt", weights_only=False) == made
+
+
+BAD_FORMS = {
+    "bool": (True, TypeError, "expected a number, numbers .*, got bool"),
+    "None": (None, TypeError, "got NoneType"),
+    "set": ({1.0}, TypeError, "got set"),
+    "words": (["a", "b"], TypeError, "got list"),
+    "complex": (torch.tensor([1j]), TypeError, "got ndarray"),
+    "zero": (0, ValueError, "expected a value above 0, got 0"),
+    "nan": (math.nan, ValueError, "expected a finite number, got nan"),
+    "list with -1": ([1.0, -1.0], ValueError, "expected finite values above 0, got -1"),
+    "empty": ([], ValueError, r"expected shape \(steps,\), got \(0,\)"),
+    "two dimensions": ([[1.0]], ValueError, r"expected shape \(steps,\), got \(1, 1\)"),
+    "keys": ({"k": 1.0}, ValueError, "expected the keys k, b and perhaps origin"),
+    "kind": ({"kind": "cubic"}, ValueError, "kind: expected one of .*, got 'cubic'"),
+    "arguments": ({"kind": "constant", "c": 1.0}, ValueError, "unexpected keyword argument 'c'"),
+    "origin": ({"b": 1.0, "origin": "first"}, ValueError, "origin: expected 'cleanest' or 'noisiest'"),
+    "steps": ({"kind": "constant", "b": 1.0, "steps": "20"}, ValueError, "steps: expected an integer, got '20'"),
+    "name": ("ADM", ValueError, "expected 'SYSTEM/DATASET/STEPS', or with '/KIND', or a file that ends in .json, got 'ADM'"),
+    "unpublished": ("ADM/CIFAR-10/7", ValueError, "no published setting"),
+    "no file": ("nowhere.json", FileNotFoundError, "expected a file saved by EpsilonScaling.save, and there is no"),
+    "no path": (pathlib.Path("nowhere"), FileNotFoundError, "and there is no nowhere"),
+}
+
+
+@pytest.mark.parametrize("value, error, said", BAD_FORMS.values(), ids=BAD_FORMS)
+@pytest.mark.parametrize("name", ["eps_scaling", "--lambda"])
+def test_an_error_names_the_argument_as_the_caller_wrote_it(name, value, error, said):
+    with pytest.raises(error, match=f"^{name}: .*{said}"):
+        scaling.as_scaling(value, name)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    for i, text in enumerate(("", "[]", "{}", '{"format": 1}', '{"format": 1, "kind": "linear", "k": 1}', "\ud800".encode("utf-8", "surrogatepass"))):
+        path = tmp_path / f"{i}.json"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError, match=f"^scaling: {re.escape(str(path))}: expected a scaling saved by"):
+            scaling.as_scaling(path)
+    with pytest.raises(IsADirectoryError, match="^scaling: "):
+        scaling.as_scaling(tmp_path)
+
+
+def test_a_formula_of_ones_own_is_not_kept():
+    own = scaling.EpsilonScaling(lambda i: 1 + 0.01 * i, "cleanest", "mine")
+    assert scaling.as_scaling(own) is own
+    with pytest.raises(ValueError, match="^eps_scaling: expected one made by a function of epskernels.scaling, to save it"):
+        scaling.as_json(own, "eps_scaling")
+    assert own != dataclasses.replace(own, formula=lambda i: 1 + 0.01 * i)
+
+
+@pytest.mark.parametrize("name, steps, other", [("ADM/CIFAR-10/20/linear", 20, 50), ("EDM/CIFAR-10/35", 18, 35)])
+def test_other_steps_than_published_for_are_said(name, steps, other, caplog, tmp_path):
+    """Heun's 35 model calls are 18 steps. A fitted lambda tells its steps too, through its file."""
+    made = scaling.as_scaling(name)
+    made.save(tmp_path / "again.json")
+    fitted = scaling.linear(0.001, 1.0, origin="cleanest")
+    fitted.save(tmp_path / "fitted.json", steps=steps)
+    for lambda_t in (made, scaling.load(tmp_path / "again.json")[0], scaling.load(tmp_path / "fitted.json")[0]):
+        scaling._say.cache_clear()
+        caplog.clear()
+        lambda_t.values(steps)
+        assert not caplog.records
+        lambda_t.values(other)
+        lambda_t.values(other)
+        assert [f"with {steps} steps, used with {other}" in record.message for record in caplog.records] == [True]
