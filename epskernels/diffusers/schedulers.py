@@ -164,8 +164,12 @@ def _content(tensor):
     return tensor.dtype, tuple(tensor.shape), host.numpy().tobytes()
 
 
-def _frozen(value):
-    return tuple(value) if isinstance(value, list) else value
+def _kept(value):
+    return copy.deepcopy(value) if isinstance(value, (list, dict)) else value  # those may be written into
+
+
+def _value(of, scheduler, name):
+    return getattr(scheduler if of is None else of, name, None)
 
 
 class _Seen:
@@ -177,27 +181,30 @@ class _Seen:
     """
 
     __slots__ = (
-        "timesteps", "sigmas", "alphas_cumprod", "config", "changes", "eps_scaling", "count", "memory", "versions", "reads",
-        "schedule", "at", "dtype", "device", "last",
+        "timesteps", "sigmas", "alphas_cumprod", "config", "changes", "count", "memory", "others", "schedule", "at", "dtype",
+        "device", "last",
     )  # fmt: skip
 
     def __init__(self, scheduler):
         held = scheduler.__dict__
         self.timesteps, self.sigmas, self.alphas_cumprod = (held.get(n) for n in ("timesteps", "sigmas", "alphas_cumprod"))
         self.config, self.count = held["_internal_dict"], held.get("num_inference_steps")
-        self.changes, self.eps_scaling = self.config._changes, copy.deepcopy(self.config.eps_scaling)
-        self.reads = [(name, _frozen(held.get(name))) for name in scheduler._reads]
-        self.memory, self.versions = [], []
+        self.changes, self.memory = self.config._changes, []
+        # What most schedulers do not have: (object, or None for the scheduler, attribute, its value).
+        self.others = [(None, name) for name in scheduler._reads]
+        if isinstance(self.config.eps_scaling, (list, dict)):  # which may be written into
+            self.others.append((self.config, "eps_scaling"))
         for name in scheduler._tensors:
             if (tensor := held.get(name)) is None:
                 continue
             if tensor.device.type != "cpu":
-                self.versions.append((tensor, tensor._version))
+                self.others.append((tensor, "_version"))
                 continue
             alias = tensor.detach()  # keeps the memory where the tensor is given another
             alias = alias.view(torch.int16) if alias.dtype is torch.bfloat16 else alias
             read = alias.numpy().tobytes
             self.memory.append((tensor, tensor.data_ptr(), read, read()))
+        self.others = [(of, name, _kept(_value(of, scheduler, name))) for of, name in self.others]
         timesteps = self.timesteps
         self.dtype, self.device, self.last = timesteps.dtype, timesteps.device, (None, None, None)
         apart = timesteps.stride(0) * timesteps.element_size()
@@ -211,17 +218,13 @@ class _Seen:
             or held.get("sigmas") is not self.sigmas
             or held["_internal_dict"] is not config
             or config._changes != self.changes
-            or config.eps_scaling != self.eps_scaling
             or held.get("num_inference_steps") != self.count
         ):
             return False
-        for name, value in self.reads:
-            if _frozen(held.get(name)) != value:
-                return False
         if is_dynamo_compiling():  # alphas_cumprod may be on another device by now, and memory cannot be looked at
             return True
-        for tensor, version in self.versions:
-            if tensor._version != version:
+        for of, name, value in self.others:
+            if _value(of, scheduler, name) != value:
                 return False
         for tensor, address, read, content in self.memory:
             if tensor.data_ptr() != address or read() != content:
@@ -230,8 +233,10 @@ class _Seen:
 
     def key(self, scheduler):
         """What schedules are kept by."""
+        reads = [_value(None, scheduler, name) for name in scheduler._reads]
         tensors = [_content(scheduler.__dict__[name]) for name in scheduler._tensors if name in scheduler.__dict__]
-        return type(scheduler), self.config.content(), self.count, scheduler._scheduled, scheduler._surplus, repr(self.reads), *tensors
+        of_config = self.config.content(), repr(self.config.eps_scaling)  # which may have been written into
+        return type(scheduler), *of_config, self.count, scheduler._scheduled, scheduler._surplus, repr(reads), *tensors
 
     def place(self, timestep):
         """The index of a timestep that is a view into the schedule's, without reading it; None for any other."""
@@ -453,12 +458,13 @@ class _Fused:
         """The row of this call and its step, or None for both where the schedule does not have the timestep."""
         if self._step_index is None:
             self._init_step_index(timestep)
-        i = self._step_index
-        if i >= self._length():
-            raise IndexError(
-                f"step: expected at most {self._length()} calls after set_timesteps, or a begin index below, got step {i}"
-            )
+        i, most = self._step_index, self._most_steps()
+        if i >= most:
+            raise IndexError(f"step: expected at most {most} calls after set_timesteps, or a begin index below, got step {i}")
         return i, i
+
+    def _most_steps(self):
+        return self._length()
 
     def _length(self):
         """How many steps the schedule has numbers for, those of timesteps that were cut off too."""
@@ -1208,8 +1214,8 @@ class _Multistep(_Fused):
     _needs_steps = True
 
     def _row(self, plan, timestep):
-        _, i = super()._row(plan, timestep)
-        return self.lower_order_nums * self._length() + i, i
+        (_, i), n = super()._row(plan, timestep), self._length()
+        return min(self.lower_order_nums, len(plan) // n - 1) * n + i, i
 
     def _levels(self):
         """The log SNRs (N + 1,), alphas and sigmas of the schedule, in float64."""
@@ -1386,7 +1392,9 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
         hh = -h if self.predict_x0 else h
         scale, other = (alpha, sigma) if self.predict_x0 else (sigma, alpha)
         A, scale = other[1:] / other[:-1], scale[1:]
-        predictors, correctors = bh_updates(hh, ratios, scale, config.solver_order, config.solver_type)
+        # To sigma 0 where eps is integrated: 0*inf, whose limit is finite.
+        first = None if self.predict_x0 else np.where(scale == 0, -A * sigma[:-1], -scale * np.expm1(hh))
+        predictors, correctors = bh_updates(hh, ratios, scale, config.solver_order, config.solver_type, first)
         i = np.arange(n)
         left = len(self.timesteps) - i  # fewer where timesteps were cut: diffusers has no order 0
         most = np.minimum(config.solver_order, left) if config.lower_order_final else np.full(n, config.solver_order)
@@ -1414,6 +1422,20 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
         }
         return columns, False
 
+    def _most_steps(self):
+        """By lower_order_final the order of a step is at most the number of timesteps that are left: none where they were cut."""
+        return min(self._length(), len(self.timesteps)) if self.config.lower_order_final else self._length()
+
+    def _check_last_steps(self, plan):
+        n = self._length()
+        row = min(n - 1, self.config.solver_order) * n + n - 1
+        if not (plan.sound[row] or self.solver_p):
+            raise ValueError(
+                f"set_timesteps: expected a last step that has a limit, and one to sigma {float(self.sigmas[-1]):g} with "
+                f"lower_order_final={self.config.lower_order_final} of solver_order {self.config.solver_order} has none: set "
+                "lower_order_final=True"
+            )
+
     def step(self, model_output, timestep, sample, return_dict=True):
         f = model_output
         plan, row, i, why = entered = self._enter((), f, timestep, sample)
@@ -1426,6 +1448,7 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
         x, m0, self.last_sample = self._step(plan, row, f, x, **self._history(plan, row, x), **corrected, results=3)
         self._keep(m0)
         self._step_index += 1
+        x = _like(x, sample)
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def _restart(self):
