@@ -12,19 +12,23 @@ if TYPE_CHECKING:
     from .schedulers import *  # noqa: F403
 
 
-def __getattr__(name):
-    if name.startswith("__"):  # what tools ask of every module
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _schedulers():
     try:
-        schedulers = importlib.import_module(f"{__name__}.schedulers")
+        return importlib.import_module(f"{__name__}.schedulers")
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
         raise ModuleNotFoundError(f"{__name__} needs diffusers: pip install 'diffusers>=0.42'", name="diffusers") from error
-    if name not in schedulers.__all__:
+
+
+def __getattr__(name):
+    if name.startswith("__") or name not in _schedulers().__all__:  # dunders are what tools ask of every module
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(schedulers, name)
+    return getattr(_schedulers(), name)
 
 
 def __dir__():
-    return sorted({*globals(), *importlib.import_module(f"{__name__}.schedulers").__all__})
+    try:
+        return sorted({*globals(), *_schedulers().__all__})
+    except ImportError:  # help goes on without what an extra brings
+        return sorted(globals())
