@@ -1,10 +1,16 @@
 """k-diffusion's signatures against the float64 oracles, and the ComfyUI node against a stand-in of its hook."""
 
+import copy
 import functools
 import importlib.util
 import inspect
 import itertools
+import os
 import pathlib
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import oracles
@@ -536,15 +542,11 @@ class CONST:
 
 
 class Sampling:
-    sigma_max, sigma_min = torch.tensor(10.0), torch.tensor(0.0)
+    """ComfyUI's model_sampling of a model of x_0 + sigma*eps."""
 
 
 class FlowSampling(Sampling, CONST):
-    sigma_max = torch.tensor(1.0)
-
-
-class ZeroSNRSampling(Sampling):
-    sigma_max = torch.tensor(4518.0)
+    pass
 
 
 class Model:
@@ -577,72 +579,183 @@ def test_flows_are_refused(name):
 
 
 class Patcher:
-    """What the node uses of ComfyUI's ModelPatcher, and how its sampler calls the hook after guidance."""
+    """What the node uses of ComfyUI's ModelPatcher: patches are applied to the model when it is sampled, not before."""
 
-    def __init__(self, sampling):
-        self.sampling, self.hooks = sampling, []
+    def __init__(self, model_sampling):
+        self.model, self.object_patches, self.model_options = Model(model_sampling), {}, {"transformer_options": {}}
 
     def clone(self):
-        twin = Patcher(self.sampling)
-        twin.hooks = list(self.hooks)
+        twin = copy.copy(self)
+        twin.object_patches, twin.model_options = dict(self.object_patches), copy.deepcopy(self.model_options)
         return twin
 
-    def get_model_object(self, name):
-        assert name == "model_sampling"
-        return self.sampling
+    def add_object_patch(self, name, value):
+        self.object_patches[name] = value
 
     def set_model_sampler_post_cfg_function(self, function):
-        self.hooks.append(function)
+        hooks = self.model_options.get("sampler_post_cfg_function", [])
+        self.model_options["sampler_post_cfg_function"] = [*hooks, function]
 
-    def denoise(self, x, sigma, denoised):
-        for hook in self.hooks:
-            args = {"denoised": denoised, "input": x, "sigma": torch.full((len(x),), sigma), "model_options": {}}
-            denoised = hook(args)
+    def sample(self, x, sigma, denoised, sigmas=None):
+        """One call of the model, as comfy.samplers.cfg_function makes it of the conditional and the unconditional output."""
+        options = copy.deepcopy(self.model_options)
+        if sigmas is not None:
+            options["transformer_options"]["sample_sigmas"] = torch.tensor(sigmas)
+        patched = Model(self.object_patches.get("model_sampling", self.model.model_sampling))
+        sigma = torch.as_tensor(sigma, dtype=x.dtype).expand(len(x)).clone()
+        for hook in options.get("sampler_post_cfg_function", []):
+            denoised = hook(
+                {"denoised": denoised, "cond": [], "uncond": [], "cond_scale": 7.0, "model": patched, "uncond_denoised": x,
+                 "cond_denoised": x, "sigma": sigma, "model_options": options, "input": x}
+            )  # fmt: skip
         return denoised
+
+
+COMFYUI = pathlib.Path(__file__).parents[1] / "integrations" / "comfyui"
+
+
+def load_node(folder=COMFYUI):
+    """As ComfyUI does: under a name that is the folder's path."""
+    spec = importlib.util.spec_from_file_location(str(folder).replace(".", "_x_"), folder / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def node():
-    path = pathlib.Path(__file__).parents[1] / "integrations" / "comfyui" / "__init__.py"
-    spec = importlib.util.spec_from_file_location("comfyui_node", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_node()
     (name,) = module.NODE_CLASS_MAPPINGS
     assert name in module.NODE_DISPLAY_NAME_MAPPINGS
     return module.NODE_CLASS_MAPPINGS[name]
 
 
+def patch(node, patcher, eps_scaling, **options):
+    (patched,) = getattr(node(), node.FUNCTION)(
+        patcher, **{"eps_scaling": eps_scaling, "schedule": "uniform", "at_the_end": 1.3, "flow": "noise"} | options
+    )
+    return patched
+
+
+def scaled(x, denoised, lam, alpha=1.0):
+    return x / alpha - (x / alpha - denoised) / lam
+
+
+def close(result, expected):
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_node_scales_and_leaves_the_model_alone(node):
     plain, (x, denoised) = Patcher(Sampling()), torch.randn(2, *SHAPE)
-    assert set(node.INPUT_TYPES()["required"]) | set(node.INPUT_TYPES()["optional"]) == set(
-        inspect.signature(node().patch).parameters
-    )
-    (patched,) = getattr(node(), node.FUNCTION)(plain, 1.02)
-    assert not plain.hooks and len(patched.hooks) == 1
-    torch.testing.assert_close(patched.denoise(x, 3.0, denoised), x - (x - denoised) / 1.02, rtol=1e-5, atol=1e-6)
-    (same,) = node().patch(plain, 1.0)
-    assert same.denoise(x, 3.0, denoised) is denoised
+    assert set(node.INPUT_TYPES()["required"]) == set(inspect.signature(node().patch).parameters)
+    patched = patch(node, plain, 1.02)
+    assert plain.sample(x, 3.0, denoised) is denoised
+    close(patched.sample(x, 3.0, denoised), scaled(x, denoised, 1.02))
+    close(patch(node, patched, 1.03).sample(x, 3.0, denoised), scaled(x, scaled(x, denoised, 1.02), 1.03))
+    assert patch(node, plain, 1.0).sample(x, 3.0, denoised) is denoised
+    assert patch(node, plain, 1.0, schedule="linear", at_the_end=1.0).sample(x, 3.0, denoised) is denoised
 
 
 def test_node_linear(node):
-    (x, denoised) = torch.randn(2, *SHAPE)
-    (patched,) = node().patch(Patcher(Sampling()), 1.0, 1.04)
-    for sigma, lam in ((10.0, 1.0), (5.0, 1.02), (0.0, 1.04)):
-        expected = x - (x - denoised) / lam
-        torch.testing.assert_close(patched.denoise(x, sigma, denoised), expected, rtol=1e-5, atol=1e-5)
+    """lambda is linear in the number of the step, not in sigma; 1 at the end is a value as any other."""
+    (x, denoised), sigmas = torch.randn(2, *SHAPE), [14.6, 5.0, 1.0, 0.4, 0.1, 0.0]
+    patched = patch(node, Patcher(Sampling()), 1.04, schedule="linear", at_the_end=1.0)
+    lambdas = {14.6: 1.04, 5.0: 1.03, 1.0: 1.02, 0.4: 1.01, 0.1: 1.0, 20.0: 1.04, 3.0: 1.025, 0.0: 1.0}
+    for sigma, lam in lambdas.items():
+        close(patched.sample(x, sigma, denoised, sigmas), scaled(x, denoised, lam))
+    every = patched.sample(x, torch.tensor([0.4, 5.0]), denoised, sigmas)
+    close(every, scaled(x, denoised, torch.tensor([1.01, 1.03]).reshape(-1, 1, 1, 1)))
+    close(patched.sample(x, 0.4, denoised, sigmas[4::-1] + [14.6]), scaled(x, denoised, 1.0 + 0.04 / 4))  # upwards
+    close(patched.sample(x, 5.0, denoised, [5.0, 0.0]), scaled(x, denoised, 1.04))
+    close(patched.sample(x, 1.0, denoised, [5.0, 5.0, 1.0, 1.0, 0.4, 0.0]), scaled(x, denoised, 1.02))
+    with pytest.raises(
+        RuntimeError, match="schedule 'linear' counts the sampler's steps, and this ComfyUI does not tell"
+    ):
+        patched.sample(x, 1.0, denoised)
 
 
 def test_node_on_a_flow(node):
-    (patched,), (x, denoised) = node().patch(Patcher(FlowSampling()), 1.02), torch.randn(2, *SHAPE)
+    x, denoised = torch.randn(2, *SHAPE)
+    patched = patch(node, Patcher(FlowSampling()), 1.02)
     eps = (x - 0.4 * denoised) / 0.6
-    expected = (x - 0.6 * eps / 1.02) / 0.4
-    torch.testing.assert_close(patched.denoise(x, 0.6, denoised), expected, rtol=1e-5, atol=1e-5)
-    assert patched.denoise(x, 1.0, denoised) is denoised
-    assert patched.denoise(x, 0.9995, denoised) is denoised
+    close(patched.sample(x, 0.6, denoised), (x - 0.6 * eps / 1.02) / 0.4)
+    for sigma in (1.0, 0.9995):
+        assert torch.equal(patched.sample(x, sigma, denoised), denoised)
+    velocity = patch(node, Patcher(FlowSampling()), 1.02, flow="velocity")
+    for sigma in (0.6, 1.0):
+        close(velocity.sample(x, sigma, denoised), x - sigma * ((x - denoised) / sigma) / 1.02)
+
+
+def test_node_scales_each_sample_at_its_own_sigma(node):
+    x, denoised = torch.randn(2, *SHAPE)
+    for sampling, sigmas in ((FlowSampling, (0.9, 0.2)), (FlowSampling, (1.0, 0.5)), (Sampling, (4518.0, 2.0))):
+        patched = patch(node, Patcher(sampling()), 1.02)
+        together = patched.sample(x, torch.tensor(sigmas), denoised)
+        alone = [patched.sample(x[i : i + 1], sigmas[i], denoised[i : i + 1]) for i in (0, 1)]
+        assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together[1], denoised[1])
 
 
 def test_node_where_x_is_noise_alone(node):
     """A zero terminal SNR, which ComfyUI writes as a sigma of some thousands."""
-    (patched,), (x, denoised) = node().patch(Patcher(ZeroSNRSampling()), 1.02), torch.randn(2, *SHAPE)
-    assert patched.denoise(4518.0 * x, 4518.0, denoised) is denoised
-    torch.testing.assert_close(patched.denoise(x, 3.0, denoised), x - (x - denoised) / 1.02, rtol=1e-5, atol=1e-6)
+    patched, (x, denoised) = patch(node, Patcher(Sampling()), 1.02), torch.randn(2, *SHAPE)
+    assert torch.equal(patched.sample(4518.0 * x, 4518.0, denoised), denoised)
+    close(patched.sample(x, 3.0, denoised), scaled(x, denoised, 1.02))
+
+
+def test_node_asks_the_model_when_it_runs(node):
+    """A model sampling that is patched in after the node."""
+    patched, (x, denoised) = patch(node, Patcher(Sampling()), 1.02), torch.randn(2, *SHAPE)
+    patched.add_object_patch("model_sampling", FlowSampling())
+    close(patched.sample(x, 0.6, denoised), scaled(x, denoised, 1.02, alpha=0.4))
+
+
+def test_node_in_inference_mode_then_with_a_gradient(node):
+    patched = patch(node, Patcher(FlowSampling()), 1.02)
+    with torch.inference_mode():
+        patched.sample(*torch.randn(2, *SHAPE)[:1], 0.6, torch.randn(SHAPE))
+    x, denoised = torch.randn(SHAPE), torch.randn(SHAPE, requires_grad=True)
+    patched.sample(x, 0.6, denoised).sum().backward()
+    torch.testing.assert_close(denoised.grad, torch.full(SHAPE, 1 / 1.02))
+
+
+def test_node_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "epskernels", None)
+    with pytest.raises(ImportError, match="^epskernels is not installed; in .*: pip install --no-deps .$"):
+        load_node()
+
+
+@pytest.mark.parametrize("package, version", [("epskernels", "0.0.9"), ("torch", "2.9.1+cu128")])
+def test_node_with_a_package_that_is_too_old(monkeypatch, package, version):
+    monkeypatch.setattr(sys.modules[package], "__version__", version)
+    with pytest.raises(
+        ImportError, match=f"^this node needs {package} [0-9.]+ or newer, and {re.escape(version)} is installed"
+    ):
+        load_node()
+
+
+@pytest.mark.parametrize("name", ["epskernels", "epskernels-comfyui"])
+def test_node_whose_folder_hides_the_package(tmp_path, name):
+    """In a process that finds custom_nodes first."""
+    shutil.copytree(COMFYUI, tmp_path / "custom_nodes" / name)
+    code = f"""
+import importlib.util, sys
+sys.path.insert(0, {str(tmp_path / "custom_nodes")!r})
+spec = importlib.util.spec_from_file_location("a_node", {str(tmp_path / "custom_nodes" / name / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+    root = pathlib.Path(epskernels.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    if name == "epskernels-comfyui":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (
+            "epskernels hides the package epskernels, whose name it has; rename it to epskernels-comfyui" in done.stderr
+        )
