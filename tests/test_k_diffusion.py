@@ -346,6 +346,8 @@ def test_where_x_is_noise_alone():
     assert torch.equal(run(sigmas, eps_scaling=1.02), run(sigmas, eps_scaling=from_there))
     with pytest.raises(ValueError, match=r"eps_scaling: expected 1 where x is noise alone \(step 0\), got 1.02"):
         run(sigmas, eps_scaling=scaling.array([1.02] * 3, origin="noisiest"))
+    raised, churn = torch.tensor([800.0, 50.0, 3.0, 0.5]), {"s_churn": 3.0, "seeds": [1, 2]}  # the first step's to 1131
+    assert torch.equal(run(raised, eps_scaling=1.02, **churn), run(raised, eps_scaling=from_there, **churn))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
