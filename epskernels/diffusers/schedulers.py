@@ -296,11 +296,8 @@ class _Fused:
         cls.__module__ = __package__  # where users find it, and saved pipelines
 
     def register_to_config(self, **kwargs):
-        before = self.__dict__.get("_internal_dict", FrozenDict())
-        super().register_to_config(**kwargs)
-        config = _Config(self._internal_dict)
-        config.__dict__.update({k: v for k, v in _set_by_attribute(before).items() if k not in kwargs})
-        self._internal_dict = config
+        super().register_to_config(**kwargs)  # which forgets what was set by attribute
+        self._internal_dict = _Config(self._internal_dict)
 
     def _adopt(self, eps_scaling):
         """The scaling into the configuration; a default one is not written where diffusers' own class would warn of it."""
@@ -308,7 +305,9 @@ class _Fused:
         if "_use_default_values" in self.config:  # as it is not where a file names all
             defaults = [name for name in self.config["_use_default_values"] if name != "eps_scaling"]
             changed["_use_default_values"] = defaults + ["eps_scaling"] * (changed["eps_scaling"] == 1)
+        by_attribute = _set_by_attribute(self.config)
         self.register_to_config(**changed)
+        vars(self.config).update({name: value for name, value in by_attribute.items() if name not in changed})
         self._seen = self._ran = None
         self._read_config()
 
@@ -1327,6 +1326,7 @@ class _DPMSolver(_Multistep):
         learned = getattr(config, "variance_type", None) in ("learned", "learned_range")
         self._leading = 3 if learned and config.prediction_type == "epsilon" else None  # channels, as diffusers has it
         self._thresholds, self._bends_eps = config.thresholding and by_x0, config.thresholding and not by_x0
+        self._keeps_output = config.prediction_type == ("sample" if by_x0 else "epsilon")  # whose dtype is then the state's
 
     def _dpm(self, f, timestep, x, generator, noise_dtype, return_dict, seeds, **more):
         plan, row, i, why = entered = self._enter((), f, timestep, x)
@@ -1337,7 +1337,8 @@ class _DPMSolver(_Multistep):
             return self._own(entered, whole, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
         x = _state(f, x)
         noise = self._noise(plan, row, f, generator, seeds, more.get("variance_noise"), noise_dtype)
-        x, m0 = self._step(plan, row, f, x, **self._history(plan, row, x), **noise)
+        dtype = f.dtype if self._keeps_output else x.dtype
+        x, m0 = self._step(plan, row, f, x, dtype, **self._history(plan, row, x), **noise)
         self._keep(m0)
         self._step_index += 1
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
@@ -1588,7 +1589,7 @@ def fuse(pipe, eps_scaling=None, seeds=None):
 
 _OWN_ATTRIBUTES = (
     "_seen", "_seeds", "_ran", "path", "_scheduled", "_surplus", "_thresholds", "_leading", "_bends_eps", "_before",
-    "_configured",
+    "_configured", "_keeps_output",
 )  # fmt: skip
 
 
