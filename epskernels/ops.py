@@ -222,6 +222,41 @@ def _(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
 build.load_kernels()
 
 
+# ---- outputs that are views with the negative bit, such as x.conj().imag: their memory holds the negated values ----
+
+
+def register_negative(library, ops):
+    """What torch does by itself for inputs: it clones them. Of an op that writes a tensor it expects that one back."""
+
+    def memory(tensor):
+        return torch._neg_view(tensor) if tensor is not None and tensor.is_neg() else tensor
+
+    def into_memory(inputs, outputs, named):
+        held = {name: memory(output) for name, output in outputs.items()}
+        inputs = [value.resolve_neg() if isinstance(value, torch.Tensor) else value for value in inputs]
+        named = {name: value if value is None else value.resolve_neg() for name, value in named.items()}
+        ops.step_out(*inputs, **named, **held)
+        for name, output in outputs.items():
+            if held[name] is not output:
+                held[name].neg_()
+
+    def step_out(*inputs, out, m0=None, y_out=None, model_input=None, **named):
+        into_memory(inputs, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input}, named)
+
+    def step_(x, *inputs, m0=None, y_out=None, model_input=None, **named):
+        outputs = {"out": x, "m0": m0, "y_out": y_out, "model_input": model_input}
+        try:
+            into_memory((x, *inputs), outputs, named)
+        except RuntimeError as error:  # it has x for an output
+            raise RuntimeError(str(error).replace("epskernels: out:", "epskernels: x:")) from None
+
+    library.impl("step_out", step_out, "Negative")
+    library.impl("step_", step_, "Negative")
+
+
+register_negative(_library, torch.ops.epskernels)
+
+
 # ---- choice of backend ----
 
 

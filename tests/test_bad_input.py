@@ -721,12 +721,77 @@ def test_a_sign_bit_on_single_elements(backend, name):
     assert same(normal(torch._neg_view(-seeds), [7], dtype=torch.float32), normal(seeds, [7], dtype=torch.float32))
 
 
-@pytest.mark.parametrize("layout", ["transposed", "batch last", "every other", "offset"])
-def test_layouts_of_outputs(backend, layout):
-    expected, expected_m0 = call(good(), return_m0=True)
-    out, m0 = (LAYOUTS[layout](torch.full(SHAPE, SENTINEL)) for _ in range(2))
-    call(good(), out=out, m0=m0)
-    assert same(out, expected) and same(m0, expected_m0)
+OUTPUTS = ("out", "m0", "y_out", "model_input")
+
+
+@pytest.mark.parametrize("layout", ["transposed", "batch last", "every other", "offset", "reversed sign bit"])
+@pytest.mark.parametrize("names", [OUTPUTS, *((name,) for name in OUTPUTS)], ids="_".join)
+def test_layouts_of_outputs(backend, layout, names):
+    """Of all, and of one beside plain ones."""
+    a = good(rows=rows_with("k_x", 0.5))
+    expected, got = ({name: torch.full(SHAPE, SENTINEL) for name in OUTPUTS} for _ in range(2))
+    call(a, **expected)
+    got |= {name: LAYOUTS[layout](got[name]) for name in names}
+    assert call(a, **got) is got["out"]
+    assert all(same(got[name], expected[name]) for name in OUTPUTS)
+
+
+NEGATIVE = LAYOUTS["reversed sign bit"]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_in_place_in_a_view_with_the_negative_bit(backend, layout):
+    """x' over x, m0 over m1, y' over y; by the function, and by the op that has x for its output."""
+    rows = rows_with("k_x", 0.5)
+    names = {"x": "out", "m1": "m0", "y": "y_out"}
+    expected = {output: torch.empty(SHAPE) for output in names.values()}
+    call(good(rows=rows), **expected)
+    for run in (lambda a, **outputs: call(a, out=a["x"], **outputs), lambda a, **named: op(backend, "step_")(**a, **named)):
+        a = good(rows=rows)
+        for name in names:
+            value = a[name] if layout == "contiguous" else LAYOUTS[layout](a[name])
+            a[name] = NEGATIVE(value)
+        run(a, m0=a["m1"], y_out=a["y"])
+        assert all(a[name].is_neg() and same(a[name], expected[output]) for name, output in names.items())
+
+
+def test_a_view_and_its_memory_are_one_tensor(backend):
+    """x' over the memory of which m1 is the negative view."""
+    a = good()
+    expected = call(a)
+    memory = -a["m1"]
+    assert call(a | {"m1": torch._neg_view(memory)}, out=memory) is memory and same(memory, expected)
+    a = good()
+    out = torch._neg_view(a["m1"])
+    assert call(a, out=out) is out and same(out, expected)
+
+
+@pytest.mark.parametrize("name", ["out", "m0", "y_out", "model_input"])
+def test_a_bad_view_with_the_negative_bit(backend, name):
+    bad = torch._neg_view(torch.full((BATCH, 2, 6), SENTINEL))
+    outputs = {"out": torch.full(SHAPE, SENTINEL), name: bad}
+    refused(backend, good(), rf"epskernels: {name}: expected shape \(3, 2, 5\).*, got \(3, 2, 6\)", "step_out", **outputs)
+
+
+def test_a_bad_x_with_the_negative_bit_in_place(backend):
+    bad = torch._neg_view(torch.ones(1, 2, 5).expand(SHAPE))
+    refused(backend, good(x=bad), "epskernels: x: expected every element at its own address", "step_")
+    refused(backend, good(x=bad, f=[1.0]), "for argument 'f' but instead found type 'list'", "step_")
+
+
+def test_conjugated_tensors_have_another_dtype(backend):
+    z = torch.ones(SHAPE, dtype=torch.complex64).conj()
+    assert z.is_conj()
+    for name in FLOATS:
+        expected = "float32, float16 or bfloat16" if name in ("x", "f") else "float32 as . has"
+        refused(backend, complete(name, z), f"{name}: expected dtype {expected}, got complex64", "step")
+    for name in OUTPUTS:
+        outputs = {"out": torch.full(SHAPE, SENTINEL), name: z}
+        refused(backend, good(), f"{name}: expected dtype float32 as . has, got complex64", "step_out", **outputs)
+    with pytest.raises(RuntimeError, match="f: expected dtype float32, float16 or bfloat16, got complex64"):
+        epskernels.moments(z)
+    imaginary = torch.full(SHAPE, SENTINEL, dtype=torch.complex64).conj().imag  # where such views come from
+    assert imaginary.is_neg() and same(call(good(), out=imaginary), call(good()))
 
 
 def test_negative_seeds(backend):
