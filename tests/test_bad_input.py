@@ -5,6 +5,7 @@ bits.
 """
 
 import itertools
+import logging
 import re
 
 import kernels
@@ -162,13 +163,29 @@ BAD["x: half, the rest not"] = (
     lambda: good(x=torch.ones(SHAPE, dtype=torch.float16)),
     "m1: expected dtype float16 as x has, got float32",
 )
+OF_TORCH = {}  # what the op itself says, where epskernels.step has other words
+
+
+def no_tensor(name, expected, got, found):
+    OF_TORCH[f"{name}: {got}"] = f"for argument '{name}' but instead found type '{found}'"
+    return rf"^epskernels: {name if name != 'rows' else 'table'}: expected {expected}, got {got}$"
+
+
+NO_TENSOR = dict.fromkeys(TENSORS, "a tensor, or None") | {
+    "x": "a tensor",
+    "f": "a tensor",
+    "rows": R("a Table, or its rows: a float32 tensor (R, 24)"),
+    "index": R("an int, or an int64 tensor, () or (B,)"),
+    "seeds": R("an int64 tensor (B,), as epskernels.as_seeds makes from integers"),
+}
 for name in TENSORS:
     elsewhere = rf"\b{name}: expected a tensor on cpu, as . is, got one on meta"
     reason = "f: expected a tensor on meta, as x is, got one on cpu" if name == "x" else elsewhere
 
     for title, change, message in (
         ("on meta", lambda tensor: tensor.to("meta"), reason),
-        ("a list", torch.Tensor.tolist, f"for argument '{name}' but instead found type 'list'"),
+        ("list", torch.Tensor.tolist, no_tensor(name, NO_TENSOR[name], "list", "list")),
+        ("numpy.ndarray", torch.Tensor.numpy, no_tensor(name, NO_TENSOR[name], "numpy.ndarray", "ndarray")),
         ("sparse", torch.Tensor.to_sparse, rf"\b{name}: expected a dense tensor, got sparse_coo"),
     ):
         BAD[f"{name}: {title}"] = (
@@ -176,7 +193,10 @@ for name in TENSORS:
             message,
         )
 for name in ("x", "f", "rows", "index"):
-    BAD[f"{name}: None"] = (lambda name=name: good(**{name: None}), f"argument '{name}' but instead found type 'None")
+    BAD[f"{name}: None"] = (
+        lambda name=name: good(**{name: None}),
+        no_tensor(name, NO_TENSOR[name], "None", "NoneType"),
+    )
 
 for title, rows, got in (
     ("23 columns", torch.ones(3, 23), "(3, 23)"),
@@ -272,8 +292,12 @@ for dtype in dtypes("int32", "uint8", "float32", "bool"):
         lambda dtype=dtype: good(index=torch.zeros(BATCH, dtype=dtype)),
         f"index: expected dtype int64, got {text}",
     )
-BAD["index: True"] = (lambda: good(index=True), "for argument 'index' but instead found type 'bool'")
-BAD["index: a float"] = (lambda: good(index=0.0), "for argument 'index' but instead found type 'float'")
+for value in (True, 0.0):
+    BAD[f"index: {value}"] = (
+        lambda value=value: good(index=value),
+        no_tensor("index", NO_TENSOR["index"], repr(value), type(value).__name__),
+    )
+BAD["rows: 'ddim'"] = (lambda: good(rows="ddim"), no_tensor("rows", NO_TENSOR["rows"], "'ddim'", "str"))
 
 for title, shape in {"a scalar": (), "one too many": (4,), "of one": (1,), "a column": (3, 1), "empty": (0,)}.items():
     BAD[f"seeds: {title}"] = (
@@ -298,19 +322,23 @@ def test_bad_input(backend, case, how):
     elif how == "step_out":
         refused(backend, a, message, how, out=torch.full(SHAPE, SENTINEL), m0=torch.full(SHAPE, SENTINEL))
     else:
-        refused(backend, a, message, how, m0=torch.full(SHAPE, SENTINEL))
+        refused(backend, a, OF_TORCH.get(case, message), how, m0=torch.full(SHAPE, SENTINEL))
+
+
+@pytest.fixture
+def logged(caplog):
+    with caplog.at_level(logging.DEBUG, "epskernels"):
+        yield
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_where_calls_are_logged(case, monkeypatch):
+def test_bad_input_where_calls_are_logged(case, logged):
     """The log leaves it to the op to judge."""
-    monkeypatch.setattr(ops, "_logs_calls", True)
     make, message = BAD[case]
     refused("auto", make(), message, "step_out", out=torch.full(SHAPE, SENTINEL))
 
 
-def test_bad_moments_where_calls_are_logged(monkeypatch):
-    monkeypatch.setattr(ops, "_logs_calls", True)
+def test_bad_moments_where_calls_are_logged(logged):
     with pytest.raises(RuntimeError, match=r"f: expected shape \(B, ...\) with at least one element, got \(\)"):
         epskernels.moments(torch.tensor(1.0))
 
@@ -335,6 +363,54 @@ def test_bad_input_of_step_plain(backend, name, value, message):
     }
     with pytest.raises(RuntimeError, match=message):
         op(backend, "step_plain")(**a | {name: value})
+
+
+@pytest.mark.parametrize("name", ["x", "f", "seeds", "m1", "rows"])
+@pytest.mark.parametrize("results", [{}, {"return_m0": True}, {"return_y": True}], ids=str)
+def test_no_tensor_beside_one_that_requires_grad(backend, name, results):
+    """The way through autograd refuses in the same words."""
+    a = good(u=good()["u"].requires_grad_(), **{name: [0.5]})
+    with pytest.raises(RuntimeError, match=BAD[f"{name}: list"][1]):
+        call(a, **results)
+
+
+def test_an_error_in_the_caller_s_words_hides_the_dispatcher_s():
+    with pytest.raises(RuntimeError) as caught:
+        call(good(seeds=[0, 1, 2]))
+    assert caught.value.__suppress_context__ and caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_table_on_another_device(backend, device):
+    """`rows` is a name that the caller did not write."""
+    table, other = samplers.ddim(schedule.linear(), 20), "meta" if device == "cpu" else "cpu"
+    x = torch.ones(SHAPE, device=device)
+    for run, like in (
+        (lambda: epskernels.step(x, x, table.to(other), 3), "x"),
+        (lambda: epskernels.moments(x, x, table.to(other), 3), "f"),
+    ):
+        with pytest.raises(RuntimeError, match=f"table: expected one on {device}, as {like} is, got one on {other}: "):
+            run()
+
+
+BAD_MOMENTS = {
+    "f a list": (lambda f: epskernels.moments([1.0]), r"f: expected a tensor, got list"),
+    "f None": (lambda f: epskernels.moments(None), r"f: expected a tensor, got None"),
+    "u a list": (lambda f: epskernels.moments(f, [1.0], make_rows(), 0), "u: expected a tensor, or None, got list"),
+    "table a word": (lambda f: epskernels.moments(f, f, "ddim", 0), "table: expected a Table, or its .* got 'ddim'"),
+    "index a float": (lambda f: epskernels.moments(f, f, make_rows(), 1.0), "index: expected an int, .*, got 1.0"),
+    "u alone": (lambda f: epskernels.moments(f, f), "u, table, index: expected all of them, or none"),
+    "no table": (lambda f: epskernels.moments(f, f, index=0), "u, table, index: expected all of them, or none"),
+    "no index": (lambda f: epskernels.moments(f, f, make_rows()), "u, table, index: expected all of them, or none"),
+    "no u": (lambda f: epskernels.moments(f, None, make_rows(), 0), "u, table, index: expected all of them, or none"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MOMENTS)
+def test_bad_moments(backend, case):
+    run, message = BAD_MOMENTS[case]
+    with pytest.raises(RuntimeError, match=f"^epskernels: {message}$"):
+        run(good()["f"])
 
 
 @pytest.mark.parametrize("index", [-1, 20, 2**63, 2**70, -(2**70)])
@@ -468,7 +544,7 @@ BAD_OUTPUTS |= {
         "NAME: expected a tensor on cpu, as x is, got one on meta",
     ),
     "sparse": (lambda: (good(), torch.ones(SHAPE).to_sparse()), "NAME: expected a dense tensor, got sparse_coo"),
-    "a list": (lambda: (good(), [1.0]), "for argument 'NAME' but instead found type 'list'"),
+    "a list": (lambda: (good(), [1.0]), "NAME: expected a tensor, or None, got list$"),
     "expanded batch": (
         lambda: (good(), torch.full((1, 2, 5), SENTINEL).expand(SHAPE)),
         "NAME: expected every element at its own address, got overlapping strides",
@@ -515,6 +591,8 @@ def test_bad_output(backend, case, name):
 @pytest.mark.parametrize("case", BAD_OUTPUTS)
 def test_bad_output_in_place(backend, case, name):
     make, message = BAD_OUTPUTS[case]
+    if case == "a list":
+        message = "for argument 'NAME' but instead found type 'list'"
     a, output = make()
     refused(backend, a, message.replace("NAME", name), "step_", **{name: output})
 
@@ -849,20 +927,23 @@ def test_nan_in_gives_nan_out(backend, name, dtype):
 BAD_NORMAL = {
     "shape 0": (lambda: epskernels.normal([1], (4, 0)), r"shape: expected sizes of at least 1, got 0"),
     "shape negative": (lambda: epskernels.normal([1], (-1,)), r"shape: expected sizes of at least 1, got -1"),
-    "shape a float": (lambda: epskernels.normal([1], (4.0,)), "argument 'shape' but instead found type"),
+    "shape a float": (lambda: epskernels.normal([1], (4.0,)), "shape: expected integers as sizes, got 4.0$"),
     "shape an int": (lambda: epskernels.normal([1], 4), "shape: expected a list or tuple of sizes, got 4"),
     "shape a string": (lambda: epskernels.normal([1], "4"), "shape: expected a list or tuple of sizes, got '4'"),
     "shape too big": (lambda: epskernels.normal([1], (2**40, 2**40)), "shape: too many elements for a tensor"),
     "no seeds": (lambda: epskernels.normal([], (4,)), "seeds: expected at least one seed, got none"),
     "draw negative": (lambda: epskernels.normal([1], (4,), draw=-1), r"draw: expected a value in \[0, 2\^32\), got -1"),
     "draw too big": (lambda: epskernels.normal([1], (4,), draw=2**32), r"draw: expected .*, got 4294967296"),
-    "draw far too big": (lambda: epskernels.normal([1], (4,), draw=2**64), "draw"),
-    "draw a float": (lambda: epskernels.normal([1], (4,), draw=0.5), "argument 'draw' but instead found type 'float'"),
+    "draw far too big": (lambda: epskernels.normal([1], (4,), draw=2**64), rf"draw: expected .* got {2**64}$"),
+    "draw a float": (lambda: epskernels.normal([1], (4,), draw=0.5), r"draw: expected an integer .*, got 0.5$"),
     "stream negative": (lambda: epskernels.normal([1], (4,), stream=-1), r"stream: expected a value .*, got -1"),
     "stream too big": (lambda: epskernels.normal([1], (4,), stream=2**32), r"stream: expected .*, got 4294967296"),
-    "stream None": (lambda: epskernels.normal([1], (4,), stream=None), "argument 'stream' but instead found type 'N"),
-    "dtype a string": (lambda: epskernels.normal([1], (4,), dtype="float32"), "dtype"),
-    "dtype None": (lambda: epskernels.normal([1], (4,), dtype=None), "dtype"),
+    "stream None": (lambda: epskernels.normal([1], (4,), stream=None), r"stream: expected an integer .*, got None$"),
+    "dtype a string": (
+        lambda: epskernels.normal([1], (4,), dtype="float32"),
+        "dtype: expected float32, float16 or bfloat16 of torch, got 'float32'$",
+    ),
+    "dtype None": (lambda: epskernels.normal([1], (4,), dtype=None), "dtype: expected float32, .* of torch, got None$"),
 }
 for dtype in NOT_FLOATS:
     text = str(dtype).removeprefix("torch.")
