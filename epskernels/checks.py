@@ -17,12 +17,6 @@ def fail(message):
     raise RuntimeError(f"epskernels: {message}") from None
 
 
-def describe(value):
-    """What came in the place of something else, in short."""
-    shown = isinstance(value, (str, int, float, type(None)))
-    return repr(value) if shown else f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
-
-
 def shape_of(tensor):
     return str(tuple(tensor.shape))
 

@@ -44,7 +44,6 @@ from .checks import (
     check_outputs_like,
     check_step,
     check_values,
-    describe,
     dtype_name,
     fail,
     rows_in_use,
@@ -53,7 +52,7 @@ from .checks import (
 from .schemas import SCHEMAS
 from .step_gradient import noise_rows, step_gradients
 from .step_reference import STREAM_INITIAL, moments_reference, normal_reference, step_reference
-from .table import COLUMNS, Table
+from .table import COLUMNS, Table, describe
 
 _log = logging.getLogger("epskernels")
 _is_logged, _DEBUG = _log.isEnabledFor, logging.DEBUG  # logging keeps the answer until some level changes: 40 ns a call

@@ -184,7 +184,7 @@ for name in TENSORS:
 
     for title, change, message in (
         ("on meta", lambda tensor: tensor.to("meta"), reason),
-        ("list", torch.Tensor.tolist, no_tensor(name, NO_TENSOR[name], "list", "list")),
+        ("list of 3", torch.Tensor.tolist, no_tensor(name, NO_TENSOR[name], "list of 3", "list")),
         ("numpy.ndarray", torch.Tensor.numpy, no_tensor(name, NO_TENSOR[name], "numpy.ndarray", "ndarray")),
         ("sparse", torch.Tensor.to_sparse, rf"\b{name}: expected a dense tensor, got sparse_coo"),
     ):
@@ -369,8 +369,8 @@ def test_bad_input_of_step_plain(backend, name, value, message):
 @pytest.mark.parametrize("results", [{}, {"return_m0": True}, {"return_y": True}], ids=str)
 def test_no_tensor_beside_one_that_requires_grad(backend, name, results):
     """The way through autograd refuses in the same words."""
-    a = good(u=good()["u"].requires_grad_(), **{name: [0.5]})
-    with pytest.raises(RuntimeError, match=BAD[f"{name}: list"][1]):
+    a = good(u=good()["u"].requires_grad_(), **{name: [0.5] * 3})
+    with pytest.raises(RuntimeError, match=BAD[f"{name}: list of 3"][1]):
         call(a, **results)
 
 
@@ -394,9 +394,9 @@ def test_a_table_on_another_device(backend, device):
 
 
 BAD_MOMENTS = {
-    "f a list": (lambda f: epskernels.moments([1.0]), r"f: expected a tensor, got list"),
+    "f a list": (lambda f: epskernels.moments([1.0]), r"f: expected a tensor, got list of 1"),
     "f None": (lambda f: epskernels.moments(None), r"f: expected a tensor, got None"),
-    "u a list": (lambda f: epskernels.moments(f, [1.0], make_rows(), 0), "u: expected a tensor, or None, got list"),
+    "u a list": (lambda f: epskernels.moments(f, [1.0], make_rows(), 0), "u: expected a tensor, or None, got list of 1"),
     "table a word": (lambda f: epskernels.moments(f, f, "ddim", 0), "table: expected a Table, or its .* got 'ddim'"),
     "index a float": (lambda f: epskernels.moments(f, f, make_rows(), 1.0), "index: expected an int, .*, got 1.0"),
     "u alone": (lambda f: epskernels.moments(f, f), "u, table, index: expected all of them, or none"),
@@ -544,7 +544,7 @@ BAD_OUTPUTS |= {
         "NAME: expected a tensor on cpu, as x is, got one on meta",
     ),
     "sparse": (lambda: (good(), torch.ones(SHAPE).to_sparse()), "NAME: expected a dense tensor, got sparse_coo"),
-    "a list": (lambda: (good(), [1.0]), "NAME: expected a tensor, or None, got list$"),
+    "a list": (lambda: (good(), [1.0]), "NAME: expected a tensor, or None, got list of 1$"),
     "expanded batch": (
         lambda: (good(), torch.full((1, 2, 5), SENTINEL).expand(SHAPE)),
         "NAME: expected every element at its own address, got overlapping strides",
@@ -1278,7 +1278,17 @@ BAD_CONSTRUCTORS |= {
     "Table: text": (lambda: table(c_x="much"), ValueError, "c_x: expected numbers, got 'much'"),
     "Table: clip 0 in float32": (lambda: table(clip=1e-60), ValueError, "clip: expected a value above 0, .* got 1e-60"),
     "Table: nan in a check": (lambda: table(logvar_min=1000.0), ValueError, "variance of row 0"),
-    "concat: no table": (lambda: epskernels.concat([1]), TypeError, "tables: expected Tables, got int"),
+    "concat: no table": (lambda: epskernels.concat([1]), TypeError, "tables: expected Tables, got 1$"),
+    "concat: None": (lambda: epskernels.concat(None), TypeError, "tables: expected a list of Tables, got None$"),
+    "concat: a table": (
+        lambda: epskernels.concat(table()),
+        TypeError,
+        "tables: expected a list of Tables, got epskernels.table.Table$",
+    ),
+    "concat: a word": (lambda: epskernels.concat("ddim"), TypeError, "tables: expected Tables, got 'd'$"),
+    "Table: initial_sigma text": (lambda: Table(KEPT, initial_sigma="1"), ValueError, "initial_sigma: .* got '1'$"),
+    "Table: initial_sigma None": (lambda: Table(KEPT, initial_sigma=None), ValueError, "initial_sigma: .* got None$"),
+    "Table: as a list": (lambda: list(table()), TypeError, "'Table' object is not iterable"),
     "steps_offset": (
         lambda: LINEAR.timesteps(5, steps_offset=0.5),
         ValueError,
@@ -1335,6 +1345,16 @@ BAD_CONSTRUCTORS |= {
         lambda: epskernels.pfgmpp_prior([1], (3,), -1.0, 8),
         ValueError,
         "sigma_max: expected a finite value above 0, got -1",
+    ),
+    "pfgmpp_prior: sigma_max text": (
+        lambda: epskernels.pfgmpp_prior([1], (3,), "80", 8),
+        ValueError,
+        "sigma_max: expected a finite value above 0, got '80'$",
+    ),
+    "pfgmpp_prior: shape": (
+        lambda: epskernels.pfgmpp_prior([1], 3, 80.0, 8),
+        RuntimeError,
+        "shape: expected a list or tuple of sizes, got 3$",
     ),
     "ddim: guidance text": (
         lambda: samplers.ddim(LINEAR, 4, guidance="7"),
