@@ -104,7 +104,9 @@ class CMakeBuild(build_ext):
                 return
             except subprocess.CalledProcessError:
                 if os.environ.get("EPSKERNELS_CUDA") == "1":
-                    raise SystemExit("EPSKERNELS_CUDA=1, but its compilation failed, as said above; 0 leaves it out") from None
+                    raise SystemExit(
+                        "EPSKERNELS_CUDA=1, but its compilation failed, as said above; 0 leaves it out"
+                    ) from None
                 reason = "its compilation failed; EPSKERNELS_CUDA=1 makes that an error"
         self.build_with_cmake(None)
         self.leave_out(CUDA_NOTE, reason)

@@ -648,7 +648,9 @@ def step(
         if is_grad_enabled() and _require_grad(*inputs, *outputs):
             if out is None and m0 is None and y_out is None and model_input is None:
                 if is_compiling() and _transforms_active():  # Dynamo would drop the gradient
-                    fail("step: expected no transform of torch.func within torch.compile, which would lose its gradient")
+                    fail(
+                        "step: expected no transform of torch.func within torch.compile, which would lose its gradient"
+                    )
                 op = "step_y" if return_y else "step_m0" if return_m0 else "step"
                 return _Step.apply(_chosen_name(backend), op, *inputs)
             _refuse_gradients(**_by_name(inputs, outputs))

@@ -396,7 +396,10 @@ def test_a_table_on_another_device(backend, device):
 BAD_MOMENTS = {
     "f a list": (lambda f: epskernels.moments([1.0]), r"f: expected a tensor, got list of 1"),
     "f None": (lambda f: epskernels.moments(None), r"f: expected a tensor, got None"),
-    "u a list": (lambda f: epskernels.moments(f, [1.0], make_rows(), 0), "u: expected a tensor, or None, got list of 1"),
+    "u a list": (
+        lambda f: epskernels.moments(f, [1.0], make_rows(), 0),
+        "u: expected a tensor, or None, got list of 1",
+    ),
     "table a word": (lambda f: epskernels.moments(f, f, "ddim", 0), "table: expected a Table, or its .* got 'ddim'"),
     "index a float": (lambda f: epskernels.moments(f, f, make_rows(), 1.0), "index: expected an int, .*, got 1.0"),
     "u alone": (lambda f: epskernels.moments(f, f), "u, table, index: expected all of them, or none"),
@@ -824,7 +827,10 @@ def test_in_place_in_a_view_with_the_negative_bit(backend, layout):
     names = {"x": "out", "m1": "m0", "y": "y_out"}
     expected = {output: torch.empty(SHAPE) for output in names.values()}
     call(good(rows=rows), **expected)
-    for run in (lambda a, **outputs: call(a, out=a["x"], **outputs), lambda a, **named: op(backend, "step_")(**a, **named)):
+    for run in (
+        lambda a, **outputs: call(a, out=a["x"], **outputs),
+        lambda a, **named: op(backend, "step_")(**a, **named),
+    ):
         a = good(rows=rows)
         for name in names:
             value = a[name] if layout == "contiguous" else LAYOUTS[layout](a[name])
@@ -848,7 +854,9 @@ def test_a_view_and_its_memory_are_one_tensor(backend):
 def test_a_bad_view_with_the_negative_bit(backend, name):
     bad = torch._neg_view(torch.full((BATCH, 2, 6), SENTINEL))
     outputs = {"out": torch.full(SHAPE, SENTINEL), name: bad}
-    refused(backend, good(), rf"epskernels: {name}: expected shape \(3, 2, 5\).*, got \(3, 2, 6\)", "step_out", **outputs)
+    refused(
+        backend, good(), rf"epskernels: {name}: expected shape \(3, 2, 5\).*, got \(3, 2, 6\)", "step_out", **outputs
+    )
 
 
 def test_a_bad_x_with_the_negative_bit_in_place(backend):

@@ -31,7 +31,12 @@ def tensors(dtype=torch.float32):
 
     row = dict.fromkeys(COLUMNS, 0.1) | {"clip": 1.5, "g": 2.0, "draw": 3.0, "guided_channels": 1.0, "logvar_min": -1.0}
     rows = torch.tensor([list(row.values())], dtype=torch.float32, device="cpu")
-    a = {"x": drawn(3, *SHAPE), "f": drawn(3, *SHAPE), "rows": rows, "index": torch.zeros(3, dtype=torch.int64, device="cpu")}
+    a = {
+        "x": drawn(3, *SHAPE),
+        "f": drawn(3, *SHAPE),
+        "rows": rows,
+        "index": torch.zeros(3, dtype=torch.int64, device="cpu"),
+    }
     a |= {name: drawn(3, *SHAPE) for name in FLOATS}
     numbers = torch.tensor([1.5, 1.0, 2.0], dtype=torch.float32, device="cpu")
     return a | {"seeds": epskernels.as_seeds([3, 4, 2**63]), "rescale": numbers, "threshold": numbers}
@@ -44,10 +49,9 @@ def step(dtype=torch.float32, **named):
 
 def gradients():
     a = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in tensors().items()}
-    results = epskernels.step(a["x"], a["f"], a["rows"], 0, **{k: a[k] for k in a if k not in ("x", "f", "rows", "index")},
-                              return_y=True)  # fmt: skip
-    sum((result * (i + 1)).sum() for i, result in enumerate(results)).backward()
-    return [t.grad for t in a.values() if t.is_floating_point()]
+    given = [t for t in a.values() if t.is_floating_point()]
+    results = epskernels.step(a.pop("x"), a.pop("f"), a.pop("rows"), a.pop("index"), **a, return_y=True)
+    return torch.autograd.grad(sum((i + 1) * result.sum() for i, result in enumerate(results)), given)
 
 
 def served():
@@ -70,8 +74,13 @@ def graphed():
 
 def sampled():
     edm = schedule.KarrasSchedule()
-    tables = (samplers.ddpm(LINEAR, 5), samplers.ddim(schedule.FlowSchedule(3.0), 4, prediction="flow"), samplers.edm_heun(edm, 3),
-              samplers.unipc(LINEAR, 5), samplers.dpmpp_3m_sde(LINEAR, 5))  # fmt: skip
+    tables = (
+        samplers.ddpm(LINEAR, 5),
+        samplers.ddim(schedule.FlowSchedule(3.0), 4, prediction="flow"),
+        samplers.edm_heun(edm, 3),
+        samplers.unipc(LINEAR, 5),
+        samplers.dpmpp_3m_sde(LINEAR, 5),
+    )
     return [epskernels.sample(network, table, [1, 2], SHAPE) for table in tables]
 
 
@@ -129,7 +138,9 @@ def test_the_same_under_another_default(case, default):
 def test_what_is_made_on_the_default_device_is_told_apart(default):
     """A program's own tensors lie there, a table on the CPU unless another device is asked for."""
     x, table = torch.ones(2, *SHAPE), samplers.ddim(LINEAR, 4)
-    with pytest.raises(RuntimeError, match="table: expected one on meta, as x is, got one on cpu: Table.to.device. makes it"):
+    with pytest.raises(
+        RuntimeError, match="table: expected one on meta, as x is, got one on cpu: Table.to.device. makes it"
+    ):
         epskernels.step(x, x, table, 1)
     assert epskernels.step(x, x, table.to("meta"), 1).is_meta
     with pytest.raises(RuntimeError, match="seeds: expected a tensor on meta, as x is, got one on cpu"):

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 import torch
 
 import epskernels
@@ -89,14 +88,15 @@ LOGGED = STEP + "import logging\nepskernels.step(x, x, row, 0)\n"
 
 
 def test_an_import_leaves_logging_alone():
-    done = run(STEP + """
+    code = """
 import logging
 epskernels.step(x, x, row, 0)
 root, own = logging.getLogger(), logging.getLogger("epskernels")
 print(root.handlers, own.handlers, root.level, own.level, own.propagate)
 logging.basicConfig(level=logging.INFO)  # does nothing where the root logger has a handler already
 print(len(root.handlers), root.level)
-""")
+"""
+    done = run(STEP + code)
     assert done.stdout.splitlines() == ["[] [] 30 0 True", "1 20"] and done.stderr == ""
 
 
@@ -111,7 +111,8 @@ def test_debug_leaves_the_root_logger_alone():
 @pytest.mark.parametrize("level", ["DEBUG", "INFO"])
 def test_no_line_comes_twice(when, level):
     """A program's own handlers take the lines if they take DEBUG; else the package's does."""
-    config = f"import logging\nlogging.basicConfig(format='ROOT %(message)s')\nlogging.root.handlers[0].setLevel('{level}')\n"
+    config = "import logging\nlogging.basicConfig(format='ROOT %(message)s')\n"
+    config += f"logging.root.handlers[0].setLevel('{level}')\n"
     step = "epskernels.step(x, x, row, 0)\n"
     done = run((config + STEP if when == "before" else STEP + config) + step, EPSKERNELS_LOG="debug")
     assert done.stderr.count(LINE) == 1

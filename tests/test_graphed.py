@@ -177,7 +177,8 @@ def test_a_model_may_return_diffusers_outputs():
     assert torch.equal(named([1, 2]), plain([1, 2]))
     table = samplers.ddim(schedule.linear(), 4, guidance=2.0)
     plain, named = (
-        sampler(run, table, 2, (3, 4, 4), doubled=True) for run in (lambda x, t: 0.5 * x, lambda x, t: UNet2DOutput(0.5 * x))
+        sampler(run, table, 2, (3, 4, 4), doubled=True)
+        for run in (lambda x, t: 0.5 * x, lambda x, t: UNet2DOutput(0.5 * x))
     )
     assert torch.equal(named([1, 2]), plain([1, 2]))
 

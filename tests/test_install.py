@@ -86,7 +86,9 @@ def test_wheel_works_away_from_the_source_tree(environment, tmp_path, cuda):
         assert not library
     elif torch.version.cuda is None and NVCC:  # it would take minutes, and be of no use
         why = f"torch {torch.__version__} has no CUDA to run it; EPSKERNELS_CUDA=1 compiles it all the same"
-        assert f"cuda the CUDA kernel is missing ({why}); install nvcc and a torch>=2.11 with CUDA, then" in result.stdout
+        assert (
+            f"cuda the CUDA kernel is missing ({why}); install nvcc and a torch>=2.11 with CUDA, then" in result.stdout
+        )
         assert not library
     else:
         assert library == bool(NVCC)
@@ -207,7 +209,8 @@ def test_what_the_build_lacks_is_named(without, expected):
 def test_make_installs_another_torch_in_the_place_of_the_one_that_is_there(tmp_path):
     def said(*arguments):
         """What `make build` would do."""
-        of_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "TORCH", "VENV", "EPSKERNELS_CUDA")  # these tests may run under it
+        # These tests may run under it.
+        of_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "TORCH", "VENV", "EPSKERNELS_CUDA")
         outside = {name: value for name, value in os.environ.items() if name not in of_make}
         command = ["make", "--dry-run", "build", f"VENV={tmp_path}", *arguments]
         return subprocess.run(command, cwd=ROOT, env=outside, check=True, capture_output=True, text=True).stdout

@@ -146,7 +146,15 @@ def test_progress_bar_goes_to_stderr(capsys):
         ({"dtype": torch.float64}, "dtype: expected float32, float16 or bfloat16, got torch.float64"),
         ({"dtype": "cuda"}, "dtype: expected float32, float16 or bfloat16, got cuda"),
     ],
-    ids=["several samplers", "no learned variance", "no classifier guidance", "large seed", "float seeds", "dtype", "no dtype"],
+    ids=[
+        "several samplers",
+        "no learned variance",
+        "no classifier guidance",
+        "large seed",
+        "float seeds",
+        "dtype",
+        "no dtype",
+    ],
 )
 def test_refused(kwargs, message):
     arguments = {"model": model, "table": TABLES["ddim"], "seeds": [1], "shape": SHAPE} | kwargs
@@ -187,7 +195,9 @@ def test_what_is_no_such_thing_is_refused(kwargs, message):
         epskernels.sample(**arguments)
 
 
-@pytest.mark.parametrize("seeds, shape", [(None, SHAPE), (1, SHAPE), ([0.5], SHAPE), ([1], 4), ([1], "ab"), ([1], (4.0,))])
+@pytest.mark.parametrize(
+    "seeds, shape", [(None, SHAPE), (1, SHAPE), ([0.5], SHAPE), ([1], 4), ([1], "ab"), ([1], (4.0,))]
+)
 def test_seeds_and_shape_are_named(seeds, shape):
     with pytest.raises((ValueError, RuntimeError), match="seeds: expected" if shape is SHAPE else "shape: expected"):
         epskernels.sample(model, TABLES["ddim"], seeds, shape)

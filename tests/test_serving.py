@@ -376,7 +376,11 @@ class Unlike(Exception):
 
 RAISED = {
     "an error": (MemoryError("no room"), MemoryError, "^no room$"),
-    "with attributes": (OSError(28, "No space left on device", "a/file"), OSError, "No space left on device: 'a/file'$"),
+    "with attributes": (
+        OSError(28, "No space left on device", "a/file"),
+        OSError,
+        "No space left on device: 'a/file'$",
+    ),
     "not to be copied": (Unlike(1, 2), RuntimeError, "^Unlike: 1 and 2$"),
     # What futures, generators and tasks take for a sign of their own.
     "StopIteration": (StopIteration("no more"), RuntimeError, "^StopIteration: no more$"),
