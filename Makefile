@@ -5,6 +5,11 @@ VENV ?= .venv
 # release whose plain wheel is CPU-only where such a wheel is offered. Any torch from 2.11 on works.
 TORCH_THERE := $(shell cat $(VENV)/.torch 2>/dev/null)
 TORCH ?= $(or $(TORCH_THERE),torch==2.13.0)
+# Where there is nvcc the CUDA kernel is compiled beside a torch without CUDA too: `make test` reads its machine code. It takes
+# minutes; EPSKERNELS_CUDA=0 leaves it out.
+NVCC := $(shell for nvcc in $(CUDACXX) nvcc $(CUDA_HOME:=/bin/nvcc) /usr/local/cuda/bin/nvcc; do \
+	command -v $$nvcc && break; done)
+EPSKERNELS_CUDA ?= $(if $(NVCC),1,auto)
 # Of `make test`.
 WORKERS ?= 2
 # The digits of `make sample`.
@@ -41,7 +46,8 @@ $(VENV)/.torch:
 	echo '$(TORCH)' > $@
 
 $(READY): $(VENV)/.torch $(SOURCES)
-	EPSKERNELS_BUILD=1 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
+	EPSKERNELS_BUILD=1 EPSKERNELS_CUDA=$(EPSKERNELS_CUDA) \
+		$(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 
 sample: $(READY)

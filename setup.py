@@ -1,6 +1,7 @@
 """Builds csrc with CMake and Ninja. EPSKERNELS_BUILD=0 leaves it out, 1 makes a missing tool an error; by default a missing
 tool leaves it out and says so: the package then runs on its pure PyTorch reference. EPSKERNELS_CUDA is the same for the CUDA
-kernel, which needs nvcc but no GPU; EPSKERNELS_CUDA_ARCHITECTURES says what to compile it for, as CMake spells it."""
+kernel, which needs nvcc but no GPU; by default it is left out beside a torch without CUDA too, where it could not run and would
+take minutes. EPSKERNELS_CUDA_ARCHITECTURES says what to compile it for, as CMake spells it."""
 
 import importlib.util
 import os
@@ -32,6 +33,10 @@ def find_torch():
 
 def torch_version(folder):
     return re.search(r"^__version__ = '(.*)'", (folder / "version.py").read_text(), re.M).group(1)
+
+
+def torch_has_cuda(folder):
+    return re.search(r"^cuda\b.*= None$", (folder / "version.py").read_text(), re.M) is None
 
 
 def missing_tools():
@@ -66,16 +71,18 @@ def cuda_architectures(nvcc):
     return "80-real;90-real;100" if version >= (12, 8) else "80-real;90"
 
 
-def reason_against(switch, missing):
-    """Why a part is not built, or None; SystemExit where the switch insists on it."""
-    wanted = os.environ.get(switch, "auto")
+def reason_against(switch, missing, useless=None):
+    """Why a part is not built, or None; SystemExit where the switch insists on it. useless: why it would be of no use."""
+    wanted = os.environ.get(switch) or "auto"
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"{switch}: expected auto, 0 or 1, got {wanted!r}")
     if wanted == "0":
         return f"{switch}=0 was set when it was installed"
     if missing and wanted == "1":
         raise SystemExit(f"{switch}=1, but the build lacked {', '.join(missing)}")
-    return f"the build lacked {', '.join(missing)}" if missing else None
+    if missing:
+        return f"the build lacked {', '.join(missing)}"
+    return useless if wanted == "auto" else None
 
 
 class CMakeBuild(build_ext):
@@ -87,15 +94,19 @@ class CMakeBuild(build_ext):
         if reason := reason_against("EPSKERNELS_BUILD", missing_tools()):
             self.leave_out(NOTE, reason)
             return
-        nvcc = find_nvcc()
-        reason = reason_against("EPSKERNELS_CUDA", [] if nvcc else ["nvcc"])
+        nvcc, torch = find_nvcc(), find_torch()
+        useless = f"torch {torch_version(torch)} has no CUDA to run it; EPSKERNELS_CUDA=1 compiles it all the same"
+        useless = None if torch_has_cuda(torch) else useless
+        reason = reason_against("EPSKERNELS_CUDA", [] if nvcc else ["nvcc"], useless)
         if not reason:
             try:
                 self.build_with_cmake(nvcc)
                 return
             except subprocess.CalledProcessError:
                 if os.environ.get("EPSKERNELS_CUDA") == "1":
-                    raise
+                    raise SystemExit(
+                        "EPSKERNELS_CUDA=1, but its compilation failed, as said above; 0 leaves it out"
+                    ) from None
                 reason = "its compilation failed; EPSKERNELS_CUDA=1 makes that an error"
         self.build_with_cmake(None)
         self.leave_out(CUDA_NOTE, reason)

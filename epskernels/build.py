@@ -10,11 +10,12 @@ import sys
 
 import torch
 
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 _FOLDER = pathlib.Path(__file__).parent
 _NOTES = {"cpu": _FOLDER / "not_built.txt", "cuda": _FOLDER / "not_built_cuda.txt"}
 _LIBRARY = _FOLDER / "libepskernels.so"
 _CUDA_LIBRARY = _FOLDER / "libepskernels_cuda.so"
-_MEND = "install {} and torch>=2.11, then the package again: pip install --force-reinstall --no-deps ..."
+_MEND = "install {}, then the package again: pip install --force-reinstall --no-deps ..."
 _log = logging.getLogger("epskernels")
 _extension = None
 _why = {}
@@ -24,15 +25,16 @@ def load_kernels():
     """Load the kernels, whose registration comes with them; the schemas must exist by then.
 
     _C brings the CPU kernel. The CUDA kernel is loaded where torch was built with CUDA. EPSKERNELS_CPU_CAPABILITY forces an
-    instruction set: generic, avx2 or avx512. ValueError for one that the machine lacks.
+    instruction set, if the machine has it: generic, avx2 or avx512.
     """
     global _extension
     try:
         _extension = importlib.import_module("epskernels._C")
     except ImportError as error:
-        _why["cpu"] = f"the compiled kernels are missing {_because('cpu', error, 'a C++ compiler')}"
+        _why["cpu"] = f"the compiled kernels are missing {_because('cpu', error, 'a C++ compiler and torch>=2.11')}"
     else:
-        if capability := os.environ.get("EPSKERNELS_CPU_CAPABILITY"):
+        capability = os.environ.get("EPSKERNELS_CPU_CAPABILITY")
+        if capability in _extension.cpu_capabilities():
             _extension.set_cpu_capability(capability)
     try:
         if not _CUDA_LIBRARY.exists():
@@ -42,7 +44,7 @@ def load_kernels():
         else:
             torch.ops.load_library(_CUDA_LIBRARY)
     except OSError as error:
-        _why["cuda"] = f"the CUDA kernel is missing {_because('cuda', error, 'nvcc')}"
+        _why["cuda"] = f"the CUDA kernel is missing {_because('cuda', error, 'nvcc and a torch>=2.11 with CUDA')}"
     for backend in ("cpu", "cuda"):
         _log.debug("%s kernel: %s", backend, _why.get(backend, "loaded"))
 
@@ -85,6 +87,23 @@ def cmake_dir():
 def extension():
     """epskernels._C, or None."""
     return _extension
+
+
+def environment_faults():
+    """What is wrong with the variables EPSKERNELS_*, a line each, such as "EPSKERNELS_LOG: expected one of ('debug',), got 'x'".
+
+    An empty variable is one that is not set. The public functions raise these lines as RuntimeError; an import does not.
+    """
+    expected = {"EPSKERNELS_BACKEND": BACKENDS, "EPSKERNELS_LOG": ("debug",), "EPSKERNELS_CHECK_ROWS": ("0", "1")}
+    if _extension:
+        expected["EPSKERNELS_CPU_CAPABILITY"] = tuple(_extension.cpu_capabilities())
+    given = {name: os.environ[name] for name in expected if os.environ.get(name)}
+    faults = [f"{name}: expected one of {expected[name]}, got {value!r}" for name, value in given.items()
+              if value not in expected[name]]  # fmt: skip
+    backend = given.get("EPSKERNELS_BACKEND")
+    if backend in ("cpu", "cuda", "triton") and (missing := why_missing(backend)):
+        faults.append(f"EPSKERNELS_BACKEND: backend {backend!r} is missing: {missing}")
+    return faults
 
 
 def cuda_targets():

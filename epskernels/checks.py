@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def fail(message):
-    raise RuntimeError(f"epskernels: {message}")
+    raise RuntimeError(f"epskernels: {message}") from None
 
 
 def shape_of(tensor):

@@ -12,7 +12,7 @@ import torch
 
 from .checks import DTYPES
 from .ops import as_seeds, normal, step
-from .sample import _outputs
+from .sample import _outputs, check_callables, f_and_u
 from .table import check_one_sampler
 
 
@@ -47,6 +47,9 @@ class GraphedSampler:
         device=None,
     ):
         check_one_sampler(table)
+        check_callables(model=model)
+        if not isinstance(shape, (tuple, list)) or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ValueError(f"shape: expected a list or tuple of sizes of at least 1, got {shape!r}")
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
         for name, value in (("dtype", dtype), ("model_dtype", model_dtype or dtype)):
@@ -122,7 +125,11 @@ class GraphedSampler:
         """One model call and one step, in place."""
         output = self.model(self._model_input, t)
         if self.doubled:
-            u, f = output.chunk(2)
+            both, beside = f_and_u(output)
+            if beside is not None or len(both) != len(self._model_input):
+                got = "a pair" if beside is not None else tuple(both.shape)
+                raise ValueError(f"model: expected it to return (2B, ...), u and f in one, as doubled says, got {got}")
+            u, f = both.chunk(2)
             f, _, v = _outputs(f, self._x, self.table)
             u = _outputs(u, self._x, self.table)[0]
         else:

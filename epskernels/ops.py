@@ -34,6 +34,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import build
+from .build import BACKENDS
 from .checks import (
     ELEMENTWISE,
     INPUTS,
@@ -51,15 +52,17 @@ from .checks import (
 from .schemas import SCHEMAS
 from .step_gradient import noise_rows, step_gradients
 from .step_reference import STREAM_INITIAL, moments_reference, normal_reference, step_reference
-from .table import Table
-
-BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+from .table import COLUMNS, Table, describe
 
 _log = logging.getLogger("epskernels")
+_is_logged, _DEBUG = _log.isEnabledFor, logging.DEBUG  # logging keeps the answer until some level changes: 40 ns a call
 if os.environ.get("EPSKERNELS_LOG") == "debug":
-    logging.basicConfig()
+    _handler = logging.StreamHandler()
+    _handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    # What the program's own handlers print is not printed twice.
+    _handler.addFilter(lambda record: all(record.levelno < other.level for other in logging.getLogger().handlers))
+    _log.addHandler(_handler)
     _log.setLevel(logging.DEBUG)
-_logs_calls = _log.isEnabledFor(logging.DEBUG)  # as it is at import: a call then costs nothing more
 if hasattr(torch.ops.epskernels, "step"):  # and torch takes no fake kernels from Python for ops so defined
     raise ImportError(
         "epskernels: this process has loaded libepskernels.so, which defines the ops for programs without Python; "
@@ -222,6 +225,41 @@ def _(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
 build.load_kernels()
 
 
+# ---- outputs that are views with the negative bit, such as x.conj().imag: their memory holds the negated values ----
+
+
+def register_negative(library, ops):
+    """What torch does by itself for inputs: it clones them. Of an op that writes a tensor it expects that one back."""
+
+    def memory(tensor):
+        return torch._neg_view(tensor) if tensor is not None and tensor.is_neg() else tensor
+
+    def into_memory(inputs, outputs, named):
+        held = {name: memory(output) for name, output in outputs.items()}
+        inputs = [value.resolve_neg() if isinstance(value, torch.Tensor) else value for value in inputs]
+        named = {name: value if value is None else value.resolve_neg() for name, value in named.items()}
+        ops.step_out(*inputs, **named, **held)
+        for name, output in outputs.items():
+            if held[name] is not output:
+                held[name].neg_()
+
+    def step_out(*inputs, out, m0=None, y_out=None, model_input=None, **named):
+        into_memory(inputs, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input}, named)
+
+    def step_(x, *inputs, m0=None, y_out=None, model_input=None, **named):
+        outputs = {"out": x, "m0": m0, "y_out": y_out, "model_input": model_input}
+        try:
+            into_memory((x, *inputs), outputs, named)
+        except RuntimeError as error:  # it has x for an output
+            raise RuntimeError(str(error).replace("epskernels: out:", "epskernels: x:")) from None
+
+    library.impl("step_out", step_out, "Negative")
+    library.impl("step_", step_, "Negative")
+
+
+register_negative(_library, torch.ops.epskernels)
+
+
 # ---- choice of backend ----
 
 
@@ -264,10 +302,12 @@ def _check_backend(name):
     return None if name == "auto" else name
 
 
-_DEFAULT_BACKEND = _check_backend(os.environ.get("EPSKERNELS_BACKEND", "auto"))
+# An import never fails by the environment, so that `epskernels info` can say what is wrong: the calls do.
+_FAULTS = build.environment_faults()
+_DEFAULT_BACKEND = None if _FAULTS else _check_backend(os.environ.get("EPSKERNELS_BACKEND") or "auto")
 _choices_lock = threading.Lock()
 # Contexts open in any thread, the process's own choice counted in: while there are none, nothing is looked up.
-_choices = 0 if _DEFAULT_BACKEND is None else 1
+_choices = 1 if _FAULTS or _DEFAULT_BACKEND else 0
 
 
 @contextlib.contextmanager
@@ -299,6 +339,8 @@ def _chosen_name(backend):
 
 def _chosen(tensor, backend):
     """The functions of the backend that was asked for: by the call, else by the context, else for the process."""
+    if _FAULTS:
+        fail("; ".join(_FAULTS))
     if is_compiling() and backend in (None, *_BACKENDS):
         return _BACKENDS[backend or "auto"][0]()
     if backend is not None:
@@ -343,10 +385,42 @@ def _log_call(name, functions, backend, tensors):
     _log.debug("%s on %s runs on %s, %s%s", name, first.device, kernel, why, "".join(f"; {text}" for text in slower))
 
 
-def _raise_out_of_memory(error):
-    """torch's own type where torch says so: its stable ABI lets a library raise none but RuntimeError."""
-    if "epskernels: could not allocate" in str(error) and "out of memory" in str(error):
-        raise torch.OutOfMemoryError(str(error)) from None
+# ---- errors in the caller's words: looked for once a call has failed, so that others pay nothing ----
+
+# What is no optional tensor.
+_EXPECTED = {
+    "x": "a tensor",
+    "f": "a tensor",
+    "rows": f"a Table, or its rows: a float32 tensor (R, {len(COLUMNS)})",
+    "index": "an int, or an int64 tensor, () or (B,)",
+    "seeds": "an int64 tensor (B,), as epskernels.as_seeds makes from integers",
+}
+_REQUIRED = ("x", "f", "rows", "index")
+
+
+def _explain(error, table, tensors, required=_REQUIRED):
+    """Raises what torch, or the op, said in other words than the caller's; returns where `error` says it all."""
+    said = str(error)
+    if "epskernels: could not allocate" in said and "out of memory" in said:
+        # The stable ABI lets a library raise none but RuntimeError.
+        raise torch.OutOfMemoryError(said) from None
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor) and (value is not None or name in required):
+            argument, expected = "table" if name == "rows" else name, _EXPECTED.get(name, "a tensor, or None")
+            fail(f"{argument}: expected {expected}, got {describe(value)}")
+    if isinstance(table, Table) and said.startswith("epskernels: rows: expected a tensor on "):
+        like = next(name for name in ("x", "f") if name in tensors)
+        devices = f"on {tensors[like].device}, as {like} is, got one on {table.device}"
+        fail(f"table: expected one {devices}: Table.to(device) makes it")
+
+
+def _explain_normal(shape, dtype, draw, stream):
+    for name, value in (*(("shape", size) for size in shape), ("draw", draw), ("stream", stream)):
+        if not isinstance(value, (int, np.integer, torch.SymInt)) or not -(2**63) <= value < 2**63:
+            expected = "integers as sizes" if name == "shape" else "an integer in [0, 2^32)"
+            fail(f"{name}: expected {expected}, got {describe(value)}")
+    if not isinstance(dtype, torch.dtype):
+        fail(f"dtype: expected float32, float16 or bfloat16 of torch, got {describe(dtype)}")
 
 
 # ---- gradients and vmap ----
@@ -394,11 +468,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(backend, op, x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold):
         run = getattr(_BACKENDS[backend][0](), op)
-        try:
-            return run(x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
-        except RuntimeError as error:
-            _raise_out_of_memory(error)
-            raise
+        return run(x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -570,18 +640,20 @@ def step(
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
     outputs = (out, m0, y_out, model_input)
     functions = _chosen(x, backend) if _choices or backend is not None else _DISPATCHED
-    if _logs_calls and not is_compiling():
+    if not is_dynamo_compiling() and _is_logged(_DEBUG) and not is_compiling():
         _log_call("step", functions, backend, _by_name(inputs, outputs))
     if forward_ad._current_level >= 0:
         _refuse_tangents(inputs)
-    if is_grad_enabled() and _require_grad(*inputs, *outputs):
-        if out is None and m0 is None and y_out is None and model_input is None:
-            if is_compiling() and _transforms_active():  # Dynamo would drop the gradient
-                fail("step: expected no transform of torch.func within torch.compile, which would lose its gradient")
-            op = "step_y" if return_y else "step_m0" if return_m0 else "step"
-            return _Step.apply(_chosen_name(backend), op, *inputs)
-        _refuse_gradients(**_by_name(inputs, outputs))
     try:
+        if is_grad_enabled() and _require_grad(*inputs, *outputs):
+            if out is None and m0 is None and y_out is None and model_input is None:
+                if is_compiling() and _transforms_active():  # Dynamo would drop the gradient
+                    fail(
+                        "step: expected no transform of torch.func within torch.compile, which would lose its gradient"
+                    )
+                op = "step_y" if return_y else "step_m0" if return_m0 else "step"
+                return _Step.apply(_chosen_name(backend), op, *inputs)
+            _refuse_gradients(**_by_name(inputs, outputs))
         if out is None and m0 is None and y_out is None and model_input is None:
             if return_y:
                 return functions.step_y(*inputs)
@@ -593,8 +665,8 @@ def step(
         if out is None:
             out = torch.empty_like(x)
         functions.step_out(*inputs, out=out, m0=m0, y_out=y_out, model_input=model_input)
-    except RuntimeError as error:
-        _raise_out_of_memory(error)
+    except (RuntimeError, TypeError) as error:
+        _explain(error, table, _by_name(inputs, outputs))
         raise
     if not is_dynamo_compiling():  # autograd may have kept what is overwritten, and then refuses to go on with it
         if m0 is None and y_out is None and model_input is None:
@@ -615,10 +687,12 @@ def step_results(results, plain=False):
     It takes the inputs in the order of checks.INPUTS, as many as are given, or by name; rows and index are tensors. plain: x, f,
     rows and index are all. No gradient may be asked for.
     """
-    if _choices or _logs_calls:
+    if _choices:
         return functools.partial(_step_results, results)
     if is_dynamo_compiling():
         return _BY_RESULTS[results]
+    if _is_logged(_DEBUG):
+        return functools.partial(_step_results, results)
     return _STEP_PLAIN if plain and results == 1 else _WITHOUT_PYTHON[results]
 
 
@@ -639,12 +713,14 @@ def moments(f, u=None, table=None, index=None, *, backend=None):
                     f"{name}: expected a tensor that does not require grad, or torch.no_grad(): moments have no gradient"
                 )
     functions = _chosen(f, backend)
-    if _logs_calls and not is_compiling():
+    if not is_dynamo_compiling() and _is_logged(_DEBUG) and not is_compiling():
         _log_call("moments", functions, backend, {"f": f, "u": u, "rows": rows})
     try:
         return functions.moments(f, u, rows, index)
-    except RuntimeError as error:
-        _raise_out_of_memory(error)
+    except (RuntimeError, TypeError) as error:
+        if (table is None) != (u is None) or (index is None) != (u is None):
+            fail("u, table, index: expected all of them, or none")
+        _explain(error, table, {"f": f, "u": u, "rows": rows, "index": index}, ("f",))
         raise
 
 
@@ -680,10 +756,11 @@ def normal(seeds, shape, *, dtype=torch.float32, draw=0, stream=STREAM_INITIAL, 
     if not isinstance(shape, (tuple, list)):
         fail(f"shape: expected a list or tuple of sizes, got {shape!r}")
     functions = _chosen(seeds, backend)
-    if _logs_calls and not is_compiling():
+    if not is_dynamo_compiling() and _is_logged(_DEBUG) and not is_compiling():
         _log_call("normal", functions, backend, {"seeds": seeds})
     try:
         return functions.normal(seeds, list(shape), dtype=dtype, draw=draw, stream=stream)
-    except RuntimeError as error:
-        _raise_out_of_memory(error)
+    except (RuntimeError, TypeError) as error:
+        _explain_normal(shape, dtype, draw, stream)
+        _explain(error, None, {"seeds": seeds})
         raise

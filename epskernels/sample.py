@@ -1,13 +1,15 @@
 """The sampling loop: one model call and one step per row of a table, which knows no sampler by name; and PFGM++'s prior."""
 
 import math
+from numbers import Real
 
 import torch
 from torch.compiler import is_dynamo_compiling
 from tqdm.auto import tqdm
 
+from .checks import DTYPES
 from .ops import as_seeds, normal, step
-from .table import check_one_sampler
+from .table import check_one_sampler, describe
 
 
 @torch.no_grad()
@@ -26,17 +28,22 @@ def sample(
 ):
     """Samples (B, *shape) from a table, one for each seed; a seed gives the same noise in any batch, on any device.
 
-    model: any callable (x, t) -> f, or -> (f, u) for guidance, u the unconditional output. x is c_in times the state, t a
-    tensor (B,), int64 timesteps or float32 noise levels. f has x's shape, or twice its channels where the variance is
-    learned: the second half is then v, which tables without learned variance ignore.
+    model: any callable (x, t) -> f, or -> (f, u) for guidance, u the unconditional output; what has f as `.sample`, as
+    diffusers' networks return it, counts as f. x is c_in times the state, t a tensor (B,), int64 timesteps or float32 noise
+    levels. f has x's shape, or twice its channels where the variance is learned: the second half is then v, which tables without
+    learned variance ignore.
     table: one sampler's Table. seeds: int64 (B,), or a list or range of integers. shape: of one sample. dtype: of the state.
     device: default the table's. start: the state to start from, (B, *shape); default initial_sigma times the seeds' normals.
     cond_fn: (x, t) -> gradient of log p(y | x), for tables with classifier guidance. progress: show a bar.
     callback: called as callback(i, x, m0) after row i.
-    Raises ValueError for a table of several samplers, a start of another shape, a model output without the second half that the
-    table needs, or a cond_fn that the table cannot use; RuntimeError from the step for other mismatches.
+    Raises ValueError for a table of several samplers, another dtype, a start of another shape, a model output without the second
+    half that the table needs, or a cond_fn that the table cannot use; TypeError for an argument, or an output of the model or of
+    cond_fn, that is no such thing at all; RuntimeError from the step for other mismatches.
     """
     check_one_sampler(table)
+    check_callables(model=model, cond_fn=cond_fn, callback=callback)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     if cond_fn is not None and not table.takes_grad:
         raise ValueError(f"cond_fn: {table.name} has no classifier guidance (c_grad is 0)")
     table = table.to(device or table.device)
@@ -44,7 +51,12 @@ def sample(
     t_dtype = torch.int64 if table.discrete else torch.float32
     timesteps = torch.tensor([t for t, _ in table.calls], dtype=t_dtype, device=table.device)
 
-    x = table.initial_sigma * normal(seeds, shape) if start is None else start.to(table.device)
+    if start is None:
+        x = table.initial_sigma * normal(seeds, shape)
+    elif isinstance(start, torch.Tensor):
+        x = start.to(table.device)
+    else:
+        raise TypeError(f"start: expected a tensor, got {describe(start)}")
     if x.shape != (len(seeds), *shape):
         raise ValueError(f"start: expected shape {(len(seeds), *shape)}, got {tuple(x.shape)}")
     x = x.to(dtype)
@@ -53,7 +65,7 @@ def sample(
     for i in rows if is_dynamo_compiling() else tqdm(rows, desc=table.name, disable=not progress):
         t, c_in = timesteps[i].expand(x.shape[0]), table.calls[i][1]
         f, u, v = _outputs(model(x if c_in == 1 else c_in * x, t), x, table)
-        grad = None if cond_fn is None else cond_fn(x, t).to(dtype)
+        grad = None if cond_fn is None else _gradient(cond_fn(x, t)).to(dtype)
         inputs = {"u": u, "v": v, "grad": grad, "m1": m1, "m2": m2, "seeds": seeds if table.needs_noise else None}
         if table.history == 0 and callback is None and not table.second_state:
             x = step(x, f, table, i, **inputs)
@@ -68,9 +80,33 @@ def sample(
     return x
 
 
+def check_callables(**functions):
+    """Raises TypeError for what cannot be called; all but model may be None."""
+    for name, function in functions.items():
+        if not callable(function) and (function is not None or name == "model"):
+            raise TypeError(f"{name}: expected a callable, got {describe(function)}")
+
+
+def f_and_u(output):
+    """f, and u or None, of what a model returned: a tensor, a pair of them, or what has the tensor as `.sample`."""
+    pair = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+    f, u = (part if isinstance(part, torch.Tensor) else getattr(part, "sample", part) for part in pair)
+    if isinstance(f, torch.Tensor) and (u is None or isinstance(u, torch.Tensor)):
+        return f, u
+    raise TypeError(
+        f"model: expected it to return a tensor f, a pair (f, u), or what has f as .sample, got {describe(output)}"
+    )
+
+
+def _gradient(value):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"cond_fn: expected it to return a tensor, as x, got {describe(value)}")
+    return value
+
+
 def _outputs(output, x, table):
     """f, u and v of what the model returned."""
-    f, u = output if isinstance(output, tuple) else (output, None)
+    f, u = f_and_u(output)
     doubled = f.dim() > 1 and x.dim() > 1 and f.shape[1] == 2 * x.shape[1]
     if table.learned_variance and not doubled:
         raise ValueError(
@@ -91,9 +127,10 @@ def pfgmpp_prior(seeds, shape, sigma_max, D, *, device=None):
     """
     if isinstance(D, bool) or not isinstance(D, int) or D < 1:
         raise ValueError(f"D: expected an integer of at least 1, got {D!r}")
-    if not 0 < sigma_max < math.inf:
-        raise ValueError(f"sigma_max: expected a finite value above 0, got {sigma_max}")
+    if not (isinstance(sigma_max, Real) and 0 < sigma_max < math.inf):
+        raise ValueError(f"sigma_max: expected a finite value above 0, got {describe(sigma_max)}")
     seeds = as_seeds(seeds, device or getattr(seeds, "device", "cpu"))
+    z = normal(seeds, shape).double()
     chi2 = normal(seeds, (int(D),), draw=1).double().square().sum(1)
     factor = (sigma_max * (D / chi2).sqrt()).reshape(-1, *[1] * len(shape))
-    return (factor * normal(seeds, shape).double()).float()
+    return (factor * z).float()

@@ -9,7 +9,8 @@ k_x*alpha_in + k_m0 + k_m1 + k_m2 + k_y*y_x0 = y_out_x0 and k_x*sigma_in + k_y*y
 reads the second state that the row before it wrote. A wrong split between c_m0 and c_m1 passes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from numbers import Real
 
 import numpy as np
 import torch
@@ -32,6 +33,16 @@ PROVENANCE = (
 )  # fmt: skip
 _DEFAULTS = {"clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0}
 _TOLERANCE = 1e-9
+
+
+def describe(value):
+    """What came in the place of something else, in short: for messages."""
+    if isinstance(value, str):
+        return repr(value)
+    if isinstance(value, (int, float, type(None))):
+        return str(value)
+    length = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.") + length
 
 
 _TRAITS = {}
@@ -60,7 +71,8 @@ class Table:
     this one was concatenated from.
     """
 
-    __slots__ = ("_values", "_unscaled", "_traits", "rows", "index", "row_index", "parts", "discrete")
+    __slots__ = ("_values", "_unscaled", "_traits", "rows", "index", "row_index", "parts", "discrete", "__weakref__")
+    __iter__ = None  # a table is read by column: Python would try the rows' numbers
 
     def __init__(self, values, *, name="table", initial_sigma=1.0, discrete=False, parts=None, device="cpu"):
         if not isinstance(values, Mapping):
@@ -83,8 +95,8 @@ class Table:
             columns["c_in_next"] = np.append(columns["c_in"][1:], 1.0)
         for column in columns.values():
             column.setflags(write=False)
-        if not (np.isfinite(initial_sigma) and initial_sigma >= 0):
-            raise ValueError(f"initial_sigma: expected a finite value >= 0, got {initial_sigma}")
+        if not (isinstance(initial_sigma, Real) and 0 <= initial_sigma < np.inf):
+            raise ValueError(f"initial_sigma: expected a finite value >= 0, got {describe(initial_sigma)}")
         parts = tuple(parts) if parts else ((name, 0, length, float(initial_sigma)),)
         _check(columns, parts)
 
@@ -217,7 +229,9 @@ class Table:
 
 
 def check_one_sampler(table):
-    """Raises ValueError for a table of several, concatenated."""
+    """Raises TypeError for what is no Table, ValueError for a table of several, concatenated."""
+    if not isinstance(table, Table):
+        raise TypeError(f"table: expected a Table, such as samplers.ddim(schedule, steps) makes, got {describe(table)}")
     if len(table.parts) != 1:
         raise ValueError(f"table: expected one sampler's, got {len(table.parts)} concatenated: {table.name}")
 
@@ -242,12 +256,14 @@ def concat(tables):
     A batch may then mix samplers, each sample with its own row index. Raises ValueError: no table, different devices, or
     discrete and continuous timesteps mixed.
     """
+    if not isinstance(tables, Iterable):
+        raise TypeError(f"tables: expected a list of Tables, got {describe(tables)}")
     tables = list(tables)
     if not tables:
         raise ValueError("tables: expected at least one, got none")
     for table in tables:
         if not isinstance(table, Table):
-            raise TypeError(f"tables: expected Tables, got {type(table).__name__}")
+            raise TypeError(f"tables: expected Tables, got {describe(table)}")
     if len({table.device for table in tables}) > 1:
         raise ValueError(f"tables: expected one device, got {sorted({str(table.device) for table in tables})}")
     if len({table.discrete for table in tables}) > 1:

@@ -17,6 +17,7 @@ import atexit
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import threading
@@ -25,6 +26,7 @@ from collections.abc import Mapping
 import torch
 
 import epskernels
+from epskernels.sample import f_and_u
 from epskernels.table import COLUMNS
 
 T, C_IN = COLUMNS.index("t"), COLUMNS.index("c_in")
@@ -67,16 +69,27 @@ class _Job:
         if not self.future.set_running_or_notify_cancel():  # only now: until then it can be cancelled
             return
         if isinstance(result, Exception):
-            self.future.set_exception(result)
+            self.future.set_exception(_of_one_request(result))
         else:
             self.future.set_result(result)
+
+
+def _of_one_request(error):
+    """A copy of its own: whoever raises it lengthens its traceback. RuntimeError in the place of what futures take for a sign."""
+    mine = None
+    with contextlib.suppress(Exception):  # a constructor that takes other arguments
+        mine = copy.copy(error)
+    if type(mine) is not type(error) or isinstance(error, (StopIteration, concurrent.futures.CancelledError)):
+        mine = RuntimeError(f"{type(error).__name__}: {error}")
+        mine.__cause__ = error
+    return mine.with_traceback(error.__traceback__)
 
 
 class Rows:
     """The rows of all tables in use, in one device buffer; equal tables lie there once, and leave with their last user."""
 
     def __init__(self, capacity, device):
-        self.buffer = torch.zeros(capacity, len(COLUMNS), device=device)
+        self.buffer = torch.zeros(capacity, len(COLUMNS), dtype=torch.float32, device=device)
         self._spans = {}  # by the rows' bytes: [first, end, users]
 
     def find(self, key, length):
@@ -149,11 +162,13 @@ class Batch:
 
     def check(self, request):
         """The request's conditions as tensors; ValueError where this batch can never run it."""
+        if not isinstance(request, Request):
+            raise ValueError(f"request: expected a Request, got {request!r}")
         table, shape = request.table, request.shape
         if not isinstance(table, epskernels.Table) or len(table.parts) != 1:
             raise ValueError(f"table: expected one sampler's Table, got {getattr(table, 'name', table)!r}")
-        if shape is not None and tuple(shape) != self.shape:
-            raise ValueError(f"shape: this engine makes samples of {self.shape}, got {tuple(shape)}")
+        if shape is not None and (not isinstance(shape, (tuple, list)) or tuple(shape) != self.shape):
+            raise ValueError(f"shape: this engine makes samples of {self.shape}, got {shape!r}")
         epskernels.as_seeds([request.seed])
         limits = (
             (len(table), len(self.rows.buffer), "rows, max_rows"),
@@ -165,11 +180,17 @@ class Batch:
         for asked, limit, what in limits:
             if asked > limit:
                 raise ValueError(f"table: {table.name} needs {asked} ({what} is {limit} in this engine)")
+        if not isinstance(request.condition, Mapping):
+            raise ValueError(f"condition: expected a mapping, got {request.condition!r}")
         if unknown := set(request.condition) - set(self.defaults):
             raise ValueError(f"condition: expected some of {sorted(self.defaults)}, got {sorted(unknown)}")
         condition = {}
         for name, value in request.condition.items():
-            default, value = self.defaults[name], torch.as_tensor(value)
+            default = self.defaults[name]
+            try:
+                value = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"condition: expected {name} to be a tensor or numbers, got {value!r}") from None
             if value.shape != default.shape or not torch.can_cast(value.dtype, default.dtype):
                 expected, got = (f"{tuple(a.shape)} of {a.dtype}" for a in (default, value))
                 raise ValueError(f"condition: expected {name} to be {expected}, got {got}")
@@ -221,7 +242,7 @@ class Batch:
         """One model call and one step; [(job, sample)] of those that are done by it, which have left."""
         called = self.slots if self.padded else len(self.jobs)
         output = self.model(*self.model_input(called), **{n: buffer[:called] for n, buffer in self.conditions.items()})
-        f, u = output if isinstance(output, tuple) else (output, None)
+        f, u = f_and_u(output)
         if self.guided != (u is not None):
             raise ValueError(f"model: expected {'(f, u)' if self.guided else 'f'}, as guided={self.guided} says")
         f, v = _halves(f, self.shape)

@@ -62,6 +62,7 @@ def cuda_on_host():
         library.define(schema)
     for name, function in ops.REFERENCE.items():  # as for the package's own ops, what no kernel takes
         library.impl(name, function, "CompositeExplicitAutograd")
+    ops.register_negative(library, torch.ops.epskernels_cuda_on_host)
     torch.ops.load_library(target)
     return library, torch.ops.epskernels_cuda_on_host
 

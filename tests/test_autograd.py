@@ -593,7 +593,7 @@ def test_vmap_of_moments_refuses():
         torch.vmap(epskernels.moments)(f[:, 0, 0])
     with pytest.raises(RuntimeError, match=r"u: expected shape \(2, 5\) as f has, got \(1, 5\)"):
         torch.vmap(lambda f, u: epskernels.moments(f, u, row, 0))(f, f[:, :1])
-    with pytest.raises(RuntimeError, match="u, rows, index: expected all of them, or none"):
+    with pytest.raises(RuntimeError, match="u, table, index: expected all of them, or none"):
         torch.vmap(lambda f: epskernels.moments(f, None, row, torch.tensor(0)))(f)
 
 

@@ -5,6 +5,7 @@ bits.
 """
 
 import itertools
+import logging
 import re
 
 import kernels
@@ -162,13 +163,29 @@ BAD["x: half, the rest not"] = (
     lambda: good(x=torch.ones(SHAPE, dtype=torch.float16)),
     "m1: expected dtype float16 as x has, got float32",
 )
+OF_TORCH = {}  # what the op itself says, where epskernels.step has other words
+
+
+def no_tensor(name, expected, got, found):
+    OF_TORCH[f"{name}: {got}"] = f"for argument '{name}' but instead found type '{found}'"
+    return rf"^epskernels: {name if name != 'rows' else 'table'}: expected {expected}, got {got}$"
+
+
+NO_TENSOR = dict.fromkeys(TENSORS, "a tensor, or None") | {
+    "x": "a tensor",
+    "f": "a tensor",
+    "rows": R("a Table, or its rows: a float32 tensor (R, 24)"),
+    "index": R("an int, or an int64 tensor, () or (B,)"),
+    "seeds": R("an int64 tensor (B,), as epskernels.as_seeds makes from integers"),
+}
 for name in TENSORS:
     elsewhere = rf"\b{name}: expected a tensor on cpu, as . is, got one on meta"
     reason = "f: expected a tensor on meta, as x is, got one on cpu" if name == "x" else elsewhere
 
     for title, change, message in (
         ("on meta", lambda tensor: tensor.to("meta"), reason),
-        ("a list", torch.Tensor.tolist, f"for argument '{name}' but instead found type 'list'"),
+        ("list of 3", torch.Tensor.tolist, no_tensor(name, NO_TENSOR[name], "list of 3", "list")),
+        ("numpy.ndarray", torch.Tensor.numpy, no_tensor(name, NO_TENSOR[name], "numpy.ndarray", "ndarray")),
         ("sparse", torch.Tensor.to_sparse, rf"\b{name}: expected a dense tensor, got sparse_coo"),
     ):
         BAD[f"{name}: {title}"] = (
@@ -176,7 +193,10 @@ for name in TENSORS:
             message,
         )
 for name in ("x", "f", "rows", "index"):
-    BAD[f"{name}: None"] = (lambda name=name: good(**{name: None}), f"argument '{name}' but instead found type 'None")
+    BAD[f"{name}: None"] = (
+        lambda name=name: good(**{name: None}),
+        no_tensor(name, NO_TENSOR[name], "None", "NoneType"),
+    )
 
 for title, rows, got in (
     ("23 columns", torch.ones(3, 23), "(3, 23)"),
@@ -272,8 +292,12 @@ for dtype in dtypes("int32", "uint8", "float32", "bool"):
         lambda dtype=dtype: good(index=torch.zeros(BATCH, dtype=dtype)),
         f"index: expected dtype int64, got {text}",
     )
-BAD["index: True"] = (lambda: good(index=True), "for argument 'index' but instead found type 'bool'")
-BAD["index: a float"] = (lambda: good(index=0.0), "for argument 'index' but instead found type 'float'")
+for value in (True, 0.0):
+    BAD[f"index: {value}"] = (
+        lambda value=value: good(index=value),
+        no_tensor("index", NO_TENSOR["index"], repr(value), type(value).__name__),
+    )
+BAD["rows: 'ddim'"] = (lambda: good(rows="ddim"), no_tensor("rows", NO_TENSOR["rows"], "'ddim'", "str"))
 
 for title, shape in {"a scalar": (), "one too many": (4,), "of one": (1,), "a column": (3, 1), "empty": (0,)}.items():
     BAD[f"seeds: {title}"] = (
@@ -298,19 +322,23 @@ def test_bad_input(backend, case, how):
     elif how == "step_out":
         refused(backend, a, message, how, out=torch.full(SHAPE, SENTINEL), m0=torch.full(SHAPE, SENTINEL))
     else:
-        refused(backend, a, message, how, m0=torch.full(SHAPE, SENTINEL))
+        refused(backend, a, OF_TORCH.get(case, message), how, m0=torch.full(SHAPE, SENTINEL))
+
+
+@pytest.fixture
+def logged(caplog):
+    with caplog.at_level(logging.DEBUG, "epskernels"):
+        yield
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_where_calls_are_logged(case, monkeypatch):
+def test_bad_input_where_calls_are_logged(case, logged):
     """The log leaves it to the op to judge."""
-    monkeypatch.setattr(ops, "_logs_calls", True)
     make, message = BAD[case]
     refused("auto", make(), message, "step_out", out=torch.full(SHAPE, SENTINEL))
 
 
-def test_bad_moments_where_calls_are_logged(monkeypatch):
-    monkeypatch.setattr(ops, "_logs_calls", True)
+def test_bad_moments_where_calls_are_logged(logged):
     with pytest.raises(RuntimeError, match=r"f: expected shape \(B, ...\) with at least one element, got \(\)"):
         epskernels.moments(torch.tensor(1.0))
 
@@ -335,6 +363,57 @@ def test_bad_input_of_step_plain(backend, name, value, message):
     }
     with pytest.raises(RuntimeError, match=message):
         op(backend, "step_plain")(**a | {name: value})
+
+
+@pytest.mark.parametrize("name", ["x", "f", "seeds", "m1", "rows"])
+@pytest.mark.parametrize("results", [{}, {"return_m0": True}, {"return_y": True}], ids=str)
+def test_no_tensor_beside_one_that_requires_grad(backend, name, results):
+    """The way through autograd refuses in the same words."""
+    a = good(u=good()["u"].requires_grad_(), **{name: [0.5] * 3})
+    with pytest.raises(RuntimeError, match=BAD[f"{name}: list of 3"][1]):
+        call(a, **results)
+
+
+def test_an_error_in_the_caller_s_words_hides_the_dispatcher_s():
+    with pytest.raises(RuntimeError) as caught:
+        call(good(seeds=[0, 1, 2]))
+    assert caught.value.__suppress_context__ and caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_table_on_another_device(backend, device):
+    """`rows` is a name that the caller did not write."""
+    table, other = samplers.ddim(schedule.linear(), 20), "meta" if device == "cpu" else "cpu"
+    x = torch.ones(SHAPE, device=device)
+    for run, like in (
+        (lambda: epskernels.step(x, x, table.to(other), 3), "x"),
+        (lambda: epskernels.moments(x, x, table.to(other), 3), "f"),
+    ):
+        with pytest.raises(RuntimeError, match=f"table: expected one on {device}, as {like} is, got one on {other}: "):
+            run()
+
+
+BAD_MOMENTS = {
+    "f a list": (lambda f: epskernels.moments([1.0]), r"f: expected a tensor, got list of 1"),
+    "f None": (lambda f: epskernels.moments(None), r"f: expected a tensor, got None"),
+    "u a list": (
+        lambda f: epskernels.moments(f, [1.0], make_rows(), 0),
+        "u: expected a tensor, or None, got list of 1",
+    ),
+    "table a word": (lambda f: epskernels.moments(f, f, "ddim", 0), "table: expected a Table, or its .* got 'ddim'"),
+    "index a float": (lambda f: epskernels.moments(f, f, make_rows(), 1.0), "index: expected an int, .*, got 1.0"),
+    "u alone": (lambda f: epskernels.moments(f, f), "u, table, index: expected all of them, or none"),
+    "no table": (lambda f: epskernels.moments(f, f, index=0), "u, table, index: expected all of them, or none"),
+    "no index": (lambda f: epskernels.moments(f, f, make_rows()), "u, table, index: expected all of them, or none"),
+    "no u": (lambda f: epskernels.moments(f, None, make_rows(), 0), "u, table, index: expected all of them, or none"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MOMENTS)
+def test_bad_moments(backend, case):
+    run, message = BAD_MOMENTS[case]
+    with pytest.raises(RuntimeError, match=f"^epskernels: {message}$"):
+        run(good()["f"])
 
 
 @pytest.mark.parametrize("index", [-1, 20, 2**63, 2**70, -(2**70)])
@@ -468,7 +547,7 @@ BAD_OUTPUTS |= {
         "NAME: expected a tensor on cpu, as x is, got one on meta",
     ),
     "sparse": (lambda: (good(), torch.ones(SHAPE).to_sparse()), "NAME: expected a dense tensor, got sparse_coo"),
-    "a list": (lambda: (good(), [1.0]), "for argument 'NAME' but instead found type 'list'"),
+    "a list": (lambda: (good(), [1.0]), "NAME: expected a tensor, or None, got list of 1$"),
     "expanded batch": (
         lambda: (good(), torch.full((1, 2, 5), SENTINEL).expand(SHAPE)),
         "NAME: expected every element at its own address, got overlapping strides",
@@ -515,6 +594,8 @@ def test_bad_output(backend, case, name):
 @pytest.mark.parametrize("case", BAD_OUTPUTS)
 def test_bad_output_in_place(backend, case, name):
     make, message = BAD_OUTPUTS[case]
+    if case == "a list":
+        message = "for argument 'NAME' but instead found type 'list'"
     a, output = make()
     refused(backend, a, message.replace("NAME", name), "step_", **{name: output})
 
@@ -721,12 +802,82 @@ def test_a_sign_bit_on_single_elements(backend, name):
     assert same(normal(torch._neg_view(-seeds), [7], dtype=torch.float32), normal(seeds, [7], dtype=torch.float32))
 
 
-@pytest.mark.parametrize("layout", ["transposed", "batch last", "every other", "offset"])
-def test_layouts_of_outputs(backend, layout):
-    expected, expected_m0 = call(good(), return_m0=True)
-    out, m0 = (LAYOUTS[layout](torch.full(SHAPE, SENTINEL)) for _ in range(2))
-    call(good(), out=out, m0=m0)
-    assert same(out, expected) and same(m0, expected_m0)
+OUTPUTS = ("out", "m0", "y_out", "model_input")
+
+
+@pytest.mark.parametrize("layout", ["transposed", "batch last", "every other", "offset", "reversed sign bit"])
+@pytest.mark.parametrize("names", [OUTPUTS, *((name,) for name in OUTPUTS)], ids="_".join)
+def test_layouts_of_outputs(backend, layout, names):
+    """Of all, and of one beside plain ones."""
+    a = good(rows=rows_with("k_x", 0.5))
+    expected, got = ({name: torch.full(SHAPE, SENTINEL) for name in OUTPUTS} for _ in range(2))
+    call(a, **expected)
+    got |= {name: LAYOUTS[layout](got[name]) for name in names}
+    assert call(a, **got) is got["out"]
+    assert all(same(got[name], expected[name]) for name in OUTPUTS)
+
+
+NEGATIVE = LAYOUTS["reversed sign bit"]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_in_place_in_a_view_with_the_negative_bit(backend, layout):
+    """x' over x, m0 over m1, y' over y; by the function, and by the op that has x for its output."""
+    rows = rows_with("k_x", 0.5)
+    names = {"x": "out", "m1": "m0", "y": "y_out"}
+    expected = {output: torch.empty(SHAPE) for output in names.values()}
+    call(good(rows=rows), **expected)
+    for run in (
+        lambda a, **outputs: call(a, out=a["x"], **outputs),
+        lambda a, **named: op(backend, "step_")(**a, **named),
+    ):
+        a = good(rows=rows)
+        for name in names:
+            value = a[name] if layout == "contiguous" else LAYOUTS[layout](a[name])
+            a[name] = NEGATIVE(value)
+        run(a, m0=a["m1"], y_out=a["y"])
+        assert all(a[name].is_neg() and same(a[name], expected[output]) for name, output in names.items())
+
+
+def test_a_view_and_its_memory_are_one_tensor(backend):
+    """x' over the memory of which m1 is the negative view."""
+    a = good()
+    expected = call(a)
+    memory = -a["m1"]
+    assert call(a | {"m1": torch._neg_view(memory)}, out=memory) is memory and same(memory, expected)
+    a = good()
+    out = torch._neg_view(a["m1"])
+    assert call(a, out=out) is out and same(out, expected)
+
+
+@pytest.mark.parametrize("name", ["out", "m0", "y_out", "model_input"])
+def test_a_bad_view_with_the_negative_bit(backend, name):
+    bad = torch._neg_view(torch.full((BATCH, 2, 6), SENTINEL))
+    outputs = {"out": torch.full(SHAPE, SENTINEL), name: bad}
+    refused(
+        backend, good(), rf"epskernels: {name}: expected shape \(3, 2, 5\).*, got \(3, 2, 6\)", "step_out", **outputs
+    )
+
+
+def test_a_bad_x_with_the_negative_bit_in_place(backend):
+    bad = torch._neg_view(torch.ones(1, 2, 5).expand(SHAPE))
+    refused(backend, good(x=bad), "epskernels: x: expected every element at its own address", "step_")
+    refused(backend, good(x=bad, f=[1.0]), "for argument 'f' but instead found type 'list'", "step_")
+
+
+def test_conjugated_tensors_have_another_dtype(backend):
+    z = torch.ones(SHAPE, dtype=torch.complex64).conj()
+    assert z.is_conj()
+    for name in FLOATS:
+        expected = "float32, float16 or bfloat16" if name in ("x", "f") else "float32 as . has"
+        refused(backend, complete(name, z), f"{name}: expected dtype {expected}, got complex64", "step")
+    for name in OUTPUTS:
+        outputs = {"out": torch.full(SHAPE, SENTINEL), name: z}
+        refused(backend, good(), f"{name}: expected dtype float32 as . has, got complex64", "step_out", **outputs)
+    with pytest.raises(RuntimeError, match="f: expected dtype float32, float16 or bfloat16, got complex64"):
+        epskernels.moments(z)
+    imaginary = torch.full(SHAPE, SENTINEL, dtype=torch.complex64).conj().imag  # where such views come from
+    assert imaginary.is_neg() and same(call(good(), out=imaginary), call(good()))
 
 
 def test_negative_seeds(backend):
@@ -784,20 +935,23 @@ def test_nan_in_gives_nan_out(backend, name, dtype):
 BAD_NORMAL = {
     "shape 0": (lambda: epskernels.normal([1], (4, 0)), r"shape: expected sizes of at least 1, got 0"),
     "shape negative": (lambda: epskernels.normal([1], (-1,)), r"shape: expected sizes of at least 1, got -1"),
-    "shape a float": (lambda: epskernels.normal([1], (4.0,)), "argument 'shape' but instead found type"),
+    "shape a float": (lambda: epskernels.normal([1], (4.0,)), "shape: expected integers as sizes, got 4.0$"),
     "shape an int": (lambda: epskernels.normal([1], 4), "shape: expected a list or tuple of sizes, got 4"),
     "shape a string": (lambda: epskernels.normal([1], "4"), "shape: expected a list or tuple of sizes, got '4'"),
     "shape too big": (lambda: epskernels.normal([1], (2**40, 2**40)), "shape: too many elements for a tensor"),
     "no seeds": (lambda: epskernels.normal([], (4,)), "seeds: expected at least one seed, got none"),
     "draw negative": (lambda: epskernels.normal([1], (4,), draw=-1), r"draw: expected a value in \[0, 2\^32\), got -1"),
     "draw too big": (lambda: epskernels.normal([1], (4,), draw=2**32), r"draw: expected .*, got 4294967296"),
-    "draw far too big": (lambda: epskernels.normal([1], (4,), draw=2**64), "draw"),
-    "draw a float": (lambda: epskernels.normal([1], (4,), draw=0.5), "argument 'draw' but instead found type 'float'"),
+    "draw far too big": (lambda: epskernels.normal([1], (4,), draw=2**64), rf"draw: expected .* got {2**64}$"),
+    "draw a float": (lambda: epskernels.normal([1], (4,), draw=0.5), r"draw: expected an integer .*, got 0.5$"),
     "stream negative": (lambda: epskernels.normal([1], (4,), stream=-1), r"stream: expected a value .*, got -1"),
     "stream too big": (lambda: epskernels.normal([1], (4,), stream=2**32), r"stream: expected .*, got 4294967296"),
-    "stream None": (lambda: epskernels.normal([1], (4,), stream=None), "argument 'stream' but instead found type 'N"),
-    "dtype a string": (lambda: epskernels.normal([1], (4,), dtype="float32"), "dtype"),
-    "dtype None": (lambda: epskernels.normal([1], (4,), dtype=None), "dtype"),
+    "stream None": (lambda: epskernels.normal([1], (4,), stream=None), r"stream: expected an integer .*, got None$"),
+    "dtype a string": (
+        lambda: epskernels.normal([1], (4,), dtype="float32"),
+        "dtype: expected float32, float16 or bfloat16 of torch, got 'float32'$",
+    ),
+    "dtype None": (lambda: epskernels.normal([1], (4,), dtype=None), "dtype: expected float32, .* of torch, got None$"),
 }
 for dtype in NOT_FLOATS:
     text = str(dtype).removeprefix("torch.")
@@ -1132,7 +1286,17 @@ BAD_CONSTRUCTORS |= {
     "Table: text": (lambda: table(c_x="much"), ValueError, "c_x: expected numbers, got 'much'"),
     "Table: clip 0 in float32": (lambda: table(clip=1e-60), ValueError, "clip: expected a value above 0, .* got 1e-60"),
     "Table: nan in a check": (lambda: table(logvar_min=1000.0), ValueError, "variance of row 0"),
-    "concat: no table": (lambda: epskernels.concat([1]), TypeError, "tables: expected Tables, got int"),
+    "concat: no table": (lambda: epskernels.concat([1]), TypeError, "tables: expected Tables, got 1$"),
+    "concat: None": (lambda: epskernels.concat(None), TypeError, "tables: expected a list of Tables, got None$"),
+    "concat: a table": (
+        lambda: epskernels.concat(table()),
+        TypeError,
+        "tables: expected a list of Tables, got epskernels.table.Table$",
+    ),
+    "concat: a word": (lambda: epskernels.concat("ddim"), TypeError, "tables: expected Tables, got 'd'$"),
+    "Table: initial_sigma text": (lambda: Table(KEPT, initial_sigma="1"), ValueError, "initial_sigma: .* got '1'$"),
+    "Table: initial_sigma None": (lambda: Table(KEPT, initial_sigma=None), ValueError, "initial_sigma: .* got None$"),
+    "Table: as a list": (lambda: list(table()), TypeError, "'Table' object is not iterable"),
     "steps_offset": (
         lambda: LINEAR.timesteps(5, steps_offset=0.5),
         ValueError,
@@ -1189,6 +1353,16 @@ BAD_CONSTRUCTORS |= {
         lambda: epskernels.pfgmpp_prior([1], (3,), -1.0, 8),
         ValueError,
         "sigma_max: expected a finite value above 0, got -1",
+    ),
+    "pfgmpp_prior: sigma_max text": (
+        lambda: epskernels.pfgmpp_prior([1], (3,), "80", 8),
+        ValueError,
+        "sigma_max: expected a finite value above 0, got '80'$",
+    ),
+    "pfgmpp_prior: shape": (
+        lambda: epskernels.pfgmpp_prior([1], 3, 80.0, 8),
+        RuntimeError,
+        "shape: expected a list or tuple of sizes, got 3$",
     ),
     "ddim: guidance text": (
         lambda: samplers.ddim(LINEAR, 4, guidance="7"),

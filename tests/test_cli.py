@@ -186,8 +186,6 @@ def test_environment_forces_the_instruction_set():
     forced = {**os.environ, "EPSKERNELS_CPU_CAPABILITY": "generic"}
     result = subprocess.run(command, env=forced, capture_output=True, text=True, check=True)
     assert "cpu capability: generic of generic" in result.stdout
-    wrong = subprocess.run(command, env={**forced, "EPSKERNELS_CPU_CAPABILITY": "sse9"}, capture_output=True, text=True)
-    assert wrong.returncode != 0 and "cpu capability: expected one of generic" in wrong.stderr
 
 
 CALLS = """

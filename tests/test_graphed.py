@@ -5,6 +5,7 @@ import contextlib
 import markdown_examples
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import epskernels
@@ -143,13 +144,43 @@ def test_between_two_model_calls_there_is_one_op(name):
         ({"dtype": torch.float64}, ValueError, "^dtype: expected float32, float16 or bfloat16, got torch.float64"),
         ({"model_dtype": torch.int64}, ValueError, "model_dtype: expected float32"),
         ({"table": epskernels.concat([TABLES["ddpm"], TABLES["ddim"]])}, ValueError, "table: expected one sampler's"),
+        ({"table": "ddim"}, TypeError, "table: expected a Table, .*, got 'ddim'$"),
+        ({"model": None}, TypeError, "model: expected a callable, got None$"),
+        ({"shape": 4}, ValueError, "shape: expected a list or tuple of sizes of at least 1, got 4$"),
+        ({"shape": (4.0,)}, ValueError, r"shape: expected .*, got \(4.0,\)$"),
     ],
-    ids=["batch", "batch_float", "dtype", "model_dtype", "table"],
+    ids=["batch", "batch_float", "dtype", "model_dtype", "table", "no_table", "no_model", "shape", "shape_float"],
 )
 def test_bad_arguments(change, error, message):
     arguments = {"model": model, "table": TABLES["ddim"], "batch": 2, "shape": SHAPE} | change
     with pytest.raises(error, match=message):
         GraphedSampler(**arguments)
+
+
+NOT_DOUBLED = {
+    "a pair": (lambda x, t: (x, x), ValueError, "as doubled says, got a pair"),
+    "half": (lambda x, t: x[:2], ValueError, r"as doubled says, got \(2, 3, 4, 4\)"),
+    "a dict": (lambda x, t: {"sample": x}, TypeError, "model: expected it to return a tensor f, .*, got dict"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_DOUBLED)
+def test_a_doubled_model_returns_one_tensor(case):
+    run, error, message = NOT_DOUBLED[case]
+    made = sampler(run, samplers.ddim(schedule.linear(), 4, guidance=2.0), 2, (3, 4, 4), doubled=True)
+    with pytest.raises(error, match=message):
+        made([1, 2])
+
+
+def test_a_model_may_return_diffusers_outputs():
+    plain, named = (sampler(run, TABLES["ddim"], 2, SHAPE) for run in (model, lambda x, t: UNet2DOutput(model(x, t))))
+    assert torch.equal(named([1, 2]), plain([1, 2]))
+    table = samplers.ddim(schedule.linear(), 4, guidance=2.0)
+    plain, named = (
+        sampler(run, table, 2, (3, 4, 4), doubled=True)
+        for run in (lambda x, t: 0.5 * x, lambda x, t: UNet2DOutput(0.5 * x))
+    )
+    assert torch.equal(named([1, 2]), plain([1, 2]))
 
 
 def test_another_number_of_seeds():

@@ -10,7 +10,9 @@ import tarfile
 import venv
 
 import pytest
+import torch
 
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ROOT = pathlib.Path(__file__).parents[1]
 USE = (
     "import sys, warnings, torch, epskernels\n"
@@ -78,8 +80,18 @@ def test_wheel_works_away_from_the_source_tree(environment, tmp_path, cuda):
     result = install_and_use(environment, wheel, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "why None" in result.stdout and "UserWarning" not in result.stderr
+    library = (environment[1] / "epskernels" / "libepskernels_cuda.so").exists()
     if cuda == "0":
         assert "cuda the CUDA kernel is missing (EPSKERNELS_CUDA=0 was set when it was installed)" in result.stdout
+        assert not library
+    elif torch.version.cuda is None and NVCC:  # it would take minutes, and be of no use
+        why = f"torch {torch.__version__} has no CUDA to run it; EPSKERNELS_CUDA=1 compiles it all the same"
+        assert (
+            f"cuda the CUDA kernel is missing ({why}); install nvcc and a torch>=2.11 with CUDA, then" in result.stdout
+        )
+        assert not library
+    else:
+        assert library == bool(NVCC)
 
 
 def test_the_sdist_has_what_builds_the_package_and_no_more(sdist):
@@ -131,6 +143,53 @@ def test_switches_of_the_build(switch, wanted, expected, tmp_path):
     assert expected in made.stdout + made.stderr
 
 
+def of_setup(expression, before="", **variables):
+    """What an expression over the names of setup.py gives."""
+    code = f"import runpy, sys, sysconfig\n{before}\nsys.argv = ['setup.py', '--version']\n"
+    code += f"setup = runpy.run_path('setup.py')\nprint(eval({expression!r}, setup))"
+    environment = {name: value for name, value in os.environ.items() if name != "EPSKERNELS_CUDA"} | variables
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "switch, missing, useless, expected",
+    [
+        (None, [], None, "None"),
+        (None, [], "no use", "no use"),
+        (None, ["nvcc"], "no use", "the build lacked nvcc"),
+        ("auto", [], "no use", "no use"),
+        ("", [], "no use", "no use"),
+        ("1", [], "no use", "None"),
+        ("1", ["nvcc"], "no use", "EPSKERNELS_CUDA=1, but the build lacked nvcc"),
+        ("0", [], None, "EPSKERNELS_CUDA=0 was set when it was installed"),
+        ("yes", [], None, "EPSKERNELS_CUDA: expected auto, 0 or 1, got 'yes'"),
+    ],
+)
+def test_what_is_of_no_use_is_built_where_the_switch_insists(switch, missing, useless, expected):
+    variables = {} if switch is None else {"EPSKERNELS_CUDA": switch}
+    done = of_setup(f"reason_against('EPSKERNELS_CUDA', {missing}, {useless!r})", **variables)
+    said = done.stderr if expected.startswith(("EPSKERNELS_CUDA=1", "EPSKERNELS_CUDA:")) else done.stdout
+    assert said.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("cuda: Optional[str] = None", "False"),
+        ("cuda = None", "False"),
+        ("cuda: Optional[str] = '13.0'", "True"),
+        ("cuda = '12.8'", "True"),
+    ],
+)
+def test_whether_a_torch_has_cuda_is_read_not_imported(line, expected, tmp_path):
+    (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\n{line}\nhip: Optional[str] = None\n")
+    assert of_setup(f"torch_has_cuda(ROOT / {str(tmp_path)!r})").stdout.splitlines()[-1] == expected
+
+
+def test_this_torch_is_read_right():
+    assert of_setup("torch_has_cuda(find_torch())").stdout.splitlines()[-1] == str(torch.version.cuda is not None)
+
+
 @pytest.mark.parametrize(
     "without, expected",
     [
@@ -142,9 +201,7 @@ def test_switches_of_the_build(switch, wanted, expected, tmp_path):
     ids=["Python.h", "pybind11", "nothing"],
 )  # fmt: skip
 def test_what_the_build_lacks_is_named(without, expected):
-    code = f"import runpy, sys, sysconfig\n{without}\nsys.argv = ['setup.py', '--version']\n"
-    code += "print(runpy.run_path('setup.py')['missing_tools']())"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    result = of_setup("missing_tools()", before=without)
     assert result.stdout.splitlines()[1:] == [str(expected)], result.stdout + result.stderr
 
 
@@ -152,7 +209,8 @@ def test_what_the_build_lacks_is_named(without, expected):
 def test_make_installs_another_torch_in_the_place_of_the_one_that_is_there(tmp_path):
     def said(*arguments):
         """What `make build` would do."""
-        of_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "TORCH", "VENV")  # these tests may run under it
+        # These tests may run under it.
+        of_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "TORCH", "VENV", "EPSKERNELS_CUDA")
         outside = {name: value for name, value in os.environ.items() if name not in of_make}
         command = ["make", "--dry-run", "build", f"VENV={tmp_path}", *arguments]
         return subprocess.run(command, cwd=ROOT, env=outside, check=True, capture_output=True, text=True).stdout
@@ -164,3 +222,8 @@ def test_make_installs_another_torch_in_the_place_of_the_one_that_is_there(tmp_p
     again = said("TORCH=torch==2.15.0")
     assert "pip install --quiet torch==2.15.0 " in again and "--editable" in again
     assert f"echo 'torch==2.15.0' > {tmp_path}/.torch" in again
+    (tmp_path / ".ready").unlink()
+    for asked in ("", "0", "1", "auto"):  # what the caller says; else, where there is nvcc, the CUDA kernel too
+        told = asked or ("1" if NVCC else "auto")
+        assert f"EPSKERNELS_CUDA={told} " in said(*([f"EPSKERNELS_CUDA={asked}"] if asked else []))
+    assert "EPSKERNELS_CUDA=auto " in said("NVCC=") and "EPSKERNELS_CUDA=1 " in said("NVCC=/some/nvcc")

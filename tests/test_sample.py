@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from scipy import stats
 
 import epskernels
@@ -141,13 +143,82 @@ def test_progress_bar_goes_to_stderr(capsys):
         ({"cond_fn": lambda x, t: x, "table": TABLES["dpmpp_2m"]}, "cond_fn: dpmpp_2m"),
         ({"seeds": [2**64]}, "seeds: expected integers of 64 bits"),
         ({"seeds": torch.zeros(2)}, "seeds: expected an int64 tensor"),
+        ({"dtype": torch.float64}, "dtype: expected float32, float16 or bfloat16, got torch.float64"),
+        ({"dtype": "cuda"}, "dtype: expected float32, float16 or bfloat16, got cuda"),
     ],
-    ids=["several samplers", "no learned variance", "no classifier guidance", "large seed", "float seeds"],
+    ids=[
+        "several samplers",
+        "no learned variance",
+        "no classifier guidance",
+        "large seed",
+        "float seeds",
+        "dtype",
+        "no dtype",
+    ],
 )
 def test_refused(kwargs, message):
     arguments = {"model": model, "table": TABLES["ddim"], "seeds": [1], "shape": SHAPE} | kwargs
     with pytest.raises(ValueError, match=message):
         epskernels.sample(**arguments)
+
+
+OUTPUT = "model: expected it to return a tensor f, a pair .f, u., or what has f as .sample, got "
+ADM = samplers.ddpm(LINEAR, 5)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"table": "ddim"}, "table: expected a Table, such as samplers.ddim.schedule, steps. makes, got 'ddim'$"),
+        ({"table": None}, "table: expected a Table, .*, got None$"),
+        ({"table": ADM.rows}, "table: expected a Table, .*, got torch.Tensor$"),
+        ({"model": None}, "model: expected a callable, got None$"),
+        ({"model": "unet"}, "model: expected a callable, got 'unet'$"),
+        ({"callback": 3}, "callback: expected a callable, got 3$"),
+        ({"cond_fn": 3, "table": ADM}, "cond_fn: expected a callable, got 3$"),
+        ({"cond_fn": lambda x, t: None, "table": ADM}, "cond_fn: expected it to return a tensor, as x, got None$"),
+        ({"start": [1.0]}, "start: expected a tensor, got list of 1$"),
+        ({"model": lambda x, t: None}, OUTPUT + "None$"),
+        ({"model": lambda x, t: {"sample": x}}, OUTPUT + "dict$"),
+        ({"model": lambda x, t: (x,)}, OUTPUT + "tuple of 1$"),
+        ({"model": lambda x, t: (x, x, x)}, OUTPUT + "tuple of 3$"),
+        ({"model": lambda x, t: [x, x]}, OUTPUT + "list of 2$"),
+        ({"model": lambda x, t: (x, 1.0)}, OUTPUT + "tuple of 2$"),
+        ({"model": lambda x, t: x.numpy()}, OUTPUT + "numpy.ndarray$"),
+        ({"model": lambda x, t: torch.distributions.Normal(x, 1.0)}, OUTPUT + "torch.distributions.normal.Normal$"),
+    ],
+    ids=range(17),
+)
+def test_what_is_no_such_thing_is_refused(kwargs, message):
+    arguments = {"model": model, "table": TABLES["ddim"], "seeds": [1], "shape": SHAPE} | kwargs
+    with pytest.raises(TypeError, match=message):
+        epskernels.sample(**arguments)
+
+
+@pytest.mark.parametrize(
+    "seeds, shape", [(None, SHAPE), (1, SHAPE), ([0.5], SHAPE), ([1], 4), ([1], "ab"), ([1], (4.0,))]
+)
+def test_seeds_and_shape_are_named(seeds, shape):
+    with pytest.raises((ValueError, RuntimeError), match="seeds: expected" if shape is SHAPE else "shape: expected"):
+        epskernels.sample(model, TABLES["ddim"], seeds, shape)
+
+
+def test_a_model_may_return_diffusers_outputs():
+    """A network of diffusers itself; and a pair of its outputs."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    table = TABLES["ddim"]
+    expected = epskernels.sample(lambda x, t: unet(x, t).sample, table, [1, 2], (3, 8, 8))
+    assert isinstance(unet(expected, torch.tensor([1, 1])), UNet2DOutput)
+    assert torch.equal(epskernels.sample(unet, table, [1, 2], (3, 8, 8)), expected)
+
+    guided = samplers.ddim(LINEAR, 6, guidance=3.0)
+    expected = epskernels.sample(lambda x, t: (model(x, t), x), guided, [1], SHAPE)
+    both = lambda x, t: (UNet2DOutput(model(x, t)), UNet2DOutput(x))  # noqa: E731
+    assert torch.equal(epskernels.sample(both, guided, [1], SHAPE), expected)
 
 
 def test_guided_table_without_unconditional_output_is_refused():

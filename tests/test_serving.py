@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 
 import pytest
 import torch
@@ -366,11 +367,65 @@ def test_an_error_of_the_model_reaches_the_requests_that_it_ran_for():
     assert not batch.rows._spans and not batch._ends
 
 
+class Unlike(Exception):
+    """It cannot be copied."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+RAISED = {
+    "an error": (MemoryError("no room"), MemoryError, "^no room$"),
+    "with attributes": (
+        OSError(28, "No space left on device", "a/file"),
+        OSError,
+        "No space left on device: 'a/file'$",
+    ),
+    "not to be copied": (Unlike(1, 2), RuntimeError, "^Unlike: 1 and 2$"),
+    # What futures, generators and tasks take for a sign of their own.
+    "StopIteration": (StopIteration("no more"), RuntimeError, "^StopIteration: no more$"),
+    "CancelledError": (concurrent.futures.CancelledError("gone"), RuntimeError, "^CancelledError: gone$"),
+    "StopAsyncIteration": (StopAsyncIteration("no more"), StopAsyncIteration, "^no more$"),
+}
+
+
+@pytest.mark.parametrize("case", RAISED)
+def test_each_request_of_a_tick_has_an_error_of_its_own(case):
+    raised, kind, message = RAISED[case]
+    submitted = threading.Event()
+
+    def fails(x, t):
+        submitted.wait(60)
+        if len(x) == 3:
+            raise raised
+        return x
+
+    async def all_of_them():
+        with Engine(Batch(fails, SHAPE, slots=3)) as engine:
+            asked = [asyncio.create_task(engine.generate(Request(TABLES["ddim"], seed))) for seed in range(3)]
+            await asyncio.sleep(0)
+            submitted.set()
+            return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=60)
+
+    errors = asyncio.run(all_of_them())
+    assert len({id(error) for error in errors}) == 3 and not any(error is raised for error in errors)
+    for error in errors:
+        with pytest.raises(kind, match=message) as caught:
+            raise error
+        assert type(error) is kind and str(caught.traceback[-1].path) == __file__  # down to the model
+    lengths = [len(list(traceback.walk_tb(error.__traceback__))) for error in errors]
+    assert len(set(lengths)) == 1, lengths  # no request's lengthens another's
+    assert kind is not RuntimeError or all(error.__cause__ is raised for error in errors)
+    if isinstance(raised, OSError):
+        assert all((error.errno, error.filename) == (28, "a/file") for error in errors)
+
+
 OUTPUTS = {
     "no u": ({"guided": True}, lambda x, t: x, r"model: expected \(f, u\)"),
     "unasked u": ({}, lambda x, t: (x, x), "model: expected f, as guided=False"),
     "no variance": ({"learned_variance": True}, lambda x, t: x, "twice the channels of x, got"),
     "too few samples": ({"padded": True}, lambda x, t: x[:3], r"expected 16 samples, got \(3, 2, 5, 3\)"),
+    "a dict": ({}, lambda x, t: {"sample": x}, "model: expected it to return a tensor f, .*, got dict"),
     "another shape": ({}, lambda x, t: x[..., :2], "f: expected shape"),
 }
 
@@ -379,7 +434,7 @@ OUTPUTS = {
 def test_wrong_outputs_are_errors(case):
     options, run, message = OUTPUTS[case]
     with Engine(Batch(run, SHAPE, **options)) as engine:
-        with pytest.raises((ValueError, RuntimeError), match=message):
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
             engine.submit(Request(TABLES["ddim"], 0)).result(timeout=60)
 
 
@@ -387,6 +442,10 @@ REFUSED = {
     "a number as table": (Request(3, 0), "table: expected one sampler's Table, got 3"),
     "two tables": (Request(epskernels.concat([TABLES["ddim"]] * 2), 0), "table: expected one sampler's Table"),
     "shape": (Request(TABLES["ddim"], 0, shape=(2, 5, 4)), r"samples of \(2, 5, 3\), got \(2, 5, 4\)"),
+    "a number as shape": (Request(TABLES["ddim"], 0, shape=5), r"samples of \(2, 5, 3\), got 5"),
+    "no condition": (Request(TABLES["ddim"], 0, None), "condition: expected a mapping, got None"),
+    "condition of words": (Request(TABLES["ddim"], 0, {"label": "cat"}), "label to be a tensor or numbers, got 'cat'"),
+    "no request": (TABLES["ddim"], "request: expected a Request, got Table ddim"),
     "seed": (Request(TABLES["ddim"], 2**64), "seeds: expected integers of 64 bits"),
     "seed of floats": (Request(TABLES["ddim"], 0.5), "seeds: expected an int64 tensor"),
     "rows": (Request(samplers.ddim(LINEAR, 13), 0), r"needs 13 \(rows, max_rows is 12"),

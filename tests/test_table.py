@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import io
 import itertools
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -73,11 +75,26 @@ def test_arrays_given_are_copied():
 
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.copy, copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))],
-    ids=["copy", "deepcopy", "pickle"],
+    [copy.copy, copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table)), lambda table: saved(table)],
+    ids=["copy", "deepcopy", "pickle", "torch.save"],
 )
 def test_a_copy_is_the_same_table(table, duplicate):
     assert_same_table(duplicate(table), table)
+
+
+def saved(table):
+    file = io.BytesIO()
+    torch.save(table, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_a_table_can_be_referred_to_weakly():
+    table = MAKE["ddpm"]()
+    reference, cache = weakref.ref(table), weakref.WeakKeyDictionary({table: 1})
+    assert reference() is table and cache[table] == 1
+    del table
+    assert reference() is None and not cache
 
 
 def assert_same_table(a, b):

@@ -1,0 +1,142 @@
+"""EPSKERNELS_* variables, and the package's logger: what a program finds that imports it. In processes of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import epskernels
+from epskernels import _C, build
+
+STEP = """
+import epskernels, torch
+x, row = torch.ones(2, 3, 4, 4), torch.zeros(1, 24)
+row[0, 3] = row[0, 4] = 1
+"""
+
+
+def run(code, **variables):
+    without = {name: value for name, value in os.environ.items() if not name.startswith("EPSKERNELS_")}
+    done = subprocess.run([sys.executable, "-c", code], env=without | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# ---- variables ----
+
+NAMES = ("EPSKERNELS_BACKEND", "EPSKERNELS_LOG", "EPSKERNELS_CHECK_ROWS", "EPSKERNELS_CPU_CAPABILITY")
+EXPECTED = (build.BACKENDS, ("debug",), ("0", "1"), tuple(_C.cpu_capabilities()))
+CALLS = {
+    "step": "epskernels.step(x, x, row, 0)",
+    "step on a backend": "epskernels.step(x, x, row, 0, backend='reference')",
+    "moments": "epskernels.moments(x)",
+    "normal": "epskernels.normal([1], (3,))",
+    "sample": "epskernels.sample(lambda x, t: x, epskernels.samplers.ddim(epskernels.schedule.linear(), 2), [1], (3,))",
+    "a scheduler's step": "epskernels.ops.step_results(1, plain=True)(x, x, row, torch.tensor(0))",
+    "in a context": "exec('with epskernels.use_backend(\"cpu\"):\\n    epskernels.moments(x)')",
+}
+TRIED = STEP + "from epskernels import build\nfaults = build.environment_faults()\nprint(*faults, sep='\\n')\n"
+for call in CALLS.values():
+    TRIED += f"try:\n    {call}\n    print('ran')\nexcept RuntimeError as error:\n    print(error)\n"
+
+
+@pytest.mark.parametrize("name, expected", [*zip(NAMES, EXPECTED, strict=True)], ids=NAMES)
+@pytest.mark.parametrize("value", ["nonsense", "2", "Cpu,cuda"])
+def test_nonsense_lets_the_package_in_and_no_call_run(name, expected, value):
+    fault = f"{name}: expected one of {expected}, got {value!r}"
+    done = run(TRIED, **{name: value})
+    assert done.stdout.splitlines() == [fault, *[f"epskernels: {fault}"] * len(CALLS)]
+    assert done.stderr == ""
+
+
+def test_all_faults_are_told_at_once():
+    done = run(TRIED, **dict.fromkeys(NAMES, "nonsense"))
+    faults = [f"{name}: expected one of {values}, got 'nonsense'" for name, values in zip(NAMES, EXPECTED, strict=True)]
+    assert done.stdout.splitlines() == [*faults, *["epskernels: " + "; ".join(faults)] * len(CALLS)]
+
+
+@pytest.mark.skipif(not build.why_missing("cuda"), reason="the CUDA kernel runs here")
+def test_a_backend_that_is_missing():
+    done = run(TRIED, EPSKERNELS_BACKEND="cuda")
+    fault = f"EPSKERNELS_BACKEND: backend 'cuda' is missing: {build.why_missing('cuda')}"
+    assert done.stdout.splitlines() == [fault, *[f"epskernels: {fault}"] * len(CALLS)]
+
+
+def test_an_empty_variable_is_none():
+    done = run(TRIED, **dict.fromkeys(NAMES, ""))
+    assert done.stdout.splitlines() == ["", *["ran"] * len(CALLS)] and done.stderr == ""
+    assert run(STEP + "print(epskernels._C.cpu_capability())", EPSKERNELS_CPU_CAPABILITY="").stdout == (
+        run(STEP + "print(epskernels._C.cpu_capability())").stdout
+    )
+
+
+@pytest.mark.parametrize("name, value", [*zip(NAMES, ("reference", "debug", "1", "generic"), strict=True)])
+def test_what_is_expected_runs(name, value):
+    assert run(TRIED, **{name: value}).stdout.splitlines() == ["", *["ran"] * len(CALLS)]
+
+
+def test_this_process_has_no_faults():
+    assert build.environment_faults() == []
+
+
+# ---- the logger ----
+
+LINE = "step on cpu runs on the CPU kernel"
+LOGGED = STEP + "import logging\nepskernels.step(x, x, row, 0)\n"
+
+
+def test_an_import_leaves_logging_alone():
+    code = """
+import logging
+epskernels.step(x, x, row, 0)
+root, own = logging.getLogger(), logging.getLogger("epskernels")
+print(root.handlers, own.handlers, root.level, own.level, own.propagate)
+logging.basicConfig(level=logging.INFO)  # does nothing where the root logger has a handler already
+print(len(root.handlers), root.level)
+"""
+    done = run(STEP + code)
+    assert done.stdout.splitlines() == ["[] [] 30 0 True", "1 20"] and done.stderr == ""
+
+
+def test_debug_leaves_the_root_logger_alone():
+    done = run(LOGGED + "print(logging.getLogger().handlers, logging.getLogger('another').isEnabledFor(10))",
+               EPSKERNELS_LOG="debug")  # fmt: skip
+    assert done.stdout == "[] False\n"
+    assert done.stderr.count(LINE) == 1 and done.stderr.count("DEBUG:epskernels:cpu kernel: loaded\n") == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("level", ["DEBUG", "INFO"])
+def test_no_line_comes_twice(when, level):
+    """A program's own handlers take the lines if they take DEBUG; else the package's does."""
+    config = "import logging\nlogging.basicConfig(format='ROOT %(message)s')\n"
+    config += f"logging.root.handlers[0].setLevel('{level}')\n"
+    step = "epskernels.step(x, x, row, 0)\n"
+    done = run((config + STEP if when == "before" else STEP + config) + step, EPSKERNELS_LOG="debug")
+    assert done.stderr.count(LINE) == 1
+    assert ("ROOT " + LINE in done.stderr) == (level == "DEBUG")
+
+
+def test_the_level_is_asked_for_at_run_time(caplog):
+    x, rows = epskernels.normal([1], (3, 4)), epskernels.samplers.ddim(epskernels.schedule.linear(), 4).rows
+
+    def said():
+        caplog.clear()
+        epskernels.step(x, x, rows, 0)
+        epskernels.ops.step_results(1, plain=True)(x, x, rows, torch.tensor(0))
+        epskernels.moments(x)
+        epskernels.normal([1], (3,))
+        return [record.message.split()[0] for record in caplog.records]
+
+    assert said() == []
+    for logger in ("epskernels", None):  # its own level, or the one that it inherits
+        with caplog.at_level("DEBUG", logger):
+            assert said() == ["step", "step", "moments", "normal"]
+        assert said() == []
+
+
+def test_a_warning_is_seen_where_no_logging_is_set_up():
+    """So the logger has no NullHandler, which would end it there."""
+    assert run(STEP + "epskernels.ops._log.warning('seen')").stderr == "seen\n"
