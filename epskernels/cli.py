@@ -540,7 +540,9 @@ def run_calibrate(args):
         )
     else:
         ones = np.ones(calibrate.steps_of(sampler)[1].max() + 1)
-        unmatched = calibrate.Matched(args.sampler, len(data), ones, ones, ones, ones)  # refuses what the found would, now
+        unmatched = calibrate.Matched(
+            args.sampler, len(data), ones, ones, ones, ones
+        )  # refuses what the found would, now
         kind, skip = args.fit or "array", unmatched.skip if args.skip is None else args.skip
         try:
             unmatched.scaling(kind, skip)

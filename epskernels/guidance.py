@@ -7,12 +7,13 @@ The first takes one pass over f and u (`moments`); the second is PyTorch's ops.
 """
 
 import math
+from numbers import Real
 
 import torch
 
 from .checks import fail
 from .ops import moments, rows_and_index, step
-from .table import COLUMNS, denoising_rows
+from .table import COLUMNS, Table, denoising_rows, describe
 
 # A standard deviation below 2^-24 of the root mean square is rounding: float32 values that close are equal. The float64 sums of
 # equal values err by some 2^-52 of their squares.
@@ -27,8 +28,10 @@ def guidance_rescale(f, u, table, index, phi=0.7, *, backend=None):
     zeros too, has no deviation to bring anywhere: its factor is 1.
     Raises ValueError for phi, RuntimeError for the others. Lin et al., arXiv 2305.08891, eq. 15 and 16.
     """
-    if not 0 <= phi <= 1:
+    if not (isinstance(phi, Real) and 0 <= phi <= 1):
         raise ValueError(f"phi: expected a value in [0, 1], got {phi!r}")
+    if u is None:
+        fail("u: expected a tensor, got None")
     sums = moments(f, u, table, index, backend=backend)
     numel = f[0].numel()
     total = numel * sums[:, 1::2]
@@ -46,17 +49,19 @@ def dynamic_threshold(x, f, table, index, *, u=None, rescale=None, ratio=0.995, 
     Raises ValueError for the last two, RuntimeError for the others. Saharia et al., arXiv 2205.11487, section 2.3; diffusers'
     `_threshold_sample`.
     """
-    if not 0 < ratio <= 1:
+    if not (isinstance(ratio, Real) and 0 < ratio <= 1):
         raise ValueError(f"ratio: expected a value in (0, 1], got {ratio!r}")
-    if not sample_max_value >= 1:
+    if not (isinstance(sample_max_value, Real) and sample_max_value >= 1):
         raise ValueError(f"sample_max_value: expected a value of at least 1, got {sample_max_value!r}")
     size = abs_m0(x, f, table, index, u=u, rescale=rescale, backend=backend)
     return quantile_of_sizes(size, ratio).clamp(1.0, sample_max_value)
 
 
 def quantile_of_sizes(size, ratio):
-    """The quantile of each sample's elements, (B,) float32, by linear interpolation: torch.quantile's, of samples of any number of
-    elements, where that takes 2^24 in all. size: float32 (B, ...). NaN where a sample has one."""
+    """The quantile of each sample's elements, (B,) float32, by linear interpolation, of samples of any size.
+
+    torch.quantile takes 2^24 elements in all. size: float32 (B, ...). NaN where a sample has one.
+    """
     size = size.flatten(1)
     position = ratio * (size.shape[1] - 1)
     below = math.floor(position)
@@ -69,7 +74,13 @@ def quantile_of_sizes(size, ratio):
 
 def abs_m0(x, f, table, index, **named):
     """|m0|, float32, of rows that are left without all else: whatever history, noise or second state they ask for."""
+    if not isinstance(x, torch.Tensor):
+        fail(f"x: expected a tensor, got {describe(x)}")
     rows, index = rows_and_index(table, index, x)
-    if not isinstance(rows, torch.Tensor) or rows.dim() != 2 or rows.shape[1] != len(COLUMNS):
-        fail(f"rows: expected shape (R, {len(COLUMNS)}), got {getattr(rows, 'shape', rows)}")
+    if not isinstance(rows, torch.Tensor):
+        fail(f"table: expected a Table, or its rows: a float32 tensor (R, {len(COLUMNS)}), got {describe(rows)}")
+    if rows.dim() != 2 or rows.shape[1] != len(COLUMNS):
+        fail(f"rows: expected shape (R, {len(COLUMNS)}), got {tuple(rows.shape)}")
+    if isinstance(table, Table) and table.device != x.device:
+        fail(f"table: expected one on {x.device}, as x is, got one on {table.device}: Table.to(device) makes it")
     return step(x.float(), f, denoising_rows(rows), index, return_m0=True, **named)[1].abs()

@@ -47,7 +47,9 @@ class EpsilonScaling:
     def values(self, steps):
         """(steps,) float64, the noisiest step first. Raises ValueError where lambda is not finite or not above 0."""
         if self.steps not in (None, steps):
-            _say(f"{self.label}: {self.source or 'fitted'} with {self.steps} steps, used with {steps}: lambda need not transfer")
+            _say(
+                f"{self.label}: {self.source or 'fitted'} with {self.steps} steps, used with {steps}: lambda need not transfer"
+            )
         lambdas = np.asarray(self.formula(np.arange(steps)), dtype=np.float64)
         if lambdas.shape != (steps,):
             raise ValueError(f"lambda: expected one value for each of {steps} steps, got shape {lambdas.shape}")
@@ -210,7 +212,9 @@ def as_scaling(value, name="scaling"):
         if found is not None:
             return constant(found) if found.ndim == 0 else array(found, origin="noisiest")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: expected a file saved by EpsilonScaling.save, and there is no {value}") from None
+        raise FileNotFoundError(
+            f"{name}: expected a file saved by EpsilonScaling.save, and there is no {value}"
+        ) from None
     except OSError as error:
         raise type(error)(f"{name}: {error}") from None
     except (ValueError, TypeError) as error:
@@ -256,7 +260,9 @@ def _named(text):
     """The published setting of "SYSTEM/DATASET/STEPS" or with "/KIND"."""
     parts = [part.strip() for part in text.strip().rstrip("/").split("/")]
     if len(parts) not in (3, 4) or not parts[2].isdigit():
-        raise ValueError(f"expected 'SYSTEM/DATASET/STEPS', or with '/KIND', or a file that ends in .json, got {text!r}")
+        raise ValueError(
+            f"expected 'SYSTEM/DATASET/STEPS', or with '/KIND', or a file that ends in .json, got {text!r}"
+        )
     try:
         return published(parts[0], parts[1], int(parts[2]), *parts[3:])
     except KeyError as error:
@@ -267,7 +273,9 @@ def _from_mapping(value):
     if "kind" in value:
         return _from_dict(value)
     if not {"b"} <= set(value) <= {"k", "b", "origin"}:
-        raise ValueError(f"expected the keys k, b and perhaps origin, or those of EpsilonScaling.to_dict, got {list(value)}")
+        raise ValueError(
+            f"expected the keys k, b and perhaps origin, or those of EpsilonScaling.to_dict, got {list(value)}"
+        )
     return linear(value.get("k", 0.0), value["b"], origin=value.get("origin", "cleanest"))
 
 
@@ -295,7 +303,7 @@ def lambdas(scaling, alone, name="lambda", say=None):
         i = int(wrong[0])
         if scaling.spec is not None and scaling.spec["kind"] == "array":
             raise ValueError(f"{name}: expected 1 where x is noise alone (step {i}), got {lambda_t[i]:g}")
-        (say or _say)(f"{name} is 1 in step {i}: x is noise alone there")
+        (say or _say)(f"lambda is 1 in step {i}: x is noise alone there")
         lambda_t[alone] = 1.0
     return lambda_t
 

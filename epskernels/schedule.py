@@ -116,7 +116,9 @@ class DiscreteSchedule:
                 raise ValueError(f"spacing: expected 'leading', 'trailing' or 'linspace', got {spacing!r}")
         t = np.asarray(t).astype(np.int64)
         if t.size == 0 or t.min() < 0 or t.max() >= T or (np.diff(t) >= 0).any():
-            raise ValueError(f"steps: expected strictly decreasing timesteps in [0, {T}), got {reprlib.repr(t.tolist())}")
+            raise ValueError(
+                f"steps: expected strictly decreasing timesteps in [0, {T}), got {reprlib.repr(t.tolist())}"
+            )
         return t
 
     def grid(self, steps, spacing="leading", steps_offset=0, final="clean"):

@@ -100,14 +100,16 @@ class Table:
         parts = tuple(parts) if parts else ((name, 0, length, float(initial_sigma)),)
         _check(columns, parts)
 
-        rows = torch.from_numpy(np.stack([columns[key] for key in COLUMNS], axis=1).astype(np.float32))
-        index = torch.arange(length, device=device)
+        with torch.inference_mode(False):  # a table outlives the mode it is made in, whose tensors take no gradient
+            rows = torch.from_numpy(np.stack([columns[key] for key in COLUMNS], axis=1).astype(np.float32)).to(device)
+            index = torch.arange(length, device=device)
+            row_index, unscaled = index.unbind(), _unscaled(columns)
         for attribute, value in (
             ("_values", columns),
-            ("_unscaled", _unscaled(columns)),
-            ("rows", rows.to(device)),
+            ("_unscaled", unscaled),
+            ("rows", rows),
             ("index", index),
-            ("row_index", index.unbind()),
+            ("row_index", row_index),
             ("parts", parts),
             ("discrete", bool(discrete)),
         ):

@@ -374,7 +374,9 @@ def main():
         from exposure_report import report
 
         found = {s.name: results_path(s) for s in subjects}
-        return report({name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}, RESULTS, ROOT)
+        return report(
+            {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}, RESULTS, ROOT
+        )
     return {"status": lambda: status(subjects), "quick": quick}[args.command]()
 
 

@@ -153,7 +153,9 @@ def trials(rows):
             yield f"**{said}**" if distance == min(found.values()) else said
 
     rows = [row for row in rows if row["trials"]["uniform"]]
-    return table(("sampler, T'", "b: distance"), ([title(row), ", ".join(cells(row["trials"]["uniform"]))] for row in rows))
+    return table(
+        ("sampler, T'", "b: distance"), ([title(row), ", ".join(cells(row["trials"]["uniform"]))] for row in rows)
+    )
 
 
 def fits(rows):
@@ -166,7 +168,13 @@ def fits(rows):
             r2 = row["fits"][kind]["r2"]
             yield "" if r2 is None else f"{r2:.2f}"
 
-    head = ("sampler, T'", "lambda_t by norms: noisiest step, middle, second, cleanest", "line k, b", "its R^2", "quadratic's")
+    head = (
+        "sampler, T'",
+        "lambda_t by norms: noisiest step, middle, second, cleanest",
+        "line k, b",
+        "its R^2",
+        "quadratic's",
+    )
     return table(head, ([title(row), *cells(row)] for row in rows if "matched" in row))
 
 

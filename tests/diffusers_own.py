@@ -2,8 +2,8 @@
 
     python tests/diffusers_own.py DIRECTORY [pytest's options]
 
-DIRECTORY: a checkout of diffusers, of the version that is installed. With THEIRS=1 its own classes run, for comparison. Tests that
-fetch models need a network; those of compatible classes need torchsde.
+DIRECTORY: a checkout of diffusers, of the version that is installed. With THEIRS=1 its own classes run, for comparison. Tests
+that fetch models need a network; those of compatible classes need torchsde.
 """
 
 import os
@@ -18,7 +18,9 @@ from epskernels.diffusers import FUSED
 
 def main(directory, *options):
     folder = pathlib.Path(directory) / "tests" / "schedulers"
-    names = [path for path in folder.glob("test_scheduler*.py") if _tests_one_of_ours(path) or path.stem == "test_schedulers"]
+    names = [
+        path for path in folder.glob("test_scheduler*.py") if _tests_one_of_ours(path) or path.stem == "test_schedulers"
+    ]
     if not names:
         raise SystemExit(f"{directory}: expected a checkout of diffusers, with tests/schedulers")
     if os.environ.get("THEIRS") != "1":
@@ -27,7 +29,9 @@ def main(directory, *options):
             setattr(diffusers.schedulers, theirs.__name__, ours)
     os.chdir(directory)
     sys.path.insert(0, ".")
-    return pytest.main(["-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={directory}", *map(str, sorted(names)), *options])
+    return pytest.main(
+        ["-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={directory}", *map(str, sorted(names)), *options]
+    )
 
 
 def _tests_one_of_ours(path):

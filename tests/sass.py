@@ -75,7 +75,9 @@ def fast_path(code, stores):
         elif target is not None:
             conditional = instruction.predicate or "P" in instruction.operands
             following = [position[target], *following] if conditional else [position[target]]
-        places = [done if j is None else states[j] for j in following if j is None or j > i]  # back: the trap after the end
+        places = [
+            done if j is None else states[j] for j in following if j is None or j > i
+        ]  # back: the trap after the end
         for before, way in here.items():
             key = (before[0] + counts[0], before[1] + counts[1], before[2] + counts[2])
             way = (way[0] + 1, i, way)

@@ -122,9 +122,7 @@ def generator(case):
 def trajectory(case, scheduler, dtype, f, x=None, scale=lambda f, x, i: f):
     """[(x', the other result)] of every step, in float64."""
     call = dict(case.call)
-    if "generator" in inspect.signature(scheduler.step).parameters and not {"seeds", "variance_noise"} & set(
-        call
-    ):
+    if "generator" in inspect.signature(scheduler.step).parameters and not {"seeds", "variance_noise"} & set(call):
         call["generator"] = generator(case)
     call = {key: value(dtype) if callable(value) else value for key, value in call.items()}
     x, results = (start(case, scheduler) if x is None else x).to(dtype), []
@@ -873,7 +871,7 @@ def test_lambda_where_x_is_noise_alone(name, caplog):
     for each in (scheduler, plain):
         each.set_timesteps(5)
     assert scheduler._plan(scheduler._options, torch.device("cpu")).lambda_t[:5] == (1.0, 1.02, 1.02, 1.02, 1.02)
-    assert "eps_scaling is 1 in step 0: x is noise alone there" in caplog.text
+    assert "lambda is 1 in step 0: x is noise alone there" in caplog.text
     with pytest.raises(ValueError, match=r"eps_scaling: expected 1 where x is noise alone \(step 0\), got 1.02"):
         kind(**config, eps_scaling=[1.02] * 5).set_timesteps(5)
     kind(**config, eps_scaling=[1.0, *[1.02] * 4]).set_timesteps(5)
@@ -1165,7 +1163,8 @@ def test_per_token_timesteps(stochastic, lam, dtype):
     assert scheduler.path == "fused" and scheduler.step_index == 4
     torch.testing.assert_close(*results, rtol=1e-5, atol=2e-5)
     with pytest.raises(
-        ValueError, match=r"per_token_timesteps: expected \(B, N\), .*, for a sample \(B, N, C\) \(2, 6, 4\), got \(2, 3\)"
+        ValueError,
+        match=r"per_token_timesteps: expected \(B, N\), .*, for a sample \(B, N, C\) \(2, 6, 4\), got \(2, 3\)",
     ):
         scheduler.step(f, scheduler.timesteps[4], x, per_token_timesteps=levels[:, :3])
 

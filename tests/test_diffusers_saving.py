@@ -167,7 +167,9 @@ def test_fuse_and_unfuse_a_scheduler(name):
     theirs = getattr(diffusers, name)()
     theirs.set_timesteps(5)
     ours = fused.fuse(theirs, eps_scaling=1.01, seeds=[3])
-    assert type(ours) is getattr(fused, name) and ours.seeds.tolist() == [3] and type(theirs) is getattr(diffusers, name)
+    assert (
+        type(ours) is getattr(fused, name) and ours.seeds.tolist() == [3] and type(theirs) is getattr(diffusers, name)
+    )
     back = fused.unfuse(ours)
     assert type(back) is type(theirs) and vars(back).keys() == vars(theirs).keys() and back.config == theirs.config
     assert type(back.config) is type(theirs.config)
@@ -181,7 +183,7 @@ def test_what_is_no_scheduler_is_refused():
 
 
 def test_a_stale_key_does_not_come_back(caplog):
-    """Changed by diffusers' usual from_config, a scheduler does not scale: diffusers says so then, fuse when it is fused again."""
+    """diffusers' usual from_config gives a scheduler that does not scale: diffusers says so then, fuse when it is fused again."""
     ours = fused.fuse(diffusers.DDIMScheduler(), eps_scaling=1.01)
     other = diffusers.EulerDiscreteScheduler.from_config(ours.config)
     caplog.clear()

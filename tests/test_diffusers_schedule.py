@@ -91,7 +91,9 @@ BY_ATTRIBUTE = [
 ]
 
 
-@pytest.mark.parametrize("name, config, key, value", BY_ATTRIBUTE, ids=[f"{name}-{key}" for name, _, key, _ in BY_ATTRIBUTE])
+@pytest.mark.parametrize(
+    "name, config, key, value", BY_ATTRIBUTE, ids=[f"{name}-{key}" for name, _, key, _ in BY_ATTRIBUTE]
+)
 @pytest.mark.parametrize("when", [0, 2], ids=["before the first step", "after the second"])
 def test_a_configuration_key_set_by_attribute(name, config, key, value, when):
     """As StableCascadePriorPipeline does: scheduler.config.clip_sample = False."""
@@ -100,7 +102,11 @@ def test_a_configuration_key_set_by_attribute(name, config, key, value, when):
     runs = []
     for kind in (fused, diffusers):
         scheduler = made(kind, name, config)
-        generator = {"generator": torch.Generator().manual_seed(5)} if "generator" in scheduler.step.__code__.co_varnames else {}
+        generator = (
+            {"generator": torch.Generator().manual_seed(5)}
+            if "generator" in scheduler.step.__code__.co_varnames
+            else {}
+        )
         draw, states = torch.Generator().manual_seed(3), []
         x = 3 * torch.randn(SHAPE, generator=draw)
         for i, t in enumerate(scheduler.timesteps[:count]):
@@ -288,7 +294,11 @@ def test_as_many_steps_as_there_are_with_an_offset(name):
     """t = 1000 is beyond the schedule, in diffusers too; all other steps run."""
     runs = []
     for kind in (fused, diffusers):
-        scheduler, x, states = made(kind, name, {"steps_offset": 1, "timestep_spacing": "leading"}, 1000), torch.ones(SHAPE), []
+        scheduler, x, states = (
+            made(kind, name, {"steps_offset": 1, "timestep_spacing": "leading"}, 1000),
+            torch.ones(SHAPE),
+            [],
+        )
         with pytest.raises(IndexError):
             scheduler.step(x, scheduler.timesteps[0], x)
         for t in scheduler.timesteps[[1, 2, 500, 997, 998, 999]]:
@@ -303,7 +313,10 @@ def test_noise_added_to_the_last_of_a_thousand_steps():
     for name, call in (("DDPMScheduler", {}), ("DDIMScheduler", {"eta": 1.0}), ("TCDScheduler", {"eta": 1.0})):
         runs = []
         for kind in (fused, diffusers):
-            scheduler, x = made(kind, name, {"clip_sample": False}, 1000 if name != "TCDScheduler" else 50), torch.ones(SHAPE)
+            scheduler, x = (
+                made(kind, name, {"clip_sample": False}, 1000 if name != "TCDScheduler" else 50),
+                torch.ones(SHAPE),
+            )
             states, draw = [], torch.Generator().manual_seed(4)
             if name == "TCDScheduler":
                 scheduler.set_begin_index(47)
@@ -320,7 +333,9 @@ def test_unipc_of_eps_ends_at_x_0(order, solver_type):
     """Its last step to sigma 0 is 0*inf, which has a limit: diffusers' own of a sigma of almost 0."""
     runs = []
     for kind in (fused, diffusers):
-        scheduler = made(kind, "UniPCMultistepScheduler", {"predict_x0": False, "solver_order": order, "solver_type": solver_type})
+        scheduler = made(
+            kind, "UniPCMultistepScheduler", {"predict_x0": False, "solver_order": order, "solver_type": solver_type}
+        )
         if kind is diffusers:
             scheduler.sigmas[-1] = 1e-6
         runs.append(steps_of(scheduler))
@@ -335,7 +350,9 @@ def test_unipc_refuses_a_last_step_without_a_limit_before_the_model_is_called(or
         scheduler.set_timesteps(5)
         assert all(state.isfinite().all() for state in steps_of(scheduler))
         return
-    with pytest.raises(ValueError, match="set_timesteps: expected a last step that has a limit, .* lower_order_final=True"):
+    with pytest.raises(
+        ValueError, match="set_timesteps: expected a last step that has a limit, .* lower_order_final=True"
+    ):
         scheduler.set_timesteps(5)
 
 
@@ -431,7 +448,9 @@ def test_a_step_before_set_timesteps(name):
         scheduler.step(x, scheduler.timesteps[0], x)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(NAMES) - {"DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler"})
+)
 def test_one_call_too_many(name):
     scheduler = made(fused, name)
     n, x = len(scheduler.timesteps), torch.ones(SHAPE)

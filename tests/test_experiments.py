@@ -78,7 +78,9 @@ def test_interrupted_experiment_comes_to_the_same_results(experiment, tmp_path):
         assert list(row["tables"]) == ["20"] and {"baseline", "uniform", "norm-matched"} <= row["tables"]["20"].keys()
     setting = experiment.Setting(subject, "ddim", 3)
     samples = setting.features(experiment.scaling.constant(1.0), experiment.REPORT_SEED, 20, compute=False)
-    assert rows[0]["tables"]["20"]["baseline"]["frechet"][0] == pytest.approx(quality.frechet(subject.real(), samples), rel=1e-12)
+    assert rows[0]["tables"]["20"]["baseline"]["frechet"][0] == pytest.approx(
+        quality.frechet(subject.real(), samples), rel=1e-12
+    )
 
     def without(*kinds):
         for kind in kinds:

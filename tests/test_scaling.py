@@ -254,7 +254,11 @@ BAD_FORMS = {
     "arguments": ({"kind": "constant", "c": 1.0}, ValueError, "unexpected keyword argument 'c'"),
     "origin": ({"b": 1.0, "origin": "first"}, ValueError, "origin: expected 'cleanest' or 'noisiest'"),
     "steps": ({"kind": "constant", "b": 1.0, "steps": "20"}, ValueError, "steps: expected an integer, got '20'"),
-    "name": ("ADM", ValueError, "expected 'SYSTEM/DATASET/STEPS', or with '/KIND', or a file that ends in .json, got 'ADM'"),
+    "name": (
+        "ADM",
+        ValueError,
+        "expected 'SYSTEM/DATASET/STEPS', or with '/KIND', or a file that ends in .json, got 'ADM'",
+    ),
     "unpublished": ("ADM/CIFAR-10/7", ValueError, "no published setting"),
     "no file": ("nowhere.json", FileNotFoundError, "expected a file saved by EpsilonScaling.save, and there is no"),
     "no path": (pathlib.Path("nowhere"), FileNotFoundError, "and there is no nowhere"),
@@ -269,7 +273,16 @@ def test_an_error_names_the_argument_as_the_caller_wrote_it(name, value, error, 
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    for i, text in enumerate(("", "[]", "{}", '{"format": 1}', '{"format": 1, "kind": "linear", "k": 1}', "\ud800".encode("utf-8", "surrogatepass"))):
+    for i, text in enumerate(
+        (
+            "",
+            "[]",
+            "{}",
+            '{"format": 1}',
+            '{"format": 1, "kind": "linear", "k": 1}',
+            "\ud800".encode("utf-8", "surrogatepass"),
+        )
+    ):
         path = tmp_path / f"{i}.json"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ValueError, match=f"^scaling: {re.escape(str(path))}: expected a scaling saved by"):
@@ -281,7 +294,9 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_a_formula_of_ones_own_is_not_kept():
     own = scaling.EpsilonScaling(lambda i: 1 + 0.01 * i, "cleanest", "mine")
     assert scaling.as_scaling(own) is own
-    with pytest.raises(ValueError, match="^eps_scaling: expected one made by a function of epskernels.scaling, to save it"):
+    with pytest.raises(
+        ValueError, match="^eps_scaling: expected one made by a function of epskernels.scaling, to save it"
+    ):
         scaling.as_json(own, "eps_scaling")
     assert own != dataclasses.replace(own, formula=lambda i: 1 + 0.01 * i)
 

@@ -548,3 +548,11 @@ def test_classifier_guidance_is_left_out_where_alpha_is_0():
     assert alpha[0] == 0 and table["c_grad"][0] == 0
     expected = table["alpha_out"] * sigma**2 / np.where(alpha == 0, 1, alpha) - table["sigma_out"] * sigma
     np.testing.assert_allclose(table["c_grad"][1:], expected[1:], rtol=1e-12)
+
+
+def test_a_table_made_in_inference_mode_serves_calls_with_gradients():
+    with torch.inference_mode():
+        table = samplers.ddim(schedule.linear(), 4)
+    x, f = torch.ones(1, 3, 4), torch.ones(1, 3, 4, requires_grad=True)
+    epskernels.step(x, f, table, 1).sum().backward()
+    assert f.grad.isfinite().all() and not table.index.is_inference()

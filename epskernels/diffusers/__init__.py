@@ -18,7 +18,9 @@ def _schedulers():
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
-        raise ModuleNotFoundError(f"{__name__} needs diffusers: pip install 'diffusers>=0.42'", name="diffusers") from error
+        raise ModuleNotFoundError(
+            f"{__name__} needs diffusers: pip install 'diffusers>=0.42'", name="diffusers"
+        ) from error
 
 
 def __getattr__(name):

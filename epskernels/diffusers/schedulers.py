@@ -187,7 +187,9 @@ class _Seen:
 
     def __init__(self, scheduler):
         held = scheduler.__dict__
-        self.timesteps, self.sigmas, self.alphas_cumprod = (held.get(n) for n in ("timesteps", "sigmas", "alphas_cumprod"))
+        self.timesteps, self.sigmas, self.alphas_cumprod = (
+            held.get(n) for n in ("timesteps", "sigmas", "alphas_cumprod")
+        )
         self.config, self.count = held["_internal_dict"], held.get("num_inference_steps")
         self.changes, self.memory = self.config._changes, []
         # What most schedulers do not have: (object, or None for the scheduler, attribute, its value).
@@ -459,7 +461,9 @@ class _Fused:
             self._init_step_index(timestep)
         i, most = self._step_index, self._most_steps()
         if i >= most:
-            raise IndexError(f"step: expected at most {most} calls after set_timesteps, or a begin index below, got step {i}")
+            raise IndexError(
+                f"step: expected at most {most} calls after set_timesteps, or a begin index below, got step {i}"
+            )
         return i, i
 
     def _most_steps(self):
@@ -729,7 +733,6 @@ class _OnAlphas(_Fused):
             return a / b
         return (a.astype(np.float32) / b.astype(np.float32)).astype(np.float64)
 
-
     def _model(self, options):
         abar = self._abar(self._t())
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
@@ -903,7 +906,9 @@ class _OnSigmas(_Fused):
 
 def _warn_of_unscaled_input(scheduler):
     if not scheduler.is_scale_input_called:
-        _say(scheduler, "expects scale_model_input to be called on what the model is given, before step, and it was not")
+        _say(
+            scheduler, "expects scale_model_input to be called on what the model is given, before step, and it was not"
+        )
 
 
 def _refuse_integers(scheduler, timestep):
@@ -1326,7 +1331,9 @@ class _DPMSolver(_Multistep):
         learned = getattr(config, "variance_type", None) in ("learned", "learned_range")
         self._leading = 3 if learned and config.prediction_type == "epsilon" else None  # channels, as diffusers has it
         self._thresholds, self._bends_eps = config.thresholding and by_x0, config.thresholding and not by_x0
-        self._keeps_output = config.prediction_type == ("sample" if by_x0 else "epsilon")  # whose dtype is then the state's
+        self._keeps_output = config.prediction_type == (
+            "sample" if by_x0 else "epsilon"
+        )  # whose dtype is then the state's
 
     def _dpm(self, f, timestep, x, generator, noise_dtype, return_dict, seeds, **more):
         plan, row, i, why = entered = self._enter((), f, timestep, x)
