@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from . import schedule
-from .shards import read_object
+from .files import read_object
 
 DIGITS = pathlib.Path(__file__).with_name("digits")  # ships with the package: see its README.md
 
