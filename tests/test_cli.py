@@ -232,24 +232,6 @@ def test_environment_forces_the_instruction_set():
     assert "cpu capability: generic of generic" in result.stdout
 
 
-def test_info_says_what_is_wrong_with_the_environment(monkeypatch, capsys):
-    faults = ["EPSKERNELS_BACKEND: expected one of cpu, cuda, got 'x'", "EPSKERNELS_LOG: expected debug, got 'y'"]
-    monkeypatch.setattr(build, "environment_faults", lambda: faults)
-    monkeypatch.setenv("EPSKERNELS_LOG", "y")
-    assert cli.main(["info"]) == 0
-    printed = capsys.readouterr().out
-    assert all(f"wrong: {fault}\n" in printed for fault in faults) and "EPSKERNELS_LOG=y\n" in printed
-
-
-def test_info_runs_in_a_strange_environment():
-    strange = {"EPSKERNELS_BACKEND": "x", "EPSKERNELS_CPU_CAPABILITY": "sse9", "EPSKERNELS_LOG": "loud", "RANK": "x"}
-    command = [sys.executable, "-m", "epskernels", "info"]
-    result = subprocess.run(command, env={**os.environ, **strange}, capture_output=True, text=True)
-    assert result.returncode == 0 and "Traceback" not in result.stderr
-    for name in ("EPSKERNELS_BACKEND", "EPSKERNELS_CPU_CAPABILITY", "EPSKERNELS_LOG"):
-        assert f"wrong: {name}: expected one of " in result.stdout and f"{name}={strange[name]}\n" in result.stdout
-
-
 CALLS = """
 import torch, epskernels
 x, row = torch.ones(2, 3, 4, 4), torch.zeros(1, 24)
@@ -285,6 +267,24 @@ def test_debug_log_says_what_ran_and_why():
 def test_environment_forces_the_reference():
     log = debug_log(EPSKERNELS_BACKEND="reference")
     assert "step on cpu runs on the reference, by EPSKERNELS_BACKEND; x goes through a contiguous copy\n" in log
+
+
+def test_info_says_what_is_wrong_with_the_environment(monkeypatch, capsys):
+    faults = ["EPSKERNELS_BACKEND: expected one of cpu, cuda, got 'x'", "EPSKERNELS_LOG: expected debug, got 'y'"]
+    monkeypatch.setattr(build, "environment_faults", lambda: faults)
+    monkeypatch.setenv("EPSKERNELS_LOG", "y")
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"wrong: {fault}\n" in printed for fault in faults) and "EPSKERNELS_LOG=y\n" in printed
+
+
+def test_info_runs_in_a_strange_environment():
+    strange = {"EPSKERNELS_BACKEND": "x", "EPSKERNELS_CPU_CAPABILITY": "sse9", "EPSKERNELS_LOG": "loud", "RANK": "x"}
+    command = [sys.executable, "-m", "epskernels", "info"]
+    result = subprocess.run(command, env={**os.environ, **strange}, capture_output=True, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    for name in ("EPSKERNELS_BACKEND", "EPSKERNELS_CPU_CAPABILITY", "EPSKERNELS_LOG"):
+        assert f"wrong: {name}: expected one of " in result.stdout and f"{name}={strange[name]}\n" in result.stdout
 
 
 def test_help_shows_examples(capsys):
