@@ -18,9 +18,22 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import __version__, build, calibrate, exposure, files, images, models, ops, quality, samplers, scaling, schedule
+from . import (
+    __version__,
+    build,
+    calibrate,
+    exposure,
+    files,
+    images,
+    models,
+    ops,
+    quality,
+    samplers,
+    scaling,
+    schedule,
+    shards,
+)
 from . import seeds as seed_ranges
-from . import shards
 from .ranks import Ranks
 from .sample import sample
 
@@ -97,7 +110,11 @@ def build_parser():
         "a .json that `epskernels calibrate` wrote; default: 1, none",
     )
     which.add_argument(
-        "--lambda-linear", type=float, nargs=2, metavar=("K", "B"), help="the same as --lambda with JSON: lambda = K*i + B, i = 0 at the cleanest step"
+        "--lambda-linear",
+        type=float,
+        nargs=2,
+        metavar=("K", "B"),
+        help="the same as --lambda with JSON: lambda = K*i + B, i = 0 at the cleanest step",
     )
     which.add_argument(
         "--published",
@@ -222,7 +239,9 @@ def make_table(args, model, scaling_):
     if "variance" in takes:
         options.setdefault("variance", model.variance)
     grid = {}
-    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values()):  # the options of DiscreteSchedule.grid
+    if any(
+        each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values()
+    ):  # the options of DiscreteSchedule.grid
         grid = {"spacing": "trailing"} if args.sampler.startswith("dpmpp_") else dict(model.grid)
         if args.sampler == "ddim":
             grid["final"] = model.final
@@ -490,7 +509,10 @@ def _sample_in_memory(args, sampling):
     noise = (ops.normal(seeds.tolist(), sampling.model.shape, device=sampling.device) for seeds in batches)
     if not all(samples.isfinite().all() for samples in runs.values()):
         print("warning: some samples are not finite", file=sys.stderr)
-    said = [f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {sampling.scaling}", _times(sampling.model_seconds, sampling.seconds)]
+    said = [
+        f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {sampling.scaling}",
+        _times(sampling.model_seconds, sampling.seconds),
+    ]
     said.append(f"sha256 of the initial noise {_sha256(noise)}")
     said += [f"sha256 of the {name} {_sha256([samples])}" for name, samples in runs.items()]
     _finish(args, said, lambda: runs)
@@ -606,7 +628,9 @@ def run_calibrate(args):
         ]
     else:
         ones = np.ones(calibrate.steps_of(sampler)[1].max() + 1)
-        unmatched = calibrate.Matched(args.sampler, len(data), ones, ones, ones, ones)  # refuses what the found would, now
+        unmatched = calibrate.Matched(
+            args.sampler, len(data), ones, ones, ones, ones
+        )  # refuses what the found would, now
         kind, skip = args.fit or "array", unmatched.skip if args.skip is None else args.skip
         try:
             unmatched.scaling(kind, skip)
@@ -677,7 +701,9 @@ def _finite(score):
 
 
 def _times(model_seconds, seconds):
-    return f"time in the model {model_seconds:.2f} s, in the step and the loop around it {seconds - model_seconds:.2f} s"
+    return (
+        f"time in the model {model_seconds:.2f} s, in the step and the loop around it {seconds - model_seconds:.2f} s"
+    )
 
 
 def _wait(device):
@@ -743,7 +769,9 @@ class _Stream:
                 return len(text)
             except (OSError, ValueError) as error:  # a full disk, a pipe that nobody reads; closed
                 self.error = error
-                with contextlib.suppress(OSError, ValueError, AttributeError):  # or Python fails at it again, at its end
+                with contextlib.suppress(
+                    OSError, ValueError, AttributeError
+                ):  # or Python fails at it again, at its end
                     nowhere = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(nowhere, self.stream.fileno())
                     os.close(nowhere)
@@ -763,7 +791,9 @@ def main(argv=None):
         args = build_parser().parse_args(argv)
         status = _run(args)
         if out.kept and args.command != "info":  # which can be asked again
-            print(f"epskernels {args.command}: stdout cannot be written: {out.error}\n{out.kept}", end="", file=sys.stderr)
+            print(
+                f"epskernels {args.command}: stdout cannot be written: {out.error}\n{out.kept}", end="", file=sys.stderr
+            )
             if isinstance(out.error, OSError) and not isinstance(out.error, BrokenPipeError):
                 status = status or 1
         return status

@@ -1,10 +1,10 @@
 """Files that appear whole or not at all, and files that may be damaged: one way to write, one to read.
 
-    reading            whatever a parser raises is one ValueError, which names the file
-    write_whole        under another name, NAME.HOST.PID.tmp, synchronised, then renamed
-    write_new          the same for a file that must not be there yet, of any number of processes that try
-    check_writable     before the work, by beginning to
-    remove_leftovers   the temporary files of processes that were killed
+reading            whatever a parser raises is one ValueError, which names the file
+write_whole        under another name, NAME.HOST.PID.tmp, synchronised, then renamed
+write_new          the same for a file that must not be there yet, of any number of processes that try
+check_writable     before the work, by beginning to
+remove_leftovers   the temporary files of processes that were killed
 """
 
 import contextlib
@@ -28,7 +28,10 @@ def reading(path, expected):
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: sought before the beginning
+        if isinstance(error, OSError) and error.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # EINVAL: sought before the beginning
             raise _named(error, path) from error
         said = str(error).split(". ")[0]  # numpy goes on to how one may load it unsafely
         if isinstance(error, KeyError):
@@ -106,7 +109,7 @@ def _named(error, path):
 
 
 def check_writable(path):
-    """Raises OSError where `write_whole` would: it begins to. Makes the folder; removes what killed processes left of this file."""
+    """Raises OSError where `write_whole` would: it begins to. Makes the folder, and removes what killed processes left of it."""
     path = pathlib.Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():

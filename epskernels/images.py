@@ -68,7 +68,9 @@ def _mnist():
 def _directory(source, shape, count):
     from PIL import Image
 
-    paths = [path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    paths = [
+        path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    ]
     paths = sorted(path for path in paths if not any(part.startswith(".") for part in path.parts))
     if not paths:
         raise ValueError(f"data: expected image files {SUFFIXES} in {source} or its directories, found none")

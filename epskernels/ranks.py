@@ -33,7 +33,7 @@ class Ranks:
         self._store, self._talks = None, 0
 
     def device(self, name):
-        """This process's device: "cuda" is the GPU number LOCAL_RANK. Raises ValueError for a numbered GPU that all would share."""
+        """This process's device: "cuda" is GPU number LOCAL_RANK. Raises ValueError for a numbered GPU, which all would share."""
         device = torch.device(name)
         if self.size > 1 and device.type == "cuda":
             if device.index is not None:

@@ -253,7 +253,9 @@ def run_kill(trials, folder, seed=0):
                 break
             counts[f"{name} killed"] += 1
             counts["temporary files left"] += len(list(folder.glob(f"{to.name}*.tmp")) + list(to.glob("*.tmp")))
-        assert status_of(forked(lambda name=name, to=to: works[name](to))) == 0  # on what is finished: what was left goes
+        assert (
+            status_of(forked(lambda name=name, to=to: works[name](to))) == 0
+        )  # on what is finished: what was left goes
         if name == "sample":
             assert np.array_equal(shards.Shards(to).load(), expected)
         else:

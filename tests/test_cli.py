@@ -70,7 +70,9 @@ def test_an_interrupted_write_leaves_the_file_as_it_was(suffix, tiny, tmp_path, 
     before = path.read_bytes()
 
     def interrupted(_):
-        if len(list(tmp_path.iterdir())) == 2 and fsyncs.append(0) is None and len(fsyncs) == 2:  # not of the check before
+        if (
+            len(list(tmp_path.iterdir())) == 2 and fsyncs.append(0) is None and len(fsyncs) == 2
+        ):  # not of the check before
             raise KeyboardInterrupt
 
     fsyncs = []
@@ -181,7 +183,10 @@ def test_one_grammar_for_lambda(tiny, tmp_path, capsys):
         (["--seeds", "5-"], "--seeds: expected seeds such as"),
         (["--seeds", "0-18446744073709551615"], "--seeds: expected fewer than .* seeds"),
         (["--seeds", "0-99999999999"], "--seeds: 100000000000 samples need .* GiB of memory, and there are"),
-        (["--seeds", "0-99999999999", "--out", "/tmp/none/samples"], "--out: /tmp/none/samples needs .* GiB, and .* are free"),
+        (
+            ["--seeds", "0-99999999999", "--out", "/tmp/none/samples"],
+            "--out: /tmp/none/samples needs .* GiB, and .* are free",
+        ),
         (["--out", f"/tmp/{'x' * 250}.npz"], "--out: .* cannot be written: .*File name too long"),
         (["--out", f"/tmp/{'x' * 256}"], "--out: .*File name too long"),
         (["--steps", "0"], "--steps, --batch: expected at least 1"),
@@ -382,7 +387,18 @@ def test_an_ascii_stdout(tiny, tmp_path, monkeypatch):
 
 def test_calibrate_with_a_stdout_that_fails(tiny, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Refusing(BrokenPipeError(errno.EPIPE, "Broken pipe")))
-    given = ["--model", tiny["plain"], "--steps", "4", "--data", data, "--images", "4", "--out", str(tmp_path / "l.json")]
+    given = [
+        "--model",
+        tiny["plain"],
+        "--steps",
+        "4",
+        "--data",
+        data,
+        "--images",
+        "4",
+        "--out",
+        str(tmp_path / "l.json"),
+    ]
     assert calibrate(*given) == 0
     assert scaling.load(tmp_path / "l.json")[1]["images"] == 4 and "R^2" in capsys.readouterr().err
 
@@ -456,7 +472,9 @@ def test_a_sampler_that_was_added(tiny, monkeypatch, capsys):
 def test_every_sampler_of_the_command_line(tiny):
     for name in sorted(set(samplers.SAMPLERS) - cli.NOT_HERE):
         assert run("--model", tiny["one"], "--sampler", name, "--steps", "3", "--seeds", "0") == 0, name
-    assert run("--model", tiny["one"], "--sampler", "euler_ancestral", "--eta", "0.5", "--steps", "3", "--seeds", "0") == 0
+    assert (
+        run("--model", tiny["one"], "--sampler", "euler_ancestral", "--eta", "0.5", "--steps", "3", "--seeds", "0") == 0
+    )
 
 
 def test_grid_of_three_images():
@@ -854,12 +872,14 @@ def test_a_damaged_cache_is_refused(text, tmp_path, capsys):
         ("unet/config.json", "[]", "expected a configuration of diffusers in"),
         ("scheduler/scheduler_config.json", "[]", "expected a configuration of diffusers in"),
         ("scheduler/scheduler_config.json", '{"beta_schedule": "none"}', "none is not implemented"),
+        ("unet/config.json", {"time_embedding_type": "none"}, "timestep_input_dim"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_is_refused(file, text, message, tiny, tmp_path, capsys):
     path = tmp_path / "model" / file
     shutil.copytree(tiny["plain"], tmp_path / "model")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": None}) if text is None else text)
+    text = {"sample_size": None} if text is None else text
+    path.write_text(json.dumps(json.loads(path.read_text()) | text) if isinstance(text, dict) else text)
     assert run("--model", str(tmp_path / "model"), "--seeds", "0") == 2
     error = capsys.readouterr().err
     assert error.startswith("epskernels sample: model: ") and message in error and len(error.splitlines()) == 1

@@ -195,7 +195,9 @@ def test_swapped_chunks_and_those_of_another_run_are_made_again(tiny, whole, tmp
 
 def test_numpy_reads_a_chunk(whole):
     for mode in (None, "r"):
-        assert np.array_equal(np.load(whole / "samples-000001.npy", mmap_mode=mode), shards.Shards(whole).read("samples", 1))
+        assert np.array_equal(
+            np.load(whole / "samples-000001.npy", mmap_mode=mode), shards.Shards(whole).read("samples", 1)
+        )
 
 
 def test_a_directory_without_digests_is_gone_on_with(tiny, whole, capsys):

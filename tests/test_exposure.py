@@ -298,7 +298,9 @@ def test_a_dataloader_of_batches(labels):
         assert equal(exposure.measure(wavy_for(table), table, loader, batch=4, progress=size == 3), expected)
 
 
-@pytest.mark.parametrize("wrong", [{"image": torch.zeros(1, 2, 2)}, "an image", None, []], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "wrong", [{"image": torch.zeros(1, 2, 2)}, "an image", None, []], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_image_is_named(wrong):
     with pytest.raises(ValueError, match="images: expected"):
         exposure.measure(wavy_for(TABLES["ddim"]), TABLES["ddim"], [wrong, wrong])
