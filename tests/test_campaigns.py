@@ -183,11 +183,11 @@ def run_race(trials, folder):
     """Three processes, two settings, at once: those of one setting succeed, the others are refused."""
     counts = collections.Counter()
     for trial in range(trials):
-        directory, now = folder / f"race-{trial}", time.monotonic() + 0.02
+        directory, (waits, starts) = folder / f"race-{trial}", os.pipe()
 
-        def begin(which, directory=directory, now=now):
-            while time.monotonic() < now:
-                pass
+        def begin(which, directory=directory, waits=waits, starts=starts):
+            os.close(starts)
+            os.read(waits, 1)  # until no process holds the other end: all go on at one moment
             settings = {"names": ["samples"], "shape": [2], "batch": 2, "lambda": which}
             try:
                 run = shards.begin(directory, settings, range(6))
@@ -198,6 +198,8 @@ def run_race(trials, folder):
             return 0
 
         pids = [forked(lambda which=which: begin(which)) for which in (1, 2, 1 + trial % 2)]
+        os.close(starts)
+        os.close(waits)
         statuses = [status_of(pid) for pid in pids]
         winner = shards.Shards(directory).settings["lambda"]
         expected = [0 if which == winner else 2 for which in (1, 2, 1 + trial % 2)]
