@@ -18,24 +18,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from . import (
-    __version__,
-    build,
-    calibrate,
-    exposure,
-    files,
-    images,
-    models,
-    ops,
-    quality,
-    samplers,
-    scaling,
-    schedule,
-    shards,
-)
-from . import seeds as seed_ranges
+from . import __version__, build, calibrate, exposure, images, models, ops, quality, samplers, scaling, schedule, shards
+from .files import check_writable, write_whole
 from .ranks import Ranks
 from .sample import sample
+from .seeds import parse as parse_ranges
 
 NOT_HERE = {"flow_euler", "pfgmpp"}  # samplers for other networks than those of a diffusers UNet2DModel pipeline
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -48,7 +35,7 @@ class UsageError(Exception):
 def parse_seeds(text):
     """ "0-3,7" -> Seeds of 0, 1, 2, 3, 7"""
     try:
-        return seed_ranges.parse(text)
+        return parse_ranges(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(error) from None
 
@@ -239,9 +226,7 @@ def make_table(args, model, scaling_):
     if "variance" in takes:
         options.setdefault("variance", model.variance)
     grid = {}
-    if any(
-        each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values()
-    ):  # the options of DiscreteSchedule.grid
+    if inspect.Parameter.VAR_KEYWORD in {each.kind for each in takes.values()}:  # the options of DiscreteSchedule.grid
         grid = {"spacing": "trailing"} if args.sampler.startswith("dpmpp_") else dict(model.grid)
         if args.sampler == "ddim":
             grid["final"] = model.final
@@ -271,7 +256,7 @@ def image_grid(batches):
 def _check_writable(option, path):
     """Makes its folder; what cannot be written is said before the work, not after it."""
     try:
-        files.check_writable(path)
+        check_writable(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
         why = "a directory" if isinstance(error, IsADirectoryError) else error
         raise UsageError(f"{option}: {path} cannot be written: {why}") from error
@@ -323,9 +308,9 @@ def _write(path, runs, args):
 
         grid = image_grid(arrays.values())
         image = Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid)
-        files.write_whole(path, lambda file: image.save(file, format="PNG"))
+        write_whole(path, lambda file: image.save(file, format="PNG"))
     else:
-        files.write_whole(path, lambda file: np.savez(file, seeds=np.array(args.seeds), **arrays))
+        write_whole(path, lambda file: np.savez(file, seeds=np.array(args.seeds), **arrays))
 
 
 def _finish(args, said, runs):
@@ -458,8 +443,8 @@ def _fitted_for(args):
 
 def _warn_of_transfer(args, model):
     """Where lambda is of a file: what it was fitted for stands in its notes."""
-    path = args.scaling or args.lambda_ or ""
-    if not str(path).endswith(".json"):
+    path = args.scaling or (args.lambda_ if str(args.lambda_).endswith(".json") else None)
+    if path is None:
         return
     notes = scaling.load(path)[1]
     now = _fitted_for(args)

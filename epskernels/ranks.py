@@ -27,7 +27,7 @@ class Ranks:
         if (rank is None) != (size is None):
             lacks, there = ("RANK", "WORLD_SIZE") if rank is None else ("WORLD_SIZE", "RANK")
             raise ValueError(f"{lacks}: expected beside {there}, since torchrun sets both, got none")
-        self.rank, self.size = rank or 0, size or 1
+        self.rank, self.size, self._local = rank or 0, size or 1, _from_environment("LOCAL_RANK", 0)
         if self.rank >= self.size:
             raise ValueError(f"RANK: expected below WORLD_SIZE, {self.size}, got {self.rank}")
         self._store, self._talks = None, 0
@@ -38,12 +38,12 @@ class Ranks:
         if self.size > 1 and device.type == "cuda":
             if device.index is not None:
                 raise ValueError(f"expected cuda, without a number, for {self.size} processes, got {name!r}")
-            local = _from_environment("LOCAL_RANK", 0)
-            device = torch.device("cuda", self.rank if local is None else local)
+            device = torch.device("cuda", self.rank if self._local is None else self._local)
         return device
 
     def __enter__(self):
         if self.size > 1:
+            _from_environment("MASTER_PORT", 1)  # which torch would call an invalid literal for int()
             timeout = datetime.timedelta(minutes=30)  # for the others to begin
             store, *_ = next(dist.rendezvous("env://", self.rank, self.size, timeout=timeout))
             # torchrun keeps its store when it starts the processes again: an earlier attempt's words are still in it.

@@ -295,7 +295,7 @@ def environment(monkeypatch):
     """Sets what torchrun sets."""
 
     def set_environment(**values):
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)
@@ -331,6 +331,10 @@ def test_ranks(environment):
         ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE: expected a whole number of at least 1, got '0'"),
         ({"RANK": "0", "WORLD_SIZE": "1.5"}, "WORLD_SIZE: expected a whole number of at least 1, got '1.5'"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: expected below WORLD_SIZE, 2, got 2"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"},
+            "LOCAL_RANK: expected a whole number of at least 0, got 'x'",
+        ),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -340,10 +344,10 @@ def test_a_strange_environment_is_one_line(values, message, tiny, environment, t
     assert capsys.readouterr().err == f"epskernels sample: {message}\n" and not (tmp_path / "samples").exists()
 
 
-def test_a_strange_local_rank_is_one_line(tiny, environment, tmp_path, capsys):
-    environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="x")
-    assert run(tiny, "--device", "cuda", "--out", tmp_path / "samples") == 2
-    assert "LOCAL_RANK: expected a whole number of at least 0, got 'x'" in capsys.readouterr().err
+def test_a_strange_port_is_one_line(tiny, environment, tmp_path, capsys):
+    environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="x")
+    assert run(tiny, "--out", tmp_path / "samples") == 1
+    assert capsys.readouterr().err == "epskernels sample: MASTER_PORT: expected a whole number of at least 1, got 'x'\n"
 
 
 def together(environment, size, work):
