@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import scaling
-from .exposure import apply_row, batches, call_model, epsilon_norm, figures, noised
+from .exposure import apply_row, batches, call_model, epsilon_norm, figures, noised, save_figure
 from .files import check_writable, read_object, reading, write_whole
 from .ops import as_seeds, normal
 
@@ -124,8 +124,7 @@ class Matched:
         axis.set(title=f"lambda_t, {self.sampler}", xlabel="step, the noisiest first")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-        figure.tight_layout()
-        figure.savefig(path)
+        save_figure(figure, path)
 
 
 def steps_of(sampler):

@@ -196,8 +196,15 @@ class Exposure:
         axes[1].legend(fontsize=8)
         axes[2].legend(fontsize=8)
         figure.suptitle(f"{self.sampler}, {self.images} images", fontsize=10)
-        figure.tight_layout()
-        figure.savefig(path)
+        save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    """By the path's suffix, or as .png, whole or not at all."""
+    path = pathlib.Path(path)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    figure.tight_layout()
+    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
 
 
 def figures(columns):

@@ -431,6 +431,11 @@ def test_plot(suffix, tmp_path):
     found.plot(tmp_path / f"exposure.{suffix}")
     head = (tmp_path / f"exposure.{suffix}").read_bytes()[:60]
     assert head.startswith(b"\x89PNG") if suffix == "png" else b"<?xml" in head
+    found.plot(tmp_path / "without")
+    assert (tmp_path / "without.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="'nope' is not supported"):
+        found.plot(tmp_path / "exposure.nope")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"exposure.{suffix}", "without.png"])
 
 
 @pytest.mark.parametrize(
