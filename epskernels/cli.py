@@ -146,7 +146,9 @@ def build_parser():
     )
     _add_sampler(fit)
     fit.add_argument(
-        "--data", required=True, help="real images: a .npy or .npz (N, C, H, W), a directory of image files, or mnist"
+        "--data",
+        required=True,
+        help="real images: a .npy or .npz (N, C, H, W), a directory of image files or of one for each class, or mnist",
     )
     fit.add_argument("--images", type=int, default=256, metavar="N", help="how many of them; default: %(default)s")
     fit.add_argument(
