@@ -48,14 +48,17 @@ def read_object(path, expected):
         return found
 
 
-def write_whole(path, write):
+def write_whole(path, write, *, clean=True):
     """write(file), whole or not at all, whatever interrupts, the power included. A link is written through.
 
+    clean: also remove what killed processes left of this file, for which its folder is listed.
     Raises OSError that names the path, such as for a full disk.
     """
     path = pathlib.Path(path).resolve()
     with _written(path, write) as temporary:
         os.replace(temporary, path)
+        if clean:
+            remove_leftovers(path.parent, lambda name: name == path.name)
 
 
 def write_new(path, write):

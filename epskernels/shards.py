@@ -158,7 +158,8 @@ def _save(path, array, settings, seeds=()):
     file = io.BytesIO()
     np.save(file, array)
     content = file.getvalue()
-    write_whole(path, lambda file: file.write(content + _digest(path.name, settings, seeds, content)))
+    digest = _digest(path.name, settings, seeds, content)
+    write_whole(path, lambda file: file.write(content + digest), clean=False)  # one of many: `clean` is for all of them
 
 
 def _load(path, settings, seeds=()):

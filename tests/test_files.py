@@ -85,6 +85,17 @@ def test_what_is_no_object_is_refused(text, tmp_path):
         files.read_object(tmp_path / "a.json", "expected settings")
 
 
+def test_a_write_removes_what_killed_processes_left_of_the_file(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = tmp_path / f"lambda.json.{socket.gethostname()}.{process.pid}.tmp"
+    for clean in (False, True):
+        left.write_bytes(b"half")
+        files.write_whole(tmp_path / "lambda.json", lambda file: file.write(TEXT), clean=clean)
+        assert left.exists() is not clean
+    assert names(tmp_path) == ["lambda.json"]
+
+
 def test_check_writable(tmp_path):
     """It leaves nothing but the folder, and removes what killed processes left of this file alone."""
     path = tmp_path / "new" / "out.npz"
