@@ -3,7 +3,7 @@ every backend. See README.md and docs/architecture.md."""
 
 import importlib
 
-from . import samplers, scaling, schedule
+from . import diffusers, samplers, scaling, schedule
 from .graphed import GraphedSampler
 from .guidance import dynamic_threshold, guidance_rescale
 from .ops import as_seeds, moments, normal, step, use_backend
@@ -13,12 +13,13 @@ from .table import Table, concat
 
 __version__ = "0.1.0"
 __all__ = [
-    "EpsilonScaling", "GraphedSampler", "Table", "as_seeds", "concat", "dynamic_threshold", "guidance_rescale", "moments",
+    "EpsilonScaling", "GraphedSampler", "Table", "as_seeds", "concat", "diffusers", "dynamic_threshold", "guidance_rescale", "moments",
     "normal", "pfgmpp_prior", "published", "sample", "samplers", "scaling", "schedule", "step", "use_backend",
 ]  # fmt: skip
 
-# Imported at first use: epskernels.diffusers is there without an import of its own, and diffusers is read by those who use it.
-_AT_FIRST_USE = ("calibrate", "diffusers", "exposure", "images", "k_diffusion", "models", "quality")
+# Imported at first use: they are there without an import of their own, and what they need is read by those who use them. Of
+# `diffusers`, which a saved pipeline must find among what is imported, that is so of its names.
+_AT_FIRST_USE = ("calibrate", "exposure", "images", "k_diffusion", "models", "quality")
 
 
 def __getattr__(name):

@@ -50,15 +50,21 @@ def dynamic_threshold(x, f, table, index, *, u=None, rescale=None, ratio=0.995, 
         raise ValueError(f"ratio: expected a value in (0, 1], got {ratio!r}")
     if not sample_max_value >= 1:
         raise ValueError(f"sample_max_value: expected a value of at least 1, got {sample_max_value!r}")
-    size = abs_m0(x, f, table, index, u=u, rescale=rescale, backend=backend).flatten(1)
+    size = abs_m0(x, f, table, index, u=u, rescale=rescale, backend=backend)
+    return quantile_of_sizes(size, ratio).clamp(1.0, sample_max_value)
+
+
+def quantile_of_sizes(size, ratio):
+    """The quantile of each sample's elements, (B,) float32, by linear interpolation: torch.quantile's, of samples of any number of
+    elements, where that takes 2^24 in all. size: float32 (B, ...). NaN where a sample has one."""
+    size = size.flatten(1)
     position = ratio * (size.shape[1] - 1)
     below = math.floor(position)
     # From the largest down: the two elements that the quantile lies between are the last of them.
     largest = size.topk(size.shape[1] - below, dim=1).values
     low, high = largest[:, -1].double(), largest[:, max(-2, -largest.shape[1])].double()
     quantile = (low + (position - below) * (high - low)).float()
-    quantile = torch.where(size.isnan().any(1), float("nan"), quantile)
-    return quantile.clamp(1.0, sample_max_value)
+    return torch.where(size.isnan().any(1), float("nan"), quantile)
 
 
 def abs_m0(x, f, table, index, **named):

@@ -172,11 +172,12 @@ def bh_weights(hh, ratios, order, solver, correct):
     return [B * rho[:, k] for k in range(size)]
 
 
-def bh_updates(hh, ratios, front, most, solver):
+def bh_updates(hh, ratios, front, most, solver, first=None):
     """UniPC's updates A*x + ... for each order up to `most`: {order: weights of m0, m1, m2, (3, N)} of the predictor, and
     {order: (weights, that of m_t, (N,))} of the corrector. front: alpha_s where x_0 is predicted, sigma_s where eps is.
+    first: the weight of m0 in the first order, -front*expm1(hh), where that needs a limit.
     """
-    first, none = -front * np.expm1(hh), np.zeros_like(hh)
+    first, none = -front * np.expm1(hh) if first is None else first, np.zeros_like(hh)
 
     def update(order, correct):
         rho = bh_weights(hh, ratios, order, solver, correct)

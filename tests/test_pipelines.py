@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 
+import epskernels
 from epskernels import diffusers as fused
 from epskernels import models
 
@@ -207,4 +208,20 @@ def test_shared_pipelines_run_at_the_same_time():
         results = list(pool.map(request, [fused.share(pipe) for _ in range(3)]))
     for images in results:
         torch.testing.assert_close(torch.as_tensor(images), alone, rtol=0, atol=1e-6)
+    pipe.scheduler = before
+
+
+def test_seeds_make_an_image_reproducible():
+    """Latents by the same seeds: then nothing is drawn elsewhere, and torch's own generator stays where it was."""
+    name, found = "StableDiffusionPipeline-EulerAncestralDiscrete", []
+    pipe, call = built(name)
+    before = pipe.scheduler
+    fused.fuse(pipe, seeds=[7, 8])
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        latents = epskernels.normal(pipe.scheduler.seeds, (4, 8, 8))
+        found.append(pipe(**call, latents=latents, output_type="np", num_inference_steps=4).images)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert (found[0] == found[1]).all()
     pipe.scheduler = before

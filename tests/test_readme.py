@@ -30,12 +30,14 @@ def test_what_an_extra_brings_is_not_needed_to_look_around():
     code = """import inspect, pydoc, sys
 sys.modules["diffusers"] = None
 import epskernels
-assert not hasattr(epskernels, "diffusers") and "diffusers" in dir(epskernels)
+assert "diffusers" in dir(epskernels) and inspect.getmembers(epskernels.diffusers)
 assert "k_diffusion" in dict(inspect.getmembers(epskernels)) and pydoc.render_doc(epskernels)
 try:
-    epskernels.diffusers
-except AttributeError as error:
-    assert str(error) == "epskernels.diffusers needs diffusers, which is not installed", error
+    epskernels.diffusers.fuse
+except ImportError as error:
+    assert str(error) == "epskernels.diffusers needs diffusers: pip install 'diffusers>=0.42'", error
+else:
+    raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
@@ -47,8 +49,8 @@ def test_the_names_of_the_pages_are_there_after_the_import_alone():
     assert {"diffusers.fuse", "k_diffusion.sample_euler", "exposure", "quality", "build.library"} <= names
     code = f"""
 import functools, sys, epskernels
-late = {{"calibrate", "diffusers", "exposure", "images", "k_diffusion", "models", "quality"}}
-read = {{"diffusers", "matplotlib", "scipy", *(f"epskernels.{{name}}" for name in late)}} & set(sys.modules)
+late = {{"calibrate", "exposure", "images", "k_diffusion", "models", "quality"}}
+read = {{"diffusers", "matplotlib", "scipy", "epskernels.diffusers.schedulers", *(f"epskernels.{{name}}" for name in late)}} & set(sys.modules)
 assert not read, read
 assert late <= set(dir(epskernels)) and {{"step", "__version__"}} <= set(dir(epskernels))
 assert not hasattr(epskernels, "no_such_name") and "exposure" not in vars(epskernels)

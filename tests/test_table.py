@@ -461,7 +461,7 @@ def test_zero_terminal_snr_builds_without_scaling_there(sampler, prediction):
     assert table["alpha_in"][0] == 0 and table.rows[:, :2].isfinite().all()
     except_first = scaling.array([1.0, *[1.01] * 9], origin="noisiest")
     assert sampler(ZERO_SNR, 10, spacing="trailing", prediction=prediction, scaling=except_first)["lambda_t"][1] == 1.01
-    with pytest.raises(ValueError, match=r"lambda: expected 1 where x is noise alone \(step 0\), got 1.01"):
+    with pytest.raises(ValueError, match=r"scaling: expected 1 where x is noise alone \(step 0\), got 1.01"):
         array = scaling.array([1.01] * 10, origin="cleanest")
         sampler(ZERO_SNR, 10, spacing="trailing", prediction=prediction, scaling=array)
     of_a_formula = sampler(ZERO_SNR, 10, spacing="trailing", prediction=prediction, scaling=1.01)
@@ -498,7 +498,7 @@ def test_lambda_where_x_is_almost_noise_alone(name, caplog):
     assert caplog.text.count("lambda is 1 in step 0: x is noise alone there") == 1
     made = make(scaling.array([1.01] * 10, origin="noisiest"), "epsilon")  # not refused
     assert (made["lambda_t"] == 1.01).all()
-    with pytest.raises(ValueError, match=r"lambda: expected 1 where x is noise alone \(step 0\), got 1.01"):
+    with pytest.raises(ValueError, match=r"scaling: expected 1 where x is noise alone \(step 0\), got 1.01"):
         make(scaling.array([1.01] * 10, origin="noisiest"), "sample")
     rows = table.scaled_rows(torch.tensor(1.2))
     assert torch.equal(rows[0], table.rows[0]) and not torch.equal(rows[-1], table.rows[-1])

@@ -4,56 +4,39 @@
 
 A class subclasses its namesake. `_formula` gives diffusers' own update as these columns, in float64, from the arrays that
 diffusers computed; the mixin folds lambda in (f becomes f/lambda + (1 - 1/lambda)*f_x0/alpha*x, f_x0 the share of x_0 in f) and
-keeps the result on the device: an immutable Plan, made once for a set_timesteps. What cannot be one launch is listed in
+keeps the result on the device: an immutable Plan, made once for each schedule. What cannot be one launch is listed in
 docs/diffusers.md; what runs diffusers' own step, on the scaled output, says so in `scheduler.path` and in the log.
 """
 
+import collections
 import copy
 import functools
 import inspect
 import logging
 import math
+import threading
 import types
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import SchedulerMixin  # noqa: F401 (from_pretrained of a saved pipeline looks for it in this module)
+from diffusers import SchedulerMixin
 from diffusers import schedulers as theirs
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
-from . import scaling
-from .ops import as_seeds, normal, step, step_results
-from .samplers import ancestral, bh_updates, boundary, differences, log_snr
-from .step_reference import STREAM_STEP
-from .table import _DEFAULTS, COLUMNS
+from .. import scaling
+from ..guidance import quantile_of_sizes
+from ..ops import as_seeds, normal, step, step_results
+from ..samplers import ancestral, bh_updates, boundary, differences, log_snr
+from ..step_reference import STREAM_STEP
+from ..table import _DEFAULTS, COLUMNS
 
 _log = logging.getLogger("epskernels")
 _FLOAT32 = torch.float32
 _DTYPES = (_FLOAT32, torch.float16, torch.bfloat16)
-
-
-def as_eps_scaling(value):
-    """The EpsilonScaling that a scheduler's configuration names.
-
-    value: a number; lambda of each step, the noisiest first; {"k": , "b": , "origin": "cleanest" (default) or "noisiest"} for the
-    paper's linear schedule; or "SYSTEM/DATASET/STEPS[/KIND]", a published one. Raises ValueError, TypeError or KeyError.
-    """
-    if isinstance(value, str):
-        system, dataset, steps, *kind = (part.strip() for part in f"{value}///".split("/")[:-3] + [""] * 3)
-        kind = [part for part in kind if part]
-        if not steps.isdigit() or len(kind) > 1:
-            raise ValueError(f"eps_scaling: expected 'SYSTEM/DATASET/STEPS' or with '/KIND', got {value!r}")
-        return scaling.published(system, dataset, int(steps), *kind)
-    if isinstance(value, dict):
-        if not {"b"} <= set(value) <= {"k", "b", "origin"}:
-            raise ValueError(f"eps_scaling: expected the keys k, b and perhaps origin, got {sorted(value)}")
-        return scaling.linear(value.get("k", 0.0), value["b"], origin=value.get("origin", "cleanest"))
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return scaling.array(value, origin="noisiest")
-    return scaling.as_scaling(value)
 
 
 class Plan:
@@ -116,52 +99,154 @@ class Plan:
         return len(self.index)
 
 
-_SCHEDULE = ("timesteps", "sigmas", "alphas_cumprod")  # the tensors that a scheduler may have
+class _Recent:
+    """What was asked for last, up to `most` entries. Threads may share it."""
+
+    def __init__(self, most):
+        self.most, self.entries, self.lock = most, collections.OrderedDict(), threading.Lock()
+
+    def get(self, key, make):
+        """The entry of a key, made where there is none."""
+        with self.lock:
+            if key in self.entries:
+                self.entries.move_to_end(key)
+                return self.entries[key]
+        made = make()
+        with self.lock:
+            self.entries[key] = made
+            while len(self.entries) > self.most:
+                self.entries.popitem(last=False)
+        return made
 
 
-class _Plans:
-    """The plans made of one schedule, by the options of step and the device; other arrays mean that the schedule is another.
+class _Config(FrozenDict):
+    """A configuration that counts its changes: FrozenDict lets attributes be set, pipelines do so, and a step looks at them."""
 
-    timesteps, sigmas, alphas_cumprod, config, count: what they were made of; versions: how often those tensors had been written
-    to. host: the timesteps as numbers; rank: where each is; at: the same by their addresses; input_scale: scale_model_input's.
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        own = self.__dict__
+        own["_changes"], own["_content"] = own.get("_changes", 0) + 1, None
+
+    def content(self):
+        """What a schedule may depend on, as a string."""
+        own = self.__dict__
+        if own["_content"] is None:
+            own["_content"] = repr([(name, own.get(name)) for name in sorted(self) if not name.startswith("_")])
+        return own["_content"]
+
+
+def _set_by_attribute(config):
+    """What was set of a configuration by attribute alone."""
+    return {name: value for name, value in vars(config).items() if name in config and value is not config[name]}
+
+
+class _Schedule:
+    """All that follows from the numbers of a schedule, for every scheduler that has them.
+
+    host: the timesteps as numbers; rank: where each is; input_scale: scale_model_input's; plans: by the options of step and the
+    device.
+    """
+
+    __slots__ = ("host", "rank", "input_scale", "plans")
+
+    def __init__(self, host, input_scale):
+        self.host, self.input_scale, self.plans = host, input_scale, _Recent(16)
+        self.rank = {t: i for i, t in reversed(list(enumerate(host)))}
+
+
+_schedules = _Recent(32)
+
+
+def _content(tensor):
+    """The bytes of a tensor, dtype and shape before them."""
+    host = tensor.detach().cpu()
+    host = host.view(torch.int16) if host.dtype is torch.bfloat16 else host
+    return tensor.dtype, tuple(tensor.shape), host.numpy().tobytes()
+
+
+def _kept(value):
+    return copy.deepcopy(value) if isinstance(value, (list, dict)) else value  # those may be written into
+
+
+def _value(of, scheduler, name):
+    return getattr(scheduler if of is None else of, name, None)
+
+
+class _Seen:
+    """A scheduler's schedule as it was when its rows were made, and whether it still is: every step asks.
+
+    schedule: what follows from it. at: the places of the timesteps by their addresses. last: the options, the device and the plan
+    asked for last. Tensors on the CPU are compared by their bytes, since .data and .numpy() write past their version; others by
+    their version.
     """
 
     __slots__ = (
-        "timesteps", "sigmas", "alphas_cumprod", "config", "count", "tensors", "versions", "host", "rank", "at",
-        "input_scale", "made", "last",
+        "timesteps", "sigmas", "alphas_cumprod", "config", "changes", "count", "memory", "others", "schedule", "at", "dtype",
+        "device", "last",
     )  # fmt: skip
 
     def __init__(self, scheduler):
         held = scheduler.__dict__
-        self.timesteps, self.sigmas, self.alphas_cumprod = (held.get(name) for name in _SCHEDULE)
-        self.config, self.count = held.get("_internal_dict"), held.get("num_inference_steps")
-        self.tensors = [t for t in (self.timesteps, self.sigmas, self.alphas_cumprod) if t is not None]
-        self.versions = sum(tensor._version for tensor in self.tensors)
-        self.made, self.last, timesteps = {}, (None, None, None), self.timesteps
-        self.host = timesteps.tolist()
-        self.rank = {t: i for i, t in reversed(list(enumerate(self.host)))}
+        self.timesteps, self.sigmas, self.alphas_cumprod = (held.get(n) for n in ("timesteps", "sigmas", "alphas_cumprod"))
+        self.config, self.count = held["_internal_dict"], held.get("num_inference_steps")
+        self.changes, self.memory = self.config._changes, []
+        # What most schedulers do not have: (object, or None for the scheduler, attribute, its value).
+        self.others = [(None, name) for name in scheduler._reads]
+        if isinstance(self.config.eps_scaling, (list, dict)):  # which may be written into
+            self.others.append((self.config, "eps_scaling"))
+        for name in scheduler._tensors:
+            if (tensor := held.get(name)) is None:
+                continue
+            if tensor.device.type != "cpu":
+                self.others.append((tensor, "_version"))
+                continue
+            alias = tensor.detach()  # keeps the memory where the tensor is given another
+            alias = alias.view(torch.int16) if alias.dtype is torch.bfloat16 else alias
+            read = alias.numpy().tobytes
+            self.memory.append((tensor, tensor.data_ptr(), read, read()))
+        self.others = [(of, name, _kept(_value(of, scheduler, name))) for of, name in self.others]
+        timesteps = self.timesteps
+        self.dtype, self.device, self.last = timesteps.dtype, timesteps.device, (None, None, None)
         apart = timesteps.stride(0) * timesteps.element_size()
-        self.at = {timesteps.data_ptr() + i * apart: i for i in reversed(range(len(self.host)))}
+        self.at = {timesteps.data_ptr() + i * apart: i for i in reversed(range(len(timesteps)))}
 
-    def are_of(self, scheduler):
-        """Whether the scheduler's schedule and configuration are still those. Every step asks."""
-        held = scheduler.__dict__
+    def is_of(self, scheduler):
+        """Whether the scheduler's schedule, configuration and what else its rows are made of are still those."""
+        held, config = scheduler.__dict__, self.config
         if (
             held["timesteps"] is not self.timesteps
             or held.get("sigmas") is not self.sigmas
-            or held["_internal_dict"] is not self.config  # another object when something is registered to it
+            or held["_internal_dict"] is not config
+            or config._changes != self.changes
             or held.get("num_inference_steps") != self.count
         ):
             return False
-        if is_dynamo_compiling():  # alphas_cumprod may be on another device by now, and versions cannot be asked for
+        if is_dynamo_compiling():  # alphas_cumprod may be on another device by now, and memory cannot be looked at
             return True
-        versions = 0
-        for tensor in self.tensors:
-            versions += tensor._version
-        return versions == self.versions and held.get("alphas_cumprod") is self.alphas_cumprod
+        for of, name, value in self.others:
+            if _value(of, scheduler, name) != value:
+                return False
+        for tensor, address, read, content in self.memory:
+            if tensor.data_ptr() != address or read() != content:
+                return False
+        return held.get("alphas_cumprod") is self.alphas_cumprod
+
+    def key(self, scheduler):
+        """What schedules are kept by."""
+        reads = [_value(None, scheduler, name) for name in scheduler._reads]
+        tensors = [_content(scheduler.__dict__[name]) for name in scheduler._tensors if name in scheduler.__dict__]
+        of_config = self.config.content(), repr(self.config.eps_scaling)  # which may have been written into
+        return type(scheduler), *of_config, self.count, scheduler._scheduled, scheduler._surplus, repr(reads), *tensors
+
+    def place(self, timestep):
+        """The index of a timestep that is a view into the schedule's, without reading it; None for any other."""
+        i = self.at.get(timestep.data_ptr())
+        if i is None or timestep.numel() != 1 or timestep.dtype is not self.dtype or timestep.device != self.device:
+            return None
+        return i
 
     def __reduce__(self):
-        """To None: a deep copy of a scheduler, or one from a pickle, has its timesteps elsewhere, and makes its own plans."""
+        """To None: a deep copy of a scheduler, or one from a pickle, has its timesteps elsewhere."""
         return type(None), ()
 
 
@@ -169,13 +254,18 @@ class _Fused:
     """What all schedulers here share; the class after it in the order of inheritance is diffusers' own.
 
     path: how the last step ran, "fused" or "diffusers: <why>". seeds: a sample's seed each, or None; steps then make their noise
-    in the kernel unless a generator is given.
+    in the kernel unless a generator is given. eps_scaling: lambda, as scaling.as_scaling takes it; may be set. lambdas: lambda of
+    each step.
     """
 
     _counts = True  # the steps; else each call finds its row by its timestep
     _mixes = True  # a trajectory may go on with diffusers' own step, since its history is the same
+    _needs_steps = False  # set_timesteps has to come before step
     _options = ()  # the arguments of step that change the rows, with their defaults
-    _plans = _seeds = _ran = path = sigmas = None
+    _tensors = "timesteps", "sigmas"  # what the rows are made of,
+    _reads = ()  # and of which other attributes
+    _seen = _seeds = _ran = path = sigmas = None
+    _scheduled, _surplus = (), 0  # the timesteps that set_timesteps made, and how many rows it made beyond them
 
     def __init_subclass__(cls):
         parent = cls.__bases__[-1]
@@ -186,7 +276,7 @@ class _Fused:
 
         @functools.wraps(parent.__init__)
         def __init__(self, *args, eps_scaling=1.0, **kwargs):
-            as_eps_scaling(eps_scaling)
+            eps_scaling = scaling.as_json(eps_scaling, "eps_scaling")
             parent.__init__(self, *args, **kwargs)
             self._adopt(eps_scaling)
 
@@ -195,28 +285,50 @@ class _Fused:
         @functools.wraps(parent.set_timesteps)
         def set_timesteps(self, *args, **kwargs):
             parent.set_timesteps(self, *args, **kwargs)
-            self._plans = self._ran = None
+            self._seen = self._ran = None
+            self._scheduled = tuple(self.timesteps.tolist())
+            self._surplus = self._length() - len(self._scheduled)
             if "eps_scaling" in self.config:  # not while diffusers' own constructor runs
-                self._plan(self._options, self.timesteps.device)
+                self._check_last_steps(self._plan(self._options, self.timesteps.device))
 
         cls.__init__, cls.set_timesteps = __init__, set_timesteps
         cls._theirs = parent
+        cls.__module__ = __package__  # where users find it, and saved pipelines
+
+    def register_to_config(self, **kwargs):
+        before = self.__dict__.get("_internal_dict", FrozenDict())
+        super().register_to_config(**kwargs)
+        config = _Config(self._internal_dict)
+        config.__dict__.update({k: v for k, v in _set_by_attribute(before).items() if k not in kwargs})
+        self._internal_dict = config
 
     def _adopt(self, eps_scaling):
         """The scaling into the configuration; a default one is not written where diffusers' own class would warn of it."""
-        as_eps_scaling(eps_scaling)
-        if isinstance(eps_scaling, np.generic):
-            eps_scaling = eps_scaling.item()
-        defaults = [name for name in self.config.get("_use_default_values", []) if name != "eps_scaling"]
-        if isinstance(eps_scaling, (int, float)) and eps_scaling == 1:
-            defaults.append("eps_scaling")
-        self.register_to_config(eps_scaling=eps_scaling, _use_default_values=defaults)
-        self._plans = self._ran = None
+        changed = {"eps_scaling": scaling.as_json(eps_scaling, "eps_scaling")}
+        if "_use_default_values" in self.config:  # as it is not where a file names all
+            defaults = [name for name in self.config["_use_default_values"] if name != "eps_scaling"]
+            changed["_use_default_values"] = defaults + ["eps_scaling"] * (changed["eps_scaling"] == 1)
+        self.register_to_config(**changed)
+        self._seen = self._ran = None
         self._read_config()
 
     def _read_config(self):
         """What every step looks at: asking the configuration each time takes longer than the step."""
         self._thresholds = bool(getattr(self.config, "thresholding", False))
+
+    @property
+    def eps_scaling(self):
+        return self.config.eps_scaling
+
+    @eps_scaling.setter
+    def eps_scaling(self, eps_scaling):
+        self._adopt(eps_scaling)
+
+    @property
+    def lambdas(self):
+        """lambda of each step of the schedule, the noisiest first: a tuple of numbers."""
+        plan = self._plan(self._options, self.timesteps.device)
+        return tuple(self._per_step(np.array(plan.lambda_t)).tolist())
 
     # ---- the plan ----
 
@@ -232,13 +344,17 @@ class _Fused:
         """lambda for each step; 1 where x is noise alone."""
         says_x0 = ~(np.abs(d_x * alpha - 1) < 1e-9)  # d_x may be infinite
         alone = self._per_step(scaling.noise_alone(alpha, sigma, says_x0))
-        value = as_eps_scaling(self.config.eps_scaling)
-        lambda_t = scaling.lambdas(value, alone, "eps_scaling", functools.partial(_say, self))
+        value, (at, steps) = scaling.as_scaling(self.config.eps_scaling, "eps_scaling"), self._lambda_steps(len(alone))
+        of_all = np.zeros(steps, dtype=bool)
+        of_all[at] = alone
+        lambda_t = scaling.lambdas(value, of_all, "eps_scaling", functools.partial(_say, self))[at]
         lambda_t[self._per_step(sigma) == 0] = 1.0  # without noise, any lambda is 1
         return lambda_t
 
-    def _steps(self):
-        return len(self.timesteps)
+    def _lambda_steps(self, rows):
+        """(which step each row is of, how many steps lambda is given for)."""
+        steps = rows - self._surplus
+        return np.minimum(np.arange(rows), steps - 1), steps
 
     def _per_step(self, values):
         return values
@@ -250,29 +366,38 @@ class _Fused:
         return lambda_t
 
     def _plan(self, options, device):
-        kept = self._refresh()
-        before, where, plan = kept.last
+        seen = self._refresh()
+        before, where, plan = seen.last
         if before == options and where == device:
             return plan
-        plan = kept.made.get((options, device))
-        if plan is None:
-            plan = kept.made[options, device] = Plan(*self._scaled_formula(options), device)
-        kept.last = options, device, plan
+
+        def make():
+            with torch.inference_mode(False):  # what is kept serves calls with gradients too
+                return Plan(*self._scaled_formula(options), device)
+
+        plan = seen.schedule.plans.get((options, device), make)
+        seen.last = options, device, plan
         return plan
 
     def _refresh(self):
-        """The plans of the schedule and the configuration as they are now."""
-        kept = self._plans
-        if kept is None or not kept.are_of(self):
-            for name in _SCHEDULE:
+        """The schedule and the configuration as they are now."""
+        seen = self._seen
+        if seen is None or not seen.is_of(self):
+            if type(self._internal_dict) is not _Config:  # a pipeline may put a FrozenDict there
+                by_attribute = _set_by_attribute(self._internal_dict)
+                self._internal_dict = _Config(self._internal_dict)
+                self._internal_dict.__dict__.update(by_attribute)
+            for name in self._tensors:
                 tensor = self.__dict__.get(name)
-                if tensor is not None and tensor.is_inference():  # those do not tell when they are written to
+                if tensor is not None and tensor.is_inference() and tensor.device.type != "cpu":  # without a version
                     with torch.inference_mode(False):
                         setattr(self, name, tensor.clone())
             self._read_config()
-            kept = self._plans = _Plans(self)
-            kept.input_scale = self._input_scale()
-        return kept
+            seen = self._seen = _Seen(self)
+            seen.schedule = _schedules.get(
+                seen.key(self), lambda: _Schedule(self.timesteps.tolist(), self._input_scale())
+            )
+        return seen
 
     def _scaled_formula(self, options):
         with np.errstate(all="ignore"):  # a row that is not finite is not used
@@ -296,20 +421,25 @@ class _Fused:
                 columns["c_f"] = columns["c_f"] + m0 * columns["d_f"]
         return columns, draws, scale, on_x
 
+    def _check_last_steps(self, plan):
+        """Raises ValueError where a trajectory would end at a step that has no numbers, after all its model calls."""
+
     # ---- which step ----
 
     def _place(self, timestep):
         """The index of a timestep in self.timesteps, or None. A view into it is recognised by its address, without reading it."""
-        kept = self._plans
+        seen = self._seen
         if isinstance(timestep, torch.Tensor):
-            if (i := kept.at.get(timestep.data_ptr())) is not None and timestep.numel():
+            if (i := seen.place(timestep)) is not None:
                 return i
             if timestep.numel() != 1:
                 return None
             if timestep.device.type != "cpu":
                 _log.debug("%s: a timestep on %s was read back", type(self).__name__, timestep.device)
             timestep = timestep.item()
-        return kept.rank.get(timestep)
+        elif isinstance(timestep, np.ndarray) and timestep.size == 1:
+            timestep = timestep.item()
+        return seen.schedule.rank.get(timestep) if isinstance(timestep, (int, float, np.number)) else None
 
     def _init_step_index(self, timestep):
         """diffusers' choice, without reading a timestep back that is one of its own."""
@@ -317,7 +447,7 @@ class _Fused:
             self._step_index = self._begin_index
             return
         self._plan(self._options, self.timesteps.device)
-        i, host = self._place(timestep), self._plans.host
+        i, host = self._place(timestep), self._seen.schedule.host
         if i is None:
             super()._init_step_index(timestep)
         else:
@@ -328,7 +458,20 @@ class _Fused:
         """The row of this call and its step, or None for both where the schedule does not have the timestep."""
         if self._step_index is None:
             self._init_step_index(timestep)
-        return self._step_index, self._step_index
+        i, most = self._step_index, self._most_steps()
+        if i >= most:
+            raise IndexError(f"step: expected at most {most} calls after set_timesteps, or a begin index below, got step {i}")
+        return i, i
+
+    def _most_steps(self):
+        return self._length()
+
+    def _length(self):
+        """How many steps the schedule has numbers for, those of timesteps that were cut off too."""
+        return len(self.sigmas) - 1
+
+    def _host(self):
+        return self._seen.schedule.host
 
     # ---- the step ----
 
@@ -355,6 +498,8 @@ class _Fused:
     def _enter(self, options, f, timestep, x):
         """(plan, row, step, why): what this call applies, and why it cannot, or None."""
         why = None
+        if self._needs_steps and self.num_inference_steps is None:
+            raise ValueError("set_timesteps: expected a call of it before step")
         if not (isinstance(x, torch.Tensor) and isinstance(f, torch.Tensor)):
             why = f"sample and model_output are {type(x).__name__} and {type(f).__name__}, not tensors"
         elif x.dtype not in _DTYPES or f.dtype not in _DTYPES:
@@ -377,10 +522,10 @@ class _Fused:
         thresholding, a row that reads nothing else but the noise that the scheduler draws or makes from its own seeds. On small
         latents those three take longer than the op. For schedulers that have no options and may change paths (_mixes).
         """
-        kept = self._plans
+        seen = self._seen
         if (
-            kept is None
-            or not kept.are_of(self)
+            seen is None
+            or not seen.is_of(self)
             or type(x) is not Tensor
             or type(f) is not Tensor
             or type(timestep) is not Tensor
@@ -388,21 +533,21 @@ class _Fused:
             or self._thresholds
         ):
             return None
-        _, device, plan = kept.last
+        _, device, plan = seen.last
         dtype = x.dtype
         if dtype is not f.dtype or dtype not in _DTYPES or x.device != device:
             return None
         if is_grad_enabled() and (x.requires_grad or f.requires_grad):
             return None
         if not self._counts:
-            row = kept.at.get(timestep.data_ptr())
+            row = seen.place(timestep)
         elif timestep.dtype is _FLOAT32:
             if self._step_index is None:
                 self._init_step_index(timestep)
             row = self._step_index
         else:
             return None
-        if row is None or (index := plan.plain[row]) is None:
+        if row is None or row >= len(plan) or (index := plan.plain[row]) is None:
             return None
         if draws := plan.draws[row]:
             if generator is None and (seeds := self._seeds) is not None:
@@ -477,7 +622,7 @@ class _Fused:
     def _threshold(self, plan, row, f, x):
         """Dynamic thresholding's (B,), as diffusers takes it (arXiv 2205.11487): a quantile of |x_0| in each sample."""
         x0 = plan.columns["d_x"][row] * x.float() + plan.columns["d_f"][row] * f.float()
-        s = torch.quantile(x0.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
+        s = quantile_of_sizes(x0.abs(), self.config.dynamic_thresholding_ratio)
         return s.clamp(min=1, max=self.config.sample_max_value)
 
     def _step(self, plan, row, f, x, dtype=None, m1=None, m2=None, v=None, noise=None, seeds=None, y=None, results=2):
@@ -503,15 +648,14 @@ class _Fused:
         return made
 
 
-_said = set()
-
-
 def _say(scheduler, message):
     """Once for each class and message."""
-    key = (type(scheduler).__name__, message)
-    if key not in _said:
-        _said.add(key)
-        _log.warning("epskernels.diffusers.%s %s", *key)
+    _say_of(type(scheduler).__name__, message)
+
+
+@functools.lru_cache(maxsize=256)
+def _say_of(name, message):
+    _log.warning("epskernels.diffusers.%s %s", name, message)
 
 
 def _draw(f, generator, dtype):
@@ -555,24 +699,49 @@ def _clip(config):
 # ---- on timesteps: DDPM, DDIM ----
 
 
-class _OnTimesteps(_Fused):
-    _counts = False
+class _OnAlphas(_Fused):
+    """Of alphas_cumprod at the timesteps."""
+
+    _tensors = "timesteps", "alphas_cumprod"
+
+    def _length(self):
+        return len(self.timesteps)
+
+    def _lambda_steps(self, rows):
+        """Timesteps that are left of those that set_timesteps made keep their lambda."""
+        known = {t: i for i, t in enumerate(self._scheduled)}
+        places = [known.get(t) for t in self._host()]
+        if None in places or len(set(places)) < rows:
+            return np.arange(rows), rows
+        return np.array(places), len(self._scheduled)
 
     def _t(self):
-        return np.asarray(self._plans.host, dtype=np.int64)
+        return np.asarray(self._host(), dtype=np.int64)
 
     def _abar(self, t, beyond=1.0):
-        """alphas_cumprod at t, `beyond` where t < 0."""
+        """alphas_cumprod at t; `beyond` where t < 0, NaN above what there is."""
         abar = _double(self.alphas_cumprod)
-        return np.where(t >= 0, abar[np.maximum(t, 0)], float(beyond))
+        inside = abar[np.clip(t, 0, len(abar) - 1)]
+        return np.where(t < 0, float(beyond), np.where(t < len(abar), inside, np.nan))
 
-    def _row(self, plan, timestep):
-        return (self._place(timestep),) * 2
+    def _ratio(self, a, b):
+        """a/b as diffusers rounds it: near t = 0, one minus it has few digits, and lambda 1 promises diffusers' numbers."""
+        if self.alphas_cumprod.dtype is not _FLOAT32:
+            return a / b
+        return (a.astype(np.float32) / b.astype(np.float32)).astype(np.float64)
+
 
     def _model(self, options):
         abar = self._abar(self._t())
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
         return alpha, sigma, *_vp_denoiser(self.config.prediction_type, alpha, sigma)
+
+
+class _OnTimesteps(_OnAlphas):
+    _counts = False
+
+    def _row(self, plan, timestep):
+        return (self._place(timestep),) * 2
 
 
 class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
@@ -583,10 +752,11 @@ class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
     def _formula(self, options):
         t = self._t()
         abar, abar_prev = self._abar(t), self._abar(np.append(t[1:], -1))
-        alpha_ts, beta = abar / abar_prev, 1 - abar / abar_prev
+        alpha_ts = self._ratio(abar, abar_prev)
+        beta = 1 - alpha_ts
         d_x, d_f = self._model(options)[2:]
         small = np.maximum((1 - abar_prev) / (1 - abar) * beta, 1e-20)
-        kind, inside = self.variance_type, t > 0
+        kind, inside = self.config.variance_type, t > 0
         columns = {
             "d_x": d_x, "d_f": d_f, "clip": _clip(self.config), "t": t,
             "c_m0": np.sqrt(abar_prev) * beta / (1 - abar), "c_x": np.sqrt(alpha_ts) * (1 - abar_prev) / (1 - abar),
@@ -596,10 +766,8 @@ class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
             if kind == "learned_range":
                 columns["logvar_min"], columns["logvar_max"] = np.log(small) * inside, np.log(beta) * inside
         else:
-            variance = {
-                "fixed_small": small, "fixed_small_log": small, "fixed_large": beta, "fixed_large_log": np.log(beta),
-            }  # fmt: skip
-            columns["c_noise"] = np.sqrt(variance[kind])
+            variance = {"fixed_large": beta, "fixed_large_log": np.log(beta)}
+            columns["c_noise"] = np.sqrt(variance.get(kind, small))  # any other is fixed_small to diffusers
         columns["c_noise"] = np.where(inside, columns["c_noise"], 0.0)
         return columns, inside
 
@@ -628,16 +796,17 @@ class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
 
 class DDIMScheduler(_OnTimesteps, diffusers.DDIMScheduler):
     _options = (0.0, False)
+    _tensors = "timesteps", "alphas_cumprod", "final_alpha_cumprod"
+    _needs_steps = True
 
     def _formula(self, options):
         eta, clipped = options
         t = self._t()
-        # Before set_timesteps, diffusers refuses to step.
-        prev = t - self.config.num_train_timesteps // (self.num_inference_steps or np.nan)
+        prev = t - self.config.num_train_timesteps // (self.num_inference_steps or 1)
         abar, abar_prev = self._abar(t), self._abar(prev, self.final_alpha_cumprod)
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
         d_x, d_f = self._model(options)[2:]
-        variance = (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
+        variance = (1 - abar_prev) / (1 - abar) * (1 - self._ratio(abar, abar_prev))
         std = eta * np.sqrt(variance)
         towards = np.sqrt(1 - abar_prev - std**2)
         columns = {
@@ -695,18 +864,22 @@ class DDIMScheduler(_OnTimesteps, diffusers.DDIMScheduler):
 class _OnSigmas(_Fused):
     def _sigmas(self):
         """sigma at each model call, and where its step ends."""
-        sigmas, n = _double(self.sigmas), len(self.timesteps)  # of which "log_linear" has one too many
-        return sigmas[:n], sigmas[1 : n + 1]
+        return (sigmas := _double(self.sigmas))[:-1], sigmas[1:]
 
     def _input_scale(self):
-        return (1 / np.sqrt(self._sigmas()[0] ** 2 + 1)).tolist()
+        return (1 / np.sqrt(_double(self.sigmas) ** 2 + self._data_variance())).tolist()
+
+    def _data_variance(self):
+        return 1.0
 
     def scale_model_input(self, sample, timestep):
         if self._step_index is None:
             self._init_step_index(timestep)
-        self._plan(self._options, self.timesteps.device)
+        scales, i = self._refresh().schedule.input_scale, self._step_index
+        if i >= len(scales):
+            raise IndexError(f"scale_model_input: expected a step below {len(scales)}, the schedule's, got step {i}")
         self.is_scale_input_called = True
-        return sample * self._plans.input_scale[self._step_index]
+        return sample * scales[i]
 
     def _output(self, sigma, at=None):
         """(d_x, d_f) of x_0; at: the level that v_prediction takes, where it is not sigma."""
@@ -727,6 +900,11 @@ class _OnSigmas(_Fused):
     def _result(self, x, m0, return_dict):
         self._step_index += 1
         return self._output_class(prev_sample=x, pred_original_sample=m0) if return_dict else (x, m0)
+
+
+def _warn_of_unscaled_input(scheduler):
+    if not scheduler.is_scale_input_called:
+        _say(scheduler, "expects scale_model_input to be called on what the model is given, before step, and it was not")
 
 
 def _refuse_integers(scheduler, timestep):
@@ -759,6 +937,7 @@ class _Euler(_OnSigmas):
 
     def _euler(self, f, timestep, x, churn, s_noise, generator, return_dict, seeds, **more):
         _refuse_integers(self, timestep)
+        _warn_of_unscaled_input(self)
         plan, i, _, why = entered = self._enter(tuple(float(bound) for bound in churn.values()), f, timestep, x)
         if more.get("pred_original_sample") is not None:
             *_, why = entered = (plan, i, i, "pred_original_sample is given")
@@ -809,8 +988,8 @@ class _Preconditioned:
             raise ValueError(f"prediction_type: expected one of {tuple(signs)}, got {self.config.prediction_type!r}")
         return (data / root) ** 2, signs[self.config.prediction_type] * sigma * data / root
 
-    def _input_scale(self):
-        return (1 / np.sqrt(self._sigmas()[0] ** 2 + self.config.sigma_data**2)).tolist()
+    def _data_variance(self):
+        return self.config.sigma_data**2
 
 
 class EDMEulerScheduler(_Preconditioned, _Euler, diffusers.EDMEulerScheduler):
@@ -854,6 +1033,7 @@ class EulerAncestralDiscreteScheduler(_OnSigmas, diffusers.EulerAncestralDiscret
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         _refuse_integers(self, timestep)
+        _warn_of_unscaled_input(self)
         f = model_output
         plan, i, _, why = entered = self._enter((), f, timestep, sample)
         if why is not None:
@@ -870,11 +1050,8 @@ class HeunDiscreteScheduler(_OnSigmas, diffusers.HeunDiscreteScheduler):
     _mixes = False
     _before = None
 
-    def _steps(self):
-        return (len(self.timesteps) + 1) // 2
-
     def _per_call(self, lambda_t):
-        return np.repeat(lambda_t, 2)[: len(self.timesteps)]
+        return np.repeat(lambda_t, 2)[: self._length()]
 
     def _per_step(self, values):
         return values[::2]
@@ -981,19 +1158,23 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
 
     def _per_token(self, plan, i, f, x, timesteps, noise):
         """Each token with a level of its own, (B, N) timesteps: one launch with a row for each token, made on the device."""
-        if x.dim() != 3 or timesteps.shape != x.shape[:2]:
+        try:
+            timesteps = timesteps.expand(x.shape[:2] if x.dim() == 3 else None)
+        except (TypeError, RuntimeError):
             raise ValueError(
-                f"per_token_timesteps: expected (B, N) for a sample (B, N, C) {tuple(x.shape)}, got {tuple(timesteps.shape)}"
-            )
+                "per_token_timesteps: expected (B, N), or a shape that broadcasts to it, for a sample (B, N, C) "
+                f"{tuple(x.shape)}, got {tuple(timesteps.shape)}"
+            ) from None
         sigma = timesteps / self.config.num_train_timesteps
         levels = self.sigmas.to(sigma.device)[:, None, None]
         below = ((levels < sigma[None] - 1e-6) * levels).max(dim=0).values
-        rows = torch.zeros(*sigma.shape, len(COLUMNS), device=x.device)
+        rows = torch.zeros(*sigma.shape, len(COLUMNS), dtype=torch.float32, device=x.device)
         columns = {name: rows[..., j] for j, name in enumerate(COLUMNS)}
         for name, value in _DEFAULTS.items():
             if name in columns:
                 columns[name].fill_(value)
-        lambda_t = float(as_eps_scaling(self.config.eps_scaling).values(self._steps())[i])
+        at, steps = self._lambda_steps(self._length())
+        lambda_t = float(scaling.as_scaling(self.config.eps_scaling, "eps_scaling").values(steps)[at[i]])
         if lambda_t != 1 and not self._interpolates(plan.columns["t"]):
             raise ValueError(
                 f"eps_scaling: expected 1 with per_token_timesteps and sigmas inverted or above 1, got {lambda_t:g}"
@@ -1030,13 +1211,11 @@ def _like(m, x):
 class _Multistep(_Fused):
     """The rows of a step at position i with L calls before it, at most solver_order: row L*N + i."""
 
+    _needs_steps = True
+
     def _row(self, plan, timestep):
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        i, n = self._step_index, len(self._plans.host)
-        if i >= n:
-            raise IndexError(f"step: expected at most {n} calls after set_timesteps, got another")
-        return self.lower_order_nums * n + i, i
+        (_, i), n = super()._row(plan, timestep), self._length()
+        return min(self.lower_order_nums, len(plan) // n - 1) * n + i, i
 
     def _levels(self):
         """The log SNRs (N + 1,), alphas and sigmas of the schedule, in float64."""
@@ -1072,10 +1251,6 @@ class _Multistep(_Fused):
             raise ValueError(f"prediction_type: expected one of {tuple(kinds)}, got {self.config.prediction_type!r}")
         return kinds[self.config.prediction_type]
 
-    def _check(self):
-        if self.num_inference_steps is None:
-            raise ValueError("set_timesteps: expected a call of it before step")
-
     def _keep(self, m0):
         """m0 into the history that diffusers keeps too."""
         self.model_outputs = [*self.model_outputs[1:], m0]
@@ -1095,7 +1270,7 @@ class _Multistep(_Fused):
 
 class _DPMSolver(_Multistep):
     def _formula(self, options):
-        config, n = self.config, len(self.timesteps)
+        config, n = self.config, self._length()
         alpha, sigma, at = self._levels()
         h, none = np.diff(at), np.zeros(n)
         h1, h2 = _earlier(h, 1), _earlier(h, 2)
@@ -1137,11 +1312,12 @@ class _DPMSolver(_Multistep):
 
     def _orders(self, n):
         """diffusers' order of each step, for each number of calls before it."""
-        config, few, i = self.config, n < 15, np.arange(n)
-        last = (i == n - 1) & (
+        config, i, steps = self.config, np.arange(n), len(self.timesteps)  # which may have been cut
+        few = steps < 15
+        last = (i == steps - 1) & (
             config.euler_at_final or (config.lower_order_final and few) or config.final_sigmas_type == "zero"
         )
-        last_but_one = (i == n - 2) & bool(config.lower_order_final and few)
+        last_but_one = (i == steps - 2) & bool(config.lower_order_final and few)
         for before in range(config.solver_order + 1):
             order = min(config.solver_order, before + 1)
             yield np.where(last, 1, np.where(last_but_one, min(order, 2), order))
@@ -1153,7 +1329,6 @@ class _DPMSolver(_Multistep):
         self._thresholds, self._bends_eps = config.thresholding and by_x0, config.thresholding and not by_x0
 
     def _dpm(self, f, timestep, x, generator, noise_dtype, return_dict, seeds, **more):
-        self._check()
         plan, row, i, why = entered = self._enter((), f, timestep, x)
         whole, f = f, f if self._leading is None else f[:, : self._leading]
         if why is None and self._bends_eps:
@@ -1184,6 +1359,8 @@ class EDMDPMSolverMultistepScheduler(_Preconditioned, _DPMSolver, diffusers.EDMD
     def _sigmas(self):
         return (sigmas := _double(self.sigmas))[:-1], sigmas[1:]
 
+    _input_scale = _OnSigmas._input_scale
+
     def _alpha_sigma(self, sigmas):
         return np.ones_like(sigmas), sigmas
 
@@ -1201,12 +1378,13 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
     """x is what the predictor made; y carries the part of the corrected state that was known before the model's call."""
 
     _mixes = False
+    _reads = "predict_x0", "disable_corrector", "solver_p"
 
     def _read_config(self):
         self._thresholds = self.config.thresholding and self.predict_x0
 
     def _formula(self, options):
-        config, n = self.config, len(self.timesteps)
+        config, n = self.config, self._length()
         alpha, sigma, at = self._levels()
         h = np.diff(at)
         h1, h2 = _earlier(h, 1), _earlier(h, 2)
@@ -1214,9 +1392,12 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
         hh = -h if self.predict_x0 else h
         scale, other = (alpha, sigma) if self.predict_x0 else (sigma, alpha)
         A, scale = other[1:] / other[:-1], scale[1:]
-        predictors, correctors = bh_updates(hh, ratios, scale, config.solver_order, config.solver_type)
+        # To sigma 0 where eps is integrated: 0*inf, whose limit is finite.
+        first = None if self.predict_x0 else np.where(scale == 0, -A * sigma[:-1], -scale * np.expm1(hh))
+        predictors, correctors = bh_updates(hh, ratios, scale, config.solver_order, config.solver_type, first)
         i = np.arange(n)
-        most = np.minimum(config.solver_order, n - i) if config.lower_order_final else np.full(n, config.solver_order)
+        left = len(self.timesteps) - i  # fewer where timesteps were cut: diffusers has no order 0
+        most = np.minimum(config.solver_order, left) if config.lower_order_final else np.full(n, config.solver_order)
         corrects = ~np.isin(i - 1, list(self.disable_corrector)) & (i > 0)
         levels = []
         for before in range(config.solver_order + 1):
@@ -1241,8 +1422,21 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
         }
         return columns, False
 
+    def _most_steps(self):
+        """By lower_order_final the order of a step is at most the number of timesteps that are left: none where they were cut."""
+        return min(self._length(), len(self.timesteps)) if self.config.lower_order_final else self._length()
+
+    def _check_last_steps(self, plan):
+        n = self._length()
+        row = min(n - 1, self.config.solver_order) * n + n - 1
+        if not (plan.sound[row] or self.solver_p):
+            raise ValueError(
+                f"set_timesteps: expected a last step that has a limit, and one to sigma {float(self.sigmas[-1]):g} with "
+                f"lower_order_final={self.config.lower_order_final} of solver_order {self.config.solver_order} has none: set "
+                "lower_order_final=True"
+            )
+
     def step(self, model_output, timestep, sample, return_dict=True):
-        self._check()
         f = model_output
         plan, row, i, why = entered = self._enter((), f, timestep, sample)
         if why is None and self.solver_p is not None:
@@ -1254,6 +1448,7 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
         x, m0, self.last_sample = self._step(plan, row, f, x, **self._history(plan, row, x), **corrected, results=3)
         self._keep(m0)
         self._step_index += 1
+        x = _like(x, sample)
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def _restart(self):
@@ -1264,22 +1459,18 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
 # ---- consistency models ----
 
 
-class _Consistency(_Fused):
+class _Consistency(_OnAlphas):
     """Their second result is y'."""
 
-    def _levels(self):
-        abar = _double(self.alphas_cumprod)
-        t = np.asarray(self._plans.host, dtype=np.int64)
-        return t, abar
+    _needs_steps = True
 
-    def _model(self, options):
-        t, abar = self._levels()
-        alpha, sigma = np.sqrt(abar[t]), np.sqrt(1 - abar[t])
-        return alpha, sigma, *_vp_denoiser(self.config.prediction_type, alpha, sigma)
+    def _row(self, plan, timestep):
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        i = self._step_index  # beyond where timesteps were cut, diffusers goes on by the timestep that it is given
+        return (i, i) if i < self._length() else (None, None)
 
     def _consistency(self, options, f, timestep, x, generator, return_dict, seeds, **more):
-        if self.num_inference_steps is None:
-            raise ValueError("set_timesteps: expected a call of it before step")
         plan, i, _, why = entered = self._enter(options, f, timestep, x)
         if why is None and self._place(timestep) != i:
             *_, why = entered = (plan, i, i, f"timestep {timestep} is not that of step {i}")
@@ -1296,9 +1487,9 @@ class LCMScheduler(_Consistency, diffusers.LCMScheduler):
     _output_class = theirs.scheduling_lcm.LCMSchedulerOutput
 
     def _formula(self, options):
-        t, abar = self._levels()
+        t = self._t()
         last = np.arange(len(t)) == self.num_inference_steps - 1
-        abar_prev = abar[np.append(t[1:], t[-1])]  # of itself, where the schedule ends before num_inference_steps
+        abar_prev = self._abar(np.append(t[1:], t[-1]))  # of itself, where the schedule ends before num_inference_steps
         c_skip, c_out = boundary(t * self.config.timestep_scaling)
         root = np.where(last, 1.0, np.sqrt(abar_prev))
         d_x, d_f = self._model(options)[2:]
@@ -1322,16 +1513,15 @@ class TCDScheduler(_Consistency, diffusers.TCDScheduler):
 
     def _formula(self, options):
         (eta,) = options
-        t, abar = self._levels()
+        t = self._t()
         prev = np.append(t[1:], 0)
         # diffusers multiplies in float32, whose floor may be another integer.
         s = np.floor(np.float32(1 - eta) * prev.astype(np.float32)).astype(np.int64)
-        alpha, sigma = np.sqrt(abar[t]), np.sqrt(1 - abar[t])
-        k_x = np.sqrt(1 - abar[s]) / sigma
-        k_m0 = np.sqrt(abar[s]) - k_x * alpha
+        abar_s, (alpha, sigma, d_x, d_f) = self._abar(s), self._model(options)
+        k_x = np.sqrt(1 - abar_s) / sigma
+        k_m0 = np.sqrt(abar_s) - k_x * alpha
         noisy = (np.arange(len(t)) != self.num_inference_steps - 1) & (eta > 0)
-        ratio = np.where(noisy, abar[prev] / abar[s], 1.0)
-        d_x, d_f = self._model(options)[2:]
+        ratio = np.where(noisy, self._ratio(self._abar(prev), abar_s), 1.0)
         columns = {
             "d_x": d_x, "d_f": d_f, "t": t, "k_x": k_x, "k_m0": k_m0, "c_x": np.sqrt(ratio) * k_x, "c_m0": np.sqrt(ratio) * k_m0,
             "c_noise": np.sqrt(1 - ratio),
@@ -1360,34 +1550,76 @@ FUSED = {
 def fused(scheduler, eps_scaling=None):
     """The fused twin of a diffusers scheduler, with its configuration and what else it carries.
 
-    eps_scaling: as as_eps_scaling takes it; default the scheduler's own, or 1.
-    Raises TypeError for a scheduler that has no twin here, listing those that have.
+    eps_scaling: lambda, as scaling.as_scaling takes it; default a fused scheduler's own, or 1, which is diffusers' numbers.
+    Raises TypeError for a scheduler that has no twin here, listing those that have; as scaling.as_scaling for eps_scaling.
     """
     kind = type(scheduler)
     twin = kind if kind in FUSED.values() else FUSED.get(kind)
     if twin is None:
         known = ", ".join(sorted(known.__name__ for known in FUSED))
         raise TypeError(f"scheduler: {kind.__module__}.{kind.__name__} has no fused twin; known: {known}")
+    left = scheduler.config.get("eps_scaling", 1)
+    if eps_scaling is None and kind is not twin and left != 1:
+        _log.warning(
+            "epskernels.diffusers: eps_scaling %s stands in the configuration of diffusers' own %s, which does not scale: it is "
+            "left out; pass eps_scaling= to have it", left, kind.__name__,
+        )  # fmt: skip
+        left = 1.0
+    eps_scaling = scaling.as_json(left if eps_scaling is None else eps_scaling, "eps_scaling")
     result = twin.__new__(twin)
     result.__dict__.update(copy.deepcopy(scheduler.__dict__))
-    if eps_scaling is None:
-        eps_scaling = scheduler.config.get("eps_scaling", 1.0)
     result._adopt(eps_scaling)
     return result
 
 
 def fuse(pipe, eps_scaling=None, seeds=None):
-    """Replaces a pipeline's scheduler by its fused twin, and returns the pipeline.
+    """Replaces a pipeline's scheduler by its fused twin, and returns the pipeline; of a scheduler, returns the twin.
 
-    eps_scaling: lambda, as as_eps_scaling takes it; default the scheduler's own, or 1, which is diffusers' numbers. seeds: a
-    sample's each, for noise made in the kernel where the pipeline is given no generator. Raises TypeError as `fused` does.
+    eps_scaling: as in `fused`. seeds: a sample's each, for noise made in the kernel where the pipeline is given no generator; the
+    first latents are the pipeline's (docs/diffusers.md shows how to make those by seeds too). Raises as `fused`.
     """
-    if not hasattr(pipe, "scheduler"):
-        raise TypeError(f"pipe: expected a pipeline with a scheduler, got {type(pipe).__name__}")
-    scheduler = fused(pipe.scheduler, eps_scaling)
-    scheduler.seeds = seeds
-    pipe.scheduler = scheduler
+    if isinstance(pipe, SchedulerMixin):
+        scheduler = fused(pipe, eps_scaling)
+        scheduler.seeds = seeds
+        return scheduler
+    pipe.scheduler = fuse(_scheduler_of(pipe), eps_scaling, seeds)
     return pipe
+
+
+_OWN_ATTRIBUTES = (
+    "_seen", "_seeds", "_ran", "path", "_scheduled", "_surplus", "_thresholds", "_leading", "_bends_eps", "_before",
+    "_configured",
+)  # fmt: skip
+
+
+def unfuse(pipe):
+    """Puts diffusers' own class back into a pipeline, and returns it; of a scheduler, returns diffusers'.
+
+    What is saved then loads without this package. lambda goes: diffusers' step does not scale. A scheduler that is not fused
+    stays as it is.
+    """
+    if not isinstance(pipe, SchedulerMixin):
+        pipe.scheduler = unfuse(_scheduler_of(pipe))
+        return pipe
+    if not isinstance(pipe, _Fused):
+        return pipe
+    result = pipe._theirs.__new__(pipe._theirs)
+    result.__dict__.update({k: v for k, v in copy.deepcopy(pipe.__dict__).items() if k not in _OWN_ATTRIBUTES})
+    config = {k: v for k, v in pipe.config.items() if k != "eps_scaling"}
+    if "_use_default_values" in config:
+        config["_use_default_values"] = [name for name in config["_use_default_values"] if name != "eps_scaling"]
+    result._internal_dict = FrozenDict(config)
+    for name, value in _set_by_attribute(pipe.config).items():
+        if name in config:
+            setattr(result._internal_dict, name, value)
+    return result
+
+
+def _scheduler_of(pipe):
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        raise TypeError(f"pipe: expected a pipeline with a scheduler, or a scheduler, got {type(pipe).__name__}")
+    return scheduler
 
 
 def share(pipe):
@@ -1395,3 +1627,6 @@ def share(pipe):
     twin = copy.copy(pipe)
     twin.scheduler = pipe.scheduler.fork()
     return twin
+
+
+__all__ = ["FUSED", "SchedulerMixin", "fuse", "fused", "share", "unfuse", *(twin.__name__ for twin in FUSED.values())]

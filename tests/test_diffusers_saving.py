@@ -1,0 +1,202 @@
+"""lambda from any form to a saved pipeline, and back in a new process: with this package, and without it."""
+
+import json
+import logging
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import epskernels
+from epskernels import diffusers as fused
+from epskernels import models, scaling
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
+]
+ROOT = pathlib.Path(epskernels.__file__).parents[1]
+NAMES = sorted(twin.__name__ for twin in fused.FUSED.values())
+
+
+def digits():
+    pipe = diffusers.DDPMPipeline.from_pretrained(models.DIGITS)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def in_new_process(code, *arguments, without=()):
+    """What `code` prints as JSON. without: modules that cannot be imported there."""
+    hide = "".join(f"import sys; sys.modules[{name!r}] = None\n" for name in without)
+    done = subprocess.run(
+        [sys.executable, "-c", hide + code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT.parent,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": "/tmp", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+RUN = """
+import json, sys, torch, diffusers
+pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+image = pipe(generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
+kind = type(pipe.scheduler)
+print(json.dumps([kind.__module__, kind.__name__, dict(pipe.scheduler.config).get("eps_scaling"), image.tolist()]))
+"""
+
+
+def image_of(pipe):
+    return pipe(generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
+
+
+@pytest.mark.parametrize("first", ["import epskernels", "import diffusers, epskernels", "import epskernels.diffusers"])
+def test_a_saved_fused_pipeline_loads_in_a_new_process(first, tmp_path):
+    """With the lambda that it was saved with, here one of a file that is gone by then."""
+    scaling.linear(0.01, 1.01, origin="cleanest").save(tmp_path / "lambda.json", steps=4)
+    pipe = fused.fuse(digits(), eps_scaling=tmp_path / "lambda.json")
+    (tmp_path / "lambda.json").unlink()
+    pipe.save_pretrained(tmp_path / "pipe")
+    module, name, eps_scaling, image = in_new_process(f"{first}\n{RUN}", tmp_path / "pipe")
+    assert (module, name) == ("epskernels.diffusers", "DDPMScheduler")
+    assert scaling.as_scaling(eps_scaling) == scaling.as_scaling(pipe.scheduler.eps_scaling)
+    assert np.array_equal(image, image_of(pipe))
+
+
+def test_an_unfused_pipeline_loads_without_this_package(tmp_path):
+    pipe = digits()
+    expected = image_of(pipe)
+    fused.fuse(pipe, eps_scaling=1.01)
+    assert not np.array_equal(image_of(pipe), expected)
+    assert fused.unfuse(pipe) is pipe and type(pipe.scheduler) is diffusers.DDPMScheduler
+    assert np.array_equal(image_of(pipe), expected)
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDPMScheduler"]
+    module, name, eps_scaling, image = in_new_process(RUN, tmp_path, without=["epskernels"])
+    assert (name, eps_scaling) == ("DDPMScheduler", None) and np.array_equal(image, expected)
+
+
+def test_import_epskernels_does_not_import_diffusers():
+    loaded = in_new_process("import json, sys, epskernels\nprint(json.dumps([name in sys.modules for name in sys.argv[1:]]))",
+                            "diffusers", "epskernels.diffusers.schedulers", "epskernels.diffusers")  # fmt: skip
+    assert loaded == [False, False, True]
+
+
+def test_without_diffusers_the_error_says_what_to_install():
+    code = """
+import json, epskernels
+said = []
+for action in ("from epskernels.diffusers import fuse", "epskernels.diffusers.fuse", "hasattr(epskernels.diffusers, '__path__')"):
+    try:
+        exec(action)
+        said.append("")
+    except ImportError as error:
+        said.append(str(error))
+print(json.dumps(said))
+"""
+    said = in_new_process(code, without=["diffusers"])
+    assert said == ["epskernels.diffusers needs diffusers: pip install 'diffusers>=0.42'"] * 2 + [""]
+
+
+# ---- lambda in a configuration ----
+
+FORMS = {
+    "number": 1.01,
+    "numpy number": np.float64(1.01),
+    "list": [1.0, 1.03, 1.02, 1.01],
+    "array": np.array([1.0, 1.03, 1.02, 1.01]),
+    "tensor": torch.tensor([1.0, 1.5, 1.25, 1.0]),
+    "linear": {"k": 0.01, "b": 1.0},
+    "published": "ADM/CIFAR-10/20/linear",
+    "EpsilonScaling": scaling.exponential(0.01, 1.0, origin="cleanest"),
+    "of published": scaling.published("EDM", "CIFAR-10", 35),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_configuration_holds_every_form(name, form, tmp_path):
+    """repr, JSON, a file, a pickle, from_config; and the lambdas in use, before the first step."""
+    twin, value = getattr(fused, name), FORMS[form]
+    scheduler = twin(eps_scaling=value)
+    assert form in ("published", "numpy number") or "eps_scaling" in repr(scheduler)
+    scheduler.save_pretrained(tmp_path)
+    others = [twin.from_pretrained(tmp_path), twin.from_config(scheduler.config), pickle.loads(pickle.dumps(scheduler))]
+    for one in (scheduler, *others):
+        assert one.config.eps_scaling == scheduler.config.eps_scaling and json.loads(json.dumps(one.config.eps_scaling))
+        one.set_timesteps(4)
+        expected = scaling.as_scaling(value).values(4)
+        found = np.array(one.lambdas)
+        assert found.shape == (4,) and np.array_equal(found[found != 1], expected[found != 1])
+
+
+def test_eps_scaling_can_be_set():
+    """What was ignored in silence before."""
+    x, f = torch.ones(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5)
+    scheduler = fused.DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(4)
+    unscaled = scheduler.step(f, scheduler.timesteps[1], x).prev_sample
+    scheduler.eps_scaling = [1.0, 1.01, 1.02, 1.03]
+    assert scheduler.lambdas == (1.0, 1.01, 1.02, 1.03) and scheduler.config.eps_scaling == [1.0, 1.01, 1.02, 1.03]
+    other = fused.DDIMScheduler(clip_sample=False, eps_scaling=1.01)
+    other.set_timesteps(4)
+    scaled = scheduler.step(f, scheduler.timesteps[1], x).prev_sample
+    assert torch.equal(scaled, other.step(f, other.timesteps[1], x).prev_sample) and not torch.equal(scaled, unscaled)
+    scheduler.eps_scaling = 1.0
+    assert torch.equal(scheduler.step(f, scheduler.timesteps[1], x).prev_sample, unscaled)
+    with pytest.raises(ValueError, match="^eps_scaling: expected a value above 0, got 0"):
+        scheduler.eps_scaling = 0
+    assert scheduler.eps_scaling == 1.0
+
+
+def test_a_formula_of_ones_own_is_refused_where_it_cannot_be_kept():
+    own = scaling.EpsilonScaling(lambda i: 1 + 0.01 * i, "cleanest", "mine")
+    for make in (lambda: fused.DDIMScheduler(eps_scaling=own), lambda: fused.fuse(diffusers.DDIMScheduler(), own)):
+        with pytest.raises(ValueError, match="^eps_scaling: expected one made by a function of epskernels.scaling"):
+            make()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fuse_and_unfuse_a_scheduler(name):
+    """There and back, in the middle of a run, nothing of ours is left."""
+    theirs = getattr(diffusers, name)()
+    theirs.set_timesteps(5)
+    ours = fused.fuse(theirs, eps_scaling=1.01, seeds=[3])
+    assert type(ours) is getattr(fused, name) and ours.seeds.tolist() == [3] and type(theirs) is getattr(diffusers, name)
+    back = fused.unfuse(ours)
+    assert type(back) is type(theirs) and vars(back).keys() == vars(theirs).keys() and back.config == theirs.config
+    assert type(back.config) is type(theirs.config)
+    assert fused.unfuse(theirs) is theirs
+
+
+def test_what_is_no_scheduler_is_refused():
+    for function in (fused.fuse, fused.unfuse):
+        with pytest.raises(TypeError, match="^pipe: expected a pipeline with a scheduler, or a scheduler, got int"):
+            function(5)
+
+
+def test_a_stale_key_does_not_come_back(caplog):
+    """Changed by diffusers' usual from_config, a scheduler does not scale: diffusers says so then, fuse when it is fused again."""
+    ours = fused.fuse(diffusers.DDIMScheduler(), eps_scaling=1.01)
+    other = diffusers.EulerDiscreteScheduler.from_config(ours.config)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        again = fused.fuse(other)
+    assert again.eps_scaling == 1.0 and "eps_scaling 1.01 stands in the configuration of diffusers' own" in caplog.text
+    caplog.clear()
+    assert fused.fuse(other, eps_scaling=1.02).eps_scaling == 1.02 and fused.fuse(ours).eps_scaling == 1.01
+    assert fused.EulerDiscreteScheduler.from_config(ours.config).eps_scaling == 1.01 and not caplog.records
+
+
+def test_other_steps_than_published_for_are_said(caplog):
+    scaling._say.cache_clear()
+    scheduler = fused.DDPMScheduler(eps_scaling="ADM/CIFAR-10/20/linear")
+    scheduler.set_timesteps(20)
+    assert not caplog.records
+    scheduler.set_timesteps(50)
+    assert "published for ADM, CIFAR-10, 20, linear with 20 steps, used with 50" in caplog.text
