@@ -5,8 +5,10 @@
     kill        SIGKILL at any moment of `epskernels sample --out DIRECTORY` and of exposure.measure(state=), then again
     full        a disk that takes no more: an error that names the file, and the next run goes on
     torchrun    clean runs of several processes: each ends well, its file written
+    ranks       runs of several processes, one of which is killed; another number of processes goes on
 
-A short one of each is a test; at length: python tests/test_campaigns.py damage=30000 race=1000 kill=180 full=50 torchrun=300
+A short one of each, but of the last two, is a test (test_distributed.py has theirs). At length:
+    python tests/test_campaigns.py damage=30000 race=1000 kill=180 full=50 torchrun=300 ranks=16
 """
 
 import collections
@@ -28,7 +30,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_distributed import build_model
+from test_distributed import build_model, children, kill_midway, launch
 
 from epskernels import calibrate, cli, exposure, images, samplers, scaling, schedule, shards
 
@@ -179,6 +181,11 @@ def status_of(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def left_behind(*paths):
+    """The temporary files among them whose process is gone: a number may by now be another's."""
+    return [path.name for path in paths if not os.path.exists(f"/proc/{path.name.split('.')[-2]}")]
+
+
 def run_race(trials, folder):
     """Three processes, two settings, at once: those of one setting succeed, the others are refused."""
     counts = collections.Counter()
@@ -262,10 +269,7 @@ def run_kill(trials, folder, seed=0):
             assert np.array_equal(shards.Shards(to).load(), expected)
         else:
             assert to.with_suffix(".json").read_bytes() == measured
-        left = [path.name for path in [*folder.glob(f"{to.name}*.tmp"), *to.glob("*.tmp")]]
-        assert not [name for name in left if not os.path.exists(f"/proc/{name.split('.')[-2]}")], (
-            left
-        )  # numbers come again
+        assert not left_behind(*folder.glob(f"{to.name}*.tmp"), *to.glob("*.tmp"))
         counts["ended with the same bits"] += 1
     return counts
 
@@ -315,7 +319,26 @@ def run_torchrun(trials, folder):
     return counts
 
 
-CAMPAIGNS = {"damage": run_damage, "race": run_race, "kill": run_kill, "full": run_full, "torchrun": run_torchrun}
+def run_ranks(trials, folder, seed=0):
+    counts, rng = collections.Counter(), random.Random(seed)
+    model = build_model(folder / "model")
+    whole = launch(1, model, folder / "expected")
+    assert whole.wait() == 0, whole.communicate()
+    expected = shards.Shards(folder / "expected").load()
+    for trial in range(trials):
+        directory, first, then = folder / f"ranks-{trial}", rng.choice((1, 2, 3)), rng.choice((1, 2, 3))
+        kill_midway(launch(first, model, directory), lambda pid: pid if first == 1 else rng.choice(children(pid)))  # noqa: B023
+        resumed = launch(then, model, directory)
+        said = resumed.communicate()
+        assert resumed.returncode == 0, (trial, first, then, said)
+        assert np.array_equal(shards.Shards(directory).load(), expected) and not left_behind(*directory.glob("*.tmp"))
+        counts[f"{first} killed, {then} go on"] += 1
+    return counts
+
+
+CAMPAIGNS = {
+    "damage": run_damage, "race": run_race, "kill": run_kill, "full": run_full, "torchrun": run_torchrun, "ranks": run_ranks,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHORT)
