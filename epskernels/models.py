@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from . import schedule
-from .shards import read_object
+from .files import read_object
 
 DIGITS = pathlib.Path(__file__).with_name("digits")  # ships with the package: see its README.md
 
@@ -86,7 +86,8 @@ def load(directory=DIGITS, device="cpu"):
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             raise ValueError(f"model: expected a scheduler of diffusers in {directory}, got {named!r}")
         scheduler = kind.from_pretrained(directory / "scheduler")
-    except (NotImplementedError, TypeError) as error:  # of a schedule of betas; of numbers that are none
+    # What diffusers raises for a configuration that makes no sense: of a schedule of betas, of numbers that are none.
+    except (NotImplementedError, TypeError, NameError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"model: {directory}: {str(error).splitlines()[0]}") from None
     finally:
         logging.set_verbosity(verbosity)

@@ -4,19 +4,25 @@
     seeds.npy             uint64 (N,), in order
     samples-000012.npy    float32 (n, *shape), of seeds[12*batch : 13*batch]; the last chunk may be shorter
 
-A file appears whole or not at all, so what is there need not be made again. Chunks are the same whoever makes them: a model's
-bits may depend on the batch's size, hence the batch is a setting, and the number of processes is none.
+A file appears whole or not at all, so what is there need not be made again. After the array stand 32 bytes, which numpy does not
+read: a SHA-256 of the settings, of the chunk's name and seeds, and of all before it, which tells a chunk that is damaged, or of
+another place, from the one that was written. Chunks are the same whoever makes them: a model's bits may depend on the batch's
+size, hence the batch is a setting, and the number of processes is none.
 """
 
+import hashlib
+import io
 import json
-import os
 import pathlib
-import socket
+import re
 
 import numpy as np
 
-FORMAT = 1
+from .files import check_writable, read_object, reading, remove_leftovers, write_new, write_whole
+
+FORMATS = (1, 2)  # 1: without digests; such a directory is read, and gone on with, as it is
 SETTINGS = "expected the settings of a run"
+_NAME = re.compile(r"run\.json|seeds\.npy|(?P<name>.+)-[0-9]{6,}\.npy")
 
 
 class Shards:
@@ -27,15 +33,19 @@ class Shards:
 
     def __init__(self, directory):
         self.directory = pathlib.Path(directory)
-        self.settings = read_object(self.directory / "run.json", SETTINGS)
-        if self.settings.get("format") != FORMAT:
-            raise ValueError(f"{directory}: expected format {FORMAT}, got {self.settings.get('format')!r}")
-        path = self.directory / "seeds.npy"
+        self.settings = _settings(self.directory)
+        with reading(self.directory / "run.json", SETTINGS):
+            self.names = tuple(str(name) for name in self.settings["names"])
+            self.batch, self.shape = int(self.settings["batch"]), tuple(int(size) for size in self.settings["shape"])
+            if self.batch < 1:
+                raise ValueError(f"batch: expected at least 1, got {self.batch}")
         try:
-            self.seeds = np.load(path)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is damaged, and would be made again if it were not there: {error}") from None
-        self.names, self.batch = tuple(self.settings["names"]), self.settings["batch"]
+            self.seeds = _load(self.directory / "seeds.npy", self.settings)
+        except ValueError as error:
+            raise ValueError(f"{error}; it is made again where it is not there") from error
+        if self.seeds.dtype != np.uint64 or self.seeds.ndim != 1:
+            found = f"{self.seeds.dtype} {self.seeds.shape}"
+            raise ValueError(f"expected uint64 (N,) in {self.directory / 'seeds.npy'}, got {found}")
 
     def __len__(self):
         return -(-len(self.seeds) // self.batch)
@@ -49,22 +59,23 @@ class Shards:
     def write(self, name, chunk, array):
         """Raises ValueError for another shape or dtype than the chunk has."""
         self._check(name, chunk, array)
-        write_whole(self.path(name, chunk), lambda file: np.save(file, array))
+        _save(self.path(name, chunk), array, self.settings, self.seeds_of(chunk))
 
     def read(self, name, chunk):
-        """Read from the file as it is used, not before. Raises FileNotFoundError, ValueError where it is damaged."""
-        try:
-            array = np.load(self.path(name, chunk), mmap_mode="r")
-        except EOFError as error:
-            raise ValueError(f"{self.path(name, chunk)}: {error}") from None
+        """The chunk's array. Raises FileNotFoundError, ValueError where it is not the one that was written."""
+        array = _load(self.path(name, chunk), self.settings, self.seeds_of(chunk))
         self._check(name, chunk, array)
         return array
 
     def _check(self, name, chunk, array):
-        expected = (len(self.seeds_of(chunk)), *self.settings["shape"])
+        expected = (len(self.seeds_of(chunk)), *self.shape)
         if name not in self.names or array.shape != expected or array.dtype != np.float32:
             path = self.path(name, chunk)
             raise ValueError(f"{path}: expected float32 {expected} for {self.names}, got {array.dtype} {array.shape}")
+
+    def compare(self, settings, where):
+        """Raises ValueError, saying what has changed, where a run of these settings is not this one."""
+        _compare(self.settings, settings, where)
 
     def chunks(self, name="samples"):
         """(seeds, samples) of every chunk in turn. Raises as `read`."""
@@ -73,10 +84,13 @@ class Shards:
 
     def load(self, name="samples"):
         """All samples in one array (N, *shape), in the order of the seeds."""
-        return np.concatenate([samples for _, samples in self.chunks(name)])
+        samples = np.empty((len(self.seeds), *self.shape), np.float32)
+        for chunk in range(len(self)):
+            samples[chunk * self.batch : (chunk + 1) * self.batch] = self.read(name, chunk)
+        return samples
 
     def missing(self):
-        """([(name, chunk) that are not there], [paths of the damaged among them])."""
+        """([(name, chunk) that are not there], [paths of the damaged among them]): all chunks are read."""
         missing, damaged = [], []
         for chunk in range(len(self)):
             for name in self.names:
@@ -90,63 +104,75 @@ class Shards:
         return missing, damaged
 
     def clean(self):
-        """Removes what interrupted writes left."""
-        for path in self.directory.glob("*.tmp"):
-            path.unlink(missing_ok=True)
+        """Removes what this host's processes left of this run's files when they were killed."""
+
+        def is_ours(name):
+            found = _NAME.fullmatch(name)
+            return found and found["name"] in (None, *self.names)
+
+        remove_leftovers(self.directory, is_ours)
 
 
 def begin(directory, settings, seeds):
     """The directory's Shards: new, or begun before with the same settings, a dict of what JSON can say, and seeds.
 
-    Raises ValueError, saying what has changed, for other settings; where the directory holds something else.
+    Of processes that begin at once with other settings, one does. Raises ValueError, saying what has changed, for other
+    settings; where the directory holds something else.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps({"format": FORMAT, **settings}))
     path = directory / "run.json"
-    if path.exists():
-        compare(read_object(path, SETTINGS), settings, directory)
-    elif found := [other.name for other in directory.iterdir() if other.suffix != ".tmp"]:
-        raise ValueError(f"{directory}: expected run.json or an empty directory, found {min(found)}")
-    else:
-        write_whole(path, lambda file: file.write(json.dumps(settings, indent=1).encode() + b"\n"))
-    if not (directory / "seeds.npy").exists():  # after run.json, which says what they are
-        write_whole(directory / "seeds.npy", lambda file: np.save(file, np.array(seeds, dtype=np.uint64)))
+    if not path.exists():
+        found = [other.name for other in directory.iterdir() if not re.fullmatch(r"run\.json(\..+\.tmp)?", other.name)]
+        if found and not path.exists():  # run.json comes first, also where another process begins at this moment
+            raise ValueError(f"{directory}: expected run.json or an empty directory, found {min(found)}")
+        text = json.dumps({"format": FORMATS[-1], **settings}, indent=1) + "\n"
+        write_new(path, lambda file: file.write(text.encode()))
+    begun, seeds = _settings(directory), np.asarray(seeds, dtype=np.uint64)
+    _compare(begun, settings, directory)
+    if not (directory / "seeds.npy").exists():
+        _save(directory / "seeds.npy", seeds, begun)
     run = Shards(directory)
-    if not np.array_equal(run.seeds, np.array(seeds, dtype=np.uint64)):
+    if not np.array_equal(run.seeds, seeds):
         raise ValueError(f"{directory}: seeds.npy holds other seeds than run.json says")
+    check_writable(run.path(max(run.names, key=len), len(run)))
     return run
 
 
-def compare(old, new, where):
-    """Raises ValueError where the settings are not the same."""
+def _settings(directory):
+    settings = read_object(directory / "run.json", SETTINGS)
+    if settings.get("format") not in FORMATS:
+        raise ValueError(f"{directory}: expected format {FORMATS[-1]}, got {settings.get('format')!r}")
+    return settings
+
+
+def _compare(begun, settings, where):
+    old, new = ({k: v for k, v in json.loads(json.dumps(each)).items() if k != "format"} for each in (begun, settings))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed := [key for key in changed if key != "tables"] or changed:  # digests, of settings that are said already
         said = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
         raise ValueError(f"{where}: begun with other settings, and its samples would not go together: {said}")
 
 
-def read_object(path, expected):
-    """The JSON object that a file holds. Raises ValueError that says what was expected of it."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{expected} in {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{expected} in {path}, got {type(found).__name__}")
-    return found
+def _save(path, array, settings, seeds=()):
+    file = io.BytesIO()
+    np.save(file, array)
+    content = file.getvalue()
+    digest = _digest(path.name, settings, seeds, content)
+    write_whole(path, lambda file: file.write(content + digest), clean=False)  # one of many: `clean` is for all of them
 
 
-def write_whole(path, write):
-    """Whole or not at all, whatever interrupts, the power included. A link is written through."""
-    path = path.resolve()
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _load(path, settings, seeds=()):
+    with reading(path, "expected an array, as it was written,"):
+        content = path.read_bytes()
+        end = len(content) - len(_digest(path.name, settings, seeds, b""))
+        if content[end:] != _digest(path.name, settings, seeds, content[:end]):
+            raise ValueError("its digest does not fit: it was changed, or is another chunk's or another run's")
+        return np.load(io.BytesIO(content[:end]))
+
+
+def _digest(name, settings, seeds, content):
+    if settings["format"] == 1:
+        return b""
+    about = json.dumps([settings, name, np.asarray(seeds, np.uint64).tolist()], sort_keys=True)
+    return hashlib.sha256(about.encode() + content).digest()

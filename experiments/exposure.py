@@ -26,7 +26,7 @@ from subjects import SUBJECTS
 
 import epskernels
 from epskernels import calibrate, exposure, quality, scaling
-from epskernels.shards import write_whole
+from epskernels.files import write_whole
 
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE, RESULTS = ROOT / "runs" / "exposure", ROOT / "experiments" / "results"

@@ -1,5 +1,7 @@
 """The command line: what it writes, what it prints, how it refuses."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -15,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 import epskernels
-from epskernels import cli, exposure, models, samplers, scaling
+from epskernels import build, cli, exposure, images, models, samplers, scaling, schedule
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +63,24 @@ def test_writes_samples_and_grid(tiny, sampler, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix", ["png", "npz"])
-def test_an_interrupted_write_leaves_the_file_as_it_was(suffix, tiny, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_the_file_as_it_was(suffix, tiny, tmp_path, monkeypatch, capsys):
     path = tmp_path / f"samples.{suffix}"
     arguments = ["--model", tiny["plain"], "--steps", "2", "--out", str(path)]
     assert run(*arguments, "--seeds", "0") == 0
     before = path.read_bytes()
 
     def interrupted(_):
-        raise KeyboardInterrupt
+        if (
+            len(list(tmp_path.iterdir())) == 2 and fsyncs.append(0) is None and len(fsyncs) == 2
+        ):  # not of the check before
+            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    fsyncs = []
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", interrupted)
-        run(*arguments, "--seeds", "1")
+        capsys.readouterr()
+        assert run(*arguments, "--seeds", "1") == 130
+    assert capsys.readouterr() == ("", "epskernels sample: interrupted\n")
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     assert run(*arguments, "--seeds", "1") == 0 and path.read_bytes() != before
 
@@ -87,9 +95,9 @@ def test_channels_that_no_png_has_are_refused_before_sampling(tiny, tmp_path, mo
 @pytest.mark.parametrize(
     "file, contents, message",
     [
-        ("seeds.npy", b"", "seeds.npy is damaged, and would be made again if it were not there"),
-        ("seeds.npy", np.arange(5, dtype=np.uint64), "seeds.npy holds other seeds than run.json says"),
-        ("run.json", b"[]", "expected the settings of a run in {}/run.json, got list"),
+        ("seeds.npy", b"", "expected an array, as it was written, in {}/seeds.npy: its digest does not fit"),
+        ("seeds.npy", np.arange(5, dtype=np.uint64), "seeds.npy: its digest does not fit: it was changed"),
+        ("run.json", b"[]", "expected the settings of a run in {}/run.json: got list"),
         ("run.json", b"{", "expected the settings of a run in {}/run.json: "),
     ],
 )
@@ -128,16 +136,59 @@ def test_guidance_with_classes(tiny, tmp_path):
 @pytest.mark.parametrize(
     "setting",
     [["--lambda-linear", "0.0025", "1.0"], ["--published", "ADM", "CIFAR-10", "20", "linear"],
-     ["--published", "EDM", "CIFAR-10", "21"], ["--lambda", "0.9985"]],
-    ids=["linear", "published linear", "published EDM", "below one"],
+     ["--published", "EDM", "CIFAR-10", "21"], ["--lambda", "0.9985"], ["--lambda", "1.02,1.01,1"],
+     ["--lambda", "EDM/CIFAR-10/21"], ["--lambda", "[1.02, 1.01, 1]"], ["--lambda", '{"b": 1.01}']],
+    ids=["linear", "published linear", "published EDM", "below one", "numbers", "a name", "a JSON list", "a JSON object"],
 )  # fmt: skip
 def test_scalings(tiny, setting):
     assert run("--model", tiny["plain"], "--steps", "3", "--seeds", "0", *setting) == 0
 
 
+def test_one_grammar_for_lambda(tiny, tmp_path, capsys):
+    """Each spelling gives the samples of the others."""
+    scaling.linear(0.0025, 1.0, origin="cleanest").save(tmp_path / "lambda.json", sampler="ddim")
+    numbers = ",".join(str(1 + 0.0025 * i) for i in reversed(range(3)))
+    spellings = [
+        ["--lambda", "ADM/CIFAR-10/20/linear"], ["--published", "ADM", "CIFAR-10", "20", "linear"],
+        ["--lambda-linear", "0.0025", "1"], ["--lambda", '{"k": 0.0025, "b": 1, "origin": "cleanest"}'],
+        ["--lambda", ' {"kind": "linear", "k": 0.0025, "b": 1, "origin": "cleanest"}'], ["--lambda", numbers],
+        ["--lambda", str(tmp_path / "lambda.json")], ["--scaling", str(tmp_path / "lambda.json")],
+    ]  # fmt: skip
+    hashes, warned = set(), []
+    for spelling in spellings:
+        assert run("--model", tiny["one"], "--steps", "3", "--seeds", "0", *spelling) == 0
+        captured = capsys.readouterr()
+        hashes |= set(re.findall("samples ([0-9a-f]{64})", captured.out))
+        warned.append("lambda.json was fitted for sampler ddim, here ddpm: lambda need not transfer" in captured.err)
+    assert len(hashes) == 1 and warned == [False] * 6 + [True] * 2
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--lambda", "0.9,x"], "--lambda: expected .*got '0.9,x'"),
+        (["--lambda", ""], "--lambda: expected .*got ''"),
+        (["--lambda", "1,nan,1", "--steps", "3"], "--lambda: expected .*finite.*nan"),
+        (["--lambda", "1,1", "--steps", "3"], "expected one value for each of 3 steps, got 2"),
+        (["--lambda", "{"], "--lambda: expected JSON, got '{'"),
+        (["--lambda", '{"k": 1}'], "--lambda: expected the keys k, b"),
+        (["--lambda", "ADM/MNIST/20"], "--lambda: no published setting.*CIFAR-10"),
+        (["--lambda", "/nonexistent.json"], "--lambda: expected a file.*/nonexistent.json"),
+        (["--scaling", "/nonexistent"], "--scaling: .*/nonexistent"),
+        (["--scaling", "/"], "--scaling: .*'/'"),
+        (["--published", "ADM", "MNIST", "20"], "--published: no published setting.*CIFAR-10"),
+        (["--lambda-linear", "nan", "1"], "--lambda-linear: .*nan"),
+        (["--seeds", "5-3,7"], "--seeds: expected a range of seeds from low to high, got 5-3"),
+        (["--seeds", "1-2-3"], "--seeds: expected seeds such as"),
+        (["--seeds", "5-"], "--seeds: expected seeds such as"),
+        (["--seeds", "0-18446744073709551615"], "--seeds: expected fewer than .* seeds"),
+        (["--seeds", "0-99999999999"], "--seeds: 100000000000 samples need .* GiB of memory, and there are"),
+        (
+            ["--seeds", "0-99999999999", "--out", "/tmp/none/samples"],
+            "--out: /tmp/none/samples needs .* GiB, and .* are free",
+        ),
+        (["--out", f"/tmp/{'x' * 250}.npz"], "--out: .* cannot be written: .*File name too long"),
+        (["--out", f"/tmp/{'x' * 256}"], "--out: .*File name too long"),
         (["--steps", "0"], "--steps, --batch: expected at least 1"),
         (["--steps", "2000"], "steps: expected at most T = 1000"),
         (["--sampler", "nope"], "invalid choice: 'nope'"),
@@ -155,8 +206,6 @@ def test_scalings(tiny, setting):
         (["--device", f"cuda:{torch.cuda.device_count()}"], "--device: 'cuda:.' cannot be used"),
         (["--device", "meta"], "--device: 'meta' cannot be used"),
         (["--model", "/nonexistent"], "model: expected unet/config.json"),
-        (["--scaling", "/nonexistent"], "No such file or directory: '/nonexistent'"),
-        (["--scaling", "/"], "Is a directory: '/'"),
         (["--out", "/dev/null/a.png"], "--out: /dev/null/a.png cannot be written: "),
         (["--out", "/dev/null/a"], "--out: .*Not a directory: '/dev/null/a'"),
         ([], "required: COMMAND"),
@@ -225,6 +274,24 @@ def test_environment_forces_the_reference():
     assert "step on cpu runs on the reference, by EPSKERNELS_BACKEND; x goes through a contiguous copy\n" in log
 
 
+def test_info_says_what_is_wrong_with_the_environment(monkeypatch, capsys):
+    faults = ["EPSKERNELS_BACKEND: expected one of cpu, cuda, got 'x'", "EPSKERNELS_LOG: expected debug, got 'y'"]
+    monkeypatch.setattr(build, "environment_faults", lambda: faults)
+    monkeypatch.setenv("EPSKERNELS_LOG", "y")
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"wrong: {fault}\n" in printed for fault in faults) and "EPSKERNELS_LOG=y\n" in printed
+
+
+def test_info_runs_in_a_strange_environment():
+    strange = {"EPSKERNELS_BACKEND": "x", "EPSKERNELS_CPU_CAPABILITY": "sse9", "EPSKERNELS_LOG": "loud", "RANK": "x"}
+    command = [sys.executable, "-m", "epskernels", "info"]
+    result = subprocess.run(command, env={**os.environ, **strange}, capture_output=True, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    for name in ("EPSKERNELS_BACKEND", "EPSKERNELS_CPU_CAPABILITY", "EPSKERNELS_LOG"):
+        assert f"wrong: {name}: expected one of " in result.stdout and f"{name}={strange[name]}\n" in result.stdout
+
+
 def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", "--help"])
@@ -232,7 +299,182 @@ def test_help_shows_examples(capsys):
 
 
 def test_seeds_are_parsed():
-    assert cli.parse_seeds("0-3,7,9-10") == [0, 1, 2, 3, 7, 9, 10]
+    seeds = cli.parse_seeds("0-3, 7,9 - 10,7")
+    expected = [0, 1, 2, 3, 7, 9, 10, 7]
+    assert list(seeds) == expected and len(seeds) == 8 and seeds[-1] == seeds[4] == 7
+    assert np.array_equal(np.array(seeds), np.array(expected, dtype=np.uint64)) and np.array(seeds).dtype == np.uint64
+    for first in range(9):
+        for last in range(first, 11):
+            assert seeds[first:last].tolist() == expected[first:last]
+    assert seeds.digest() == cli._digest(expected)
+
+
+def test_ranges_of_seeds_stay_ranges():
+    seeds = cli.parse_seeds("7,0-99999999999,18446744073709551614-18446744073709551615")
+    assert len(seeds) == 100_000_000_003 and seeds[1] == 0 and seeds[-1] == 2**64 - 1
+    assert seeds[99_999_999_999:].tolist() == [99_999_999_998, 99_999_999_999, 2**64 - 2, 2**64 - 1]
+    many = cli.parse_seeds("3-200000")
+    assert many.digest() == cli._digest(list(range(3, 200_001)))
+
+
+# ---- what is done is not lost ----
+
+
+class Refusing(io.StringIO):
+    """A stdout that takes no more."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("directory", [False, True], ids=["in memory", "directory"])
+@pytest.mark.parametrize(
+    "stdout, status",
+    [
+        (lambda: Refusing(BrokenPipeError(errno.EPIPE, "Broken pipe")), 0),
+        (lambda: Refusing(OSError(errno.ENOSPC, "No space left on device")), 1),
+        (lambda: Refusing(ValueError("I/O operation on closed file")), 0),
+        (lambda: None, 0),
+    ],
+    ids=["a pipe that nobody reads", "a full disk", "a closed file", "none"],
+)
+def test_a_stdout_that_fails_loses_nothing(stdout, status, directory, tiny, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", tiny["one"], "--steps", "2", "--seeds", "0", "--out", str(tmp_path / "samples.npz")]
+    arguments += ["--out", str(tmp_path / "samples")] if directory else []
+    monkeypatch.setattr(sys, "stdout", stdout())
+    assert run(*arguments) == status
+    said = capsys.readouterr().err
+    assert "samples" in np.load(tmp_path / "samples.npz")
+    assert re.search("sha256 of the samples [0-9a-f]{64}", said) and f"wrote {tmp_path / 'samples.npz'}" in said
+
+
+def test_a_pipe_that_nobody_reads(tiny, tmp_path):
+    for number, unbuffered in enumerate(("", "1")):
+        out = tmp_path / f"{number}.png"
+        command = [sys.executable, "-m", "epskernels", "sample", "--model", tiny["one"], "--steps", "2", "--seeds", "0"]
+        reads, writes = os.pipe()
+        os.close(reads)
+        result = subprocess.run(
+            [*command, "--out", str(out)], stdout=writes, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+        os.close(writes)
+        assert result.returncode == 0 and Image.open(out).size == (10, 10)
+        assert re.search("sha256 of the samples [0-9a-f]{64}", result.stderr) and "Traceback" not in result.stderr
+        assert "Exception ignored" not in result.stderr
+
+
+def test_a_stderr_that_fails_loses_nothing(tiny, tmp_path, monkeypatch, capsys):
+    """The progress bar writes to it."""
+    for number, stderr in enumerate((Refusing(BrokenPipeError(errno.EPIPE, "Broken pipe")), None)):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        out = tmp_path / f"{number}.npz"
+        assert cli.main(["sample", "--model", tiny["one"], "--steps", "2", "--seeds", "0", "--out", str(out)]) == 0
+        assert "samples" in np.load(out) and "sha256 of the samples" in capsys.readouterr().out
+
+
+def test_an_ascii_stdout(tiny, tmp_path, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    out = tmp_path / "émile.npz"
+    assert run("--model", tiny["one"], "--steps", "2", "--seeds", "0", "--out", str(out)) == 0
+    assert "samples" in np.load(out) and b"\\xe9mile.npz" in stdout.buffer.getvalue()
+
+
+def test_calibrate_with_a_stdout_that_fails(tiny, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Refusing(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    given = [
+        "--model",
+        tiny["plain"],
+        "--steps",
+        "4",
+        "--data",
+        data,
+        "--images",
+        "4",
+        "--out",
+        str(tmp_path / "l.json"),
+    ]
+    assert calibrate(*given) == 0
+    assert scaling.load(tmp_path / "l.json")[1]["images"] == 4 and "R^2" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_with_the_path_and_the_rest_is_done(tiny, tmp_path, monkeypatch, capsys):
+    fsync, first, second = os.fsync, tmp_path / "first.npz", tmp_path / "second.npz"
+
+    def full(descriptor):
+        if "first" in os.readlink(f"/proc/self/fd/{descriptor}") and os.fstat(descriptor).st_size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    arguments = ["--model", tiny["one"], "--steps", "2", "--seeds", "0", "--out", str(first), "--out", str(second)]
+    assert run(*arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"epskernels sample: [Errno 28] No space left on device: '{first}'\n"
+    assert re.search("sha256 of the samples [0-9a-f]{64}", captured.out) and f"wrote {second}" in captured.out
+    assert list(tmp_path.iterdir()) == [second]
+
+
+def test_what_cannot_be_imported_says_why(tiny, monkeypatch, capsys):
+    def load(*_):
+        raise RuntimeError(
+            "Failed to import diffusers.a because of the following error (look up to see its traceback):\n"
+            "Failed to import diffusers.b because of the following error (look up to see its traceback):\n"
+            "No module named 'flash_attn'\n  a frame"
+        )
+
+    monkeypatch.setattr(cli.models, "load", load)
+    assert run("--seeds", "0") == 1
+    error = capsys.readouterr().err
+    assert error.endswith("its traceback): No module named 'flash_attn'\n") and len(error.splitlines()) == 1
+
+    def other(*_):
+        from diffusers import NoSuchThing  # noqa: F401
+
+    monkeypatch.setattr(cli.models, "load", other)
+    assert run("--seeds", "0") == 2
+    assert "cannot import name 'NoSuchThing' from 'diffusers'" in capsys.readouterr().err
+
+
+# ---- samplers that were added ----
+
+
+def test_a_sampler_that_was_added(tiny, monkeypatch, capsys):
+    """Its options are asked of its signature, the schedule that it takes of itself."""
+
+    def mine(path, steps, *, scaling=1.0, prediction="epsilon", clip=None, guidance=1.0, eta=0.5, **grid_options):
+        assert isinstance(path, schedule.DiscreteSchedule) and set(grid_options) == {"spacing", "steps_offset"}
+        seen.append(eta)
+        options = {"scaling": scaling, "prediction": prediction, "clip": clip, "guidance": guidance}
+        return samplers.euler_ancestral(path, steps, eta=eta, **options, **grid_options)
+
+    def of_sigmas(path, steps, *, scaling=1.0, prediction="sample", clip=None, guidance=1.0):
+        return samplers.edm_heun(path, steps, scaling=scaling, prediction=prediction, clip=clip, guidance=guidance)
+
+    seen = []
+    monkeypatch.setitem(samplers.SAMPLERS, "mine", mine)
+    monkeypatch.setitem(samplers.SAMPLERS, "of_sigmas", of_sigmas)
+    given = ["--model", tiny["one"], "--steps", "3", "--seeds", "0"]
+    assert run(*given, "--sampler", "mine") == run(*given, "--sampler", "mine", "--eta", "0.25") == 0
+    assert seen == [0.5, 0.25] and run(*given, "--sampler", "of_sigmas") == 0
+    capsys.readouterr()
+    assert run(*given, "--sampler", "mine", "--variance", "fixed_small") == 2
+    assert "--variance: not an option of --sampler mine" in capsys.readouterr().err
+    monkeypatch.setitem(samplers.SAMPLERS, "bare", lambda path, steps: samplers.euler(path, steps))
+    assert run(*given, "--sampler", "bare") == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_every_sampler_of_the_command_line(tiny):
+    for name in sorted(set(samplers.SAMPLERS) - cli.NOT_HERE):
+        assert run("--model", tiny["one"], "--sampler", name, "--steps", "3", "--seeds", "0") == 0, name
+    assert (
+        run("--model", tiny["one"], "--sampler", "euler_ancestral", "--eta", "0.5", "--steps", "3", "--seeds", "0") == 0
+    )
 
 
 def test_grid_of_three_images():
@@ -593,7 +835,7 @@ def test_zero_terminal_snr_takes_a_lambda(tiny, tmp_path, capsys, caplog):
     scaling._say.cache_clear()
     for scaled in (["--scaling", str(out)], ["--lambda", "1.005"], ["--lambda-linear", "0.001", "1.005"]):
         assert cli.main(["sample", *given, "--seeds", "0-1", *scaled]) == 0
-    assert "lambda is 1 in step 0: x is noise alone there" in caplog.text
+    assert "is 1 in step 0: x is noise alone there" in caplog.text
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
@@ -607,7 +849,7 @@ def test_images_of_more_than_8_bits_are_refused(mode, tiny, tmp_path, capsys):
     assert f"data: expected 8 bits a channel in {tmp_path / 'a.png'}, got mode {mode};" in capsys.readouterr().err
     (tmp_path / "a.png").write_bytes(b"no image")
     assert calibrate(*given) == 2
-    assert f"epskernels calibrate: data: {tmp_path / 'a.png'} cannot be read: " in capsys.readouterr().err
+    assert f"epskernels calibrate: data: expected an image in {tmp_path / 'a.png'}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "{}", '{"trials": [{"k": 0, "score": 1}]}', '{"trials": [0]}'])
@@ -630,12 +872,14 @@ def test_a_damaged_cache_is_refused(text, tmp_path, capsys):
         ("unet/config.json", "[]", "expected a configuration of diffusers in"),
         ("scheduler/scheduler_config.json", "[]", "expected a configuration of diffusers in"),
         ("scheduler/scheduler_config.json", '{"beta_schedule": "none"}', "none is not implemented"),
+        ("unet/config.json", {"time_embedding_type": "none"}, "timestep_input_dim"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_is_refused(file, text, message, tiny, tmp_path, capsys):
     path = tmp_path / "model" / file
     shutil.copytree(tiny["plain"], tmp_path / "model")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": None}) if text is None else text)
+    text = {"sample_size": None} if text is None else text
+    path.write_text(json.dumps(json.loads(path.read_text()) | text) if isinstance(text, dict) else text)
     assert run("--model", str(tmp_path / "model"), "--seeds", "0") == 2
     error = capsys.readouterr().err
     assert error.startswith("epskernels sample: model: ") and message in error and len(error.splitlines()) == 1
@@ -647,3 +891,38 @@ def test_an_error_that_announces_its_reason_says_it(tiny, tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [8, 16]}))
     assert run("--model", str(tmp_path / "model"), "--seeds", "0") == 1
     assert re.match(r"epskernels sample: Error.*: size mismatch for down_blocks.*\n$", capsys.readouterr().err)
+
+
+# ---- images ----
+
+
+def save_images(folder, names):
+    """Image i of all is filled with 10*i."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 10 * i, np.uint8)).save(folder / name)
+
+
+def levels(found):
+    return ((found[:, 0, 0, 0] + 1) * 127.5 / 10).round().astype(int).tolist()
+
+
+def test_images_of_class_folders(tmp_path):
+    """In the order of their paths; a part of them is of all classes."""
+    save_images(tmp_path, ["a/0.png", "a/1.png", "a/2.png", "b/deep/3.png", "b/deep/4.jpg", "b/deep/5.PNG"])
+    (tmp_path / "a" / "notes.txt").write_text("")
+    (tmp_path / "b" / "folder.png").mkdir()
+    save_images(tmp_path / ".thumbnails", ["9.png"])
+    (tmp_path / "a" / "._0.png").write_bytes(b"what another system writes beside a file")
+    assert levels(images.load(tmp_path, (1, 8, 8))) == [0, 1, 2, 3, 4, 5]
+    assert levels(images.load(tmp_path, (1, 8, 8), 3)) == [0, 2, 4]
+    with pytest.raises(ValueError, match="expected 7 images in .*, got 6"):
+        images.load(tmp_path, (1, 8, 8), 7)
+
+
+def test_images_of_one_folder_are_the_first(tmp_path):
+    save_images(tmp_path, [f"{i}.png" for i in range(4)])
+    assert levels(images.load(tmp_path, (1, 8, 8), 2)) == [0, 1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected image files .* in .*empty or its directories, found none"):
+        images.load(tmp_path / "empty", (1, 8, 8))

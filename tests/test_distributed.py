@@ -4,8 +4,10 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -15,6 +17,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from epskernels import cli, shards
+from epskernels.files import write_whole
 from epskernels.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +46,19 @@ def run(tiny, *arguments, steps=3, seeds="0-6,20"):
 def files(directory):
     """What tells a file that was written again from one that was left alone."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in pathlib.Path(directory).iterdir()}
+
+
+def leftover(path, pid):
+    """The temporary file of a process of this host."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{pid}.tmp")
+
+
+@pytest.fixture(scope="session")
+def dead():
+    """The number of a process that is gone."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
 @pytest.fixture
@@ -88,7 +104,7 @@ def test_a_finished_run_is_left_alone(tiny, whole, capsys):
     assert "3 of them before; by rank: 0" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_goes_on_where_it_was(tiny, whole, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on_where_it_was(tiny, whole, dead, tmp_path, monkeypatch, capsys):
     write, directory = shards.Shards.write, tmp_path / "interrupted"
 
     def full_at_last(self, name, chunk, array):
@@ -100,7 +116,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny, whole, tmp_path, monkeypa
         patch.setattr(shards.Shards, "write", full_at_last)
         assert run(tiny, "--out", directory) == 1
     assert "No space left on device" in capsys.readouterr().err
-    (directory / "samples-000002.npy.there.77.tmp").write_bytes(b"half of a file")  # as a killed process leaves it
+    leftover(directory / "samples-000002.npy", dead).write_bytes(b"half of a file")  # as a killed process leaves it
     before = {name: stamp for name, stamp in files(directory).items() if not name.endswith(".tmp")}
     assert run(tiny, "--out", directory) == 0
     assert "2 of them before; by rank: 1" in capsys.readouterr().out
@@ -109,20 +125,93 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny, whole, tmp_path, monkeypa
     assert not list(directory.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "of another shape", "no array"])
+def test_only_what_killed_processes_of_the_run_left_is_removed(tiny, whole, dead, tmp_path):
+    path, elsewhere = whole / "samples-000001.npy", tmp_path / "elsewhere"
+    kept = [whole / "notes.tmp", leftover(path, os.getpid()), leftover(whole / "mine.npy", dead)]
+    kept += [path.with_name(f"{path.name}.another-host.{dead}.tmp"), path.with_name(f"{path.name}.tmp")]
+    for each in kept:
+        each.write_bytes(b"")
+    leftover(path, dead + 1).mkdir()
+    for name in ("run.json", "seeds.npy", "samples-000000.npy"):
+        leftover(whole / name, dead).write_bytes(b"half")
+    assert run(tiny, "--out", whole) == 0
+    assert set(whole.glob("*.tmp")) == {*kept, leftover(path, dead + 1)}
+
+    elsewhere.mkdir()
+    leftover(elsewhere / "run.json", dead).write_bytes(b"half")  # of a process that was killed as it began
+    assert run(tiny, "--out", elsewhere) == 0 and not list(elsewhere.glob("*.tmp"))
+
+
+def damaged(content, kind, directory):
+    header = content.index(b"\n")
+    flipped = bytearray(content)
+    flipped[header + 9] ^= 16
+    return {
+        "cut": content[:-1],
+        "emptied": b"",
+        "no array": b"x" * len(content),
+        "a flipped bit": bytes(flipped),
+        "zeros": content[: header + 1] + bytes(len(content) - header - 1),
+        "all zeros": bytes(len(content)),
+        "another seed's chunk": (directory / "samples-000000.npy").read_bytes(),
+        "an open bracket": content.replace(b"(3,", b"(((", 1),
+        "a zip file": b"PK\3\4" + content[4:],
+        "another version": content[:6] + b"\t" + content[7:],
+        "a huge shape": content.replace(b"(3, 1, 8, 8), }        ", b"(999999999999, 1, 8, 8)}", 1),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "emptied", "of another shape", "no array", "a flipped bit", "zeros", "all zeros", "another seed's chunk",
+     "an open bracket", "a zip file", "another version", "a huge shape"],
+)  # fmt: skip
 def test_a_damaged_chunk_is_made_again(tiny, whole, damage, capsys):
     path, expected = whole / "samples-000001.npy", shards.Shards(whole).load()
     content = path.read_bytes()
     if damage == "of another shape":
         np.save(path, np.zeros((2, 1, 8, 8), np.float32))
     else:
-        path.write_bytes({"cut": content[:-1], "emptied": b"", "no array": b"x" * len(content)}[damage])
-    with pytest.raises(ValueError, match="samples-000001.npy|mmap|magic|pickle"):
+        path.write_bytes(damaged(content, damage, whole))
+    assert path.read_bytes() != content
+    with pytest.raises(ValueError, match="samples-000001.npy"):
         shards.Shards(whole).load()
     assert run(tiny, "--out", whole) == 0
     captured = capsys.readouterr()
     assert f"warning: {path} is damaged" in captured.err and "2 of them before" in captured.out
     assert path.read_bytes() == content and np.array_equal(shards.Shards(whole).load(), expected)
+
+
+def test_swapped_chunks_and_those_of_another_run_are_made_again(tiny, whole, tmp_path, capsys):
+    one, two = (whole / f"samples-00000{i}.npy" for i in (0, 1))
+    contents = [one.read_bytes(), two.read_bytes()]
+    one.write_bytes(contents[1]), two.write_bytes(contents[0])
+    assert run(tiny, "--out", whole) == 0 and "1 of them before" in capsys.readouterr().out
+    assert [one.read_bytes(), two.read_bytes()] == contents
+    assert run(tiny, "--lambda", "1.02", "--out", tmp_path / "other") == 0
+    one.write_bytes((tmp_path / "other" / one.name).read_bytes())  # the same seeds, another lambda
+    assert run(tiny, "--out", whole) == 0 and one.read_bytes() == contents[0]
+
+
+def test_numpy_reads_a_chunk(whole):
+    for mode in (None, "r"):
+        assert np.array_equal(
+            np.load(whole / "samples-000001.npy", mmap_mode=mode), shards.Shards(whole).read("samples", 1)
+        )
+
+
+def test_a_directory_without_digests_is_gone_on_with(tiny, whole, capsys):
+    """As version 1 wrote it."""
+    expected = shards.Shards(whole).load()
+    settings = (whole / "run.json").read_text()
+    (whole / "run.json").write_text(settings.replace('"format": 2', '"format": 1'))
+    for path in whole.glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:-32])
+    (whole / "samples-000002.npy").unlink()
+    before = files(whole)
+    assert run(tiny, "--out", whole) == 0 and "2 of them before" in capsys.readouterr().out
+    assert files(whole).items() >= before.items() and np.array_equal(shards.Shards(whole).load(), expected)
+    assert len((whole / "samples-000002.npy").read_bytes()) == 128 + 2 * 64 * 4
 
 
 CHANGED = {
@@ -183,7 +272,7 @@ def test_a_directory_of_other_things_is_refused(tiny, tmp_path, capsys):
     assert "expected run.json or an empty directory, found notes" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
     (tmp_path / "run.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="expected format 1, got 99"):
+    with pytest.raises(ValueError, match="expected format 2, got 99"):
         shards.Shards(tmp_path)
 
 
@@ -194,29 +283,136 @@ def test_a_write_that_fails_leaves_nothing(whole):
         with pytest.raises(ValueError, match=r"samples-000000.npy: expected float32 \(3, 1, 8, 8\)"):
             read.write("samples", 0, array)
     with pytest.raises(TypeError):
-        shards.write_whole(read.path("samples", 0), lambda file: file.write("text"))
+        write_whole(read.path("samples", 0), lambda file: file.write("text"))
     assert files(whole) == before
 
 
 # ---- many processes ----
 
 
-def test_ranks(monkeypatch):
-    alone = Ranks("cpu")
-    assert (alone.rank, alone.size, alone.device) == (0, 1, torch.device("cpu"))
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets what torchrun sets."""
+
+    def set_environment(**values):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return set_environment
+
+
+def test_ranks(environment):
+    environment()
+    alone = Ranks()
+    assert (alone.rank, alone.size, alone.device("cpu")) == (0, 1, torch.device("cpu"))
     with alone:
         assert alone.gather(3) == [3] and alone.from_first(lambda: 4) == 4
         with pytest.raises(OSError, match="full"):
             alone.from_first(lambda: (_ for _ in ()).throw(OSError("full")))
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert Ranks("cuda").device == torch.device("cuda:1") and Ranks("cpu").rank == 5
+    environment(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
+    ranks = Ranks()
+    assert (ranks.rank, ranks.size) == (5, 8)
+    assert ranks.device("cuda") == torch.device("cuda:1") and ranks.device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="expected cuda, without a number, for 8 processes"):
-        Ranks("cuda:0")
+        ranks.device("cuda:0")
+    environment(RANK="", WORLD_SIZE=" ")
+    assert (Ranks().rank, Ranks().size) == (0, 1)
 
 
-def test_many_processes_need_a_directory(tiny, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"RANK": "1"}, "WORLD_SIZE: expected beside RANK, since torchrun sets both, got none"),
+        ({"WORLD_SIZE": "2"}, "RANK: expected beside WORLD_SIZE, since torchrun sets both, got none"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK: expected a whole number of at least 0, got 'x'"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK: expected a whole number of at least 0, got '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE: expected a whole number of at least 1, got '0'"),
+        ({"RANK": "0", "WORLD_SIZE": "1.5"}, "WORLD_SIZE: expected a whole number of at least 1, got '1.5'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: expected below WORLD_SIZE, 2, got 2"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"},
+            "LOCAL_RANK: expected a whole number of at least 0, got 'x'",
+        ),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_a_strange_environment_is_one_line(values, message, tiny, environment, tmp_path, capsys):
+    environment(**values)
+    assert run(tiny, "--out", tmp_path / "samples") == 2
+    assert capsys.readouterr().err == f"epskernels sample: {message}\n" and not (tmp_path / "samples").exists()
+
+
+def test_a_strange_port_is_one_line(tiny, environment, tmp_path, capsys):
+    environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="x")
+    assert run(tiny, "--out", tmp_path / "samples") == 1
+    assert capsys.readouterr().err == "epskernels sample: MASTER_PORT: expected a whole number of at least 1, got 'x'\n"
+
+
+def together(environment, size, work):
+    """work(ranks) in a thread for each rank: what it returns, or raises, by rank, and when each has left the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    all_ranks = []
+    for rank in range(size):
+        environment(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        all_ranks.append(Ranks())
+    found, left = [None] * size, [0.0] * size
+
+    def of(ranks):
+        try:
+            with ranks:
+                found[ranks.rank] = work(ranks)
+        except Exception as error:
+            found[ranks.rank] = error
+        left[ranks.rank] = time.monotonic()
+
+    threads = [threading.Thread(target=of, args=[ranks]) for ranks in all_ranks]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    assert not any(thread.is_alive() for thread in threads)
+    return found, left
+
+
+def test_ranks_talk_through_the_store(environment):
+    """Also of more than the store takes at once, and none leaves before rank 0 has come to its end."""
+    large, written = list(range(3_000_000)), []
+
+    def work(ranks):
+        same = ranks.from_first(lambda: large) == large and ranks.from_first(lambda: ranks.rank) == 0
+        counts = ranks.gather(10 * ranks.rank)
+        if ranks.rank == 0:
+            time.sleep(0.5)  # it writes
+            written.append(time.monotonic())
+        return same, counts
+
+    found, left = together(environment, 3, work)
+    assert found == [(True, [0, 10, 20]), (True, None), (True, None)]
+    assert min(left) > written[0]
+
+
+def test_the_first_ranks_error_is_everyones(environment):
+    def work(ranks):
+        return ranks.from_first(lambda: (_ for _ in ()).throw(ValueError("other settings")))
+
+    found, _ = together(environment, 3, work)
+    assert [str(error) for error in found] == ["other settings"] * 3
+
+
+def test_a_rank_that_fails_ends_the_others(environment):
+    def work(ranks):
+        if ranks.rank == 1:
+            raise OSError("full")
+        return ranks.gather(0)
+
+    (first, second), _ = together(environment, 2, work)
+    assert isinstance(first, RuntimeError) and "rank 1 has failed" in str(first) and str(second) == "full"
+
+
+def test_many_processes_need_a_directory(tiny, environment, tmp_path, capsys):
+    environment(RANK="0", WORLD_SIZE="2")
     assert run(tiny, "--out", tmp_path / "samples.npz") == 2
     assert "--out: expected a directory (no suffix), which 2 processes can write to" in capsys.readouterr().err
 

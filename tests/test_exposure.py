@@ -287,6 +287,25 @@ def test_any_iterable_and_labels():
     assert equal(whole, exposure.measure(wavy_for(table), table, iter(labelled), batch=2))
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_dataloader_of_batches(labels):
+    """Its batches are taken apart: the numbers are those of the images, whatever its batch."""
+    table, given = TABLES["ddim"], images(7)
+    dataset = torch.utils.data.TensorDataset(given, torch.arange(7)) if labels else given
+    expected = exposure.measure(wavy_for(table), table, given, batch=4)
+    for size in (2, 3, 7, 100, None):
+        loader = torch.utils.data.DataLoader(dataset, batch_size=size)
+        assert equal(exposure.measure(wavy_for(table), table, loader, batch=4, progress=size == 3), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"image": torch.zeros(1, 2, 2)}, "an image", None, []], ids=lambda value: type(value).__name__
+)
+def test_what_is_no_image_is_named(wrong):
+    with pytest.raises(ValueError, match="images: expected"):
+        exposure.measure(wavy_for(TABLES["ddim"]), TABLES["ddim"], [wrong, wrong])
+
+
 def test_parts_that_were_not_asked_for_are_nan():
     found = exposure.measure(wavy_for(TABLES["ddim"]), TABLES["ddim"], images(4), parts=("chain", "training"))
     assert np.isnan(found.norm_samples).all()
@@ -353,7 +372,8 @@ def test_state_of_something_else_is_refused(changes, message, tmp_path):
     assert (tmp_path / "state.npz").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "another archive", "an array", "lacking"])
+@pytest.mark.parametrize("kind", ["truncated", "empty", "another archive", "an array", "lacking", "of other dtypes",
+                                  "settings of another type"])  # fmt: skip
 def test_a_damaged_state_is_refused(kind, tmp_path):
     state = tmp_path / "state.npz"
     arguments = {
@@ -371,6 +391,10 @@ def test_a_damaged_state_is_refused(kind, tmp_path):
         np.savez(state, **{name: array for name, array in arrays.items() if name != "pixels_chain_mean"})
     elif kind == "an array":
         np.save(state.open("wb"), np.ones(3))
+    elif kind == "of other dtypes":
+        np.savez(state, **arrays | {"images": np.float64(8.5)})
+    elif kind == "settings of another type":
+        np.savez(state, **arrays | {"settings": "[]"})
     else:
         state.write_bytes(whole[: len(whole) // 2] if kind == "truncated" else b"")
     with pytest.raises(ValueError, match="^state: .*damaged"):
@@ -407,6 +431,11 @@ def test_plot(suffix, tmp_path):
     found.plot(tmp_path / f"exposure.{suffix}")
     head = (tmp_path / f"exposure.{suffix}").read_bytes()[:60]
     assert head.startswith(b"\x89PNG") if suffix == "png" else b"<?xml" in head
+    found.plot(tmp_path / "without")
+    assert (tmp_path / "without.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="'nope' is not supported"):
+        found.plot(tmp_path / "exposure.nope")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"exposure.{suffix}", "without.png"])
 
 
 @pytest.mark.parametrize(
@@ -436,3 +465,23 @@ def test_unknown_row_is_named():
     found = exposure.measure(wavy_for(TABLES["ddim"]), TABLES["ddim"], images(2))
     with pytest.raises(AttributeError, match="no 'norm'"):
         found.norm  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "{}", '{"format": 9}', '{"format": 1, "rows": []}', '{"format": 1, "rows": {"t": [1, "x"]}}',
+             '{"format": 1, "rows": {"t": [1], "error": [1, 2]}, "sampler": "", "images": 1, "seed": 0}',
+             '{"format": 1, "rows": {"t": [1]}}'],
+)  # fmt: skip
+def test_a_damaged_exposure_is_refused(text, tmp_path):
+    (tmp_path / "exposure.json").write_text(text)
+    with pytest.raises(ValueError, match=f"expected an Exposure of format 1 in {tmp_path}/exposure.json: "):
+        exposure.Exposure.load(tmp_path / "exposure.json")
+
+
+def test_a_state_that_cannot_be_written_is_said_before_the_work(tmp_path):
+    def model(x, t):
+        raise AssertionError("the work has begun")
+
+    for path in (tmp_path / ("x" * 250 + ".npz"), tmp_path):
+        with pytest.raises(OSError, match=str(path)):
+            exposure.measure(model, TABLES["ddim"], images(4), state=path)
