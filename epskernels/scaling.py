@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from .shards import write_whole
+from .files import read_object, reading, write_whole
 
 _log = logging.getLogger("epskernels")
 ORIGINS = ("cleanest", "noisiest")
@@ -176,16 +176,14 @@ def _from_dict(saved):
 
 def load(path):
     """The EpsilonScaling of a JSON file, and the notes beside it. Raises ValueError, naming the file, for anything else."""
-    path = pathlib.Path(path)
-    try:
-        saved = json.loads(path.read_text())
+    path, expected = pathlib.Path(path), f"expected a scaling saved by EpsilonScaling.save, format {FORMAT},"
+    saved = read_object(path, expected)
+    with reading(path, expected):
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']!r}")
         notes = dict(saved.get("notes", {}))
         about = {key: value for key, value in saved.items() if key not in ("format", "notes")}
         return _from_dict({"steps": notes.get("steps")} | about), notes
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: expected a scaling saved by EpsilonScaling.save, format {FORMAT}: {error}") from None
 
 
 def as_scaling(value, name="scaling"):

@@ -388,5 +388,7 @@ def test_a_formula_of_ones_own_cannot_be_saved(tmp_path):
 )  # fmt: skip
 def test_other_files_are_refused(text, tmp_path):
     (tmp_path / "lambda.json").write_text(text)
-    with pytest.raises(ValueError, match=r"lambda.json: expected a scaling saved by EpsilonScaling.save, format 1"):
+    with pytest.raises(
+        ValueError, match=r"expected a scaling saved by EpsilonScaling.save, format 1, in .*lambda.json: "
+    ):
         scaling.load(tmp_path / "lambda.json")

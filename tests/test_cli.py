@@ -835,7 +835,7 @@ def test_zero_terminal_snr_takes_a_lambda(tiny, tmp_path, capsys, caplog):
     scaling._say.cache_clear()
     for scaled in (["--scaling", str(out)], ["--lambda", "1.005"], ["--lambda-linear", "0.001", "1.005"]):
         assert cli.main(["sample", *given, "--seeds", "0-1", *scaled]) == 0
-    assert "is 1 in step 0: x is noise alone there" in caplog.text
+    assert "lambda is 1 in step 0: x is noise alone there" in caplog.text
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
