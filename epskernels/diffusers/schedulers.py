@@ -27,10 +27,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
-from .. import scaling
+from .. import scaling, solvers
 from ..guidance import quantile_of_sizes
 from ..ops import as_seeds, normal, step, step_results
-from ..samplers import ancestral, bh_updates, boundary, differences, log_snr
 from ..step_reference import STREAM_STEP
 from ..table import _DEFAULTS, COLUMNS
 
@@ -679,18 +678,30 @@ def _state(f, x):
     return x if x.dtype is f.dtype else x.to(torch.promote_types(x.dtype, f.dtype))
 
 
-def _vp_denoiser(prediction, alpha, sigma):
-    """(d_x, d_f) of x_0 on a variance-preserving path, as diffusers writes it."""
-    zero, one = np.zeros_like(alpha), np.ones_like(alpha)
-    known = {
-        "epsilon": (1 / alpha, -sigma / alpha),
-        "sample": (zero, one),
-        "v_prediction": (alpha + zero, -sigma + zero),
-        "flow_prediction": (one, -sigma + zero),
-    }
+_KNOWN = ("epsilon", "sample", "v_prediction", "flow_prediction")
+
+
+def _output(prediction, alpha, sigma, known=_KNOWN[:3]):
+    """(f_x0, f_eps) of the network's output on a variance-preserving path. Raises ValueError for an unknown prediction."""
     if prediction not in known:
-        raise ValueError(f"prediction_type: expected one of {tuple(known)}, got {prediction!r}")
-    return known[prediction]
+        raise ValueError(f"prediction_type: expected one of {known}, got {prediction!r}")
+    return solvers.model_output(prediction, alpha, sigma)
+
+
+def _x0_of(prediction, alpha, sigma):
+    """(d_x, d_f) of x_0 on a variance-preserving path, as diffusers has it: a flow's x_0 is x - sigma*f on any."""
+    if prediction == "flow_prediction":
+        return np.ones_like(sigma), -sigma
+    return _positive_zeros(solvers.x0_of(*_output(prediction, alpha, sigma, _KNOWN), alpha, sigma))
+
+
+def _eps_of(prediction, alpha, sigma):
+    """(e_x, e_f) of eps on a variance-preserving path."""
+    return _positive_zeros(solvers.eps_of(*_output(prediction, alpha, sigma), alpha, sigma))
+
+
+def _positive_zeros(columns):
+    return tuple(column + 0.0 for column in columns)
 
 
 def _clip(config):
@@ -736,7 +747,7 @@ class _OnAlphas(_Fused):
     def _model(self, options):
         abar = self._abar(self._t())
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
-        return alpha, sigma, *_vp_denoiser(self.config.prediction_type, alpha, sigma)
+        return alpha, sigma, *_x0_of(self.config.prediction_type, alpha, sigma)
 
 
 class _OnTimesteps(_OnAlphas):
@@ -754,15 +765,13 @@ class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
     def _formula(self, options):
         t = self._t()
         abar, abar_prev = self._abar(t), self._abar(np.append(t[1:], -1))
-        alpha_ts = self._ratio(abar, abar_prev)
-        beta = 1 - alpha_ts
+        ratio = self._ratio(abar, abar_prev)
+        beta, sigma = 1 - ratio, np.sqrt(1 - abar)
         d_x, d_f = self._model(options)[2:]
-        small = np.maximum((1 - abar_prev) / (1 - abar) * beta, 1e-20)
+        c_x, c_m0, small = solvers.posterior(np.sqrt(ratio), beta, sigma, np.sqrt(abar_prev), np.sqrt(1 - abar_prev))
+        small = np.maximum(small, 1e-20)
         kind, inside = self.config.variance_type, t > 0
-        columns = {
-            "d_x": d_x, "d_f": d_f, "clip": _clip(self.config), "t": t,
-            "c_m0": np.sqrt(abar_prev) * beta / (1 - abar), "c_x": np.sqrt(alpha_ts) * (1 - abar_prev) / (1 - abar),
-        }  # fmt: skip
+        columns = {"d_x": d_x, "d_f": d_f, "clip": _clip(self.config), "t": t, "c_m0": c_m0, "c_x": c_x}
         if kind in ("learned", "learned_range"):
             columns["c_noise"] = np.ones(len(t))
             if kind == "learned_range":
@@ -808,25 +817,16 @@ class DDIMScheduler(_OnTimesteps, diffusers.DDIMScheduler):
         abar, abar_prev = self._abar(t), self._abar(prev, self.final_alpha_cumprod)
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
         d_x, d_f = self._model(options)[2:]
-        variance = (1 - abar_prev) / (1 - abar) * (1 - self._ratio(abar, abar_prev))
+        ratio, alpha_next, sigma_next = self._ratio(abar, abar_prev), np.sqrt(abar_prev), np.sqrt(1 - abar_prev)
+        _, _, variance = solvers.posterior(np.sqrt(ratio), 1 - ratio, sigma, alpha_next, sigma_next)
         std = eta * np.sqrt(variance)
-        towards = np.sqrt(1 - abar_prev - std**2)
-        columns = {
-            "d_x": d_x,
-            "d_f": d_f,
-            "clip": _clip(self.config),
-            "c_m0": np.sqrt(abar_prev),
-            "c_noise": std,
-            "t": t,
-        }
+        towards = np.sqrt(sigma_next**2 - std**2)  # NaN for an eta that is too large, as in diffusers
+        columns = {"d_x": d_x, "d_f": d_f, "clip": _clip(self.config), "c_noise": std, "t": t}
         if clipped:  # eps from x_0 as clamped
-            columns["c_x"] = towards / sigma
-            columns["c_m0"] = columns["c_m0"] - towards * alpha / sigma
+            columns["c_x"], columns["c_m0"] = solvers.first_order(alpha, sigma, alpha_next, towards)
         else:
-            e_x, e_f = {
-                "epsilon": (0.0, 1.0), "sample": (1 / sigma, -alpha / sigma), "v_prediction": (sigma, alpha),
-            }[self.config.prediction_type]  # fmt: skip
-            columns["c_x"], columns["c_f"] = towards * e_x, towards * e_f
+            e_x, e_f = _eps_of(self.config.prediction_type, alpha, sigma)
+            columns["c_x"], columns["c_f"], columns["c_m0"] = towards * e_x, towards * e_f, alpha_next
         return columns, eta > 0
 
     def step(
@@ -885,15 +885,11 @@ class _OnSigmas(_Fused):
 
     def _output(self, sigma, at=None):
         """(d_x, d_f) of x_0; at: the level that v_prediction takes, where it is not sigma."""
-        zero, one, at = np.zeros_like(sigma), np.ones_like(sigma), sigma if at is None else at
         kind = self.config.prediction_type
-        known = {
-            "epsilon": (one, -sigma), "sample": (zero, one), "original_sample": (zero, one),
-            "v_prediction": (1 / (at**2 + 1), -at / np.sqrt(at**2 + 1)),
-        }  # fmt: skip
-        if kind not in known:
-            raise ValueError(f"prediction_type: expected one of {tuple(known)}, got {kind!r}")
-        return known[kind]
+        kind = "sample" if kind == "original_sample" else kind
+        level = at if at is not None and kind == "v_prediction" else sigma
+        c_in = solvers.preconditioned(level, 1.0)[2]  # the network knows x/sqrt(1 + sigma^2)
+        return _positive_zeros(solvers.x0_of(*_output(kind, c_in, c_in * level), 1.0, level))
 
     def _model(self, options):
         sigma = self._sigmas()[0]
@@ -936,8 +932,9 @@ class _Euler(_OnSigmas):
     def _formula(self, options):
         sigma, hat = self._hat(options)
         d_x, d_f = self._output(hat, sigma)
-        ratio, before = self._sigmas()[1] / hat, np.sqrt(hat**2 - sigma**2)
-        return {"d_x": d_x, "d_f": d_f, "c_x": ratio, "c_m0": 1 - ratio, "before": before, "t": sigma}, before > 0
+        c_x, c_m0 = solvers.first_order(1.0, hat, 1.0, self._sigmas()[1])
+        before = np.sqrt(hat**2 - sigma**2)
+        return {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_m0": c_m0, "before": before, "t": sigma}, before > 0
 
     def _euler(self, f, timestep, x, churn, s_noise, generator, return_dict, seeds, **more):
         _refuse_integers(self, timestep)
@@ -985,12 +982,11 @@ class _Preconditioned:
     """EDM's c_skip and c_out (arXiv 2206.00364, table 1)."""
 
     def _output(self, sigma, at=None):
-        data = self.config.sigma_data
-        root = np.sqrt(sigma**2 + data**2)
+        c_skip, c_out, _ = solvers.preconditioned(sigma, self.config.sigma_data)
         signs = {"epsilon": 1.0, "v_prediction": -1.0}
         if self.config.prediction_type not in signs:
             raise ValueError(f"prediction_type: expected one of {tuple(signs)}, got {self.config.prediction_type!r}")
-        return (data / root) ** 2, signs[self.config.prediction_type] * sigma * data / root
+        return c_skip, signs[self.config.prediction_type] * c_out
 
     def _data_variance(self):
         return self.config.sigma_data**2
@@ -1030,9 +1026,9 @@ class EulerAncestralDiscreteScheduler(_OnSigmas, diffusers.EulerAncestralDiscret
             raise NotImplementedError("prediction_type: 'sample' is not one of EulerAncestralDiscreteScheduler's")
         sigma, sigma_next = self._sigmas()
         d_x, d_f = self._output(sigma)
-        down, up = ancestral(1.0, sigma, 1.0, sigma_next, 1.0)
-        ratio = down / sigma
-        return {"d_x": d_x, "d_f": d_f, "c_x": ratio, "c_m0": 1 - ratio, "c_noise": up, "t": sigma}, True
+        down, up = solvers.ancestral(1.0, sigma, 1.0, sigma_next, 1.0)
+        c_x, c_m0 = solvers.first_order(1.0, sigma, 1.0, down)
+        return {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_m0": c_m0, "c_noise": up, "t": sigma}, True
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
@@ -1066,12 +1062,10 @@ class HeunDiscreteScheduler(_OnSigmas, diffusers.HeunDiscreteScheduler):
         start = np.where(second, np.roll(at, 1), at)  # where the step began
         end = np.where(second, at, after)
         d_x, d_f = self._output(at)
-        ratio, half = end / start, (end - start) / 2
-        columns = {
-            "d_x": d_x, "d_f": d_f, "clip": _clip(self.config), "t": at,
-            "c_x": np.where(second, half / end, ratio), "c_m0": np.where(second, -half / end, 1 - ratio),
-            "c_y": np.where(second, 1 + half / start, 0.0), "c_m1": np.where(second, -half / start, 0.0),
-        }  # fmt: skip
+        first = dict(zip(("c_x", "c_m0"), solvers.first_order(1.0, start, 1.0, end), strict=True))
+        then = dict(zip(("c_y", "c_m1", "c_x", "c_m0"), solvers.trapezoid(start, end), strict=True))
+        columns = {"d_x": d_x, "d_f": d_f, "clip": _clip(self.config), "t": at}
+        columns |= {name: np.where(second, column, first.get(name, 0.0)) for name, column in then.items()}
         return columns, False
 
     def step(self, model_output, timestep, sample, return_dict=True):
@@ -1203,11 +1197,6 @@ class FlowMatchEulerDiscreteScheduler(_Fused, diffusers.FlowMatchEulerDiscreteSc
 # ---- multistep ----
 
 
-def _earlier(h, steps):
-    """The step lengths of so many steps before; NaN where there were none."""
-    return np.concatenate([np.full(min(steps, len(h)), np.nan), h[:-steps]])
-
-
 def _like(m, x):
     return m if m is None or m.dtype is x.dtype else m.to(x.dtype)
 
@@ -1222,10 +1211,10 @@ class _Multistep(_Fused):
         return min(self.lower_order_nums, len(plan) // n - 1) * n + i, i
 
     def _levels(self):
-        """The log SNRs (N + 1,), alphas and sigmas of the schedule, in float64."""
+        """The alphas and sigmas of the schedule, (N + 1,), and the steps' lengths in log SNR, (N,), in float64."""
         sigmas = _double(self.sigmas)
         alpha, sigma = self._alpha_sigma(sigmas)
-        return alpha, sigma, log_snr(alpha, sigma)
+        return alpha, sigma, np.diff(solvers.log_snr(alpha, sigma))
 
     def _alpha_sigma(self, sigmas):
         if self.config.use_flow_sigmas:
@@ -1237,7 +1226,7 @@ class _Multistep(_Fused):
         alpha, sigma = (level[:-1] for level in self._alpha_sigma(_double(self.sigmas)))
         if self.config.prediction_type == "flow_prediction":
             sigma = _double(self.sigmas)[:-1]
-        return _vp_denoiser(self.config.prediction_type, alpha, sigma)
+        return _x0_of(self.config.prediction_type, alpha, sigma)
 
     def _model(self, options):
         alpha, sigma = self._alpha_sigma(_double(self.sigmas)[:-1])
@@ -1248,12 +1237,7 @@ class _Multistep(_Fused):
         if not by_noise:
             return self._denoiser()
         alpha, sigma = (level[:-1] for level in self._alpha_sigma(_double(self.sigmas)))
-        kinds = {
-            "epsilon": (0 * sigma, 1 + 0 * sigma), "sample": (1 / sigma, -alpha / sigma), "v_prediction": (sigma, alpha),
-        }  # fmt: skip
-        if self.config.prediction_type not in kinds:
-            raise ValueError(f"prediction_type: expected one of {tuple(kinds)}, got {self.config.prediction_type!r}")
-        return kinds[self.config.prediction_type]
+        return _eps_of(self.config.prediction_type, alpha, sigma)
 
     def _keep(self, m0):
         """m0 into the history that diffusers keeps too."""
@@ -1275,41 +1259,28 @@ class _Multistep(_Fused):
 class _DPMSolver(_Multistep):
     def _formula(self, options):
         config, n = self.config, self._length()
-        alpha, sigma, at = self._levels()
-        h, none = np.diff(at), np.zeros(n)
-        h1, h2 = _earlier(h, 1), _earlier(h, 2)
-        second, D1, D2 = differences(h, h1, h2)
-        start, end = slice(0, -1), slice(1, None)
+        alpha, sigma, h = self._levels()
         by_noise = config.algorithm_type in ("dpmsolver", "sde-dpmsolver")  # the model's eps is integrated, not its x_0
         sde = config.algorithm_type.startswith("sde")
         if by_noise:
-            E, times = np.expm1(h), 2.0 if sde else 1.0
-            c_x, first = alpha[end] / alpha[start], -times * sigma[end] * E
-            phi = -times * sigma[end] * (E / h - 1)
-            of_D2 = np.full(n, np.nan) if sde else -sigma[end] * ((E - h) / h**2 - 0.5)  # diffusers has no such order
-            noise = sigma[end] * np.sqrt(np.expm1(2 * h))
+            a, b, c = solvers.integrals(sigma[1:], h)
+            c_x = alpha[1:] / alpha[:-1]
+            if sde:
+                a, b, c = 2 * a, 2 * b, np.full(n, np.nan)  # diffusers has no third order
         else:
-            H = 2 * h if sde else h
-            A = -np.expm1(-H)
-            c_x, first = sigma[end] / sigma[start] * (np.exp(-h) if sde else 1.0), alpha[end] * A
-            phi = alpha[end] * (1 - A / H)
-            of_D2 = alpha[end] * ((A / H - 1) / H + (-0.5 if sde else 0.5))  # its sign of 1/2 for the SDE is diffusers'
-            noise = sigma[end] * np.sqrt(-np.expm1(-2 * h))
-        middle = 0.5 * first if config.solver_type == "midpoint" else phi
-        of_order = {
-            1: np.array([first, none, none]),
-            2: np.array([first, none, none]) + middle * second,
-            3: np.array([first, none, none]) + phi * D1 + of_D2 * D2,
-        }
-        if sde and not self._third_order_sde:
-            of_order[3][:] = np.nan
-        weights = [np.select([order == k for k in of_order], list(of_order.values())) for order in self._orders(n)]
+            a, b, c = solvers.integrals(alpha[1:], -2 * h if sde else -h)
+            c_x = sigma[1:] / sigma[:-1] * solvers.decay(h, float(sde))
+            if sde:
+                c = c - alpha[1:] if self._third_order_sde else np.full(n, np.nan)  # diffusers' sign of its 1/2
+        updates = solvers.multistep(h, (a, b, c), config.solver_type)
+        weights = [solvers.of_order(order, updates) for order in self._orders(n)]
         columns = dict(zip(("c_m0", "c_m1", "c_m2"), np.concatenate(weights, axis=1), strict=True))
         levels = len(weights)
         columns |= {
             name: np.tile(column, levels) for name, column in zip(("d_x", "d_f"), self._kept(by_noise), strict=True)
         }
-        columns["c_x"], columns["c_noise"] = np.tile(c_x, levels), np.tile(noise, levels) if sde else 0.0
+        noise = solvers.sde_noise(sigma[1:], h, 1.0, not by_noise) if sde else np.zeros(n)
+        columns["c_x"], columns["c_noise"] = np.tile(c_x, levels), np.tile(noise, levels)
         return columns, sde
 
     _third_order_sde = True
@@ -1393,36 +1364,26 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
 
     def _formula(self, options):
         config, n = self.config, self._length()
-        alpha, sigma, at = self._levels()
-        h = np.diff(at)
-        h1, h2 = _earlier(h, 1), _earlier(h, 2)
-        ratios = [-h1 / h, -(h1 + h2) / h]
-        hh = -h if self.predict_x0 else h
-        scale, other = (alpha, sigma) if self.predict_x0 else (sigma, alpha)
-        A, scale = other[1:] / other[:-1], scale[1:]
-        # To sigma 0 where eps is integrated: 0*inf, whose limit is finite.
-        first = None if self.predict_x0 else np.where(scale == 0, -A * sigma[:-1], -scale * np.expm1(hh))
-        predictors, correctors = bh_updates(hh, ratios, scale, config.solver_order, config.solver_type, first)
+        alpha, sigma, h = self._levels()
+        ends = (alpha, sigma) if self.predict_x0 else (sigma, alpha)  # of what is predicted, and of the other
+        A, first = solvers.first_order(ends[0][:-1], ends[1][:-1], ends[0][1:], ends[1][1:])
+        predictors, correctors = solvers.bh_updates(
+            h, first, ends[0][1:], config.solver_order, config.solver_type, self.predict_x0
+        )
+        completed = {order: weights for order, (weights, _) in correctors.items()}
+        of_next = {order: np.roll(of_next, 1) for order, (_, of_next) in correctors.items()}
         i = np.arange(n)
         left = len(self.timesteps) - i  # fewer where timesteps were cut: diffusers has no order 0
         most = np.minimum(config.solver_order, left) if config.lower_order_final else np.full(n, config.solver_order)
         corrects = ~np.isin(i - 1, list(self.disable_corrector)) & (i > 0)
+        corrects_next = np.append(corrects[1:], False)
         levels = []
         for before in range(config.solver_order + 1):
             order, order_before = np.minimum(most, before + 1), np.minimum(np.roll(most, 1), max(before, 1))
-            P = np.select([order == p for p in predictors], list(predictors.values()))
-            Q = np.select([order == p for p in correctors], [w for w, _ in correctors.values()])
-            Q = np.where(np.append(corrects[1:], False), Q, 0.0)  # nobody reads the others
-            kappa = np.select([order_before == p for p in correctors], [np.roll(k, 1) for _, k in correctors.values()])
-            on = corrects & (before > 0)
-            kappa = np.where(on, A * kappa, 0.0)
-            k = np.append(corrects[1:], False) * A
-            levels.append({
-                "c_x": np.where(on, 0.0, A), "c_y": np.where(on, A, 0.0),
-                "k_x": np.where(on, 0.0, k), "k_y": np.where(on, k, 0.0),
-                "c_m0": kappa + P[0], "c_m1": P[1], "c_m2": P[2],
-                "k_m0": np.where(k != 0, kappa + Q[0], 0.0), "k_m1": Q[1], "k_m2": Q[2],
-            })  # fmt: skip
+            P, Q = solvers.of_order(order, predictors), solvers.of_order(order, completed)
+            Q = np.where(corrects_next, Q, 0.0)  # nobody reads the others
+            of_before = solvers.of_order(order_before, of_next)
+            levels.append(solvers.predictor_corrector(A, P, Q, of_before, corrects & (before > 0), corrects_next))
         columns = {name: np.concatenate([level[name] for level in levels]) for name in levels[0]}
         columns |= {
             name: np.tile(c, len(levels))
@@ -1498,7 +1459,7 @@ class LCMScheduler(_Consistency, diffusers.LCMScheduler):
         t = self._t()
         last = np.arange(len(t)) == self.num_inference_steps - 1
         abar_prev = self._abar(np.append(t[1:], t[-1]))  # of itself, where the schedule ends before num_inference_steps
-        c_skip, c_out = boundary(t * self.config.timestep_scaling)
+        c_skip, c_out = solvers.boundary(t * self.config.timestep_scaling)
         root = np.where(last, 1.0, np.sqrt(abar_prev))
         d_x, d_f = self._model(options)[2:]
         columns = {
@@ -1526,8 +1487,7 @@ class TCDScheduler(_Consistency, diffusers.TCDScheduler):
         # diffusers multiplies in float32, whose floor may be another integer.
         s = np.floor(np.float32(1 - eta) * prev.astype(np.float32)).astype(np.int64)
         abar_s, (alpha, sigma, d_x, d_f) = self._abar(s), self._model(options)
-        k_x = np.sqrt(1 - abar_s) / sigma
-        k_m0 = np.sqrt(abar_s) - k_x * alpha
+        k_x, k_m0 = solvers.first_order(alpha, sigma, np.sqrt(abar_s), np.sqrt(1 - abar_s))
         noisy = (np.arange(len(t)) != self.num_inference_steps - 1) & (eta > 0)
         ratio = np.where(noisy, self._ratio(self._abar(prev), abar_s), 1.0)
         columns = {

@@ -1,0 +1,185 @@
+"""One model call in a step, no history: ddpm, dit, ddim, euler, euler_ancestral, flow_euler."""
+
+import numpy as np
+
+from .. import solvers
+from ..schedule import DiscreteSchedule, FlowSchedule, linear
+from ..table import COLUMNS, PROVENANCE, Table
+from .common import ANY_SCHEDULE, first_order_columns, grid_of, in_space, make_table, number
+
+
+def ddpm(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="epsilon",
+    variance="fixed_small",
+    clip=1.0,
+    guidance=1.0,
+    **grid_options,
+):
+    """Ancestral sampling (DDPM, arXiv 2006.11239, eq. 6-7), and ADM's p_sample with learned variance; ADM-ES.
+
+    schedule: a DiscreteSchedule (its betas are respaced to `steps` as ADM does), FlowSchedule, or a Grid. steps: a count,
+    ADM's section counts or timesteps (DiscreteSchedule.timesteps; spacing and the rest of its options pass through).
+    scaling: lambda_t, an EpsilonScaling or a number; 1 where x is noise alone (scaling.lambdas), as at zero terminal SNR or in
+    the first step of a flow. prediction: one of PREDICTIONS.
+    variance: "fixed_small" (posterior), "fixed_large" (beta), "learned_range" (the model's second half of channels, v,
+    between the two; arXiv 2102.09672, eq. 15). clip: x_0 is held to [-clip, clip]; None for none.
+    guidance: the scale g of fhat = u + g*(f - u). A classifier's gradient, where given to the step, shifts the mean by the
+    variance times it (ADM's condition_mean). Raises ValueError naming the argument.
+    """
+    grid, columns = first_order_columns(
+        schedule, steps, scaling, prediction, clip, guidance, (DiscreteSchedule, FlowSchedule), grid_options
+    )
+    alpha_ts, variance_ts = solvers.chain(grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next)
+    columns["c_x"], columns["c_m0"], small = solvers.posterior(
+        alpha_ts, variance_ts, grid.sigma, grid.alpha_next, grid.sigma_next
+    )
+    inside = np.append(np.ones(len(grid) - 1), 0.0)  # the last step adds no noise
+    # The last posterior variance is 0 where sigma_s is; its neighbour's stands in for its logarithm, as in ADM.
+    stand_in = small.copy()
+    if len(grid) > 1 and small[-1] == 0:
+        stand_in[-1] = small[-2]
+    if variance == "fixed_small":
+        columns["c_noise"], columns["c_grad"] = np.sqrt(small) * inside, small
+        columns["excess"] = small * (inside - 1)
+    elif variance == "fixed_large":
+        large = np.append(variance_ts[:-1], stand_in[-1])
+        columns["c_noise"], columns["c_grad"] = np.sqrt(large) * inside, large
+        columns["excess"] = large * inside - small
+    elif variance == "learned_range":
+        if not (stand_in > 0).all():
+            raise ValueError("variance: 'learned_range' needs at least two steps")
+        columns["c_noise"], columns["c_grad"] = inside, np.ones(len(grid))
+        columns["logvar_min"], columns["logvar_max"] = np.log(stand_in), np.log(variance_ts)
+        columns["excess"] = small * (inside - 1)
+    else:
+        raise ValueError(f"variance: expected 'fixed_small', 'fixed_large' or 'learned_range', got {variance!r}")
+    return make_table("ddpm", grid, columns, grid.initial_sigma)
+
+
+def dit(steps=250, *, scaling=1.0, guidance=4.0, guided_channels=3, T=1000, **options):
+    """DiT's own sampling (arXiv 2212.09748): ddpm on linear betas, respaced as ADM's, learned variance, latents not clamped.
+
+    steps: a count, or ADM's section counts. guidance: the scale of classifier-free guidance, of as many leading channels as
+    guided_channels says, 0 for all; three of the four in its authors' code. options: as in ddpm.
+    """
+    steps = str(steps) if isinstance(steps, (int, np.integer)) else steps
+    options = {"variance": "learned_range", "clip": None} | options
+    table = ddpm(linear(T), steps, scaling=scaling, guidance=guidance, **options)
+    values = {key: table[key] for key in COLUMNS + PROVENANCE} | {"guided_channels": guided_channels}
+    return Table(values, name=f"dit[{len(table)}]", initial_sigma=table.initial_sigma, discrete=True)
+
+
+def ddim(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="epsilon",
+    eta=0.0,
+    direction="scaled",
+    clip=None,
+    guidance=1.0,
+    **grid_options,
+):
+    """DDIM (arXiv 2010.02502, eq. 12), with Epsilon Scaling in either of its two published forms; on a FlowSchedule, Euler.
+
+    eta: 0 deterministic, 1 the posterior's variance. direction: "scaled", where the noise direction is derived again from
+    the scaled and clamped x_0 (ADM-ES, DDIM-ES), or "unscaled", where it is the model's own eps (LDM-ES); lambda does not
+    transfer between the two. A classifier's gradient shifts eps by -sigma_t times it after clamping (ADM's condition_score);
+    not where alpha is 0, and not in the unscaled form. A step ends at the next timestep (diffusers': T//n below its own, which is
+    another with "linspace", and with "trailing" where n does not divide T). The other arguments as in ddpm. Raises ValueError
+    naming the argument.
+    """
+    grid, columns = first_order_columns(
+        schedule, steps, scaling, prediction, clip, guidance, (DiscreteSchedule, FlowSchedule), grid_options
+    )
+    at, after = (grid.alpha, grid.sigma), (grid.alpha_next, grid.sigma_next)
+    _, _, variance = solvers.posterior(*solvers.chain(*at, *after), grid.sigma, *after)
+    eta = number("eta", eta, 0)
+    noise_variance = eta**2 * variance
+    if (noise_variance > grid.sigma_next**2 * (1 + 1e-12)).any():
+        raise ValueError(f"eta: expected no more noise than sigma_s^2, got {eta}")
+    columns["c_noise"] = np.sqrt(noise_variance)
+    towards = solvers.rest(grid.sigma_next, columns["c_noise"])
+    if direction == "scaled":  # eps = (x - alpha*m0)/sigma
+        columns["c_x"], columns["c_m0"] = solvers.first_order(*at, grid.alpha_next, towards)
+        safe_alpha = np.where(grid.alpha == 0, 1.0, grid.alpha)
+        shift = grid.alpha_next * grid.sigma**2 / safe_alpha - towards * grid.sigma
+        columns["c_grad"] = np.where(grid.alpha == 0, 0.0, shift)  # there eps says nothing of x_0
+    elif direction == "unscaled":  # eps = e_x*x + e_f*f, what the model said
+        e_x, e_f = solvers.eps_of(columns["f_x0"], columns["f_eps"], *at)
+        columns["c_x"], columns["c_f"], columns["c_m0"] = towards * e_x, towards * e_f, grid.alpha_next
+    else:
+        raise ValueError(f"direction: expected 'scaled' or 'unscaled', got {direction!r}")
+    return make_table("ddim", grid, columns, grid.initial_sigma)
+
+
+def euler(
+    schedule, steps, *, scaling=1.0, prediction="epsilon", clip=None, guidance=1.0, space="sigma", **grid_options
+):
+    """Euler's method for the probability flow: ddim's update (eta = 0), in either state.
+
+    schedule: any of the three, or a Grid. space: "sigma", the state x_0 + (sigma/alpha)*eps of k-diffusion, of which the network
+    is fed alpha times; or "vp", the state that the network was trained on. The same trajectory, but for that factor.
+    The other arguments as in ddpm. Raises ValueError: "sigma" where alpha is 0.
+    """
+    allowed = ANY_SCHEDULE
+    grid = in_space(grid_of(schedule, steps, allowed, grid_options), space)
+    grid, columns = first_order_columns(grid, len(grid), scaling, prediction, clip, guidance, allowed, {})
+    columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next)
+    return make_table("euler", grid, columns, grid.initial_sigma)
+
+
+def euler_ancestral(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="epsilon",
+    clip=None,
+    guidance=1.0,
+    eta=1.0,
+    S_noise=1.0,
+    space="sigma",
+    **grid_options,
+):
+    """Euler down to sigma_down, then noise up to sigma_s (k-diffusion's euler_ancestral); eta = 1 is the posterior's variance.
+
+    With r = sigma/alpha: up = min(r_s, eta*sqrt(r_s^2*(r_t^2 - r_s^2)/r_t^2)), down^2 = r_s^2 - up^2. Arguments as in euler.
+    """
+    eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
+    allowed = ANY_SCHEDULE
+    grid = in_space(grid_of(schedule, steps, allowed, grid_options), space)
+    grid, columns = first_order_columns(grid, len(grid), scaling, prediction, clip, guidance, allowed, {})
+    down, up = solvers.ancestral(grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next, eta)
+    columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, down)
+    columns["c_noise"], columns["excess"] = S_noise * up, (S_noise**2 - 1) * up**2
+    return make_table("euler_ancestral", grid, columns, grid.initial_sigma)
+
+
+def flow_euler(
+    schedule,
+    steps,
+    *,
+    scaling=1.0,
+    prediction="flow",
+    clip=None,
+    guidance=1.0,
+    stochastic=False,
+    **grid_options,
+):
+    """Rectified flow's sampler: Euler on x_t = (1 - sigma)*x_0 + sigma*eps, or, stochastic, m0 with fresh noise in each step.
+
+    schedule: a FlowSchedule, or a Grid. The other arguments as in ddpm. Raises ValueError naming the argument.
+    """
+    grid, columns = first_order_columns(
+        schedule, steps, scaling, prediction, clip, guidance, (FlowSchedule,), grid_options
+    )
+    keep = np.zeros(len(grid)) if stochastic else grid.sigma_next
+    columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, keep)
+    columns["c_noise"] = solvers.rest(grid.sigma_next, keep)
+    return make_table("flow_euler", grid, columns, grid.initial_sigma)
