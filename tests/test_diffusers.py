@@ -23,7 +23,7 @@ import torch
 
 import epskernels
 from epskernels import diffusers as fused
-from epskernels.diffusers import schedulers
+from epskernels.diffusers import common
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -764,7 +764,7 @@ OWN = {
 @pytest.mark.parametrize("why", OWN)
 @pytest.mark.parametrize("eps_scaling", [1.0, 1.02])
 def test_own_step_is_visible_and_scaled(name, why, eps_scaling, caplog):
-    schedulers._say_of.cache_clear()
+    common.say_of.cache_clear()
     run, said = OWN[why]
     case = EXAMPLES[name]
     ours, theirs = case.ours(eps_scaling), case.theirs()
@@ -865,7 +865,7 @@ NOISE_ALONE = {
 @pytest.mark.parametrize("name", NOISE_ALONE)
 def test_lambda_where_x_is_noise_alone(name, caplog):
     """A zero SNR, or what a scheduler writes for it: x_0 is what the model says, whatever lambda, and lambda is 1."""
-    schedulers._say_of.cache_clear()
+    common.say_of.cache_clear()
     kind, config = getattr(fused, name.strip()), NOISE_ALONE[name]
     scheduler, plain = kind(**config, eps_scaling=1.02), kind(**config)
     for each in (scheduler, plain):

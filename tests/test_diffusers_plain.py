@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import epskernels
 from epskernels import diffusers as fused
 from epskernels import ops
-from epskernels.diffusers import schedulers
+from epskernels.diffusers import common
+from epskernels.diffusers.plan import Plan
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -211,9 +212,7 @@ READS_MORE = ("c_m1", "c_m2", "k_m1", "k_m2", "c_y", "k_y", "logvar_min", "logva
 @pytest.mark.parametrize("name", [*READS_MORE, "before", "c_noise", "c_x", "d_f", "k_x", "k_m0"])
 @pytest.mark.parametrize("value", [0.5, np.nan])
 def test_a_plain_row_reads_x_f_and_the_noise_that_is_drawn(name, value, draws):
-    plan = schedulers.Plan(
-        {"t": np.zeros(2), name: np.array([0.0, value])}, draws, np.ones(2), np.zeros(2), torch.device("cpu")
-    )
+    plan = Plan({"t": np.zeros(2), name: np.array([0.0, value])}, draws, np.ones(2), np.zeros(2), torch.device("cpu"))
     alone = value == 0.5 and name not in (*READS_MORE, "before") and draws == (name == "c_noise")
     assert plan.plain == (None if draws else plan.index[0], plan.index[1] if alone else None)
 
@@ -227,7 +226,7 @@ def test_noise_is_what_diffusers_draws(layout, own, dtype, to):
         "transposed": lambda f: f.transpose(1, 3), "expanded": lambda f: f[:, :, :1].expand(SHAPE),
     }[layout]  # fmt: skip
     f, drawn = change(torch.ones(SHAPE, dtype=dtype)), []
-    for draw in (lambda g: schedulers._draw(f, g, to), lambda g: randn_tensor(f.shape, g, f.device, to)):
+    for draw in (lambda g: common.draw_noise(f, g, to), lambda g: randn_tensor(f.shape, g, f.device, to)):
         torch.manual_seed(5)
         generator = torch.Generator().manual_seed(6) if own else None
         drawn.append((draw(generator), torch.randn(3, generator=generator)))

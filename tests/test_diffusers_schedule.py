@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from epskernels import diffusers as fused
-from epskernels.diffusers import schedulers
+from epskernels.diffusers import common
+from epskernels.diffusers.plan import SCHEDULES
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -240,7 +241,7 @@ def test_what_is_kept_is_bounded():
     assert len(scheduler._seen.schedule.plans.entries) == scheduler._seen.schedule.plans.most
     for steps in range(1, 100):
         scheduler.set_timesteps(steps)
-    assert len(schedulers._schedules.entries) == schedulers._schedules.most
+    assert len(SCHEDULES.entries) == SCHEDULES.most
 
 
 def test_a_plan_made_in_inference_mode_serves_calls_with_gradients():
@@ -426,12 +427,12 @@ def test_levels_of_tokens_broadcast(shape, stochastic):
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "EDMEulerScheduler"])
 def test_a_forgotten_scale_model_input_is_said(name, caplog):
-    schedulers._say_of.cache_clear()
+    common.say_of.cache_clear()
     scheduler, x = made(fused, name), torch.ones(SHAPE)
     scheduler.step(x, scheduler.timesteps[0], x)
     assert "expects scale_model_input to be called" in caplog.text
     caplog.clear()
-    schedulers._say_of.cache_clear()
+    common.say_of.cache_clear()
     scheduler = made(fused, name)
     scheduler.scale_model_input(x, scheduler.timesteps[0])
     scheduler.step(x, scheduler.timesteps[0], x)

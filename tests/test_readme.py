@@ -50,7 +50,7 @@ def test_the_names_of_the_pages_are_there_after_the_import_alone():
     code = f"""
 import functools, sys, epskernels
 late = {{"calibrate", "exposure", "images", "k_diffusion", "models", "quality"}}
-others = {{"diffusers", "matplotlib", "scipy", "epskernels.diffusers.schedulers"}}
+others = {{"diffusers", "matplotlib", "scipy", "epskernels.diffusers.pipelines"}}
 read = {{*others, *(f"epskernels.{{name}}" for name in late)}} & set(sys.modules)
 assert not read, read
 assert late <= set(dir(epskernels)) and {{"step", "__version__"}} <= set(dir(epskernels))

@@ -1,6 +1,6 @@
 """diffusers' schedulers with the step in one launch and Epsilon Scaling in it: see docs/diffusers.md.
 
-The names here are those of `schedulers.py`, which is read when one of them is asked for first. So `import epskernels` costs no
+The names here are those of `pipelines.py`, which is read when one of them is asked for first. So `import epskernels` costs no
 import of diffusers, and yet a saved pipeline, whose files name this package, finds its scheduler: diffusers looks for it among
 the modules that are imported, and imports none itself.
 """
@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .schedulers import *  # noqa: F403
+    from .pipelines import *  # noqa: F403
 
 
-def _schedulers():
+def _pipelines():
     try:
-        return importlib.import_module(f"{__name__}.schedulers")
+        return importlib.import_module(f"{__name__}.pipelines")
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
@@ -24,13 +24,13 @@ def _schedulers():
 
 
 def __getattr__(name):
-    if name.startswith("__") or name not in _schedulers().__all__:  # dunders are what tools ask of every module
+    if name.startswith("__") or name not in _pipelines().__all__:  # dunders are what tools ask of every module
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_schedulers(), name)
+    return getattr(_pipelines(), name)
 
 
 def __dir__():
     try:
-        return sorted({*globals(), *_schedulers().__all__})
+        return sorted({*globals(), *_pipelines().__all__})
     except ImportError:  # help goes on without what an extra brings
         return sorted(globals())

@@ -1,0 +1,235 @@
+"""With the estimates of earlier calls: DPMSolver, EDMDPMSolver, UniPC."""
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import schedulers as theirs
+
+from .. import solvers
+from .common import as_dtype_of, as_float64, eps_of, widest, x0_of
+from .scheduler import Fused
+from .sigmas import OnSigmas, Preconditioned
+
+
+class _Multistep(Fused):
+    """The rows of a step at position i with L calls before it, at most solver_order: row L*N + i."""
+
+    _needs_steps = True
+
+    def _row(self, plan, timestep):
+        (_, i), n = super()._row(plan, timestep), self._length()
+        return min(self.lower_order_nums, len(plan) // n - 1) * n + i, i
+
+    def _levels(self):
+        """The alphas and sigmas of the schedule, (N + 1,), and the steps' lengths in log SNR, (N,), in float64."""
+        sigmas = as_float64(self.sigmas)
+        alpha, sigma = self._alpha_sigma(sigmas)
+        return alpha, sigma, np.diff(solvers.log_snr(alpha, sigma))
+
+    def _alpha_sigma(self, sigmas):
+        if self.config.use_flow_sigmas:
+            return 1 - sigmas, sigmas
+        alpha = 1 / np.sqrt(sigmas**2 + 1)
+        return alpha, sigmas * alpha
+
+    def _denoiser(self):
+        alpha, sigma = (level[:-1] for level in self._alpha_sigma(as_float64(self.sigmas)))
+        if self.config.prediction_type == "flow_prediction":
+            sigma = as_float64(self.sigmas)[:-1]
+        return x0_of(self.config.prediction_type, alpha, sigma)
+
+    def _model(self, options):
+        alpha, sigma = self._alpha_sigma(as_float64(self.sigmas)[:-1])
+        return alpha, sigma, *self._denoiser()
+
+    def _kept(self, by_noise):
+        """(d_x, d_f) of what the history keeps: x_0, or eps where that is integrated."""
+        if not by_noise:
+            return self._denoiser()
+        alpha, sigma = (level[:-1] for level in self._alpha_sigma(as_float64(self.sigmas)))
+        return eps_of(self.config.prediction_type, alpha, sigma)
+
+    def _keep(self, m0):
+        """m0 into the history that diffusers keeps too."""
+        self.model_outputs = [*self.model_outputs[1:], m0]
+        self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
+
+    def _history(self, plan, row, x):
+        count = plan.history[row]
+        if count == 0:
+            return {}
+        m1 = as_dtype_of(self.model_outputs[-1], x)
+        return {"m1": m1} if count == 1 else {"m1": m1, "m2": as_dtype_of(self.model_outputs[-2], x)}
+
+    def _restart(self):
+        super()._restart()
+        self.model_outputs, self.lower_order_nums = [None] * self.config.solver_order, 0
+
+
+class _DPMSolver(_Multistep):
+    def _formula(self, options):
+        config, n = self.config, self._length()
+        alpha, sigma, h = self._levels()
+        by_noise = config.algorithm_type in ("dpmsolver", "sde-dpmsolver")  # the model's eps is integrated, not its x_0
+        sde = config.algorithm_type.startswith("sde")
+        if by_noise:
+            a, b, c = solvers.integrals(sigma[1:], h)
+            c_x = alpha[1:] / alpha[:-1]
+            if sde:
+                a, b, c = 2 * a, 2 * b, np.full(n, np.nan)  # diffusers has no third order
+        else:
+            a, b, c = solvers.integrals(alpha[1:], -2 * h if sde else -h)
+            c_x = sigma[1:] / sigma[:-1] * solvers.decay(h, float(sde))
+            if sde:
+                c = c - alpha[1:] if self._third_order_sde else np.full(n, np.nan)  # diffusers' sign of its 1/2
+        updates = solvers.multistep(h, (a, b, c), config.solver_type)
+        weights = [solvers.of_order(order, updates) for order in self._orders(n)]
+        columns = dict(zip(("c_m0", "c_m1", "c_m2"), np.concatenate(weights, axis=1), strict=True))
+        levels = len(weights)
+        columns |= {
+            name: np.tile(column, levels) for name, column in zip(("d_x", "d_f"), self._kept(by_noise), strict=True)
+        }
+        noise = solvers.sde_noise(sigma[1:], h, 1.0, not by_noise) if sde else np.zeros(n)
+        columns["c_x"], columns["c_noise"] = np.tile(c_x, levels), np.tile(noise, levels)
+        return columns, sde
+
+    _third_order_sde = True
+
+    def _orders(self, n):
+        """diffusers' order of each step, for each number of calls before it."""
+        config, i, steps = self.config, np.arange(n), len(self.timesteps)  # which may have been cut
+        few = steps < 15
+        last = (i == steps - 1) & (
+            config.euler_at_final or (config.lower_order_final and few) or config.final_sigmas_type == "zero"
+        )
+        last_but_one = (i == steps - 2) & bool(config.lower_order_final and few)
+        for before in range(config.solver_order + 1):
+            order = min(config.solver_order, before + 1)
+            yield np.where(last, 1, np.where(last_but_one, min(order, 2), order))
+
+    def _read_config(self):
+        config, by_x0 = self.config, self.config.algorithm_type.endswith("++")
+        learned = getattr(config, "variance_type", None) in ("learned", "learned_range")
+        self._leading = 3 if learned and config.prediction_type == "epsilon" else None  # channels, as diffusers has it
+        self._thresholds, self._bends_eps = config.thresholding and by_x0, config.thresholding and not by_x0
+        self._keeps_output = config.prediction_type == (
+            "sample" if by_x0 else "epsilon"
+        )  # whose dtype is then the state's
+
+    def _dpm(self, f, timestep, x, generator, noise_dtype, return_dict, seeds, **more):
+        plan, row, i, why = entered = self._enter((), f, timestep, x)
+        whole, f = f, f if self._leading is None else f[:, : self._leading]
+        if why is None and self._bends_eps:
+            *_, why = entered = (plan, row, i, "dynamic thresholding of a solver that integrates eps")
+        if why is not None:
+            return self._own(entered, whole, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
+        x = widest(f, x)
+        noise = self._noise(plan, row, f, generator, seeds, more.get("variance_noise"), noise_dtype)
+        dtype = f.dtype if self._keeps_output else x.dtype
+        x, m0 = self._step(plan, row, f, x, dtype, **self._history(plan, row, x), **noise)
+        self._keep(m0)
+        self._step_index += 1
+        return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+
+class DPMSolverMultistepScheduler(_DPMSolver, diffusers.DPMSolverMultistepScheduler):
+    def step(
+        self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True, *, seeds=None
+    ):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        return self._dpm(
+            model_output, timestep, sample, generator, torch.float32, return_dict, seeds, variance_noise=variance_noise
+        )
+
+
+class EDMDPMSolverMultistepScheduler(Preconditioned, _DPMSolver, diffusers.EDMDPMSolverMultistepScheduler):
+    _third_order_sde = False  # diffusers has none here
+
+    def _sigmas(self):
+        return (sigmas := as_float64(self.sigmas))[:-1], sigmas[1:]
+
+    _input_scale = OnSigmas._input_scale
+
+    def _alpha_sigma(self, sigmas):
+        return np.ones_like(sigmas), sigmas
+
+    def _denoiser(self):
+        return self._output(self._sigmas()[0])
+
+    scale_model_input = OnSigmas.scale_model_input
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        return self._dpm(model_output, timestep, sample, generator, None, return_dict, seeds)
+
+
+class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
+    """x is what the predictor made; y carries the part of the corrected state that was known before the model's call."""
+
+    _mixes = False
+    _reads = "predict_x0", "disable_corrector", "solver_p"
+
+    def _read_config(self):
+        self._thresholds = self.config.thresholding and self.predict_x0
+
+    def _formula(self, options):
+        config, n = self.config, self._length()
+        alpha, sigma, h = self._levels()
+        ends = (alpha, sigma) if self.predict_x0 else (sigma, alpha)  # of what is predicted, and of the other
+        A, first = solvers.first_order(ends[0][:-1], ends[1][:-1], ends[0][1:], ends[1][1:])
+        predictors, correctors = solvers.bh_updates(
+            h, first, ends[0][1:], config.solver_order, config.solver_type, self.predict_x0
+        )
+        completed = {order: weights for order, (weights, _) in correctors.items()}
+        of_next = {order: np.roll(of_next, 1) for order, (_, of_next) in correctors.items()}
+        i = np.arange(n)
+        left = len(self.timesteps) - i  # fewer where timesteps were cut: diffusers has no order 0
+        most = np.minimum(config.solver_order, left) if config.lower_order_final else np.full(n, config.solver_order)
+        corrects = ~np.isin(i - 1, list(self.disable_corrector)) & (i > 0)
+        corrects_next = np.append(corrects[1:], False)
+        levels = []
+        for before in range(config.solver_order + 1):
+            order, order_before = np.minimum(most, before + 1), np.minimum(np.roll(most, 1), max(before, 1))
+            P, Q = solvers.of_order(order, predictors), solvers.of_order(order, completed)
+            Q = np.where(corrects_next, Q, 0.0)  # nobody reads the others
+            of_before = solvers.of_order(order_before, of_next)
+            levels.append(solvers.predictor_corrector(A, P, Q, of_before, corrects & (before > 0), corrects_next))
+        columns = {name: np.concatenate([level[name] for level in levels]) for name in levels[0]}
+        columns |= {
+            name: np.tile(c, len(levels))
+            for name, c in zip(("d_x", "d_f"), self._kept(not self.predict_x0), strict=True)
+        }
+        return columns, False
+
+    def _most_steps(self):
+        """By lower_order_final the order of a step is at most the number of timesteps that are left: none where they were cut."""
+        return min(self._length(), len(self.timesteps)) if self.config.lower_order_final else self._length()
+
+    def _check_last_steps(self, plan):
+        n = self._length()
+        row = min(n - 1, self.config.solver_order) * n + n - 1
+        if not (plan.sound[row] or self.solver_p):
+            raise ValueError(
+                f"set_timesteps: expected a last step that has a limit, and one to sigma {float(self.sigmas[-1]):g} with "
+                f"lower_order_final={self.config.lower_order_final} of solver_order {self.config.solver_order} has none: set "
+                "lower_order_final=True"
+            )
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        f = model_output
+        plan, row, i, why = entered = self._enter((), f, timestep, sample)
+        if why is None and self.solver_p is not None:
+            *_, why = entered = (plan, row, i, "solver_p is another scheduler's step")
+        if why is not None:
+            return self._own(entered, f, timestep, sample, return_dict=return_dict)
+        x = widest(f, sample)
+        corrected = {"y": as_dtype_of(self.last_sample, x)} if self.lower_order_nums else {}
+        x, m0, self.last_sample = self._step(plan, row, f, x, **self._history(plan, row, x), **corrected, results=3)
+        self._keep(m0)
+        self._step_index += 1
+        x = as_dtype_of(x, sample)
+        return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+    def _restart(self):
+        super()._restart()
+        self.last_sample = None

@@ -1,0 +1,230 @@
+"""On steps counted from the first, x = x_0 + sigma*eps: Euler, EulerAncestral, Heun, EDMEuler."""
+
+import math
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import schedulers as theirs
+
+from .. import solvers
+from .common import as_dtype_of, as_float64, clip_of, output_of, positive_zeros, refuse_integers, say, widest
+from .scheduler import Fused
+
+
+class OnSigmas(Fused):
+    def _sigmas(self):
+        """sigma at each model call, and where its step ends."""
+        return (sigmas := as_float64(self.sigmas))[:-1], sigmas[1:]
+
+    def _input_scale(self):
+        return (1 / np.sqrt(as_float64(self.sigmas) ** 2 + self._data_variance())).tolist()
+
+    def _data_variance(self):
+        return 1.0
+
+    def scale_model_input(self, sample, timestep):
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        scales, i = self._refresh().schedule.input_scale, self._step_index
+        if i >= len(scales):
+            raise IndexError(f"scale_model_input: expected a step below {len(scales)}, the schedule's, got step {i}")
+        self.is_scale_input_called = True
+        return sample * scales[i]
+
+    def _output(self, sigma, at=None):
+        """(d_x, d_f) of x_0; at: the level that v_prediction takes, where it is not sigma."""
+        kind = self.config.prediction_type
+        kind = "sample" if kind == "original_sample" else kind
+        level = at if at is not None and kind == "v_prediction" else sigma
+        c_in = solvers.preconditioned(level, 1.0)[2]  # the network knows x/sqrt(1 + sigma^2)
+        return positive_zeros(solvers.x0_of(*output_of(kind, c_in, c_in * level), 1.0, level))
+
+    def _model(self, options):
+        sigma = self._sigmas()[0]
+        return np.ones(len(sigma)), sigma, *self._output(sigma)
+
+    def _result(self, x, m0, return_dict):
+        self._step_index += 1
+        return self._output_class(prev_sample=x, pred_original_sample=m0) if return_dict else (x, m0)
+
+
+def _warn_of_unscaled_input(scheduler):
+    if not scheduler.is_scale_input_called:
+        say(scheduler, "expects scale_model_input to be called on what the model is given, before step, and it was not")
+
+
+class _Euler(OnSigmas):
+    """Euler with churn, whose noise the model's estimate sees too: x gets it in an operation of its own."""
+
+    _options = (0.0, 0.0, math.inf)
+
+    def _hat(self, options):
+        s_churn, s_tmin, s_tmax = options
+        sigma = self._sigmas()[0]
+        gamma = np.where((s_tmin <= sigma) & (sigma <= s_tmax), min(s_churn / (len(self.sigmas) - 1), 2**0.5 - 1), 0.0)
+        return sigma, sigma * (gamma + 1)
+
+    def _model(self, options):
+        sigma, hat = self._hat(options)
+        return np.ones(len(sigma)), hat, *self._output(hat, sigma)
+
+    def _formula(self, options):
+        sigma, hat = self._hat(options)
+        d_x, d_f = self._output(hat, sigma)
+        c_x, c_m0 = solvers.first_order(1.0, hat, 1.0, self._sigmas()[1])
+        before = np.sqrt(hat**2 - sigma**2)
+        return {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_m0": c_m0, "before": before, "t": sigma}, before > 0
+
+    def _euler(self, f, timestep, x, churn, s_noise, generator, return_dict, seeds, **more):
+        refuse_integers(self, timestep)
+        _warn_of_unscaled_input(self)
+        plan, i, _, why = entered = self._enter(tuple(float(bound) for bound in churn.values()), f, timestep, x)
+        if more.get("pred_original_sample") is not None:
+            *_, why = entered = (plan, i, i, "pred_original_sample is given")
+            if self.config.eps_scaling != 1:
+                raise ValueError("pred_original_sample: expected None, since it has its own lambda, got a tensor")
+        if why is not None:
+            return self._own(
+                entered, f, timestep, x, seeds, **churn, s_noise=s_noise, generator=generator, return_dict=return_dict,
+                **more,
+            )  # fmt: skip
+        x = widest(f, x)
+        for noise in self._as_tensor(self._noise(plan, i, f, generator, seeds), x, i):
+            x = torch.add(x.float(), noise, alpha=plan.before[i] * s_noise)
+        x, m0 = self._step(plan, i, f, x, f.dtype)
+        return self._result(x, m0, return_dict)
+
+
+class EulerDiscreteScheduler(_Euler, diffusers.EulerDiscreteScheduler):
+    _output_class = theirs.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
+
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        s_churn=0.0,
+        s_tmin=0.0,
+        s_tmax=float("inf"),
+        s_noise=1.0,
+        generator=None,
+        return_dict=True,
+        *,
+        seeds=None,
+    ):
+        """diffusers' step; seeds: (B,), for noise made by the package's generator."""
+        churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax}
+        return self._euler(model_output, timestep, sample, churn, s_noise, generator, return_dict, seeds)
+
+
+class Preconditioned:
+    """EDM's c_skip and c_out (arXiv 2206.00364, table 1)."""
+
+    def _output(self, sigma, at=None):
+        c_skip, c_out, _ = solvers.preconditioned(sigma, self.config.sigma_data)
+        signs = {"epsilon": 1.0, "v_prediction": -1.0}
+        if self.config.prediction_type not in signs:
+            raise ValueError(f"prediction_type: expected one of {tuple(signs)}, got {self.config.prediction_type!r}")
+        return c_skip, signs[self.config.prediction_type] * c_out
+
+    def _data_variance(self):
+        return self.config.sigma_data**2
+
+
+class EDMEulerScheduler(Preconditioned, _Euler, diffusers.EDMEulerScheduler):
+    _output_class = theirs.scheduling_edm_euler.EDMEulerSchedulerOutput
+
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        s_churn=0.0,
+        s_tmin=0.0,
+        s_tmax=float("inf"),
+        s_noise=1.0,
+        generator=None,
+        return_dict=True,
+        pred_original_sample=None,
+        *,
+        seeds=None,
+    ):
+        """diffusers' step; seeds: (B,), for noise made by the package's generator."""
+        churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax}
+        return self._euler(
+            model_output, timestep, sample, churn, s_noise, generator, return_dict, seeds,
+            pred_original_sample=pred_original_sample,
+        )  # fmt: skip
+
+
+class EulerAncestralDiscreteScheduler(OnSigmas, diffusers.EulerAncestralDiscreteScheduler):
+    _output_class = theirs.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
+
+    def _formula(self, options):
+        if self.config.prediction_type == "sample":
+            raise NotImplementedError("prediction_type: 'sample' is not one of EulerAncestralDiscreteScheduler's")
+        sigma, sigma_next = self._sigmas()
+        d_x, d_f = self._output(sigma)
+        down, up = solvers.ancestral(1.0, sigma, 1.0, sigma_next, 1.0)
+        c_x, c_m0 = solvers.first_order(1.0, sigma, 1.0, down)
+        return {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_m0": c_m0, "c_noise": up, "t": sigma}, True
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        refuse_integers(self, timestep)
+        _warn_of_unscaled_input(self)
+        f = model_output
+        plan, i, _, why = entered = self._enter((), f, timestep, sample)
+        if why is not None:
+            return self._own(entered, f, timestep, sample, seeds, generator=generator, return_dict=return_dict)
+        x = widest(f, sample)
+        x, m0 = self._step(plan, i, f, x, f.dtype, **self._noise(plan, i, f, generator, seeds))
+        return self._result(x, m0, return_dict)
+
+
+class HeunDiscreteScheduler(OnSigmas, diffusers.HeunDiscreteScheduler):
+    """Two rows for each step but the last; the second goes on from the state that the first was given, as diffusers does."""
+
+    _output_class = theirs.scheduling_heun_discrete.HeunDiscreteSchedulerOutput
+    _mixes = False
+    _before = None
+
+    def _per_call(self, lambda_t):
+        return np.repeat(lambda_t, 2)[: self._length()]
+
+    def _per_step(self, values):
+        return values[::2]
+
+    def _formula(self, options):
+        at, after = self._sigmas()
+        second = np.arange(len(at)) % 2 == 1
+        start = np.where(second, np.roll(at, 1), at)  # where the step began
+        end = np.where(second, at, after)
+        d_x, d_f = self._output(at)
+        first = dict(zip(("c_x", "c_m0"), solvers.first_order(1.0, start, 1.0, end), strict=True))
+        then = dict(zip(("c_y", "c_m1", "c_x", "c_m0"), solvers.trapezoid(start, end), strict=True))
+        columns = {"d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "t": at}
+        columns |= {name: np.where(second, column, first.get(name, 0.0)) for name, column in then.items()}
+        return columns, False
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        f = model_output
+        plan, i, _, why = entered = self._enter((), f, timestep, sample)
+        if why is not None:
+            return self._own(entered, f, timestep, sample, return_dict=return_dict)
+        x, inputs = widest(f, sample), {}
+        if not self.state_in_first_order:
+            inputs = {"y": as_dtype_of(self.sample, x), "m1": as_dtype_of(self._before, x)}
+        elif i % 2:
+            raise ValueError(f"timestep: {timestep} begins at the second half of a step, whose first half did not run")
+        next_x, m0 = self._step(plan, i, f, x, **inputs)
+        if inputs:
+            self.prev_derivative = self.dt = self.sample = self._before = None
+        else:  # dt is what state_in_first_order looks at
+            self.dt, self.sample, self._before = plan.columns["t"][i], x, m0
+        return self._result(next_x, m0, return_dict)
+
+    def _restart(self):
+        super()._restart()
+        self.prev_derivative = self.dt = self.sample = self._before = None

@@ -1,0 +1,156 @@
+"""On alphas_cumprod at the timesteps: DDPM, DDIM."""
+
+import diffusers
+import numpy as np
+from diffusers import schedulers as theirs
+
+from .. import solvers
+from .common import as_float64, clip_of, eps_of, widest, x0_of
+from .scheduler import FLOAT32, Fused
+
+
+class OnAlphas(Fused):
+    """Of alphas_cumprod at the timesteps."""
+
+    _tensors = "timesteps", "alphas_cumprod"
+
+    def _length(self):
+        return len(self.timesteps)
+
+    def _lambda_steps(self, rows):
+        """Timesteps that are left of those that set_timesteps made keep their lambda."""
+        known = {t: i for i, t in enumerate(self._scheduled)}
+        places = [known.get(t) for t in self._host()]
+        if None in places or len(set(places)) < rows:
+            return np.arange(rows), rows
+        return np.array(places), len(self._scheduled)
+
+    def _t(self):
+        return np.asarray(self._host(), dtype=np.int64)
+
+    def _abar(self, t, beyond=1.0):
+        """alphas_cumprod at t; `beyond` where t < 0, NaN above what there is."""
+        abar = as_float64(self.alphas_cumprod)
+        inside = abar[np.clip(t, 0, len(abar) - 1)]
+        return np.where(t < 0, float(beyond), np.where(t < len(abar), inside, np.nan))
+
+    def _ratio(self, a, b):
+        """a/b as diffusers rounds it: near t = 0, one minus it has few digits, and lambda 1 promises diffusers' numbers."""
+        if self.alphas_cumprod.dtype is not FLOAT32:
+            return a / b
+        return (a.astype(np.float32) / b.astype(np.float32)).astype(np.float64)
+
+    def _model(self, options):
+        abar = self._abar(self._t())
+        alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+        return alpha, sigma, *x0_of(self.config.prediction_type, alpha, sigma)
+
+
+class _OnTimesteps(OnAlphas):
+    _counts = False
+
+    def _row(self, plan, timestep):
+        return (self._place(timestep),) * 2
+
+
+class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
+    def _read_config(self):
+        super()._read_config()
+        self._configured = self.config.variance_type
+
+    def _formula(self, options):
+        t = self._t()
+        abar, abar_prev = self._abar(t), self._abar(np.append(t[1:], -1))
+        ratio = self._ratio(abar, abar_prev)
+        beta, sigma = 1 - ratio, np.sqrt(1 - abar)
+        d_x, d_f = self._model(options)[2:]
+        c_x, c_m0, small = solvers.posterior(np.sqrt(ratio), beta, sigma, np.sqrt(abar_prev), np.sqrt(1 - abar_prev))
+        small = np.maximum(small, 1e-20)
+        kind, inside = self.config.variance_type, t > 0
+        columns = {"d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "t": t, "c_m0": c_m0, "c_x": c_x}
+        if kind in ("learned", "learned_range"):
+            columns["c_noise"] = np.ones(len(t))
+            if kind == "learned_range":
+                columns["logvar_min"], columns["logvar_max"] = np.log(small) * inside, np.log(beta) * inside
+        else:
+            variance = {"fixed_large": beta, "fixed_large_log": np.log(beta)}
+            columns["c_noise"] = np.sqrt(variance.get(kind, small))  # any other is fixed_small to diffusers
+        columns["c_noise"] = np.where(inside, columns["c_noise"], 0.0)
+        return columns, inside
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        f, x, v = model_output, sample, None
+        learned = self.variance_type in ("learned", "learned_range")
+        results = None
+        if not learned and self.variance_type == self._configured:
+            results = self._plain(f, timestep, x, generator, seeds, 2)
+        if results is None:
+            plan, i, _, why = entered = self._enter((), f, timestep, x)
+            if why is None and self.variance_type != self._configured:
+                *_, why = entered = (plan, i, i, "variance_type is not its configuration's")
+            if why is not None:
+                return self._own(entered, f, timestep, x, seeds, generator=generator, return_dict=return_dict)
+            if learned and f.shape[1] == 2 * x.shape[1]:
+                f, v = f.split(x.shape[1], dim=1)
+            x = widest(f, x)
+            noise = self._noise(plan, i, f, generator, seeds)
+            if v is not None and self.variance_type == "learned":  # its root scales the noise before the launch
+                noise, v = [("noise", v.sqrt() * z) for z in self._as_tensor(noise, x, i)], None
+            results = self._step(plan, i, f, x, v=v, **dict(noise))
+        return theirs.scheduling_ddpm.DDPMSchedulerOutput(*results) if return_dict else results
+
+
+class DDIMScheduler(_OnTimesteps, diffusers.DDIMScheduler):
+    _options = (0.0, False)
+    _tensors = "timesteps", "alphas_cumprod", "final_alpha_cumprod"
+    _needs_steps = True
+
+    def _formula(self, options):
+        eta, clipped = options
+        t = self._t()
+        prev = t - self.config.num_train_timesteps // (self.num_inference_steps or 1)
+        abar, abar_prev = self._abar(t), self._abar(prev, self.final_alpha_cumprod)
+        alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+        d_x, d_f = self._model(options)[2:]
+        ratio, alpha_next, sigma_next = self._ratio(abar, abar_prev), np.sqrt(abar_prev), np.sqrt(1 - abar_prev)
+        _, _, variance = solvers.posterior(np.sqrt(ratio), 1 - ratio, sigma, alpha_next, sigma_next)
+        std = eta * np.sqrt(variance)
+        towards = np.sqrt(sigma_next**2 - std**2)  # NaN for an eta that is too large, as in diffusers
+        columns = {"d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "c_noise": std, "t": t}
+        if clipped:  # eps from x_0 as clamped
+            columns["c_x"], columns["c_m0"] = solvers.first_order(alpha, sigma, alpha_next, towards)
+        else:
+            e_x, e_f = eps_of(self.config.prediction_type, alpha, sigma)
+            columns["c_x"], columns["c_f"], columns["c_m0"] = towards * e_x, towards * e_f, alpha_next
+        return columns, eta > 0
+
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        eta=0.0,
+        use_clipped_model_output=False,
+        generator=None,
+        variance_noise=None,
+        return_dict=True,
+        *,
+        seeds=None,
+    ):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        options = (float(eta), bool(use_clipped_model_output))
+        plan, i, _, why = entered = self._enter(options, model_output, timestep, sample)
+        if why is not None:
+            return self._own(
+                entered, model_output, timestep, sample, seeds, eta=eta, use_clipped_model_output=use_clipped_model_output,
+                generator=generator, variance_noise=variance_noise, return_dict=return_dict,
+            )  # fmt: skip
+        if eta > 0 and variance_noise is not None and generator is not None:
+            raise ValueError("generator, variance_noise: expected one of them, got both")
+        x = widest(model_output, sample)
+        noise = self._noise(plan, i, model_output, generator, seeds, variance_noise)
+        x, m0 = self._step(plan, i, model_output, x, **noise)
+        if not return_dict:
+            return x, m0
+        return theirs.scheduling_ddim.DDIMSchedulerOutput(prev_sample=x, pred_original_sample=m0)
