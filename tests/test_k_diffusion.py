@@ -428,7 +428,7 @@ def never(x, sigma):
         ("euler", {"x": torch.zeros(0, 3)}, "x: expected .B, ..... .* not empty, got torch.float32 .0, 3."),
         ("euler", {"x": [1.0]}, "x: expected .B, ..... .*got list"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_bad_arguments(name, options, message):
     given = {"x": torch.zeros(SHAPE), "sigmas": torch.tensor(EDM), **options}
