@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: build sample test sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report quality \
+.PHONY: build sample test lint sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report quality \
 	quality-report quality-quick train clean another-torch
 
 build: $(READY)
@@ -56,6 +56,10 @@ sample: $(READY)
 # Each worker on one thread; modules whose fixtures are expensive stay on one worker (xdist_group).
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/sanitize.sh
