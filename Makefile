@@ -32,8 +32,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/schemas.py $(wildcard csrc/*)
 
-.PHONY: build sample test test-deep sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report quality \
-	quality-report quality-quick train clean another-torch
+.PHONY: build sample test test-deep lint sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report \
+	quality quality-report quality-quick train clean another-torch
 
 build: $(READY)
 
@@ -60,6 +60,10 @@ test: $(READY)
 # Kills, races, damage, full disks and torchrun, at length (some two hours); `make test` runs them shortly.
 test-deep: test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/test_campaigns.py damage=30000 race=1000 full=50 kill=180 ranks=16 torchrun=300
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/sanitize.sh
@@ -88,8 +92,8 @@ bench-compare: $(READY)
 report: $(READY)
 	$(BIN)/python benchmarks/report.py $(RUN)
 
-# Three models with and without Epsilon Scaling (docs/exposure.md): all of it, going on from runs/exposure; the page and the README's
-# table; and one row again, which must lie in the table's intervals.
+# Three models with and without Epsilon Scaling (docs/exposure.md): all of it, going on from runs/exposure; what that found moved
+# into experiments/results, the page and the README's table; and one row again, which must lie in the table's intervals.
 quality: $(READY)
 	$(BIN)/python experiments/exposure.py run --minutes $(MINUTES)
 

@@ -7,9 +7,9 @@
     python experiments/exposure.py report                # docs/exposure/*.svg; the tables of docs/exposure.md and README.md
 
 For each setting (model, sampler, steps): lambda_t by norms, and b by trials of the Frechet distance over one set of seeds; the
-distances in the table are of another. Some settings try other shapes of lambda_t too, b is their mean. Samples are kept in
-files, a chunk of seeds each, so that a run can stop at any time. The results, experiments/results, are computed again
-from those; the trials and tables that they hold are not made again.
+distances in the table are of another. Some settings try other shapes of lambda_t too, b is their mean. A run can stop at any
+time: it keeps samples in files, a chunk of seeds each, and what it found in a file for each setting. `report` moves the
+latter into experiments/results, one file for each model. What the results hold is not made again.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import time
 
 import filelock
 import numpy as np
+import records
 import torch
 from subjects import SUBJECTS
 
@@ -45,6 +46,7 @@ CALLS = (10, 20, 50, 100)
 LONG = {"digits_edm": [("ddpm", 1000)], "power": [("ddpm", 1000), ("ddim", 1000)]}
 # Settings that compare shapes, and norms matched with feedback.
 SHAPED = {("ddpm", 10), ("ddim", 10), ("edm_euler", 10)}
+FEEDBACK = {"norm-matched": False, "with feedback": True}  # of `calibrate.match_norms`
 # lambda_t - 1 along the chain, i from 0 at the cleanest step to 1 at the noisiest; scaled to a mean of 1, times b - 1.
 SHAPES = {
     "uniform": np.ones_like,
@@ -73,18 +75,29 @@ def trial_steps(steps):
 
 
 class Setting:
-    """A model, a sampler and a number of steps: what is known of them, and how to know more. row: of the results, or None."""
+    """A model, a sampler and a number of steps: what is known of them, and how to know more."""
 
-    def __init__(self, subject, name, steps, row=None, deadline=float("inf")):
+    def __init__(self, subject, name, steps, deadline=float("inf")):
         self.subject, self.name, self.steps, self.deadline = subject, name, steps, deadline
         self.title = f"{name}-{steps}"
-        self.row = {} if row is None else row
         self.skip = steps // 4  # cleanest steps that the fits leave out: the paper's 5 of 20
         compares = (name, steps) in SHAPED
-        self.shapes, self.feedback = (SHAPES, (False, True)) if compares else (("uniform",), (False,))
-        self.folder, self.results = CACHE / subject.name / self.title, RESULTS / subject.name
-        for folder in (self.folder, self.results):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.shapes, self.matches = (SHAPES, tuple(FEEDBACK)) if compares else (("uniform",), ("norm-matched",))
+        self.folder = CACHE / subject.name / self.title
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def row(self):
+        """What is known, as `records` says. Read at the first use: `run` holds the setting's lock by then."""
+        fresh = {"sampler": self.name, "steps": self.steps, "calls": len(self.sampler(1.0)),
+                 "trials": {shape: {} for shape in self.shapes}, "norms": {}, "exposure": {}}  # fmt: skip
+        return known_rows(self.subject).get((self.name, self.steps), fresh)
+
+    def keep(self, **found):
+        """Puts that into the row, and the row into the setting's file."""
+        self.row.update(records.rounded(found))
+        with lock(self.subject):
+            records.write(self.folder / "row.json", about(self.subject), [self.row])
 
     def sampler(self, s):
         return self.subject.samplers[self.name](self.steps, s)
@@ -101,33 +114,26 @@ class Setting:
     def _calibration(self):
         return torch.from_numpy(self.subject.real()[:CALIBRATION])
 
-    def matched(self, feedback=False):
-        """lambda_t by norms, kept as a file of its own."""
-        path = self._matched_path(feedback)
-        if not path.exists():
+    def matched(self, name):
+        """lambda_t by norms, (steps,) numbers."""
+        if name not in self.row["norms"]:
             found = calibrate.match_norms(
-                self._call, self.sampler, self._calibration, feedback=feedback, seed=SELECT_SEED
+                self._call, self.sampler, self._calibration, feedback=FEEDBACK[name], seed=SELECT_SEED
             )
-            s = found.scaling("array", self.skip)
-            s.save(path, sampler=self.title, images=CALIBRATION, feedback=feedback, lambda_t=found.lambda_t.tolist(),
-                   standard_error=found.standard_error.tolist())  # fmt: skip
-        return scaling.load(path)
-
-    def _matched_path(self, feedback):
-        return self.results / f"{self.title}-{'feedback' if feedback else 'lambda'}.json"
+            new = {"lambda_t": found.lambda_t.tolist(), "standard_error": found.standard_error.tolist()}
+            self.keep(norms=self.row["norms"] | {name: new})
+        return self.row["norms"][name]["lambda_t"]
 
     def measured(self, label, s):
         """The exposure bias with a scaling."""
-        path, table = self.results / f"{self.title}-{label}.json", self.sampler(s)
-        if path.exists():
-            found = exposure.Exposure.load(path)
-            if np.array_equal(found.lambda_t, table["lambda_t"]):  # b may have been another
-                return found
-        state = self.folder / f"exposure-{label}-{file_label(s, self.steps)}.npz"
-        found = exposure.measure(self._call, table, self._calibration, seed=2 * SELECT_SEED, state=state)
-        found.save(path)
-        state.unlink(missing_ok=True)
-        return found
+        table, known = self.sampler(s), self.row["exposure"]
+        lambda_t = table["lambda_t"].tolist()
+        if label not in known or known[label]["rows"]["lambda_t"] != lambda_t:  # b may have been another
+            state = self.folder / f"exposure-{label}-{file_label(s, self.steps)}.npz"
+            found = exposure.measure(self._call, table, self._calibration, seed=2 * SELECT_SEED, state=state)
+            self.keep(exposure=known | {label: records.of_exposure(found)})
+            state.unlink(missing_ok=True)
+        return records.to_exposure(self.row["exposure"][label])
 
     def features(self, s, first, count, compute=True):
         """(count, D) features of the samples of seeds first, first + 1, ...; None where they are not all there."""
@@ -149,14 +155,16 @@ class Setting:
 
     def trials(self, real, shape="uniform", compute=True):
         """({b: Frechet distance of the selection's samples}, whether all trials are there)."""
-        found = {float(b): distance for b, distance in self.row.get("trials", {}).get(shape, {}).items()}
+        found = {float(b): distance for b, distance in self.row["trials"].get(shape, {}).items()}
 
-        def there(b):
+        def tried(b):
             if b not in found:
-                features = self.features(shaped(shape, b, self.steps), SELECT_SEED, self.subject.trial, compute)
-                if features is None:
+                if not compute:
                     return False
-                found[b] = quality.frechet(real, features)
+                features = self.features(shaped(shape, b, self.steps), SELECT_SEED, self.subject.trial)
+                found[b] = records.rounded(quality.frechet(real, features))
+                new = {f"{b:g}": found[b] for b in sorted(found)}
+                self.keep(trials=self.row["trials"] | {shape: new})
             return True
 
         best = 1.0
@@ -164,7 +172,7 @@ class Setting:
             moved = True
             while moved:
                 near = [b for b in (best, round(best - step, 5), round(best + step, 5)) if LIMITS[0] <= b <= LIMITS[1]]
-                if not all(there(b) for b in near):
+                if not all(tried(b) for b in near):
                     return found, False
                 lower = min(near, key=found.get)
                 best, moved = lower, lower != best
@@ -178,12 +186,12 @@ class Setting:
             if not complete:
                 return None
             found[shape] = shaped(shape, min(trials, key=trials.get), self.steps)
-        if not compute and not all(self._matched_path(feedback).exists() for feedback in self.feedback):
+        if not compute and not all(name in self.row["norms"] for name in self.matches):
             return None
-        found["norm-matched"], notes = self.matched()
-        if True in self.feedback:
-            found["with feedback"], _ = self.matched(True)
-        line = calibrate.fit(notes["lambda_t"], "linear", self.skip)
+        for name in self.matches:
+            kept = self.matched(name)[: self.steps - self.skip]
+            found[name] = scaling.array(kept + [1.0] * self.skip, origin="noisiest")
+        line = calibrate.fit(self.matched("norm-matched"), "linear", self.skip)
         if self.steps <= 20 and (line(np.arange(self.steps)) > 0).all():  # no lambda otherwise
             found["fit to norms"] = line.scaling
         return found
@@ -192,42 +200,21 @@ class Setting:
         """All that the row of so many samples needs."""
         self.measured("baseline", scaling.constant(1.0))
         candidates = self.candidates(real)
-        if str(samples) not in self.tables(candidates):
+        lambda_t = lambdas(candidates, self.steps)
+        if self.row.get("lambda") != lambda_t:
+            self.keep(**{"lambda": lambda_t, "tables": {}})
+        if str(samples) not in self.row["tables"]:
             for start in range(0, samples, STRIDE):  # all candidates come as far before one goes on
                 for s in candidates.values():
                     self.features(s, REPORT_SEED + start, min(STRIDE, samples))
+            sets = {name: self.features(s, REPORT_SEED, samples) for name, s in candidates.items()}
+            new = {
+                name: {measure: [e.value, e.low, e.high] for measure, e in each.items()}
+                for name, each in quality.compare(real, sets, resamples=RESAMPLES).items()
+            }
+            self.keep(tables=self.row["tables"] | {str(samples): new})
         for name in ("uniform", "norm-matched"):
             self.measured(name, candidates[name])
-
-    def tables(self, candidates):
-        """Those of the results, where they are of the same candidates."""
-        same = self.row.get("lambda") == lambdas(candidates, self.steps)
-        return dict(self.row["tables"]) if same else {}
-
-    def result(self, real):
-        """The row: from what is in the cache, and from the row before."""
-        trials = {shape: self.trials(real, shape, compute=False)[0] for shape in self.shapes}
-        candidates = self.candidates(real, compute=False)
-        if not any(trials.values()):
-            return None
-        row = {"sampler": self.name, "steps": self.steps, "calls": len(self.sampler(1.0))}
-        row["trials"] = {shape: {f"{b:g}": found[b] for b in sorted(found)} for shape, found in trials.items()}
-        if candidates is None:
-            return {**self.row, **row}
-        row["lambda"] = lambdas(candidates, self.steps)
-        row["matched"] = matched = self.matched()[1]["lambda_t"]  # the cleanest steps too
-        row["fits"] = {kind: {"coefficients": found.coefficients, "r2": found.r2 if np.isfinite(found.r2) else None}
-                       for kind in calibrate.FITS for found in [calibrate.fit(matched, kind, self.skip)]}  # fmt: skip
-        row["tables"] = self.tables(candidates)
-        for count in ROUNDS:
-            if str(count) not in row["tables"]:
-                sets = {name: self.features(s, REPORT_SEED, count, compute=False) for name, s in candidates.items()}
-                if all(features is not None for features in sets.values()):
-                    found = quality.compare(real, sets, resamples=RESAMPLES)
-                    row["tables"][str(count)] = {
-                        name: {key: [e.value, e.low, e.high] for key, e in each.items()} for name, each in found.items()
-                    }
-        return row
 
 
 def lambdas(candidates, steps):
@@ -254,11 +241,10 @@ def real_features(subject):
     return subject.features(subject.real())
 
 
-def settings(subject, rows=(), deadline=float("inf")):
+def settings(subject, deadline=float("inf")):
     """All of a model's, in the order of the work."""
-    known = {(row["sampler"], row["steps"]): row for row in rows}
     chains = [(name, steps_of(name, calls)) for calls in CALLS for name in subject.samplers]
-    return [Setting(subject, *chain, known.get(chain), deadline) for chain in chains + LONG.get(subject.name, [])]
+    return [Setting(subject, *chain, deadline) for chain in chains + LONG.get(subject.name, [])]
 
 
 def steps_of(name, calls):
@@ -270,16 +256,37 @@ def results_path(subject):
     return RESULTS / f"{subject.name}.json"
 
 
+@functools.cache
+def lock(subject):
+    """Of the results, and of what runs have kept beside them."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(CACHE / f"{subject.name}.lock")
+
+
+def kept_paths(subject):
+    """The settings' files that are not in the results yet, of the same weights, seeds and data as now."""
+    paths = sorted((CACHE / subject.name).glob("*/row.json"))
+    return [path for path in paths if records.read(path, about(subject))]
+
+
 def known_rows(subject):
-    """The rows of the results, where their numbers can be compared with those of now: of another processor's too."""
-    path = results_path(subject)
-    if not path.exists():
-        return []
-    saved, now = json.loads(path.read_text()), about(subject)
-    noise, noise_now = saved["about"]["noise"], now["noise"]
-    same = {**saved["about"], "noise": None} == {**now, "noise": None} and noise.keys() == noise_now.keys()
-    same = same and all(np.allclose(noise[key], noise_now[key], rtol=1e-4) for key in noise)
-    return saved["rows"] if same else []
+    """{(sampler, steps): row} of the results, and in their place those that runs have kept since."""
+    with lock(subject):
+        paths = [path for path in (results_path(subject), *kept_paths(subject)) if path.exists()]
+        rows = [row for path in paths for row in records.read(path, about(subject))]
+    return {(row["sampler"], row["steps"]): row for row in rows}
+
+
+def fold(subject):
+    """Moves what runs have kept into the results, all of it or nothing."""
+    with lock(subject):
+        if not (kept := kept_paths(subject)):
+            return
+        rows = known_rows(subject)
+        ordered = [rows[key] for s in settings(subject) if (key := (s.name, s.steps)) in rows]
+        records.write(results_path(subject), about(subject), ordered)
+        for path in kept:
+            path.unlink()
 
 
 @functools.cache
@@ -291,18 +298,9 @@ def about(subject):
     noise = epskernels.normal(range(len(others)), subject.shape).numpy()
     floor = {f"{size:g}": quality.frechet(first, subject.features(others + size * noise)) for size in (0, 0.02, 0.05)}
     weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in subject.weights}
-    return {"weights": weights, "select": [SELECT_SEED, subject.trial], "report": REPORT_SEED, "resamples": RESAMPLES,
-            "noise": {"sets": [len(first), len(others)], **floor}}  # fmt: skip
-
-
-def write_results(subject):
-    """From the cache and the results so far; what other runs have added to those is kept."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(CACHE / f"{subject.name}.lock"):
-        rows = [row for s in settings(subject, known_rows(subject)) if (row := s.result(real_features(subject)))]
-        versions = {"torch": torch.__version__, "epskernels": epskernels.__version__}
-        text = json.dumps({"about": about(subject), **versions, "rows": rows}, indent=1, allow_nan=False) + "\n"
-        write_whole(results_path(subject), lambda file: file.write(text.encode()))
+    found = {"weights": weights, "select": [SELECT_SEED, subject.trial], "report": REPORT_SEED, "resamples": RESAMPLES,
+             "noise": {"sets": [len(first), len(others)], **floor}}  # fmt: skip
+    return records.rounded(found)
 
 
 def run(minutes, subjects):
@@ -310,29 +308,27 @@ def run(minutes, subjects):
     try:
         for samples in ROUNDS:
             for subject in subjects:
-                for setting in settings(subject, known_rows(subject), deadline):
+                for setting in settings(subject, deadline):
                     try:
                         with filelock.FileLock(setting.folder / "lock", blocking=False):
                             print(f"{subject.name}, {setting.title}, {samples} samples", flush=True)
                             setting.work(real_features(subject), samples)
-                            write_results(subject)
                     except filelock.Timeout:
                         continue  # another run is at it
     except OutOfTime:
         print("out of time", flush=True)
-        write_results(subject)
 
 
 def status(subjects):
     for subject in subjects:
-        for setting in settings(subject, known_rows(subject)):
+        for setting in settings(subject):
             candidates = setting.candidates(real_features(subject), compute=False)
             if candidates is None:
                 said = f"{len(setting.trials(real_features(subject), compute=False)[0])} trials"
             else:
-                there = {name: sum(setting.features(s, start, CHUNK, compute=False) is not None
-                                   for start in range(0, ROUNDS[-1], CHUNK)) for name, s in candidates.items()}  # fmt: skip
-                said = ", ".join(f"{name} {CHUNK * count}" for name, count in there.items())
+                made = {name: sum(setting.features(s, start, CHUNK, compute=False) is not None
+                                  for start in range(0, ROUNDS[-1], CHUNK)) for name, s in candidates.items()}  # fmt: skip
+                said = ", ".join(f"{name} {CHUNK * count}" for name, count in made.items())
             tables = ", ".join(setting.row.get("tables", [])) or "none"
             print(f"{subject.name}, {setting.title}: {said}; tables: {tables}")
 
@@ -341,9 +337,8 @@ def quick():
     """One row again, nothing read from the cache: the distances and their difference must lie in the table's intervals."""
     subject, name, steps, count = QUICK
     subject = SUBJECTS[subject]()
-    row = next(row for row in known_rows(subject) if (row["sampler"], row["steps"]) == (name, steps))
-    table, b = row["tables"][str(count)], row["lambda"]["uniform"]
     setting, started, sets = Setting(subject, name, steps), time.monotonic(), {}
+    table, b = setting.row["tables"][str(count)], setting.row["lambda"]["uniform"]
     for key, value in (("baseline", 1.0), ("uniform", b)):
         seeds = range(REPORT_SEED, REPORT_SEED + count)
         stored = [setting.sample(value, seeds[start : start + CHUNK]) for start in range(0, count, CHUNK)]
@@ -373,10 +368,10 @@ def main():
     if args.command == "report":
         from exposure_report import report
 
+        for subject in subjects:
+            fold(subject)
         found = {s.name: results_path(s) for s in subjects}
-        return report(
-            {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}, RESULTS, ROOT
-        )
+        return report({name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}, ROOT)
     return {"status": lambda: status(subjects), "quick": quick}[args.command]()
 
 

@@ -2,8 +2,10 @@
 
 import matplotlib
 import numpy as np
+import records
 
-from epskernels.exposure import Exposure, figures
+from epskernels import calibrate
+from epskernels.exposure import figures
 
 BEGIN, END = "<!-- measured: written by `make quality-report` -->\n", "<!-- end of measured -->"
 KINDS = ("baseline", "uniform", "norm-matched")  # whose exposure bias is measured
@@ -160,13 +162,13 @@ def trials(rows):
 
 def fits(rows):
     def cells(row):
-        matched = row["matched"]
+        matched = row["norms"]["norm-matched"]["lambda_t"]  # the cleanest steps too
         yield ", ".join(f"{matched[i]:.4f}" for i in (0, len(matched) // 2, -2, -1))
-        k, b = row["fits"]["linear"]["coefficients"]
+        line, curve = (calibrate.fit(matched, kind, row["steps"] // 4) for kind in ("linear", "quadratic"))
+        k, b = line.coefficients
         yield f"{k:.5f}, {b:.4f}"
-        for kind in ("linear", "quadratic"):
-            r2 = row["fits"][kind]["r2"]
-            yield "" if r2 is None else f"{r2:.2f}"
+        for found in (line, curve):
+            yield "" if np.isnan(found.r2) else f"{found.r2:.2f}"
 
     head = (
         "sampler, T'",
@@ -175,7 +177,7 @@ def fits(rows):
         "its R^2",
         "quadratic's",
     )
-    return table(head, ([title(row), *cells(row)] for row in rows if "matched" in row))
+    return table(head, ([title(row), *cells(row)] for row in rows if "norm-matched" in row["norms"]))
 
 
 def bias(measured):
@@ -232,15 +234,14 @@ def draw(name, rows, measured, path):
         figure.savefig(path, metadata={"Date": None})
 
 
-def section(subject, saved, results, folder):
+def section(subject, saved, folder):
     """A model's part of the page."""
     rows, about = saved["rows"], saved["about"]
     measured = {}
     for row in rows:
         for kind in KINDS:
-            path = results / subject / f"{row['sampler']}-{row['steps']}-{kind}.json"
-            if path.exists() and not (kind == "uniform" and row.get("lambda", {}).get("uniform") == 1):
-                measured[row["sampler"], row["steps"], kind] = Exposure.load(path)
+            if kind in row["exposure"] and not (kind == "uniform" and row.get("lambda", {}).get("uniform") == 1):
+                measured[row["sampler"], row["steps"], kind] = records.to_exposure(row["exposure"][kind])
     names = {}
     for name in dict.fromkeys(row["sampler"] for row in rows):
         names[name] = folder / f"{subject}-{name}.svg"
@@ -274,12 +275,12 @@ def replace(path, parts):
     print(f"wrote {path}")
 
 
-def report(saved, results, root):
+def report(saved, root):
     folder = root / "docs" / "exposure"
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.svg"):
         old.unlink()
-    sections = [part for subject, each in saved.items() for part in section(subject, each, results, folder)]
+    sections = [part for subject, each in saved.items() for part in section(subject, each, folder)]
     replace(root / "docs" / "exposure.md", sections)
     overviews = [f"{subject}:\n\n" + "\n".join(overview(each["rows"])) for subject, each in saved.items()]
     replace(root / "README.md", overviews)
