@@ -19,9 +19,10 @@ import torch
 from tqdm.auto import tqdm
 
 from . import scaling
-from .exposure import apply_row, batches, call_model, epsilon_norm, figures, noised, save_figure
+from .exposure import batches, epsilon_norm, figures, noised, save_figure
 from .files import check_writable, read_object, reading, write_whole
 from .ops import as_seeds, normal
+from .trajectory import Trajectory
 
 FITS = {"constant": 0, "linear": 1, "quadratic": 2}
 
@@ -183,32 +184,32 @@ def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, pro
     device = table.device
     firsts = np.cumsum([seed] + [len(x_0) for x_0 in data])[:-1]
     seeds = [torch.arange(first, first + len(x_0), device=device) for first, x_0 in zip(firsts, data, strict=True)]
-    states = [noised(table, 0, x_0, s) for x_0, s in zip(data, seeds, strict=True)]
-    kept = [((None, None), None) for _ in data]  # (m1, m2) and y of each batch
+    runs = [Trajectory(table, noised(table, 0, x_0, s)) for x_0, s in zip(data, seeds, strict=True)]
     steps, alone = step_of_row.max() + 1, _noise_alone(table)
     lambda_t, errors, training, sampling = np.ones(steps), np.zeros(steps), np.zeros(steps), np.zeros(steps)
     for i in tqdm(range(len(table)), desc=f"{table.name}, norms", disable=not progress):
         n = step_of_row[i]
-        outputs = [call_model(model, table, i, x) for x in states]
+        outputs = [run.call(model, i) for run in runs]
         if i == 0 or step_of_row[i - 1] != n:
-            there = [epsilon_norm(table, i, x, output) for x, output in zip(states, outputs, strict=True)]
-            here = []
+            sampling_norms = [epsilon_norm(table, i, run.x, output) for run, output in zip(runs, outputs, strict=True)]
+            training_norms = []
             for x_0, s in zip(data, seeds, strict=True):
-                x = noised(table, i, x_0, s)
-                here.append(epsilon_norm(table, i, x, call_model(model, table, i, x)))
-            here, there = torch.cat(here).cpu().numpy(), torch.cat(there).cpu().numpy()
-            training[n], sampling[n] = here.mean(), there.mean()
+                exact = Trajectory(table, noised(table, i, x_0, s))
+                training_norms.append(epsilon_norm(table, i, exact.x, exact.call(model, i)))
+            training_norms, sampling_norms = (
+                torch.cat(norms).cpu().numpy() for norms in (training_norms, sampling_norms)
+            )
+            training[n], sampling[n] = training_norms.mean(), sampling_norms.mean()
             if not (np.isfinite(training[n]) and np.isfinite(sampling[n]) and training[n] > 0 and sampling[n] > 0):
                 raise ValueError(f"model: norms of eps at step {n} are {sampling[n]} sampling, {training[n]} training")
             ratio = sampling[n] / training[n]
             if not alone[i]:
                 lambda_t[n] = ratio
-            errors[n] = (there - ratio * here).std(ddof=1) / training[n] / math.sqrt(count)
+            errors[n] = (sampling_norms - ratio * training_norms).std(ddof=1) / training[n] / math.sqrt(count)
         scaled = sampler(scaling.array(lambda_t, origin="noisiest")) if feedback else table
-        for b, output in enumerate(outputs):
-            history, y = kept[b]
-            states[b], m0, y = apply_row(scaled, scaled.rows, i, states[b], output, seeds[b], history, y)
-            kept[b] = ((m0, history[0]) if table.history else history, y)
+        for run, output, s in zip(runs, outputs, seeds, strict=True):
+            run.rows = scaled
+            run.step(i, *output, seeds=s)
     return Matched(table.name, count, lambda_t, errors, training, sampling)
 
 
@@ -374,12 +375,10 @@ def learn(model, sampler, loss, seeds, shape, *, form="array", rounds=30, rate=3
     for _ in tqdm(range(rounds), desc=f"{table.name}, gradient", disable=not progress):
         lambda_t = 1 + basis @ weights
         rows = table.scaled_rows(torch.where(alone, 1.0, lambda_t[of_row]))
-        x, history, y = table.initial_sigma * normal(seeds, shape), (None, None), None
+        run = Trajectory(table, table.initial_sigma * normal(seeds, shape), rows=rows)
         for row in range(len(table)):
-            output = call_model(model, table, row, x)
-            x, m0, y = apply_row(table, rows, row, x, output, seeds, history, y)
-            history = (m0, history[0]) if table.history else history
-        value = loss(x)
+            run.step(row, *run.call(model, row), seeds=seeds)
+        value = loss(run.x)
         if not torch.isfinite(value):
             raise ValueError(
                 f"loss: expected a finite number, got {value.item()} in round {len(losses)}; rate is {rate}"

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .files import check_writable, read_object, reading, write_whole
-from .ops import moments, normal, step
-from .sample import _outputs
+from .ops import moments, normal
 from .table import check_one_sampler, denoising_rows
+from .trajectory import Trajectory
 
 FORMAT = 1
 PARTS = ("training", "chain", "samples")
@@ -340,24 +340,6 @@ def _save_state(path, settings, run, digest):
     write_whole(pathlib.Path(path), lambda file: np.savez(file, **arrays))
 
 
-def call_model(model, table, i, x):
-    """f, u and v of row i's model call for the state x."""
-    kind = torch.int64 if table.discrete else torch.float32
-    t = torch.full((len(x),), table["t"][i], dtype=kind, device=x.device)
-    c_in = table["c_in"][i]
-    return _outputs(model(x if c_in == 1 else c_in * x, t), x, table)
-
-
-def apply_row(table, rows, i, x, output, seeds, history, y=None, exact=False):
-    """(x', m0, y') of row i, for f, u and v of `call_model`. rows: the table's, or its `scaled_rows`. history: m1 and m2. y' is
-    None where there is no second state; exact: the rows are of `_Run`, which leave it out."""
-    f, u, v = output
-    inputs = {"u": u, "v": v, "m1": history[0], "m2": history[1], "seeds": seeds if table.needs_noise else None}
-    if table.second_state and not exact:
-        return step(x, f, rows, i, **inputs, y=y, return_y=True)
-    return *step(x, f, rows, i, **inputs, return_m0=True), None
-
-
 def noised(table, i, x_0, seeds):
     """Real images (B, *shape) as the model sees them in training at row i, on the table's device; seeds: of the noise."""
     eps = normal(seeds, x_0.shape[1:], stream=STREAM_DATA)
@@ -427,13 +409,12 @@ class _Run:
 
     def _training(self, x_0, eps, seeds):
         """Every row from an exact state, all of an image with the same noise; history is then the m0 of the rows before."""
-        table, history = self.table, (None, None)
-        elements = x_0[0].numel()
+        table, elements = self.table, x_0[0].numel()
+        exact = Trajectory(table, x_0, rows=self.rows, second_state=False)
         for i in range(len(table)):
-            x = table["alpha_in"][i] * x_0 + table["sigma_in"][i] * eps
-            output = call_model(self.model, table, i, x)
-            x_next, m0, _ = apply_row(table, self.rows, i, x, output, seeds, history, exact=True)
-            history = (m0, history[0]) if table.history else history
+            x = exact.x = table["alpha_in"][i] * x_0 + table["sigma_in"][i] * eps
+            output = exact.call(self.model, i)
+            m0 = exact.step(i, *output, seeds=seeds)
             error = m0 - x_0
             scalars = [
                 epsilon_norm(table, i, x, output), moments(error)[:, 1] / elements, moments(error * eps)[:, 0] / elements,
@@ -442,17 +423,17 @@ class _Run:
             self.scalars["training"].add(i, torch.stack(scalars, 1).cpu())
             self.pixels["error"].add(i, error)
             if self.rows is table.rows:
-                self.pixels["single"].add(i, x_next.double() - table["alpha_out"][i] * x_0.double())
+                self.pixels["single"].add(i, exact.x.double() - table["alpha_out"][i] * x_0.double())
 
     def _chain(self, part, x, seeds, x_0=None):
-        table, history, y = self.table, (None, None), None
+        table, chain = self.table, Trajectory(self.table, x, rows=self.table.rows)
         for i in range(len(table)):
-            output = call_model(self.model, table, i, x)
-            self.scalars[part].add(i, (epsilon_norm(table, i, x, output) / table["lambda_t"][i])[:, None].cpu())
-            x, m0, y = apply_row(table, table.rows, i, x, output, seeds, history, y)
-            history = (m0, history[0]) if table.history else history
+            output = chain.call(self.model, i)
+            norm = epsilon_norm(table, i, chain.x, output)
+            self.scalars[part].add(i, (norm / table["lambda_t"][i])[:, None].cpu())
+            chain.step(i, *output, seeds=seeds)
             if x_0 is not None:
-                self.pixels["chain"].add(i, x.double() - table["alpha_out"][i] * x_0.double())
+                self.pixels["chain"].add(i, chain.x.double() - table["alpha_out"][i] * x_0.double())
 
     def _noise(self, i, v, elements, seeds):
         """s^2, the mean over each sample of the learned variance; 1 without."""

@@ -11,9 +11,10 @@ import warnings
 import torch
 
 from .checks import DTYPES
-from .ops import as_seeds, normal, step
-from .sample import _outputs, check_callables, f_and_u
+from .ops import as_seeds, normal
+from .sample import check_callables
 from .table import check_one_sampler
+from .trajectory import Trajectory, f_and_u, outputs
 
 
 class GraphedSampler:
@@ -64,8 +65,7 @@ class GraphedSampler:
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
         self._index = torch.zeros((), dtype=torch.int64, device=device)
         self._x = torch.zeros(batch, *shape, dtype=dtype, device=device)
-        self._history = [torch.zeros_like(self._x) for _ in range(table.history)]  # m1, m2
-        self._y = torch.zeros_like(self._x) if table.second_state else None
+        self._run = Trajectory(table, self._x, rows=table.rows, in_place=True)
         self._model_input = torch.zeros(copies * batch, *shape, dtype=model_dtype or dtype, device=device)
         self._lock, self._graph = threading.Lock(), None
         self.why_not = None if device.type == "cuda" else f"the table is on {device}, and CUDA graphs need a GPU"
@@ -121,7 +121,7 @@ class GraphedSampler:
         for half in self._model_input.split(len(self._x)):
             half.copy_(first)
 
-    def _row(self, index, t, m0):
+    def _row(self, index, t):
         """One model call and one step, in place."""
         output = self.model(self._model_input, t)
         if self.doubled:
@@ -130,31 +130,23 @@ class GraphedSampler:
                 got = "a pair" if beside is not None else tuple(both.shape)
                 raise ValueError(f"model: expected it to return (2B, ...), u and f in one, as doubled says, got {got}")
             u, f = both.chunk(2)
-            f, _, v = _outputs(f, self._x, self.table)
-            u = _outputs(u, self._x, self.table)[0]
+            f, _, v = outputs(f, self._x, self.table)
+            u = outputs(u, self._x, self.table)[0]
         else:
-            f, u, v = _outputs(output, self._x, self.table)
-        m1, m2 = (*self._history, None, None)[:2]
-        seeds = self._seeds if self.table.needs_noise else None
-        step(
-            self._x, f, self.table.rows, index, u=u, v=v, m1=m1, m2=m2, y=self._y, seeds=seeds,
-            out=self._x, m0=m0, y_out=self._y, model_input=self._model_input,
-        )  # fmt: skip
+            f, u, v = outputs(output, self._x, self.table)
+        self._run.step(index, f, u, v, seeds=self._seeds, model_input=self._model_input)
 
     def _loop(self):
         self._begin()
         for i, index in enumerate(self.table.row_index):
-            self._row(index, self._timestep_rows[i], self._history[-1] if self._history else None)
-            self._history = self._history[-1:] + self._history[:-1]  # what was written last is m1
+            self._row(index, self._timestep_rows[i])
 
     def _next_row(self):
-        oldest = self._history[-1] if self._history else None
-        self._row(self._index, self._timesteps.index_select(0, self._index.reshape(1))[0], oldest)
-        if len(self._history) == 2:  # the tensors of a graph cannot change places, but their contents can
-            m1, m2 = self._history
-            newest = m2.clone()
-            m2.copy_(m1)
-            m1.copy_(newest)
+        before = self._run.m
+        self._row(self._index, self._timesteps.index_select(0, self._index.reshape(1))[0])
+        for tensor, value in zip(before, [m.clone() for m in self._run.m] if len(before) > 1 else (), strict=False):
+            tensor.copy_(value)  # the tensors of a graph cannot change places, but their contents can
+        self._run.m = before
         self._index.add_(1)
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from .checks import DTYPES
 from .ops import as_seeds, step
 from .schedule import KarrasSchedule
 from .table import COLUMNS, denoising_rows
+from .trajectory import Trajectory
 
 
 class _Levels(KarrasSchedule):
@@ -112,25 +113,24 @@ class _Sampling:
         return *kept, coefficients
 
     def run(self, model, x, extra_args, callback, disable):
-        x, m1, m2 = self.begin(x), None, None
+        trajectory = Trajectory(self.table, self.begin(x))
         for i in tqdm(range(len(self.rows)), disable=disable):
             for row in self.rows[i]:
+                x, trajectory.rows = trajectory.x, self.coefficients
                 f = _check_output(model(x, x.new_full((len(x),), self.table["t"][row]), **extra_args), x)
-                state, coefficients = x, self.coefficients
-                tells = callback is not None and row == self.rows[i][0]
+                state, tells = x, callback is not None and row == self.rows[i][0]
                 if tells:
-                    state, f, coefficients = self.tell(callback, i, row, x, f)
+                    state, f, trajectory.rows = self.tell(callback, i, row, x, f)
                 if not self.moves[i]:
                     self.noise(x, i, False, self.noisy.any())
                     continue
+                trajectory.x = state
                 noise = self.noise_of_row(x, i, row)
-                index = self.table.row_index[row]
-                x_next, m0 = step(state, f, coefficients, index, m1=m1, m2=m2, **noise, return_m0=True)
+                trajectory.step(self.table.row_index[row], f, **noise, returns_m0=False)
                 if tells and self.edm:
                     written = x - state  # by the callback: the slope is followed from there
-                    x_next, m0 = x_next + written, m0 + written
-                x, m1, m2 = x_next, m0, m1
-        return x
+                    trajectory.x, trajectory.m = trajectory.x + written, [m + written for m in trajectory.m]
+        return trajectory.x
 
 
 def _run(

@@ -8,8 +8,9 @@ from torch.compiler import is_dynamo_compiling
 from tqdm.auto import tqdm
 
 from .checks import DTYPES
-from .ops import as_seeds, normal, step
+from .ops import as_seeds, normal
 from .table import check_one_sampler, describe
+from .trajectory import Trajectory, outputs
 
 
 @torch.no_grad()
@@ -60,24 +61,16 @@ def sample(
     if x.shape != (len(seeds), *shape):
         raise ValueError(f"start: expected shape {(len(seeds), *shape)}, got {tuple(x.shape)}")
     x = x.to(dtype)
-    m1 = m2 = y = None
+    trajectory = Trajectory(table, x)
     rows = range(len(table))
     for i in rows if is_dynamo_compiling() else tqdm(rows, desc=table.name, disable=not progress):
-        t, c_in = timesteps[i].expand(x.shape[0]), table.calls[i][1]
-        f, u, v = _outputs(model(x if c_in == 1 else c_in * x, t), x, table)
+        x, t, c_in = trajectory.x, timesteps[i].expand(len(seeds)), table.calls[i][1]
+        f, u, v = outputs(model(x if c_in == 1 else c_in * x, t), x, table)
         grad = None if cond_fn is None else _gradient(cond_fn(x, t)).to(dtype)
-        inputs = {"u": u, "v": v, "grad": grad, "m1": m1, "m2": m2, "seeds": seeds if table.needs_noise else None}
-        if table.history == 0 and callback is None and not table.second_state:
-            x = step(x, f, table, i, **inputs)
-            continue
-        if table.second_state:
-            x, m0, y = step(x, f, table, i, **inputs, y=y, return_y=True)
-        else:
-            x, m0 = step(x, f, table, i, **inputs, return_m0=True)
-        m1, m2 = m0 if table.history > 0 else None, m1 if table.history > 1 else None
+        m0 = trajectory.step(i, f, u, v, grad=grad, seeds=seeds, returns_m0=callback is not None)
         if callback is not None:
-            callback(i, x, m0)
-    return x
+            callback(i, trajectory.x, m0)
+    return trajectory.x
 
 
 def check_callables(**functions):
@@ -87,36 +80,10 @@ def check_callables(**functions):
             raise TypeError(f"{name}: expected a callable, got {describe(function)}")
 
 
-def f_and_u(output):
-    """f, and u or None, of what a model returned: a tensor, a pair of them, or what has the tensor as `.sample`."""
-    pair = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
-    f, u = (part if isinstance(part, torch.Tensor) else getattr(part, "sample", part) for part in pair)
-    if isinstance(f, torch.Tensor) and (u is None or isinstance(u, torch.Tensor)):
-        return f, u
-    raise TypeError(
-        f"model: expected it to return a tensor f, a pair (f, u), or what has f as .sample, got {describe(output)}"
-    )
-
-
 def _gradient(value):
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"cond_fn: expected it to return a tensor, as x, got {describe(value)}")
     return value
-
-
-def _outputs(output, x, table):
-    """f, u and v of what the model returned."""
-    f, u = f_and_u(output)
-    doubled = f.dim() > 1 and x.dim() > 1 and f.shape[1] == 2 * x.shape[1]
-    if table.learned_variance and not doubled:
-        raise ValueError(
-            f"model: {table.name} needs the learned variance, twice the channels of x {tuple(x.shape)}, "
-            f"got {tuple(f.shape)}"
-        )
-    if not doubled:
-        return f, u, None
-    f, v = f.chunk(2, dim=1)
-    return f, u if u is None else u.chunk(2, dim=1)[0], v if table.learned_variance else None
 
 
 def pfgmpp_prior(seeds, shape, sigma_max, D, *, device=None):

@@ -26,8 +26,8 @@ from collections.abc import Mapping
 import torch
 
 import epskernels
-from epskernels.sample import f_and_u
 from epskernels.table import COLUMNS
+from epskernels.trajectory import f_and_u
 
 T, C_IN = COLUMNS.index("t"), COLUMNS.index("c_in")
 
