@@ -1,7 +1,7 @@
 """k-diffusion's samplers by its own signatures, with Epsilon Scaling: sample_euler(model, x, sigmas, ...), and so on.
 
 model(x, sigma, **extra_args): any denoiser of x = x_0 + sigma*eps; a flow's is refused where that can be told.
-sigmas: (N + 1,) for N steps; they must not rise. Every table is that of samplers.py there; an update is one launch.
+sigmas: (N + 1,) for N steps; they must not rise. Every table is that of `samplers` there; an update is one launch.
 eps_scaling: lambda, in any form that scaling.as_scaling takes: denoised' = x - (x - denoised)/lambda. Above sigma 900 x
 is noise alone, and lambda is 1. seeds: (B,), for noise made in the kernel. Without them the noise comes from
 noise_sampler(sigma, sigma_next), by default torch.randn_like, also where k-diffusion has a Brownian tree.
