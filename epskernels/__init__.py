@@ -7,8 +7,9 @@ from . import diffusers, samplers, scaling, schedule
 from .graphed import GraphedSampler
 from .guidance import dynamic_threshold, guidance_rescale
 from .ops import as_seeds, moments, normal, step, use_backend
+from .published_settings import published
 from .sample import pfgmpp_prior, sample
-from .scaling import EpsilonScaling, published
+from .scaling import EpsilonScaling
 from .table import Table, concat
 
 __version__ = "0.1.0"

@@ -261,6 +261,8 @@ def _named(text):
         raise ValueError(
             f"expected 'SYSTEM/DATASET/STEPS', or with '/KIND', or a file that ends in .json, got {text!r}"
         )
+    from .published_settings import published  # which is made of this module's schedules
+
     try:
         return published(parts[0], parts[1], int(parts[2]), *parts[3:])
     except KeyError as error:
@@ -315,80 +317,3 @@ def scale(d_x, d_f, alpha, lambda_t):
     """(d_x, d_f) of m0 = d_x*x + d_f*f with eps -> eps/lambda_t: x0' = (1 - 1/lambda_t)*x/alpha + x0/lambda_t. For arrays or
     tensors."""
     return d_x / lambda_t + (1 - 1 / lambda_t) / alpha, d_f / lambda_t
-
-
-# ---- the published settings (FIDs: baseline, then with Epsilon Scaling) ----
-
-_ADM_DATASETS = ("CIFAR-10", "LSUN tower 64", "FFHQ 128", "ImageNet 64", "ImageNet 128")
-_ADM_UNIFORM = {
-    100: ((1.017, 3.37, 2.17), (1.006, 3.59, 2.91), (1.005, 14.52, 6.77), (1.006, 2.71, 2.39), (1.004, 3.55, 3.37)),
-    50: ((1.017, 4.43, 2.49), (1.007, 7.28, 3.68), (1.007, 26.15, 9.50), (1.006, 3.75, 3.07), (1.004, 5.15, 4.33)),
-    20: ((1.017, 10.36, 5.15), (1.011, 23.92, 8.22), (1.008, 59.35, 26.14), (1.006, 10.96, 7.52), (1.005, 12.48, 9.95)),
-}
-_ADM_LINEAR_20 = (
-    (0.0025, 1.0, 10.36, 4.31), (0.0008, 1.0034, 23.92, 7.60), (0.0004, 1.0042, 59.35, 24.83),
-    (0.0002, 1.0041, 10.96, 7.37), (0.00022, 1.00291, 12.48, 9.86),
-)  # fmt: skip
-_EDM = {  # NFE: (conditional, solver) -> (b, baseline, scaled)
-    35: {(False, "heun"): (1.0005, 1.97, 1.95), (False, "euler"): (1.0034, 3.81, 2.80),
-         (True, "heun"): (1.0006, 1.82, 1.80), (True, "euler"): (1.0035, 3.74, 2.59)},
-    21: {(False, "heun"): (0.9985, 2.33, 2.24), (False, "euler"): (1.0043, 6.29, 4.32),
-         (True, "heun"): (0.9983, 2.17, 2.08), (True, "euler"): (1.0045, 5.91, 3.74)},
-    13: {(False, "heun"): (1.0060, 7.16, 6.54), (False, "euler"): (1.0048, 12.28, 8.39),
-         (True, "heun"): (1.0070, 6.69, 6.16), (True, "euler"): (1.0051, 10.66, 6.59)},
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """One published setting: its FIDs without and with scaling (None where the source gives none)."""
-
-    scaling: EpsilonScaling
-    fid_baseline: float | None
-    fid_scaled: float | None
-
-
-def _settings():
-    settings = {}
-
-    def add(key, scaling, baseline, scaled):
-        source = "published for " + ", ".join(str(part) for part in key)
-        _, _, calls, kind = key
-        steps = (calls + 1) // 2 if kind == "heun" else calls  # of Heun's, the last has one call
-        settings[key] = Published(dataclasses.replace(scaling, source=source, steps=steps), baseline, scaled)
-
-    for steps, row in _ADM_UNIFORM.items():
-        for dataset, (b, baseline, scaled) in zip(_ADM_DATASETS, row, strict=True):
-            add(("ADM", dataset, steps, "uniform"), constant(b), baseline, scaled)
-    for dataset, (k, b, baseline, scaled) in zip(_ADM_DATASETS, _ADM_LINEAR_20, strict=True):
-        add(("ADM", dataset, 20, "linear"), linear(k, b, origin="cleanest"), baseline, scaled)
-    for nfe, cells in _EDM.items():
-        for (conditional, solver), (b, baseline, scaled) in cells.items():
-            dataset = "CIFAR-10 conditional" if conditional else "CIFAR-10"
-            add(("EDM", dataset, nfe, solver), constant(b), baseline, scaled)
-    add(("DDIM", "CelebA", 100, "uniform"), constant(1.0012), None, None)
-    return settings
-
-
-SETTINGS = _settings()
-
-
-def published_setting(system, dataset, steps, kind=None):
-    """The Published setting of `published`, with its FIDs."""
-    if kind is None:
-        kind = "heun" if system == "EDM" else "uniform"
-    key = (system, dataset, steps, kind)
-    if key not in SETTINGS:
-        known = "; ".join(", ".join(str(part) for part in k) for k in SETTINGS)
-        raise KeyError(f"no published setting {key}; known (system, dataset, steps, kind): {known}")
-    return SETTINGS[key]
-
-
-def published(system, dataset, steps, kind=None):
-    """The lambda that the authors report (arXiv 2308.15321; for DDIM, the README of their code).
-
-    system: "ADM", "EDM" or "DDIM". dataset: as the paper names it. steps: T' respaced steps; for EDM the NFE.
-    kind: "uniform" or "linear" (ADM, 20 steps); for EDM the solver, "heun" or "euler". Default: uniform, heun.
-    Raises KeyError, listing what exists, for any other.
-    """
-    return published_setting(system, dataset, steps, kind).scaling

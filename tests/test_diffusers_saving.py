@@ -114,7 +114,7 @@ FORMS = {
     "linear": {"k": 0.01, "b": 1.0},
     "published": "ADM/CIFAR-10/20/linear",
     "EpsilonScaling": scaling.exponential(0.01, 1.0, origin="cleanest"),
-    "of published": scaling.published("EDM", "CIFAR-10", 35),
+    "of published": epskernels.published("EDM", "CIFAR-10", 35),
 }
 
 

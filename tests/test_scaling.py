@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from epskernels import published, samplers, scaling, schedule
-from epskernels.scaling import SETTINGS, published_setting
+from epskernels.published_settings import SETTINGS, published_setting
 
 STEPS = [1, 2, 7, 100]
 
