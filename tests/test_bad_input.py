@@ -1140,7 +1140,7 @@ BAD_CONSTRUCTORS = {
     "lambda: array too short": (
         lambda: samplers.ddim(LINEAR, 5, scaling=scaling.array([1.0, 1.1], origin="noisiest")),
         ValueError,
-        "lambda: expected one value for each of 5 steps, got 2",
+        "scaling: expected one value for each of 5 steps, got 2",
     ),
     "lambda: empty array": (
         lambda: scaling.array([], origin="noisiest"),
@@ -1159,12 +1159,12 @@ BAD_CONSTRUCTORS = {
     ),
     "scaling: a string": (
         lambda: samplers.ddim(LINEAR, 5, scaling="1.005"),
-        TypeError,
-        "scaling: expected an EpsilonScaling or a number, got str",
+        ValueError,
+        "scaling: expected .SYSTEM/DATASET/STEPS., .* got .1.005.",
     ),
     "scaling: True": (lambda: samplers.ddim(LINEAR, 5, scaling=True), TypeError, "scaling: expected .* got bool"),
-    "scaling: NaN": (lambda: samplers.ddim(LINEAR, 5, scaling=np.nan), ValueError, "b: expected a finite .* got nan"),
-    "scaling: -1": (lambda: samplers.ddim(LINEAR, 5, scaling=-1), ValueError, "lambda: expected .* above 0, got -1"),
+    "scaling: NaN": (lambda: samplers.ddim(LINEAR, 5, scaling=np.nan), ValueError, "scaling: expected a finite .* got nan"),
+    "scaling: -1": (lambda: samplers.ddim(LINEAR, 5, scaling=-1), ValueError, "scaling: expected .* above 0, got -1"),
     "published: unknown": (
         lambda: epskernels.published("ADM", "CIFAR-10", 7),
         KeyError,
@@ -1241,8 +1241,8 @@ for name, sampler in samplers.SAMPLERS.items():
         ("clip", np.nan, ValueError, "clip: expected a value above 0, or None, got nan"),
         ("guidance", np.nan, ValueError, "guidance: expected a finite value, got nan"),
         ("guidance", np.inf, ValueError, "guidance: expected a finite value, got inf"),
-        ("scaling", 0.0, ValueError, "lambda: expected a value above 0, got 0"),
-        ("scaling", None, TypeError, "scaling: expected an EpsilonScaling or a number, got NoneType"),
+        ("scaling", 0.0, ValueError, "scaling: expected a value above 0, got 0"),
+        ("scaling", None, TypeError, "scaling: expected a number, numbers .*, got NoneType"),
     ):
         BAD_CONSTRUCTORS[f"{name}: {argument} {value}"] = (
             lambda sampler=sampler, path=path, argument=argument, value=value: sampler(path, 5, **{argument: value}),
@@ -1278,7 +1278,7 @@ for name, sampler in samplers.SAMPLERS.items():
             scaling=scaling.array([1.01] * 5, origin="noisiest"),
         ),
         ValueError,
-        r"lambda: expected 1 where x is noise alone \(step 0\), got 1.01",
+        r"scaling: expected 1 where x is noise alone \(step 0\), got 1.01",
     )
 
 BAD_CONSTRUCTORS |= {
