@@ -125,15 +125,15 @@ def log_snr(alpha, sigma):
         return np.log(alpha) - np.log(sigma)
 
 
-def integrals(front, z):
+def integrals(scale_next, z):
     """(a, b, c): the weights of m0 and of its first two derivatives over a step.
 
-    x_0 integrated (DPM-Solver++, arXiv 2211.01095; its SDE): front = alpha_next, z = -(1 + eta)*h. eps (DPM-Solver,
-    arXiv 2206.00927): front = sigma_next, z = h. Finite where x_0 is and h infinite.
+    x_0 integrated (DPM-Solver++, arXiv 2211.01095; its SDE): scale_next = alpha_next, z = -(1 + eta)*h. eps (DPM-Solver,
+    arXiv 2206.00927): scale_next = sigma_next, z = h. Finite where x_0 is and h infinite.
     """
     first = np.expm1(z)
     second = first / z - 1
-    return -front * first, -front * second, -front * (second / z - 0.5)
+    return -scale_next * first, -scale_next * second, -scale_next * (second / z - 0.5)
 
 
 def earlier(h, steps):
@@ -173,9 +173,9 @@ def decay(h, eta):
     return np.exp(-eta * h) if eta else np.ones_like(h)
 
 
-def sde_noise(front, h, eta, by_x0=True):
-    """The noise's standard deviation over a step of the reverse SDE. front: sigma_next."""
-    return front * np.sqrt(-np.expm1(-2 * eta * h) if by_x0 else np.expm1(2 * h))
+def sde_noise(sigma_next, h, eta, by_x0=True):
+    """The noise's standard deviation over a step of the reverse SDE. by_x0: whether x_0 is integrated, or eps (eta is 1 then)."""
+    return sigma_next * np.sqrt(-np.expm1(-2 * eta * h) if by_x0 else np.expm1(2 * h))
 
 
 # ---- UniPC ----
@@ -207,12 +207,12 @@ def bh_weights(hh, ratios, order, solver, correct):
     return [B * rho[:, k] for k in range(size)]
 
 
-def bh_updates(h, first, front, most, solver, by_x0=True):
+def bh_updates(h, first, scale_next, most, solver, by_x0=True):
     """UniPC's updates A*x + ... for each order up to `most`: {order: weights of m0, m1, m2, (3, N)} of the predictor, and
     {order: (weights, that of m_next, (N,))} of the corrector.
 
     h: (N,) step lengths. first: m0's weight in the first order, alpha_next - A*alpha, or sigma_next - A*sigma where eps is
-    predicted. front: alpha_next, or sigma_next.
+    predicted. scale_next: alpha_next, or sigma_next.
     """
     h1, h2, none = earlier(h, 1), earlier(h, 2), np.zeros_like(h)
     hh, ratios = -h if by_x0 else h, [-h1 / h, -(h1 + h2) / h]
@@ -221,10 +221,10 @@ def bh_updates(h, first, front, most, solver, by_x0=True):
         rho = bh_weights(hh, ratios, order, solver, correct)
         weights, of_next = np.array([first, none, none]), rho.pop() if correct else none
         for k, B_rho in enumerate(rho):
-            weights[0] += front * B_rho / ratios[k]
-            weights[k + 1] -= front * B_rho / ratios[k]
-        weights[0] += front * of_next
-        return weights, -front * of_next
+            weights[0] += scale_next * B_rho / ratios[k]
+            weights[k + 1] -= scale_next * B_rho / ratios[k]
+        weights[0] += scale_next * of_next
+        return weights, -scale_next * of_next
 
     orders = range(1, most + 1)
     return {order: update(order, False)[0] for order in orders}, {order: update(order, True) for order in orders}

@@ -1163,7 +1163,11 @@ BAD_CONSTRUCTORS = {
         "scaling: expected .SYSTEM/DATASET/STEPS., .* got .1.005.",
     ),
     "scaling: True": (lambda: samplers.ddim(LINEAR, 5, scaling=True), TypeError, "scaling: expected .* got bool"),
-    "scaling: NaN": (lambda: samplers.ddim(LINEAR, 5, scaling=np.nan), ValueError, "scaling: expected a finite .* got nan"),
+    "scaling: NaN": (
+        lambda: samplers.ddim(LINEAR, 5, scaling=np.nan),
+        ValueError,
+        "scaling: expected a finite .* got nan",
+    ),
     "scaling: -1": (lambda: samplers.ddim(LINEAR, 5, scaling=-1), ValueError, "scaling: expected .* above 0, got -1"),
     "published: unknown": (
         lambda: epskernels.published("ADM", "CIFAR-10", 7),

@@ -209,11 +209,11 @@ READS_MORE = ("c_m1", "c_m2", "k_m1", "k_m2", "c_y", "k_y", "logvar_min", "logva
 
 
 @pytest.mark.parametrize("draws", [False, True], ids=["", "draws"])
-@pytest.mark.parametrize("name", [*READS_MORE, "before", "c_noise", "c_x", "d_f", "k_x", "k_m0"])
+@pytest.mark.parametrize("name", [*READS_MORE, "churn_std", "c_noise", "c_x", "d_f", "k_x", "k_m0"])
 @pytest.mark.parametrize("value", [0.5, np.nan])
 def test_a_plain_row_reads_x_f_and_the_noise_that_is_drawn(name, value, draws):
     plan = Plan({"t": np.zeros(2), name: np.array([0.0, value])}, draws, np.ones(2), np.zeros(2), torch.device("cpu"))
-    alone = value == 0.5 and name not in (*READS_MORE, "before") and draws == (name == "c_noise")
+    alone = value == 0.5 and name not in (*READS_MORE, "churn_std") and draws == (name == "c_noise")
     assert plan.plain == (None if draws else plan.index[0], plan.index[1] if alone else None)
 
 

@@ -69,13 +69,13 @@ class TCDScheduler(_Consistency, diffusers.TCDScheduler):
         s = np.floor(np.float32(1 - eta) * prev.astype(np.float32)).astype(np.int64)
         abar_s, (alpha, sigma, d_x, d_f) = self._abar(s), self._model(options)
         k_x, k_m0 = solvers.first_order(alpha, sigma, np.sqrt(abar_s), np.sqrt(1 - abar_s))
-        noisy = (np.arange(len(t)) != self.num_inference_steps - 1) & (eta > 0)
-        ratio = np.where(noisy, self._ratio(self._abar(prev), abar_s), 1.0)
+        draws = (np.arange(len(t)) != self.num_inference_steps - 1) & (eta > 0)
+        ratio = np.where(draws, self._ratio(self._abar(prev), abar_s), 1.0)
         columns = {
             "d_x": d_x, "d_f": d_f, "t": t, "k_x": k_x, "k_m0": k_m0, "c_x": np.sqrt(ratio) * k_x, "c_m0": np.sqrt(ratio) * k_m0,
             "c_noise": np.sqrt(1 - ratio),
         }  # fmt: skip
-        return columns, noisy
+        return columns, draws
 
     def step(self, model_output, timestep, sample, eta=0.3, generator=None, return_dict=True, *, seeds=None):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""

@@ -63,7 +63,9 @@ class FlowMatchEulerDiscreteScheduler(Fused, diffusers.FlowMatchEulerDiscreteSch
                 )  # fmt: skip
             x = widest(f, sample)
             per_token = per_token_timesteps is not None  # some may have noise to come in the schedule's last step
-            noise = self._noise(plan, i, f, generator, seeds, dtype=torch.float32, noisy=True if per_token else None)
+            noise = self._noise(
+                plan, i, f, generator, seeds, dtype=torch.float32, uses_noise=True if per_token else None
+            )
             if per_token:
                 x = self._per_token(plan, i, f, x.float(), per_token_timesteps, self._as_tensor(noise, x, i))
             else:

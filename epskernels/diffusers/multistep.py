@@ -208,7 +208,7 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
     def _check_last_steps(self, plan):
         n = self._length()
         row = min(n - 1, self.config.solver_order) * n + n - 1
-        if not (plan.sound[row] or self.solver_p):
+        if not (plan.finite[row] or self.solver_p):
             raise ValueError(
                 f"set_timesteps: expected a last step that has a limit, and one to sigma {float(self.sigmas[-1]):g} with "
                 f"lower_order_final={self.config.lower_order_final} of solver_order {self.config.solver_order} has none: set "

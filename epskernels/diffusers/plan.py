@@ -22,20 +22,20 @@ from ..table import _DEFAULTS, COLUMNS
 class Plan:
     """One row of coefficients for each model call of a trajectory, on one device. Nothing changes it: requests may share it.
 
-    columns: float64, by name, (R,). rows: float32 (R, len(COLUMNS)). index: R scalar tensors. For each row: draws, whether the
-    step draws noise there; noisy, whether it uses it; before, the standard deviation of the noise that x gets before it (churn);
-    history, how many earlier m0 it reads; sound, whether it is finite, as it is not where diffusers' numbers are not; plain, its
-    index where it is sound and reads nothing but x, f and the noise that the step draws, else None. For each step: lambda_t, and
-    to_x: the scaled output is f/lambda_t + to_x*x.
+    columns: float64, by name, (R,). rows: float32 (R, len(COLUMNS)). index: R scalar tensors.
+    Of each row: draws, whether the step draws noise; uses_noise, whether it is used; churn_std, the standard deviation of what
+    raises x before it; history, how many earlier m0 it reads; finite, whether it can be applied, as where diffusers' numbers are
+    finite; plain, its index where it reads nothing but x, f and the noise that the step draws, else None.
+    Of each step: lambda_t; to_x, where the scaled output is f/lambda_t + to_x*x.
     """
 
     __slots__ = (
-        "columns", "rows", "index", "draws", "noisy", "before", "history", "sound", "plain", "lambda_t", "to_x",
+        "columns", "rows", "index", "draws", "uses_noise", "churn_std", "history", "finite", "plain", "lambda_t", "to_x",
     )  # fmt: skip
 
     def __init__(self, columns, draws, lambda_t, to_x, device):
         columns = dict(columns)
-        before = columns.pop("before", 0.0)
+        churn_std = columns.pop("churn_std", 0.0)
         length = max(np.size(column) for column in columns.values())
         stacked = np.empty((length, len(COLUMNS)))
         if unknown := set(columns) - set(COLUMNS):
@@ -45,16 +45,16 @@ class Plan:
         with np.errstate(over="ignore"):
             rows = stacked.astype(np.float32)
         may_be_infinite = [COLUMNS.index(name) for name in COLUMNS if _DEFAULTS.get(name) == np.inf]
-        sound = np.isfinite(np.delete(rows, may_be_infinite, axis=1)).all(axis=1)
-        rows[~sound] = 0.0
+        finite = np.isfinite(np.delete(rows, may_be_infinite, axis=1)).all(axis=1)
+        rows[~finite] = 0.0
         values = {name: np.ascontiguousarray(stacked[:, j]) for j, name in enumerate(COLUMNS)}
         for column in values.values():
             column.setflags(write=False)
         reads = [(values[f"c_{m}"] != 0) | (values[f"k_{m}"] != 0) for m in ("m1", "m2")]
-        before = np.broadcast_to(before, (length,))
-        noisy = ((values["c_noise"] != 0) | (before != 0)) & sound
+        churn_std = np.broadcast_to(churn_std, (length,))
+        uses_noise = ((values["c_noise"] != 0) | (churn_std != 0)) & finite
         draws, index = np.broadcast_to(draws, (length,)), torch.arange(length, device=device).unbind()
-        plain = sound & (before == 0) & (draws == noisy)
+        plain = finite & (churn_std == 0) & (draws == uses_noise)
         for name in ("c_m1", "c_m2", "k_m1", "k_m2", "c_y", "k_y", "logvar_min", "logvar_max"):
             plain &= values[name] == 0
         for attribute, value in (
@@ -62,10 +62,10 @@ class Plan:
             ("rows", torch.from_numpy(rows).to(device)),
             ("index", index),
             ("draws", tuple(draws.tolist())),
-            ("noisy", tuple(noisy.tolist())),
-            ("before", tuple(before.tolist())),
+            ("uses_noise", tuple(uses_noise.tolist())),
+            ("churn_std", tuple(churn_std.tolist())),
             ("history", tuple(np.where(reads[1], 2, reads[0]).tolist())),
-            ("sound", tuple(sound.tolist())),
+            ("finite", tuple(finite.tolist())),
             ("plain", tuple(i if alone else None for i, alone in zip(index, plain.tolist(), strict=True))),
             ("lambda_t", tuple(lambda_t.tolist())),
             ("to_x", tuple(to_x.tolist())),

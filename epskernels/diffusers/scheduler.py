@@ -291,7 +291,7 @@ class Fused:
         if why is None:
             if row is None:
                 why = f"timestep {timestep} is not one of the schedule's"
-            elif not plan.sound[row]:
+            elif not plan.finite[row]:
                 why = f"the coefficients of step {i} are not finite"
         return plan, row, i, why
 
@@ -359,7 +359,7 @@ class Fused:
         say(self, f"runs diffusers' own step: {why}")
         if i is not None:
             lambda_t, to_x = plan.lambda_t[i], plan.to_x[i]
-            if to_x and plan.before[row]:
+            if to_x and plan.churn_std[row]:
                 raise ValueError(
                     f"eps_scaling: diffusers' own step adds churn after the scaling, and it runs here: {why}"
                 )
@@ -375,23 +375,23 @@ class Fused:
         own, v = f.split([x.shape[1], f.shape[1] - x.shape[1]], dim=1)  # learned variance
         return torch.cat([own / lambda_t + to_x * x, v], dim=1)
 
-    def _noise(self, plan, row, f, generator, seeds, given=None, dtype=None, noisy=None):
+    def _noise(self, plan, row, f, generator, seeds, given=None, dtype=None, uses_noise=None):
         """{"noise": ...} or {"seeds": ...} for the step: diffusers' own draw from the generator, or the kernel's from seeds.
 
-        noisy: whether the step uses it, where the row does not say.
+        uses_noise: whether the step uses it, where the row does not say.
         """
         if generator is not None and seeds is not None:
             raise ValueError("generator, seeds: expected one of them, got both")
         if not plan.draws[row]:
             return {}
-        noisy = plan.noisy[row] if noisy is None else noisy
+        uses_noise = plan.uses_noise[row] if uses_noise is None else uses_noise
         if given is None and generator is None:
             if seeds is None and self._seeds is not None:
                 seeds = self._seeds = self._seeds.to(f.device)
             if seeds is not None:
-                return {"seeds": as_seeds(seeds, f.device)} if noisy else {}
+                return {"seeds": as_seeds(seeds, f.device)} if uses_noise else {}
         noise = draw_noise(f, generator, dtype or f.dtype) if given is None else given.to(f.device)
-        return {"noise": noise} if noisy else {}
+        return {"noise": noise} if uses_noise else {}
 
     def _as_tensor(self, noise, x, i):
         """[the noise of step i] where it comes from seeds too, or []."""

@@ -73,8 +73,8 @@ class _Euler(OnSigmas):
         sigma, hat = self._hat(options)
         d_x, d_f = self._output(hat, sigma)
         c_x, c_m0 = solvers.first_order(1.0, hat, 1.0, self._sigmas()[1])
-        before = np.sqrt(hat**2 - sigma**2)
-        return {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_m0": c_m0, "before": before, "t": sigma}, before > 0
+        churn_std = np.sqrt(hat**2 - sigma**2)
+        return {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_m0": c_m0, "churn_std": churn_std, "t": sigma}, churn_std > 0
 
     def _euler(self, f, timestep, x, churn, s_noise, generator, return_dict, seeds, **more):
         refuse_integers(self, timestep)
@@ -91,7 +91,7 @@ class _Euler(OnSigmas):
             )  # fmt: skip
         x = widest(f, x)
         for noise in self._as_tensor(self._noise(plan, i, f, generator, seeds), x, i):
-            x = torch.add(x.float(), noise, alpha=plan.before[i] * s_noise)
+            x = torch.add(x.float(), noise, alpha=plan.churn_std[i] * s_noise)
         x, m0 = self._step(plan, i, f, x, f.dtype)
         return self._result(x, m0, return_dict)
 
