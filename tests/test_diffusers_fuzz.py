@@ -3,8 +3,10 @@
 Of each: the same errors, dtypes, and in float32 states no further from diffusers in float64 than its own, but for a factor.
 """
 
+import contextlib
 import copy
 import random
+import sys
 
 import diffusers
 import numpy as np
@@ -144,6 +146,17 @@ class Plan:
         return states
 
 
+@contextlib.contextmanager
+def drawn_in_float32(name):
+    """diffusers' noise is drawn in the model's dtype: the float64 run is to have the float32 run's."""
+    module = sys.modules[getattr(diffusers, name).__module__]
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(module, "randn_tensor"):
+            draw = module.randn_tensor
+            patch.setattr(module, "randn_tensor", lambda *a, dtype, **k: draw(*a, dtype=torch.float32, **k).to(dtype))
+        yield
+
+
 def compare(seed):
     plan = Plan(seed)
     try:
@@ -157,7 +170,8 @@ def compare(seed):
     except ValueError as error:
         assert "expected a last step that has a limit" in str(error)
         return
-    exact = plan.run(diffusers, (torch.float64,) * 2)
+    with drawn_in_float32(plan.name):
+        exact = plan.run(diffusers, (torch.float64,) * 2)
     for i, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=False)):
         if any(isinstance(state, Exception) for state in (a, b, c)):
             assert isinstance(b, Exception) or not isinstance(a, Exception), (i, a)
@@ -169,7 +183,9 @@ def compare(seed):
         if plan.dtypes != (torch.float32,) * 2 or (plan.events and plan.name in STARTED_STEPS_GO_ON):
             continue
         error, own = (float((state.double() - c).abs().max()) for state in (a, b))
-        assert error <= 4 * own + 1e-5 * float(c.abs().max()), (i, error, own, float(c.abs().max()))
+        # Where alpha is 5e-5, both terms of x_0 are rounded at the size of x/alpha; one of diffusers' is (docs/diffusers.md).
+        floor = 1e-4 if plan.config.get("beta_schedule") == "squaredcos_cap_v2" else 1e-5
+        assert error <= 4 * own + floor * float(c.abs().max()), (i, error, own, float(c.abs().max()))
 
 
 @pytest.mark.parametrize("first", range(0, 2000, 100))
