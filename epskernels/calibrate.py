@@ -9,6 +9,7 @@ Each gives an EpsilonScaling. arXiv 2308.15321 fits the norm gap by a quadratic 
 practice, trials by FID. It publishes neither as a program.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -237,15 +238,8 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
     cache: a JSON file; trials that it holds are not made again. key: whatever else the score depends on, kept with it.
     Raises ValueError naming the argument, also where no trial has a finite score, ImportError without scipy.
     """
-    try:
-        from scipy import optimize
-    except ImportError as error:
-        raise ImportError("search needs scipy: pip install scipy", name="scipy") from error
-    bounds = np.asarray(bounds, dtype=np.float64)
-    if bounds.shape not in ((2,), (2, 2)) or not (
-        np.isfinite(bounds).all() and (bounds[..., 0] < bounds[..., 1]).all()
-    ):
-        raise ValueError(f"bounds: expected (low, high) or two of them, low < high, got {bounds.tolist()}")
+    optimize = _scipy_optimize()
+    bounds = _checked_bounds(bounds)
     linear = bounds.ndim == 2
     if linear and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 2):
         raise ValueError(f"steps: expected an integer of at least 2, to search (k, b), got {steps!r}")
@@ -277,7 +271,7 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
         return scaling.linear(k, b, origin="cleanest") if linear else scaling.constant(b)
 
     value(0.0, 1.0)
-    try:
+    with contextlib.suppress(Enough):
         if linear:
             low, high = bounds.T
             centre = (low + high) / 2
@@ -287,14 +281,30 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
         else:
             options = {"maxiter": trials, "xatol": 1e-6}
             optimize.minimize_scalar(lambda b: value(0.0, b), bounds=tuple(bounds), method="bounded", options=options)
-    except Enough:
-        pass
     bar.close()
     best = min(made, key=made.get)
     if not math.isfinite(made[best]):
         raise ValueError(f"score: expected a finite number from at least one trial, got none from {len(made)}")
     found = tuple((*at, each) for at, each in made.items())
     return Found(as_lambda(*best), made[best], made[0.0, 1.0], found)
+
+
+def _scipy_optimize():
+    try:
+        from scipy import optimize
+    except ImportError as error:
+        raise ImportError("search needs scipy: pip install scipy", name="scipy") from error
+    return optimize
+
+
+def _checked_bounds(bounds):
+    """float64 (2,) or (2, 2). Raises ValueError naming `bounds`."""
+    bounds = np.asarray(bounds, dtype=np.float64)
+    if bounds.shape not in ((2,), (2, 2)) or not (
+        np.isfinite(bounds).all() and (bounds[..., 0] < bounds[..., 1]).all()
+    ):
+        raise ValueError(f"bounds: expected (low, high) or two of them, low < high, got {bounds.tolist()}")
+    return bounds
 
 
 class _Trials:

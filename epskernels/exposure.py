@@ -51,10 +51,10 @@ class Moments:
         """values: (B, *shape) of row `row`."""
         values = values.double()
         mean = values.mean(0)
-        before, total = int(self.count[row]), int(self.count[row]) + len(values)
+        count, total = int(self.count[row]), int(self.count[row]) + len(values)
         shift = mean - self.mean[row]
         self.mean[row] += shift * (len(values) / total)
-        self.squares[row] += (values - mean).square().sum(0) + shift.square() * (before * len(values) / total)
+        self.squares[row] += (values - mean).square().sum(0) + shift.square() * (count * len(values) / total)
         self.count[row] = total
 
     @property
@@ -149,10 +149,10 @@ class Exposure:
     def save(self, path):
         """To JSON: numbers that read back as they were, null for NaN, "inf" and "-inf" for infinities."""
 
-        def plain(x):
+        def as_json(x):
             return x if math.isfinite(x) else None if math.isnan(x) else str(x)
 
-        rows = {name: [plain(x) for x in values.tolist()] for name, values in self.rows.items()}
+        rows = {name: [as_json(x) for x in values.tolist()] for name, values in self.rows.items()}
         saved = {"format": FORMAT, "sampler": self.sampler, "images": self.images, "seed": self.seed, "rows": rows}
         text = json.dumps(saved, indent=1, allow_nan=False) + "\n"
         write_whole(pathlib.Path(path), lambda file: file.write(text.encode()))
@@ -255,40 +255,29 @@ def measure(
         "format": FORMAT, "sampler": table.name, "rows": _sha256(table.rows.cpu().numpy()), "seed": int(seed),
         "batch": batch, "parts": sorted(parts), "key": str(key),
     }  # fmt: skip
-    run, saved, last_save = None, None, time.monotonic()
-    if state is not None:
-        check_writable(state)
-        if pathlib.Path(state).exists():
-            saved = _load_state(state, settings)
-    skipped, digest = (0 if saved is None else int(saved["images"])), ""
+    checkpoint, run, digest = _Checkpoint(state, settings, save_every), None, ""
     counted = hasattr(images, "__len__") and not isinstance(images, DataLoader)  # which counts batches
     bar = tqdm(total=len(images) if counted else None, desc=table.name, disable=not progress)
     for x_0 in batches(images, batch):
-        before, digest = digest, hashlib.sha256((digest + _sha256(x_0.numpy())).encode()).hexdigest()
+        digest_before, digest = digest, hashlib.sha256((digest + _sha256(x_0.numpy())).encode()).hexdigest()
         if run is None:
             run = _Run(model, table, tuple(x_0.shape[1:]), parts, int(seed))
-            if saved is not None:
-                run.restore(saved)
+            if checkpoint.saved is not None:
+                run.restore(checkpoint.saved)
         elif x_0.shape[1:] != run.shape:
             raise ValueError(f"images: expected shape {run.shape}, as the first had, got {tuple(x_0.shape[1:])}")
-        if skipped > 0:
-            skipped -= len(x_0)
-            if skipped < 0 or (skipped == 0 and digest != str(saved["digest"])):
-                raise ValueError(f"images: {state} was begun with others")
-        else:
-            # Only full batches are kept, since more images may follow.
-            if state is not None and run.images and (len(x_0) < batch or time.monotonic() - last_save >= save_every):
-                _save_state(state, settings, run, before)
-                last_save = time.monotonic()
+        if not checkpoint.has_seen(len(x_0), digest):
+            # Only full batches are saved, since more images may follow.
+            if run.images and (len(x_0) < batch or checkpoint.is_due):
+                checkpoint.save(run, digest_before)
             run.add(x_0.to(table.device))
         bar.update(len(x_0))
     bar.close()
-    if skipped > 0:
-        raise ValueError(f"images: expected at least the {int(saved['images'])} that {state} has seen")
+    checkpoint.check_end()
     if run is None or run.images < 2:
         raise ValueError(f"images: expected at least two, got {0 if run is None else run.images}")
-    if state is not None and run.images % batch == 0:
-        _save_state(state, settings, run, digest)
+    if run.images % batch == 0:
+        checkpoint.save(run, digest)
     return run.result()
 
 
@@ -321,23 +310,59 @@ def _tensor(image):
         ) from None
 
 
+class _Checkpoint:
+    """The file of `measure`'s state, where there is one: what it held, which images it has seen, and when to write it again."""
+
+    def __init__(self, path, settings, save_every):
+        self.path, self.settings, self.save_every = path, settings, save_every
+        self.saved, self.last_save = None, time.monotonic()
+        if path is not None:
+            check_writable(path)
+            if pathlib.Path(path).exists():
+                self.saved = _load_state(path, settings)
+        self.images_to_skip = 0 if self.saved is None else int(self.saved["images"])
+
+    def has_seen(self, count, digest):
+        """Whether the next `count` images are in the file already. digest: of all images so far, these included.
+
+        Raises ValueError where the file was begun with other images.
+        """
+        if self.images_to_skip <= 0:
+            return False
+        self.images_to_skip -= count
+        if self.images_to_skip < 0 or (self.images_to_skip == 0 and digest != str(self.saved["digest"])):
+            raise ValueError(f"images: {self.path} was begun with others")
+        return True
+
+    def check_end(self):
+        """Raises ValueError where the images have ended before those that the file has seen."""
+        if self.images_to_skip > 0:
+            raise ValueError(f"images: expected at least the {int(self.saved['images'])} that {self.path} has seen")
+
+    @property
+    def is_due(self):
+        return time.monotonic() - self.last_save >= self.save_every
+
+    def save(self, run, digest):
+        """digest: of all images that the run has added."""
+        if self.path is not None:
+            arrays = run.arrays() | {"settings": json.dumps(self.settings), "digest": digest}
+            write_whole(pathlib.Path(self.path), lambda file: np.savez(file, **arrays))
+            self.last_save = time.monotonic()
+
+
 def _load_state(path, settings):
     with reading(path, "state: damaged, or of something else: expected what measure has saved"):
         with np.load(path) as file:
             saved = dict(file)
-        before, _, _ = json.loads(str(saved["settings"])), int(saved["images"]), str(saved["digest"])
-        if not isinstance(before, dict):
-            raise ValueError(f"its settings are of type {type(before).__name__}")
-    changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        begun, _, _ = json.loads(str(saved["settings"])), int(saved["images"]), str(saved["digest"])
+        if not isinstance(begun, dict):
+            raise ValueError(f"its settings are of type {type(begun).__name__}")
+    changed = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
     if changed:
-        said = "; ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in changed)
+        said = "; ".join(f"{name} was {begun.get(name)!r}, is {settings.get(name)!r}" for name in changed)
         raise ValueError(f"state: {path} was begun with other settings: {said}")
     return saved
-
-
-def _save_state(path, settings, run, digest):
-    arrays = run.arrays() | {"settings": json.dumps(settings), "digest": digest}
-    write_whole(pathlib.Path(path), lambda file: np.savez(file, **arrays))
 
 
 def noised(table, i, x_0, seeds):

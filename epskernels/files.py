@@ -28,10 +28,8 @@ def reading(path, expected):
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in (
-            None,
-            errno.EINVAL,
-        ):  # EINVAL: sought before the beginning
+        # EINVAL comes of a damaged file: its parser sought a place before the file's beginning.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise _named(error, path) from error
         said = str(error).split(". ")[0]  # numpy goes on to how one may load it unsafely
         if isinstance(error, KeyError):

@@ -25,8 +25,8 @@ class Ranks:
     def __init__(self):
         rank, size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
         if (rank is None) != (size is None):
-            lacks, there = ("RANK", "WORLD_SIZE") if rank is None else ("WORLD_SIZE", "RANK")
-            raise ValueError(f"{lacks}: expected beside {there}, since torchrun sets both, got none")
+            missing, given = ("RANK", "WORLD_SIZE") if rank is None else ("WORLD_SIZE", "RANK")
+            raise ValueError(f"{missing}: expected beside {given}, since torchrun sets both, got none")
         self.rank, self.size, self._local = rank or 0, size or 1, _from_environment("LOCAL_RANK", 0)
         if self.rank >= self.size:
             raise ValueError(f"RANK: expected below WORLD_SIZE, {self.size}, got {self.rank}")

@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 import epskernels
-from epskernels import build, cli, exposure, images, models, samplers, scaling, schedule
+from epskernels import build, cli, exposure, images, models, quality, samplers, scaling, schedule
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_an_interrupted_write_leaves_the_file_as_it_was(suffix, tiny, tmp_path, 
 
 
 def test_channels_that_no_png_has_are_refused_before_sampling(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "sample", None)
+    monkeypatch.setattr(cli.sample, "sample", None)
     assert run("--model", tiny["two"], "--seeds", "0", "--out", str(tmp_path / "new" / "grid.png")) == 2
     assert "--out: expected images of 1 or 3 channels for a .png, got 2" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -299,22 +299,22 @@ def test_help_shows_examples(capsys):
 
 
 def test_seeds_are_parsed():
-    seeds = cli.parse_seeds("0-3, 7,9 - 10,7")
+    seeds = cli.sample.parse_seeds("0-3, 7,9 - 10,7")
     expected = [0, 1, 2, 3, 7, 9, 10, 7]
     assert list(seeds) == expected and len(seeds) == 8 and seeds[-1] == seeds[4] == 7
     assert np.array_equal(np.array(seeds), np.array(expected, dtype=np.uint64)) and np.array(seeds).dtype == np.uint64
     for first in range(9):
         for last in range(first, 11):
             assert seeds[first:last].tolist() == expected[first:last]
-    assert seeds.digest() == cli._digest(expected)
+    assert seeds.digest() == cli.common.json_digest(expected)
 
 
 def test_ranges_of_seeds_stay_ranges():
-    seeds = cli.parse_seeds("7,0-99999999999,18446744073709551614-18446744073709551615")
+    seeds = cli.sample.parse_seeds("7,0-99999999999,18446744073709551614-18446744073709551615")
     assert len(seeds) == 100_000_000_003 and seeds[1] == 0 and seeds[-1] == 2**64 - 1
     assert seeds[99_999_999_999:].tolist() == [99_999_999_998, 99_999_999_999, 2**64 - 2, 2**64 - 1]
-    many = cli.parse_seeds("3-200000")
-    assert many.digest() == cli._digest(list(range(3, 200_001)))
+    many = cli.sample.parse_seeds("3-200000")
+    assert many.digest() == cli.common.json_digest(list(range(3, 200_001)))
 
 
 # ---- what is done is not lost ----
@@ -428,7 +428,7 @@ def test_what_cannot_be_imported_says_why(tiny, monkeypatch, capsys):
             "No module named 'flash_attn'\n  a frame"
         )
 
-    monkeypatch.setattr(cli.models, "load", load)
+    monkeypatch.setattr(models, "load", load)
     assert run("--seeds", "0") == 1
     error = capsys.readouterr().err
     assert error.endswith("its traceback): No module named 'flash_attn'\n") and len(error.splitlines()) == 1
@@ -436,7 +436,7 @@ def test_what_cannot_be_imported_says_why(tiny, monkeypatch, capsys):
     def other(*_):
         from diffusers import NoSuchThing  # noqa: F401
 
-    monkeypatch.setattr(cli.models, "load", other)
+    monkeypatch.setattr(models, "load", other)
     assert run("--seeds", "0") == 2
     assert "cannot import name 'NoSuchThing' from 'diffusers'" in capsys.readouterr().err
 
@@ -470,7 +470,7 @@ def test_a_sampler_that_was_added(tiny, monkeypatch, capsys):
 
 
 def test_every_sampler_of_the_command_line(tiny):
-    for name in sorted(set(samplers.SAMPLERS) - cli.NOT_HERE):
+    for name in cli.common.offered_samplers():
         assert run("--model", tiny["one"], "--sampler", name, "--steps", "3", "--seeds", "0") == 0, name
     assert (
         run("--model", tiny["one"], "--sampler", "euler_ancestral", "--eta", "0.5", "--steps", "3", "--seeds", "0") == 0
@@ -478,7 +478,7 @@ def test_every_sampler_of_the_command_line(tiny):
 
 
 def test_grid_of_three_images():
-    grid = cli.image_grid([np.stack([np.full((1, 2, 2), value) for value in (-1.0, 0.0, 2.0)])])
+    grid = cli.sample.image_grid([np.stack([np.full((1, 2, 2), value) for value in (-1.0, 0.0, 2.0)])])
     assert grid.shape == (8, 8, 1)
     assert grid[1, 1] == 0 and grid[1, 5] == 127 and grid[5, 1] == 255 and grid[0, 0] == 96
 
@@ -528,7 +528,7 @@ def test_timesteps_variance_and_last_step_are_those_of_the_scheduler(spacing, mo
         ("ddim", diffusers.DDIMScheduler(**options, set_alpha_to_one=False)),
     ):
         args = cli.build_parser().parse_args(["sample", "--sampler", sampler, "--steps", "7"])
-        table = cli.make_table(args, models.load(model_of(scheduler, of="one")), scaling.constant(1.0))
+        table = cli.common.make_table(args, models.load(model_of(scheduler, of="one")), scaling.constant(1.0))
         scheduler.set_timesteps(7)
         assert table["t"].tolist() == scheduler.timesteps.tolist()
         if sampler == "ddim":
@@ -666,7 +666,7 @@ def test_search_shows_what_is_not_finite(finite, tmp_path, monkeypatch, capsys):
     """The first trial is that without scaling."""
     out, digits, scores = tmp_path / "lambda.json", str(tmp_path / "digits.npy"), iter([np.inf, 3.0, np.nan, 2.0])
     np.save(digits, np.random.default_rng(0).uniform(-1, 1, (4, 1, 28, 28)).astype(np.float32))
-    monkeypatch.setattr(cli.quality, "frechet", lambda *_: next(scores) if finite else np.nan)
+    monkeypatch.setattr(quality, "frechet", lambda *_: next(scores) if finite else np.nan)
     status = calibrate("--steps", "2", "--data", digits, "--images", "4", "--out", str(out), "--method", "search",
                        "--trials", "4", "--samples", "2")  # fmt: skip
     captured = capsys.readouterr()
@@ -705,7 +705,7 @@ def test_search_shows_what_is_not_finite(finite, tmp_path, monkeypatch, capsys):
 )
 def test_calibrate_refuses(arguments, message, tiny, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.calibrate, "match_norms", None)  # before the work
+    monkeypatch.setattr(epskernels.calibrate, "match_norms", None)  # before the work
     given = ["--model", tiny["plain"], "--steps", "4", "--data", data, "--images", "8", "--out", "lambda.json"]
     assert calibrate(*given, *arguments) == 2
     captured = capsys.readouterr()
@@ -729,7 +729,7 @@ def test_calibrate_refuses(arguments, message, tiny, data, tmp_path, monkeypatch
 def test_what_cannot_be_written_is_said_before_the_work(arguments, message, tiny, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for work in ("match_norms", "search"):
-        monkeypatch.setattr(cli.calibrate, work, None)
+        monkeypatch.setattr(epskernels.calibrate, work, None)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.json").mkdir()
     given = ["--model", tiny["plain"], "--steps", "4", "--data", data, "--images", "8", "--out", "lambda.json"]
@@ -740,7 +740,7 @@ def test_what_cannot_be_written_is_said_before_the_work(arguments, message, tiny
 
 def test_plots_without_matplotlib_are_refused_before_the_work(tiny, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(cli.calibrate, "match_norms", None)
+    monkeypatch.setattr(epskernels.calibrate, "match_norms", None)
     given = [
         "--model",
         tiny["plain"],
@@ -817,7 +817,7 @@ def test_a_scheduler_of_a_missing_package(tiny, monkeypatch, tmp_path, capsys):
     def load(*_):
         raise ImportError("Make sure to install scipy")
 
-    monkeypatch.setattr(cli.models, "load", load)
+    monkeypatch.setattr(models, "load", load)
     assert cli.main(given) == 2 and capsys.readouterr().err == "epskernels sample: Make sure to install scipy\n"
 
 

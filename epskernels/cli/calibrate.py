@@ -1,0 +1,310 @@
+"""`epskernels calibrate`: finds lambda_t for a model and a sampler, from real images, and writes it for `sample`."""
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import calibrate, exposure, images, quality
+from ..models import Model
+from ..sample import sample
+from ..scaling import EpsilonScaling, constant
+from ..table import Table
+from .common import (
+    ModelCall,
+    UsageError,
+    add_sampler_arguments,
+    fitted_for,
+    json_digest,
+    load_model,
+    make_table,
+    missing_package,
+    model_digests,
+    require_writable,
+    tensors_digest,
+)
+
+TEXTS = {
+    "help": "find lambda_t for a model and a sampler",
+    "description": "Find lambda_t for a model and a sampler, from real images; write it for `epskernels sample --scaling`.",
+    "epilog": "examples:\n"
+    "  epskernels calibrate --sampler ddim --steps 20 --data mnist --out lambda.json --plots exposure\n"
+    "  epskernels calibrate --method search --bounds 0.97 1.03 --trials 8 --data mnist --out lambda.json\n"
+    "  epskernels sample --sampler ddim --steps 20 --scaling lambda.json --compare --out both.png",
+}
+_LOWEST = {"steps": 1, "images": 2, "batch": 1, "trials": 2, "samples": 2, "seed": 0}
+_METHOD_OF = {"fit": "norms", "bounds": "search", "k_bounds": "search", "cache": "search"}  # the only one that takes it
+
+
+# ---- arguments ----
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `epskernels calibrate`, in the order of --help."""
+    add_sampler_arguments(parser)
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="real images: a .npy or .npz (N, C, H, W), a directory of image files or of one for each class, or mnist",
+    )
+    parser.add_argument("--images", type=int, default=256, metavar="N", help="how many of them; default: %(default)s")
+    _add_method_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the first image and sample; default: %(default)s")
+    parser.add_argument("--batch", type=int, default=64, help="samples per model call; default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="the .json to write")
+    parser.add_argument(
+        "--plots",
+        type=pathlib.Path,
+        metavar="STEM",
+        help="also measure the exposure bias without scaling: STEM.json, STEM.png, and STEM-lambda.png",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--method",
+        choices=("norms", "search"),
+        default="norms",
+        help="norms: match those of training, one run; search: trials, by the Frechet distance in the features of a classifier "
+        "of 28 x 28 digits; default: %(default)s",
+    )
+    parser.add_argument("--fit", choices=("array", *calibrate.FITS), help="form of lambda_t by norms; default: array")
+    parser.add_argument(
+        "--skip",
+        type=int,
+        metavar="N",
+        help="cleanest steps without lambda_t, or that the fit leaves out; default: a quarter",
+    )
+    bounds: dict[str, Any] = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+    parser.add_argument("--bounds", **bounds, help="search: of b; default: 0.97 1.03")
+    parser.add_argument(
+        "--k-bounds", **bounds, help="search: of k; lambda is then a line, and --bounds are for its middle"
+    )
+    parser.add_argument("--trials", type=int, default=8, metavar="N", help="search: default: %(default)s")
+    parser.add_argument(
+        "--samples", type=int, default=1000, metavar="N", help="search: in a trial; default: %(default)s"
+    )
+    parser.add_argument("--cache", type=pathlib.Path, metavar="FILE", help="search: a .json of trials, to go on from")
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raises UsageError for what can be refused before the model and the images are loaded."""
+    for name, lowest in _LOWEST.items():
+        if getattr(args, name) < lowest:
+            raise UsageError(f"--{name}: expected at least {lowest}, got {getattr(args, name)}")
+    if (highest := 2**63 - max(args.images, args.samples)) < args.seed:
+        raise UsageError(
+            f"--seed: expected at most {highest}, since images and samples count up from it, got {args.seed}"
+        )
+    if args.out.suffix != ".json":
+        raise UsageError(f"--out: expected a .json file, got {args.out}")
+    for name, method in _METHOD_OF.items():
+        if method != args.method and getattr(args, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: not an option of --method {args.method}")
+
+
+# ---- the command ----
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What lambda_t is found for, and from what.
+
+    call: the model, as `sample` calls it. data: real images (N, C, H, W). table: the sampler's, with a scaling.
+    """
+
+    args: argparse.Namespace
+    model: Model
+    call: ModelCall
+    data: torch.Tensor
+
+    def table(self, scaling: EpsilonScaling | float) -> Table:
+        return make_table(self.args, self.model, scaling).to(self.args.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """What a method found.
+
+    notes: for the scaling's file. lines: to print. plot: draws lambda_t into a file; None for a search.
+    """
+
+    scaling: EpsilonScaling
+    notes: dict[str, Any]
+    lines: list[str]
+    plot: Callable[[pathlib.Path], None] | None = None
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the scaling. Its notes say what it was fitted for, so that `sample` can warn where it is used elsewhere."""
+    _check_arguments(args)
+    task = _load_task(args)
+    plots = _plot_paths(args)
+    _check_files(args, plots)
+    config, weights = model_digests(task.model)
+    result = _search(task, _cache_key(task, config, weights)) if args.method == "search" else _match_norms(task)
+    result.scaling.save(
+        args.out,
+        **fitted_for(args),
+        weights=weights,
+        method=args.method,
+        images=len(task.data),
+        data=str(args.data),
+        seed=args.seed,
+        **result.notes,
+    )
+    print("\n".join([*result.lines, f"wrote {args.out}"]))
+    if plots:
+        _measure_exposure(task, plots)
+        if result.plot:
+            result.plot(plots[2])
+        print(f"wrote {args.plots}.json and plots")
+
+
+def _load_task(args: argparse.Namespace) -> _Task:
+    """Loads the model and the images, and tries the sampler. Raises UsageError."""
+    model, call = load_model(args, args.device)
+    try:
+        task = _Task(args, model, call, torch.from_numpy(images.load(args.data, model.shape, args.images)))
+        task.table(constant(1.0))
+    except ImportError as error:
+        raise missing_package(error) from error
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(error) from error
+    return task
+
+
+# ---- files ----
+
+
+def _plot_paths(args: argparse.Namespace) -> list[pathlib.Path]:
+    """The files of --plots: the measurements, their figure, and the figure of lambda_t, which a search has not."""
+    if args.plots is None:
+        return []
+    if not args.plots.name:
+        raise UsageError(f"--plots: expected the stem of files' names, got {args.plots}")
+    try:
+        exposure.figures(1)
+    except ImportError as error:
+        raise UsageError(f"--plots: {error}") from error
+    ends = (".json", ".png") if args.method == "search" else (".json", ".png", "-lambda.png")
+    return [args.plots.with_name(f"{args.plots.name}{end}") for end in ends]
+
+
+def _check_files(args: argparse.Namespace, plots: list[pathlib.Path]) -> None:
+    """Raises UsageError where two options name one file, or where one cannot be written."""
+    option_of: dict[pathlib.Path, str] = {}
+    for option, paths in (("--out", [args.out]), ("--cache", [args.cache] if args.cache else []), ("--plots", plots)):
+        for path in paths:
+            if option_of.setdefault(path.resolve(), option) != option:
+                raise UsageError(f"{option}: {path} is the file of {option_of[path.resolve()]} already")
+            require_writable(option, path)
+
+
+def _measure_exposure(task: _Task, plots: list[pathlib.Path]) -> None:
+    """Measures the exposure bias without scaling, and writes the numbers and their figure."""
+    args = task.args
+    measured = exposure.measure(
+        task.call, task.table(1.0), task.data, seed=args.seed, batch=args.batch, progress=not args.quiet
+    )
+    measured.save(plots[0])
+    measured.plot(plots[1])
+
+
+# ---- by norms ----
+
+
+def _match_norms(task: _Task) -> _Result:
+    """lambda_t by the norms of the model's output, in one run."""
+    args = task.args
+    steps = int(calibrate.steps_of(task.table)[1].max()) + 1
+    kind, skip = _checked_fit(args, len(task.data), steps)
+    matched = calibrate.match_norms(
+        task.call, task.table, task.data, seed=args.seed, batch=args.batch, progress=not args.quiet
+    )
+    lines = []
+    for name, degree in calibrate.FITS.items():
+        if degree < steps - skip:
+            fitted = calibrate.fit(matched.lambda_t, name, skip)
+            lines.append(f"{name}: {', '.join(f'{c:.5g}' for c in fitted.coefficients)}; R^2 {fitted.r2:.3f}")
+    return _Result(
+        scaling=matched.scaling(kind, skip),
+        notes={"lambda_t": matched.lambda_t.tolist(), "standard_error": matched.standard_error.tolist()},
+        lines=lines,
+        plot=lambda path: matched.plot(path, args.fit, skip),
+    )
+
+
+def _checked_fit(args: argparse.Namespace, count: int, steps: int) -> tuple[str, int]:
+    """(--fit, --skip), with their defaults. Raises UsageError, before the work, for what lambda_t of so many steps refuses."""
+    ones = np.ones(steps)
+    unmatched = calibrate.Matched(args.sampler, count, ones, ones, ones, ones)
+    kind, skip = args.fit or "array", unmatched.skip if args.skip is None else args.skip
+    try:
+        unmatched.scaling(kind, skip)
+    except ValueError as error:
+        raise UsageError(f"--fit, --skip: {error}") from error
+    return kind, skip
+
+
+# ---- by search ----
+
+
+def _search(task: _Task, key: str) -> _Result:
+    """lambda by trials: the distance of samples to the images, in the features of the classifier of digits."""
+    args, model = task.args, task.model
+    if tuple(model.shape) != (1, 28, 28):
+        raise UsageError(
+            f"--method: search measures in features of 28 x 28 digits, this model makes {model.shape}; use --method norms, or "
+            "epskernels.calibrate.search with a score of your own"
+        )
+    real, seeds = quality.digit_features(task.data), range(args.seed, args.seed + args.samples)
+
+    def score(candidate: EpsilonScaling) -> float:
+        table = task.table(candidate)
+        batches = [seeds[first : first + args.batch] for first in range(0, len(seeds), args.batch)]
+        samples = torch.cat([sample(task.call, table, batch, model.shape).cpu() for batch in batches])
+        return quality.frechet(real, quality.digit_features(samples)) if samples.isfinite().all() else np.inf
+
+    b_bounds = args.bounds or (0.97, 1.03)
+    options = {"trials": args.trials, "cache": args.cache, "key": key, "progress": not args.quiet}
+    try:
+        if args.k_bounds:
+            found = calibrate.search(score, (args.k_bounds, b_bounds), steps=args.steps, **options)
+        else:
+            found = calibrate.search(score, b_bounds, **options)
+    except (ValueError, ImportError) as error:
+        raise UsageError(error) from error
+    notes = {
+        "score": found.score,
+        "score without scaling": _finite_or_none(found.baseline),
+        "trials": [[k, b, _finite_or_none(trial)] for k, b, trial in found.trials],
+    }
+    said = f"Frechet distance {found.score:.5g} of {args.samples} samples, {found.baseline:.5g} without"
+    return _Result(found.scaling, notes, [f"{found.scaling.label}: {said}"])
+
+
+def _cache_key(task: _Task, config: str, weights: str) -> str:
+    """All that a trial's score depends on: --cache of another key is refused."""
+    return json_digest(
+        {
+            **fitted_for(task.args),
+            "samples": task.args.samples,
+            "seed": task.args.seed,
+            "network": config,
+            "weights": weights,
+            "rows": tensors_digest([task.table(1.0).rows]),
+            "data": tensors_digest([task.data]),
+        }
+    )
+
+
+def _finite_or_none(score: float) -> float | None:
+    """As JSON can say it."""
+    return score if np.isfinite(score) else None

@@ -1,0 +1,160 @@
+"""What the commands share: the arguments that name a model and a sampler, the table they give, files, digests, messages."""
+
+import argparse
+import hashlib
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from .. import models, samplers, schedule
+from ..files import check_writable
+from ..scaling import EpsilonScaling
+from ..table import Table
+
+ModelCall = Callable[[torch.Tensor, torch.Tensor], Any]
+_FOR_OTHER_NETWORKS = {"flow_euler", "pfgmpp"}  # samplers for networks that no UNet2DModel pipeline of diffusers holds
+
+
+# ---- messages ----
+
+
+class UsageError(Exception):
+    """Bad arguments: one line, exit status 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, and the line after it where the first one ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    last = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: last + 1])
+
+
+def missing_package(error: ImportError) -> UsageError:
+    """The error that says what to install."""
+    if error.name is None or "pip" in str(error) or not isinstance(error, ModuleNotFoundError):
+        return UsageError(first_line(error))
+    return UsageError(f"{error.name} is missing: pip install diffusers safetensors pillow")
+
+
+# ---- the model and its sampler ----
+
+
+def offered_samplers() -> list[str]:
+    """The names that --sampler takes."""
+    return sorted(set(samplers.SAMPLERS) - _FOR_OTHER_NETWORKS)
+
+
+def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `load_model` and `make_table` read."""
+    parser.add_argument(
+        "--model",
+        type=pathlib.Path,
+        default=models.DIGITS,
+        metavar="DIR",
+        help="a diffusers pipeline directory (unet/, scheduler/); default: the digits that ship with the package",
+    )
+    parser.add_argument("--sampler", choices=offered_samplers(), default="ddpm", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=50, help="sampler steps; default: %(default)s")
+    parser.add_argument("--eta", type=float, help="DDIM's eta; default: 0")
+    parser.add_argument("--direction", choices=("scaled", "unscaled"), help="DDIM's direction term; default: scaled")
+    parser.add_argument(
+        "--variance",
+        choices=("fixed_small", "fixed_large", "learned_range"),
+        help="DDPM's variance; default: learned_range where the model has learned one, else what its scheduler says",
+    )
+    parser.add_argument("--class", type=int, dest="label", metavar="N", help="class, for a model with classes")
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, metavar="G", help="classifier-free guidance; default: 1, none"
+    )
+
+
+def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[models.Model, ModelCall]:
+    """The model, and the function that `epskernels.sample` calls. Raises UsageError."""
+    try:
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise UsageError(f"--device: {str(device)!r} cannot be used: {first_line(error)}") from error
+    try:
+        model = models.load(args.model, device)
+        return model, model.callable(args.label, args.guidance)
+    except ImportError as error:
+        raise missing_package(error) from error
+    except (ValueError, OSError) as error:
+        raise UsageError(error) from error
+
+
+def make_table(args: argparse.Namespace, model: models.Model, scaling: EpsilonScaling | float) -> Table:
+    """The table of the sampler that the arguments name, for this model. The sampler's signature says which options it takes.
+
+    Raises UsageError for an option that the sampler does not take, ValueError and TypeError as the sampler does.
+    """
+    sampler = samplers.SAMPLERS[args.sampler]
+    takes = inspect.signature(sampler).parameters
+    options: dict[str, Any] = {
+        "scaling": scaling,
+        "prediction": model.prediction,
+        "guidance": args.guidance,
+        "clip": model.clip,
+    }
+    for name in ("eta", "direction", "variance"):
+        if getattr(args, name) is not None:
+            if name not in takes:
+                raise UsageError(f"--{name}: not an option of --sampler {args.sampler}")
+            options[name] = getattr(args, name)
+    if "variance" in takes:
+        options.setdefault("variance", model.variance)
+    grid: dict[str, Any] = {}
+    if inspect.Parameter.VAR_KEYWORD in {each.kind for each in takes.values()}:  # the options of DiscreteSchedule.grid
+        grid = {"spacing": "trailing"} if args.sampler.startswith("dpmpp_") else dict(model.grid)
+        if args.sampler == "ddim":
+            grid["final"] = model.final
+    try:
+        return sampler(model.schedule, args.steps, **options, **grid)
+    except TypeError as error:
+        if not str(error).startswith("schedule: expected a KarrasSchedule"):
+            raise
+    return sampler(schedule.KarrasSchedule(model=model.schedule), args.steps, **options)
+
+
+def fitted_for(args: argparse.Namespace) -> dict[str, Any]:
+    """What lambda_t depends on: it does not transfer to another sampler, or to another number of steps."""
+    names = ("sampler", "steps", "eta", "direction", "variance", "label", "guidance")
+    return {name: getattr(args, name) for name in names}
+
+
+# ---- files ----
+
+
+def require_writable(option: str, path: pathlib.Path) -> None:
+    """Makes the path's folder. Raises UsageError for a path that cannot be written, before the work and not after it."""
+    try:
+        check_writable(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        why = "a directory" if isinstance(error, IsADirectoryError) else error
+        raise UsageError(f"{option}: {path} cannot be written: {why}") from error
+
+
+# ---- digests ----
+
+
+def tensors_digest(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of all the tensors' bytes, as if they were one tensor."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of the value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def model_digests(model: models.Model) -> tuple[str, str]:
+    """(of the network's configuration, without the path that it came from; of the network's weights)."""
+    config = {key: value for key, value in model.network.config.items() if not key.startswith("_")}
+    return json_digest(config), tensors_digest(model.network.state_dict().values())

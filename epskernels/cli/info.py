@@ -1,0 +1,82 @@
+"""`epskernels info`: versions, compiled parts, backends, and why one is missing."""
+
+import argparse
+import importlib.metadata
+import os
+import pathlib
+import platform
+
+import torch
+
+from .. import __version__, build
+from .common import first_line
+
+TEXTS = {"help": "versions, compiled parts, backends, and why one is missing"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `epskernels info`."""
+    parser.add_argument("--cmakedir", action="store_true", help="print only the folder for CMake's -Depskernels_DIR")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints what is installed and what is wrong with it. Works in any environment, also a wrong one."""
+    if args.cmakedir:
+        print(build.cmake_dir())
+        return
+    _print_versions()
+    _print_compiled_parts()
+    _print_gpus()
+    _print_backends()
+    _print_environment()
+
+
+def _print_versions() -> None:
+    print(f"epskernels {__version__}, in {pathlib.Path(build.__file__).parent}")
+    others = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "triton", "diffusers"))
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {others}")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _print_compiled_parts() -> None:
+    extension = build.extension()
+    if extension:
+        details = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
+        print(f"compiled: {extension.__file__}\n  {details}")
+        print(f"cpu capability: {extension.cpu_capability()} of {', '.join(extension.cpu_capabilities())}, ", end="")
+        print(f"{torch.get_num_threads()} threads")
+        print(f"for programs without Python: {build.library()}, epskernels_DIR={build.cmake_dir()}")
+    print(f"cuda kernel: {build.cuda_targets() or 'not compiled'}")
+
+
+def _print_gpus() -> None:
+    for i in range(torch.cuda.device_count()):
+        try:
+            properties = torch.cuda.get_device_properties(i)
+            print(f"GPU {i}: {properties.name}, sm_{properties.major}{properties.minor}")
+        except RuntimeError as error:
+            print(f"GPU {i}: {first_line(error)}")
+
+
+def _print_backends() -> None:
+    print("backends:")
+    for name in ("cpu", "cuda", "triton"):
+        print(f"  {name:<10} {build.why_missing(name) or 'available'}")
+    print("  reference  pure PyTorch, any device: the specification")
+    on_cpu = "reference" if build.why_missing("cpu") else "cpu"
+    on_gpu = next((name for name in ("cuda", "triton") if not build.why_missing(name)), "reference")
+    print(f"by default: {on_cpu} for CPU tensors, {on_gpu} for CUDA tensors")
+
+
+def _print_environment() -> None:
+    variables = {"EPSKERNELS_BACKEND": "(not set)"} | dict(os.environ)
+    for name in sorted(name for name in variables if name.startswith("EPSKERNELS_")):
+        print(f"{name}={variables[name]}")
+    for fault in build.environment_faults():
+        print(f"wrong: {fault}")

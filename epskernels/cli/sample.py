@@ -1,0 +1,445 @@
+"""`epskernels sample`: samples of a trained model, in memory or into a directory that many processes share."""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .. import __version__, ops, scaling, shards
+from ..files import write_whole
+from ..models import Model
+from ..ranks import Ranks
+from ..sample import sample
+from ..seeds import Seeds
+from ..seeds import parse as parse_ranges
+from .common import (
+    UsageError,
+    add_sampler_arguments,
+    first_line,
+    fitted_for,
+    load_model,
+    make_table,
+    model_digests,
+    require_writable,
+    tensors_digest,
+)
+
+TEXTS = {
+    "help": "sample images from a trained model",
+    "description": "Sample images from a trained model.",
+    "epilog": "examples:\n"
+    "  epskernels sample --out digits.png\n"
+    "  epskernels sample --sampler ddim --steps 20 --lambda 1.004 --compare --out both.png\n"
+    "  epskernels sample --lambda ADM/CIFAR-10/20/linear --steps 20 --seeds 0-255 --out samples.npz\n"
+    "  torchrun --nproc-per-node 4 -m epskernels sample --seeds 0-49999 --out samples",
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GIB = 2**30
+
+
+# ---- arguments ----
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `epskernels sample`, in the order of --help."""
+    add_sampler_arguments(parser)
+    _add_scaling_arguments(parser)
+    parser.add_argument(
+        "--seeds", type=parse_seeds, default="0-63", help="such as 0-63 or 1,2,5-9; default: %(default)s"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="samples per model call; default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the state; default: %(default)s")
+    parser.add_argument("--backend", choices=ops.BACKENDS, default="auto", help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--compare", action="store_true", help="also sample the same seeds without scaling, shown on the left"
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        action="append",
+        metavar="FILE",
+        help=".png for a grid of images, .npz for the samples and seeds, a name without suffix for a directory that is written "
+        "a batch at a time, by all processes of torchrun, and continued where a run was interrupted; may be given again",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of each process; default: torch's, and 1 for a directory written on CPUs",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
+    """--lambda and its other spellings, of which one may be given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--lambda",
+        dest="lambda_",
+        metavar="VALUE",
+        help="Epsilon Scaling, eps/lambda: a number; a number for each step, the noisiest first: 1.01,1.005,1; JSON such as "
+        '{"k": 0.0025, "b": 1, "origin": "cleanest"}; SYSTEM/DATASET/STEPS[/KIND] as in the paper: ADM/CIFAR-10/20; the path of '
+        "a .json that `epskernels calibrate` wrote; default: 1, none",
+    )
+    group.add_argument(
+        "--lambda-linear",
+        type=float,
+        nargs=2,
+        metavar=("K", "B"),
+        help="the same as --lambda with JSON: lambda = K*i + B, i = 0 at the cleanest step",
+    )
+    group.add_argument(
+        "--published",
+        nargs="+",
+        metavar="SETTING",
+        help="the same as --lambda SYSTEM/DATASET/STEPS[/KIND]: ADM CIFAR-10 20 linear",
+    )
+    group.add_argument("--scaling", type=pathlib.Path, metavar="FILE", help="the same as --lambda FILE")
+
+
+def parse_seeds(text: str) -> Seeds:
+    """ "0-3,7" -> Seeds of 0, 1, 2, 3, 7. Raises ArgumentTypeError."""
+    try:
+        return parse_ranges(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+
+
+def _read_scaling(args: argparse.Namespace) -> scaling.EpsilonScaling:
+    """The EpsilonScaling of --lambda, or of one of its other spellings."""
+    if args.lambda_linear:
+        k, b = args.lambda_linear
+        return scaling.as_scaling({"k": k, "b": b, "origin": "cleanest"}, "--lambda-linear")
+    if args.published:
+        if len(args.published) not in (3, 4) or not args.published[2].isdigit():
+            raise UsageError(f"--published: expected SYSTEM DATASET STEPS [KIND], got {' '.join(args.published)}")
+        return scaling.as_scaling("/".join(args.published), "--published")
+    if args.scaling:
+        return scaling.as_scaling(args.scaling, "--scaling")
+    return scaling.as_scaling(1.0 if args.lambda_ is None else _lambda_value(args.lambda_), "--lambda")
+
+
+def _lambda_value(text: str) -> Any:
+    """What the text of --lambda says: a number, a list of numbers, what JSON holds, or a name or path as it is."""
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"--lambda: expected JSON, got {text!r}: {error}") from None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        return text
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+# ---- the command ----
+
+
+def run(args: argparse.Namespace) -> None:
+    """Samples, writes the files of --out, and prints the times and the digests."""
+    directory = _check_arguments(args)
+    try:
+        ranks = Ranks()
+    except ValueError as error:
+        raise UsageError(error) from error
+    try:
+        device = ranks.device(args.device)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"--device: {args.device!r} cannot be used: {first_line(error)}") from error
+    if ranks.size > 1 and directory is None:
+        raise UsageError(f"--out: expected a directory (no suffix), which {ranks.size} processes can write to")
+    threads, threads_before = args.threads, torch.get_num_threads()
+    if directory and device.type == "cpu":
+        threads = threads or 1  # the same bits, whatever torchrun and the machine make of it
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+        with ops.use_backend(args.backend), ranks:
+            sampling = _Sampling(args, device)
+            _check_files(args, sampling.model)
+            _check_size(args, sampling, directory)
+            if ranks.rank == 0:
+                _warn_of_transfer(args, sampling.model)
+            if directory is None:
+                _sample_in_memory(args, sampling)
+            else:
+                _sample_into_directory(args, sampling, ranks, directory)
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+class _Sampling:
+    """The model and the tables that the arguments name. Counts the seconds in the model, and the seconds of all."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.model, self.call = load_model(args, device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        try:
+            self.scaling = _read_scaling(args)
+            scalings = {"baseline": scaling.constant(1.0)} if args.compare else {}
+            scalings["samples"] = self.scaling
+            self.tables = {name: make_table(args, self.model, value).to(device) for name, value in scalings.items()}
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
+        self.seed_bytes = 4 * math.prod(self.model.shape) * len(self.tables)  # on the host: samples are float32 there
+        self.args, self.device, self.model_seconds, self.seconds = args, device, 0.0, 0.0
+
+    def __call__(self, name: str, seeds: np.ndarray, progress: bool = False) -> torch.Tensor:
+        """The samples of a batch of seeds, on the host."""
+        start = time.perf_counter()
+        dtype = DTYPES[self.args.dtype]
+        samples = sample(self._timed, self.tables[name], seeds, self.model.shape, dtype=dtype, progress=progress).cpu()
+        self.seconds += time.perf_counter() - start
+        return samples
+
+    def _timed(self, x: torch.Tensor, t: torch.Tensor) -> Any:
+        start = time.perf_counter()
+        output = self.call(x, t)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.model_seconds += time.perf_counter() - start
+        return output
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the bits of a chunk, for run.json. The backend does not: all backends have the same bits."""
+        args, seeds = self.args, self.args.seeds
+        on_gpu = self.device.type == "cuda"
+        cpu = f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        return {
+            "names": list(self.tables), "sampler": args.sampler, "steps": args.steps, "scaling": str(self.scaling),
+            "eta": args.eta, "direction": args.direction, "variance": args.variance, "class": args.label,
+            "guidance": args.guidance, "dtype": args.dtype, "batch": args.batch, "shape": list(self.model.shape),
+            "seeds": f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, {seeds.digest()}",
+            "model": " ".join(model_digests(self.model)),
+            "tables": {name: tensors_digest([table.rows]) for name, table in self.tables.items()},
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu,
+            "epskernels": __version__, "torch": torch.__version__,
+        }  # fmt: skip
+
+    def headline(self) -> str:
+        """What was sampled, as the first line that is printed."""
+        args = self.args
+        return f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {self.scaling}"
+
+
+def _sample_in_memory(args: argparse.Namespace, sampling: _Sampling) -> None:
+    firsts = range(0, len(args.seeds), args.batch)
+    batches = [args.seeds[first : first + args.batch] for first in firsts]
+    runs = {name: torch.cat([sampling(name, seeds, not args.quiet) for seeds in batches]) for name in sampling.tables}
+    noise = (ops.normal(seeds.tolist(), sampling.model.shape, device=sampling.device) for seeds in batches)
+    if not all(samples.isfinite().all() for samples in runs.values()):
+        _warn_of_not_finite()
+    lines = [sampling.headline(), _times(sampling.model_seconds, sampling.seconds)]
+    lines.append(f"sha256 of the initial noise {tensors_digest(noise)}")
+    lines += [f"sha256 of the {name} {tensors_digest([samples])}" for name, samples in runs.items()]
+    _write_and_print(args, lines, lambda: runs)
+
+
+def _sample_into_directory(
+    args: argparse.Namespace, sampling: _Sampling, ranks: Ranks, directory: pathlib.Path
+) -> None:
+    """Samples the chunks that the directory lacks: each rank every size-th of the list that rank 0 made."""
+    run, missing = _begin_or_continue(args, sampling, ranks, directory)
+    own = missing[ranks.rank :: ranks.size]
+    for name, chunk in tqdm(own, desc=f"{directory}", unit="chunk", disable=args.quiet or ranks.rank > 0):
+        run.write(name, chunk, sampling(name, run.seeds_of(chunk)).float().numpy())
+    counts = ranks.gather((len(own), sampling.model_seconds, sampling.seconds))
+    run.clean()
+    if ranks.rank > 0:
+        return
+    made, model_seconds, seconds = (sum(values) for values in zip(*counts, strict=True))
+    chunks, by = len(run) * len(run.names), " ".join(str(count) for count, *_ in counts)
+    lines = [
+        sampling.headline(),
+        f"{chunks} chunks of up to {args.batch} seeds in {directory}, {chunks - made} of them before; by rank: {by}",
+        _times(model_seconds, seconds),
+    ]
+    finite = []
+
+    def stored(name: str) -> Iterator[torch.Tensor]:
+        """The state's dtype holds them exactly: the hash is that of the same samples in memory."""
+        for _, array in run.chunks(name):
+            yield torch.from_numpy(array).to(DTYPES[args.dtype])
+            finite.append(np.isfinite(array).all())
+
+    lines += [f"sha256 of the {name} {tensors_digest(stored(name))}" for name in run.names]
+    if not all(finite):
+        _warn_of_not_finite()
+    _write_and_print(args, lines, lambda: {name: torch.from_numpy(run.load(name)) for name in run.names})
+
+
+def _begin_or_continue(
+    args: argparse.Namespace, sampling: _Sampling, ranks: Ranks, directory: pathlib.Path
+) -> tuple[shards.Shards, list[tuple[str, int]]]:
+    """(the directory's Shards, the chunks that it lacks), the same on every rank. Raises UsageError for another run's."""
+    settings = sampling.settings()
+
+    def begin() -> list[tuple[str, int]]:
+        run = shards.begin(directory, settings, args.seeds)
+        missing, damaged = run.missing()
+        _check_room("--out", directory, len(missing) * args.batch * 4 * math.prod(sampling.model.shape))
+        for path in damaged:
+            print(f"warning: {path} is damaged, and is made again", file=sys.stderr)
+        return missing
+
+    try:
+        missing = ranks.from_first(begin)
+        run = shards.Shards(directory)
+        run.compare(settings, f"rank {ranks.rank}")
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--out: {error}") from error
+    return run, missing
+
+
+# ---- checks before the work ----
+
+
+def _check_arguments(args: argparse.Namespace) -> pathlib.Path | None:
+    """The directory among --out, or None. Raises UsageError for what can be refused before the model is loaded."""
+    if args.steps < 1 or args.batch < 1:
+        raise UsageError("--steps, --batch: expected at least 1")
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads: expected at least 1, got {args.threads}")
+    for path in args.out or ():
+        if path.suffix not in ("", ".png", ".npz"):
+            raise UsageError(f"--out: expected a .png or .npz file, or a directory (no suffix), got {path}")
+    directories = [path for path in args.out or () if not path.suffix]
+    if len(directories) > 1:
+        raise UsageError(f"--out: expected one directory, got {len(directories)}")
+    if args.compare and not (args.lambda_ is not None or args.lambda_linear or args.published or args.scaling):
+        raise UsageError(
+            "--compare: expected a scaling to compare with none: --lambda, --lambda-linear, --published or --scaling"
+        )
+    return directories[0] if directories else None
+
+
+def _check_files(args: argparse.Namespace, model: Model) -> None:
+    """Raises UsageError for a file that cannot be written, or that cannot hold the model's samples."""
+    for path in args.out or ():
+        if path.suffix == ".png":
+            if model.shape[0] not in (1, 3):
+                raise UsageError(f"--out: expected images of 1 or 3 channels for a .png, got {model.shape[0]}")
+            try:
+                import PIL.Image  # noqa: F401
+            except ImportError as error:
+                raise UsageError("--out: a .png needs Pillow: pip install pillow") from error
+        if path.suffix:
+            require_writable("--out", path)
+
+
+def _check_size(args: argparse.Namespace, sampling: _Sampling, directory: pathlib.Path | None) -> None:
+    """Raises UsageError for more samples than the memory or the disk has room for."""
+    count = len(args.seeds)
+    size = count * (8 + sampling.seed_bytes)  # 8: the seed itself
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    in_memory = directory is None or any(path.suffix for path in args.out)
+    if in_memory and size > memory:
+        raise UsageError(
+            f"--seeds: {count} samples need {size / GIB:,.1f} GiB of memory, and there are {memory / GIB:,.1f} GiB; "
+            "--out DIRECTORY alone writes them a batch at a time"
+        )
+    try:
+        for path in args.out or ():
+            if path.suffix == ".npz" or (path == directory and not (path / "run.json").exists()):
+                _check_room("--out", path, size)
+    except OSError as error:
+        raise UsageError(f"--out: {error}") from error
+
+
+def _check_room(option: str, path: pathlib.Path, size: int) -> None:
+    """Raises UsageError where so many bytes do not fit on the disk of the path, which need not exist yet."""
+    existing = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if size > (free := shutil.disk_usage(existing).free):
+        raise UsageError(f"{option}: {path} needs {size / GIB:,.1f} GiB, and {free / GIB:,.1f} GiB are free")
+
+
+def _warn_of_transfer(args: argparse.Namespace, model: Model) -> None:
+    """Says where lambda comes from a file that was fitted for something else: the file's notes tell."""
+    path = args.scaling or (args.lambda_ if str(args.lambda_).endswith(".json") else None)
+    if path is None:
+        return
+    notes = scaling.load(path)[1]
+    asked = fitted_for(args)
+    if changed := [name for name in asked if name in notes and notes[name] != asked[name]]:
+        differences = "; ".join(f"{name} {notes[name]}, here {asked[name]}" for name in changed)
+        print(f"warning: {path} was fitted for {differences}: lambda need not transfer", file=sys.stderr)
+    if "weights" in notes and notes["weights"] != model_digests(model)[1]:
+        print(f"warning: {path} was fitted for other weights: lambda need not transfer", file=sys.stderr)
+
+
+# ---- what is written and printed ----
+
+
+def _warn_of_not_finite() -> None:
+    print("warning: some samples are not finite", file=sys.stderr)
+
+
+def _times(model_seconds: float, seconds: float) -> str:
+    return (
+        f"time in the model {model_seconds:.2f} s, in the step and the loop around it {seconds - model_seconds:.2f} s"
+    )
+
+
+def _write_and_print(
+    args: argparse.Namespace, lines: list[str], load: Callable[[], Mapping[str, torch.Tensor]]
+) -> None:
+    """Writes the files of --out, then prints the lines. Where a file cannot be written the rest is done, and then it raises.
+
+    load: gives the samples by name. It is called once, and only where there is a file to write.
+    """
+    runs, failed = None, None
+    for path in args.out or ():
+        if path.suffix:
+            try:
+                runs = load() if runs is None else runs
+                _write_samples(path, args.seeds, runs)
+                lines.append(f"wrote {path}")
+            except (OSError, ValueError, MemoryError) as error:
+                failed = failed or error
+    print("\n".join(lines))
+    if failed:
+        raise failed
+
+
+def _write_samples(path: pathlib.Path, seeds: Seeds, runs: Mapping[str, torch.Tensor]) -> None:
+    """A grid of images, or the samples and their seeds, by the path's suffix."""
+    arrays: dict[str, Any] = {name: samples.float().numpy() for name, samples in runs.items()}
+    if path.suffix == ".png":
+        from PIL import Image
+
+        grid = image_grid(arrays.values())
+        image = Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid)
+        write_whole(path, lambda file: image.save(file, format="PNG"))
+    else:
+        write_whole(path, lambda file: np.savez(file, seeds=np.array(seeds), **arrays))
+
+
+def image_grid(batches: Iterable[np.ndarray]) -> np.ndarray:
+    """Batches (N, C, H, W) in [-1, 1] side by side, each as a square grid: uint8 (H', W', C)."""
+    columns = []
+    for batch in batches:
+        images = np.clip(np.nan_to_num(batch) * 127.5 + 127.5, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        n, h, w, c = images.shape
+        side = int(np.ceil(np.sqrt(n)))
+        cells = np.full((side * side, h + 2, w + 2, c), 96, np.uint8)
+        cells[:n, 1:-1, 1:-1] = images
+        rows = cells.reshape(side, side, h + 2, w + 2, c)[: -(-n // side)]
+        columns.append(rows.transpose(0, 2, 1, 3, 4).reshape(-1, side * (w + 2), c))
+    gap = np.full((len(columns[0]), 12, columns[0].shape[2]), 255, np.uint8)
+    parts = [columns[0]]
+    for column in columns[1:]:
+        parts += [gap, column]
+    return np.concatenate(parts, axis=1)
