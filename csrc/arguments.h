@@ -1,5 +1,5 @@
 // The arguments of the step: read once, checked before anything is written. Nothing here reads a tensor's values.
-// epskernels/checks.py checks the same, in the same words, for the backends written in Python.
+// epskernels/ops/checks.py checks the same, in the same words, for the backends written in Python.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -4,7 +4,7 @@
 //   run(operands, Rows)   the step
 //   normal(operands, seeds)
 //   moments(operands, rows, index, out)   rows and index are absent without u
-// Checks everything before anything is written. The schemas are in epskernels/schemas.py.
+// Checks everything before anything is written. The schemas are in epskernels/spec.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -190,7 +190,7 @@ struct Ops {
     return out;
   }
 
-  // (B, 2), or (B, 4) with u: see step_reference.py::moments_reference.
+  // (B, 2), or (B, 4) with u: see ops/reference.py::moments_reference.
   static Tensor moments(Tensor f_tensor, OptionalTensor u_tensor, OptionalTensor rows_tensor, OptionalTensor index_tensor) {
     const View f("f", f_tensor), u = optional_view("u", u_tensor), rows = optional_view("rows", rows_tensor),
                index = optional_view("index", index_tensor);

@@ -1,6 +1,6 @@
 // Noise: Philox4x32-10 words (Salmon et al., SC 2011), Box-Muller normals.
 // Key: the sample's 64-bit seed. Counter: (element / 4 low word, high word, draw, stream); each counter gives four normals.
-// Mirrors epskernels/step_reference.py::philox and ::normal_reference.
+// Mirrors epskernels/ops/reference.py::philox and ::normal_reference.
 #pragma once
 
 #include <cmath>

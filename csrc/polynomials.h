@@ -1,5 +1,5 @@
 // log, sin, cos and exp as polynomials of + and * alone: part of the specification, the same bits wherever they run.
-// Mirrors epskernels/step_reference.py. Relative error of each below 2^-21.
+// Mirrors epskernels/ops/reference.py. Relative error of each below 2^-21.
 #pragma once
 
 #include <cstdint>

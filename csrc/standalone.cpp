@@ -11,7 +11,7 @@
 namespace {
 
 constexpr const char* SCHEMAS[] = {
-#include "schemas.inc"  // printed by epskernels/schemas.py
+#include "schemas.inc"  // printed by epskernels/spec.py
 };
 
 // It lies beside this library, if it was built.

@@ -9,14 +9,14 @@
 // float32, every operation rounded once, left to right, never fused. A term is left out, not multiplied by zero, where its
 // tensor is absent or its coefficient idle (zero; for g, one; for v, both bounds zero). c_x, c_m0, k_x and k_m0 have no such
 // rule. Where guided_channels is not zero, the channels from that one on are not guided: fhat = rescale*f.
-// Mirrors epskernels/step_reference.py::step_reference.
+// Mirrors epskernels/ops/reference.py::step_reference.
 #pragma once
 
 #include "philox.h"
 
 namespace epskernels {
 
-// The order of the columns; epskernels/table.py::COLUMNS is the same list.
+// The order of the columns; epskernels/spec.py::COLUMNS is the same list.
 struct StepRow {
   float d_x, d_f, clip, g;
   float c_x, c_f, c_m0, c_m1, c_m2, c_grad, c_noise;

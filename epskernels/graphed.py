@@ -10,8 +10,7 @@ import warnings
 
 import torch
 
-from .checks import DTYPES
-from .ops import as_seeds, normal, step
+from .ops import DTYPES, as_seeds, normal, step
 from .sample import _outputs, check_callables, f_and_u
 from .table import check_one_sampler
 

@@ -16,15 +16,8 @@ import numpy as np
 import torch
 
 from .scaling import noise_alone, scale
+from .spec import COLUMNS, SECOND_STATE
 
-# The order of csrc/step.h::StepRow.
-COLUMNS = (
-    "d_x", "d_f", "clip", "g",
-    "c_x", "c_f", "c_m0", "c_m1", "c_m2", "c_grad", "c_noise", "draw",
-    "logvar_min", "logvar_max", "guided_channels", "c_in_next",
-    "c_y", "k_x", "k_m0", "k_m1", "k_m2", "k_y", "t", "c_in",
-)  # fmt: skip
-SECOND_STATE = ("k_x", "k_m0", "k_m1", "k_m2", "k_y")  # of y'
 # Where a row comes from: the path's two ends, lambda_t, what the model's output is made of, the variance that the sampler adds on
 # purpose beyond sigma_out^2 (fixed_large, S_noise), and what the second state is made of, before and after.
 PROVENANCE = (

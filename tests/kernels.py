@@ -16,7 +16,8 @@ import filelock
 import torch
 
 import epskernels
-from epskernels import _C, build, ops
+from epskernels import _C, build, ops, spec
+from epskernels.ops import backends, registration
 
 ROOT = pathlib.Path(__file__).parent.parent
 ON_GPU = torch.cuda.is_available()
@@ -39,8 +40,9 @@ def compile_for_host(sources, here, sanitizers, target):
         f"-fsanitize={sanitizers}", "-fsanitize-undefined-trap-on-error",
         "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DEPSKERNELS_LIBRARY=epskernels_cuda_on_host",
         "-DEPSKERNELS_KEY=CPU", '-DEPSKERNELS_CUDA_TARGETS="the host"', "-isystem", include,
-        "-isystem", include / "torch" / "csrc" / "api" / "include", "-I", here, "-I", ROOT / "csrc", "-x", "c++",
-        *sources, "-L", torch_folder / "lib", "-ltorch_cpu", "-o", target,
+        "-isystem", include / "torch" / "csrc" / "api" / "include",
+        "-I", here, "-I", ROOT / "csrc", "-x", "c++", *sources,
+        "-L", torch_folder / "lib", "-ltorch_cpu", "-o", target,
     ]  # fmt: skip
     subprocess.run([str(part) for part in command], check=True)
 
@@ -58,11 +60,11 @@ def cuda_on_host():
         if not target.exists() or target.stat().st_mtime < newest:
             compile_for_host(sources, here, sanitizers, target)
     library = torch.library.Library("epskernels_cuda_on_host", "DEF")
-    for schema in ops.SCHEMAS:
+    for schema in spec.SCHEMAS:
         library.define(schema)
     for name, function in ops.REFERENCE.items():  # as for the package's own ops, what no kernel takes
         library.impl(name, function, "CompositeExplicitAutograd")
-    ops.register_negative(library, torch.ops.epskernels_cuda_on_host)
+    registration.register_negative(library, torch.ops.epskernels_cuda_on_host)
     torch.ops.load_library(target)
     return library, torch.ops.epskernels_cuda_on_host
 
@@ -72,14 +74,14 @@ def overload(name, op):
     if name == "cuda_on_host":
         return getattr(cuda_on_host()[1], op).default
     if name == "triton":
-        from epskernels.step_triton import TRITON
+        from epskernels.ops.triton_backend import TRITON
 
         return TRITON[op]
     return getattr(torch.ops.epskernels, op).default
 
 
-ops._BACKENDS["cuda_on_host"] = (
-    lambda: ops._Functions(*(overload("cuda_on_host", name) for name in ops._Functions._fields)),
+backends.BY_NAME["cuda_on_host"] = (
+    lambda: backends.Functions(*(overload("cuda_on_host", name) for name in backends.Functions._fields)),
     None,
 )
 

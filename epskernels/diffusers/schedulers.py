@@ -31,7 +31,7 @@ from .. import scaling
 from ..guidance import quantile_of_sizes
 from ..ops import as_seeds, normal, step, step_results
 from ..samplers import ancestral, bh_updates, boundary, differences, log_snr
-from ..step_reference import STREAM_STEP
+from ..spec import STREAM_STEP
 from ..table import _DEFAULTS, COLUMNS
 
 _log = logging.getLogger("epskernels")
