@@ -9,9 +9,6 @@
 
 namespace epskernels {
 
-constexpr uint32_t STREAM_STEP = 0;     // the noise of the sampler's steps
-constexpr uint32_t STREAM_INITIAL = 1;  // the initial latent
-
 struct PhiloxWords {
   uint32_t w0, w1, w2, w3;
 };

@@ -1,8 +1,8 @@
 """What all implementations of the step have in common, written here alone: the columns of a row, the bits of its terms, the
 inputs, the constants of the polynomials, the schemas of torch.ops.epskernels.*.
 
-For programs without Python the build puts the schemas into libepskernels.so (csrc/standalone.cpp): run as a script, this file
-prints them as C++ string literals. It imports nothing.
+Python imports this file. For C++ and CUDA the build runs it as a script (`python spec.py > spec.h`): it prints the same as a
+header. It imports the standard library alone, so that a build does not import torch.
 
 Two rules for the schemas. A new optional argument comes last of its kind: exported programs give theirs by position, and would
 give them to another in silence. A number is never keyword-only with a default: AOTInductor (torch 2.13) leaves such a one out
@@ -52,7 +52,7 @@ def _polynomial(coefficients):
     return {power: float.fromhex(digits) for power, digits in coefficients.items()}
 
 
-# Coefficients by power, the highest first.
+# Coefficients by power, the highest first. experiments/fit_polynomials.py finds them again.
 # ln(1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1)
 LOG = _polynomial({
     8: "-0x1.9dfa74p-4", 7: "0x1.4c3d0ap-3", 6: "-0x1.614c08p-3", 5: "0x1.978e2ep-3",
@@ -96,5 +96,44 @@ SCHEMAS = (
     f"normal(Tensor seeds, SymInt[] shape, ScalarType dtype, int draw=0, int stream={STREAM_INITIAL}) -> Tensor",
 )
 
+
+def cpp_header():
+    """All of this as C++. Coefficients are named by their powers: LOG_8, ..., LOG_1; STEP_REQUIRED(DO) is DO(x) DO(f) ..."""
+    terms = ", ".join(f"TERM_{name} = {bit}" for name, bit in TERMS.items())
+    floats = {f"{name}_{power}": value for name, of_power in POLYNOMIALS.items() for power, value in of_power.items()}
+    floats |= SCALARS
+    schemas = ",\n".join(f'  R"({schema})"' for schema in SCHEMAS)
+    return f"""// Printed by epskernels/spec.py, which says what is what.
+#pragma once
+
+#include <cstdint>
+
+namespace epskernels {{
+
+struct StepRow {{
+  float {", ".join(COLUMNS)};
+}};
+constexpr int ROW_COLUMNS = {len(COLUMNS)};
+enum StepTerm : unsigned {{ {terms} }};
+constexpr unsigned COMMON_TERMS = {COMMON_TERMS};
+
+constexpr uint32_t STREAM_STEP = {STREAM_STEP}, STREAM_INITIAL = {STREAM_INITIAL};
+constexpr int64_t MOMENTS_TILE = {MOMENTS_TILE};
+constexpr uint32_t SQRT_HALF_BITS = {SQRT_HALF_BITS:#x};
+constexpr float {", ".join(f"{name} = {value.hex()}f" for name, value in floats.items())};
+
+constexpr const char* SCHEMAS[] = {{
+{schemas}
+}};
+
+}}  // namespace epskernels
+
+#define STEP_REQUIRED(DO) {" ".join(f"DO({name})" for name in REQUIRED)}
+#define STEP_OPTIONAL(DO) {" ".join(f"DO({name})" for name in OPTIONAL)}
+#define STEP_PARAMETERS {", ".join([f"Tensor {name}" for name in REQUIRED] + [f"OptionalTensor {name}" for name in OPTIONAL])}
+#define STEP_ARGUMENTS {", ".join(INPUTS)}
+"""
+
+
 if __name__ == "__main__":
-    print("".join(f'R"({schema})",\n' for schema in SCHEMAS), end="")
+    print(cpp_header(), end="")

@@ -41,7 +41,7 @@ def compile_for_host(sources, here, sanitizers, target):
         "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DEPSKERNELS_LIBRARY=epskernels_cuda_on_host",
         "-DEPSKERNELS_KEY=CPU", '-DEPSKERNELS_CUDA_TARGETS="the host"', "-isystem", include,
         "-isystem", include / "torch" / "csrc" / "api" / "include",
-        "-I", here, "-I", ROOT / "csrc", "-x", "c++", *sources,
+        "-I", here, "-I", ROOT / "csrc", "-I", target.parent, "-x", "c++", *sources,
         "-L", torch_folder / "lib", "-ltorch_cpu", "-o", target,
     ]  # fmt: skip
     subprocess.run([str(part) for part in command], check=True)
@@ -54,10 +54,12 @@ def cuda_on_host():
     target = ROOT / "build" / "tests" / f"cuda_on_host-{sanitizers}" / "libepskernels_cuda_on_host.so"
     here = ROOT / "tests" / "cuda_on_host"
     sources = [*(ROOT / "csrc").glob("*.cu"), ROOT / "csrc" / "ops_cuda.cpp", here / "device.cpp"]
-    newest = max(path.stat().st_mtime for path in (*here.iterdir(), *(ROOT / "csrc").iterdir()))
+    read = (*here.iterdir(), *(ROOT / "csrc").iterdir(), pathlib.Path(spec.__file__))
+    newest = max(path.stat().st_mtime for path in read)
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_suffix(".lock")):  # between the processes of a test run
         if not target.exists() or target.stat().st_mtime < newest:
+            (target.parent / "spec.h").write_text(spec.cpp_header())
             compile_for_host(sources, here, sanitizers, target)
     library = torch.library.Library("epskernels_cuda_on_host", "DEF")
     for schema in spec.SCHEMAS:
