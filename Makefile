@@ -30,7 +30,7 @@ NEW ?= $(RUN)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/schemas.py $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/spec.py $(wildcard csrc/*)
 
 .PHONY: build sample test test-deep lint sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report \
 	quality quality-report quality-quick train clean another-torch

@@ -1,5 +1,5 @@
 // The arguments of the step: read once, checked before anything is written. Nothing here reads a tensor's values.
-// epskernels/checks.py checks the same, in the same words, for the backends written in Python.
+// epskernels/ops/checks.py checks the same, in the same words, for the backends written in Python.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -204,37 +204,36 @@ inline void check_addresses(const View& out) {
 
 // ---- all of them ----
 
+// STEP_REQUIRED(DO) and STEP_OPTIONAL(DO) are DO(x) DO(f) ...: the inputs' names, in their order, from epskernels/spec.py.
+#define TENSOR(name) const Tensor& name;
+#define OPTIONAL_TENSOR(name) const OptionalTensor& name;
+#define VIEW(name) View name;
+#define READ(name) name(view_of(#name, arguments.name)),
+
 struct StepArguments {
-  const Tensor &x, &f, &rows, &index;
-  const OptionalTensor &u, &m1, &m2, &v, &grad, &noise, &seeds, &y, &rescale, &threshold;
+  STEP_REQUIRED(TENSOR)
+  STEP_OPTIONAL(OPTIONAL_TENSOR)
 };
 
-inline View optional_view(const char* name, const OptionalTensor& tensor) { return tensor ? View(name, *tensor) : View(); }
+inline View view_of(const char* name, const Tensor& tensor) { return View(name, tensor); }
+inline View view_of(const char* name, const OptionalTensor& tensor) { return tensor ? View(name, *tensor) : View(); }
 
 struct StepViews {
-  View x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold;
-  bool has_y_out = false;
+  STEP_REQUIRED(VIEW)
+  STEP_OPTIONAL(VIEW)
+  bool has_y_out;
 
-  explicit StepViews(const StepArguments& a)
-      : x("x", a.x),
-        f("f", a.f),
-        rows("rows", a.rows),
-        index("index", a.index),
-        u(optional_view("u", a.u)),
-        m1(optional_view("m1", a.m1)),
-        m2(optional_view("m2", a.m2)),
-        v(optional_view("v", a.v)),
-        grad(optional_view("grad", a.grad)),
-        noise(optional_view("noise", a.noise)),
-        seeds(optional_view("seeds", a.seeds)),
-        y(optional_view("y", a.y)),
-        rescale(optional_view("rescale", a.rescale)),
-        threshold(optional_view("threshold", a.threshold)) {}
+  explicit StepViews(const StepArguments& arguments) : STEP_REQUIRED(READ) STEP_OPTIONAL(READ) has_y_out(false) {}
 
   int64_t batch() const { return x.sizes[0]; }
   int64_t sample_numel() const { return x.numel() / batch(); }
   int64_t channel_numel() const { return x.dim > 1 ? sample_numel() / x.sizes[1] : 1; }
 };
+
+#undef TENSOR
+#undef OPTIONAL_TENSOR
+#undef VIEW
+#undef READ
 
 inline void check_rows(const View& rows) {
   if (rows.dtype != aoti_torch_dtype_float32()) fail("rows: expected dtype float32, got ", dtype_name(rows.dtype));

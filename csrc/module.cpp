@@ -11,7 +11,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, module) {
-  epskernels::schemas_defined() = true;  // by ops.py, before it imports this module
+  epskernels::schemas_defined() = true;  // by ops/registration.py, before it imports this module
   module.doc() = "Build information and host utilities of epskernels.";
   module.def("cpu_capabilities", &epskernels::cpu_capabilities,
              "Instruction sets that the CPU kernel can use on this machine, the best last.");

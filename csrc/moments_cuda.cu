@@ -1,4 +1,4 @@
-// Sums over each sample on an NVIDIA GPU, in the order of step_reference.py::tree_sum: a warp takes a tile of 1,024 elements, then
+// Sums over each sample on an NVIDIA GPU, in the order of ops/reference.py::tree_sum: a warp takes a tile of 1,024 elements, then
 // a warp takes the sums of a sample's tiles. Two launches; three for samples of over a million elements.
 #include "halves.h"
 #include "launch_cuda.h"

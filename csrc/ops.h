@@ -4,7 +4,7 @@
 //   run(operands, Rows)   the step
 //   normal(operands, seeds)
 //   moments(operands, rows, index, out)   rows and index are absent without u
-// Checks everything before anything is written. The schemas are in epskernels/schemas.py.
+// Checks everything before anything is written. The schemas are in epskernels/spec.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -90,8 +90,8 @@ struct Ops {
     a.has_y_out = outputs.y_out || outputs.make_y_out;
     check_step(a);
     const typename Backend::Rows rows = Backend::read_rows(tensors, a);
-    check_outputs({optional_view(outputs.out_name, outputs.out), optional_view("m0", outputs.m0),
-                   optional_view("y_out", outputs.y_out), optional_view("model_input", outputs.model_input)}, a);
+    check_outputs({view_of(outputs.out_name, outputs.out), view_of("m0", outputs.m0),
+                   view_of("y_out", outputs.y_out), view_of("model_input", outputs.model_input)}, a);
     const bool out_is_new = !outputs.out;
     if (out_is_new) outputs.out = allocate_like(tensors.x, a.x);
     if (outputs.make_m0) outputs.m0 = allocate_like(tensors.x, a.x);
@@ -124,30 +124,23 @@ struct Ops {
     layouts.finish();
   }
 
-#define STEP_PARAMETERS                                                                                     \
-  Tensor x, Tensor f, Tensor rows, Tensor index, OptionalTensor u, OptionalTensor m1, OptionalTensor m2,    \
-      OptionalTensor v, OptionalTensor grad, OptionalTensor noise, OptionalTensor seeds, OptionalTensor y,   \
-      OptionalTensor rescale, OptionalTensor threshold
-#define STEP_ARGUMENTS \
-  { x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold }
-
   static Tensor step(STEP_PARAMETERS) {
     Outputs outputs;
-    step_into(STEP_ARGUMENTS, outputs);
+    step_into({STEP_ARGUMENTS}, outputs);
     return std::move(*outputs.out);
   }
 
   static std::tuple<Tensor, Tensor> step_m0(STEP_PARAMETERS) {
     Outputs outputs;
     outputs.make_m0 = true;
-    step_into(STEP_ARGUMENTS, outputs);
+    step_into({STEP_ARGUMENTS}, outputs);
     return {std::move(*outputs.out), std::move(*outputs.m0)};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> step_y(STEP_PARAMETERS) {
     Outputs outputs;
     outputs.make_m0 = outputs.make_y_out = true;
-    step_into(STEP_ARGUMENTS, outputs);
+    step_into({STEP_ARGUMENTS}, outputs);
     return {std::move(*outputs.out), std::move(*outputs.m0), std::move(*outputs.y_out)};
   }
 
@@ -158,12 +151,12 @@ struct Ops {
 
   static void step_out(STEP_PARAMETERS, Tensor out, OptionalTensor m0, OptionalTensor y_out, OptionalTensor model_input) {
     Outputs outputs{std::move(out), std::move(m0), std::move(y_out), std::move(model_input)};
-    step_into(STEP_ARGUMENTS, outputs);
+    step_into({STEP_ARGUMENTS}, outputs);
   }
 
   static void step_(STEP_PARAMETERS, OptionalTensor m0, OptionalTensor y_out, OptionalTensor model_input) {
     Outputs outputs{x, std::move(m0), std::move(y_out), std::move(model_input), false, false, "x"};
-    step_into(STEP_ARGUMENTS, outputs);
+    step_into({STEP_ARGUMENTS}, outputs);
   }
 
   static Tensor normal(Tensor seeds_tensor, std::vector<int64_t> shape, ScalarType dtype, int64_t draw, int64_t stream) {
@@ -190,10 +183,10 @@ struct Ops {
     return out;
   }
 
-  // (B, 2), or (B, 4) with u: see step_reference.py::moments_reference.
+  // (B, 2), or (B, 4) with u: see ops/reference.py::moments_reference.
   static Tensor moments(Tensor f_tensor, OptionalTensor u_tensor, OptionalTensor rows_tensor, OptionalTensor index_tensor) {
-    const View f("f", f_tensor), u = optional_view("u", u_tensor), rows = optional_view("rows", rows_tensor),
-               index = optional_view("index", index_tensor);
+    const View f("f", f_tensor), u = view_of("u", u_tensor), rows = view_of("rows", rows_tensor),
+               index = view_of("index", index_tensor);
     check_moments(f, u, rows, index);
     Layouts layouts;
     const int64_t batch = f.sizes[0], numel = f.numel() / batch;

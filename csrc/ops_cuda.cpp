@@ -61,9 +61,9 @@ void check_rows_on_host(const StepArguments& tensors, const StepViews& a) {
   StepViews on_host = a;
   on_host.rows = View("rows", rows);
   on_host.index = View("index", index);
-  on_host.seeds = optional_view("seeds", seeds);
-  on_host.threshold = optional_view("threshold", threshold);
-  on_host.rescale = optional_view("rescale", rescale);
+  on_host.seeds = view_of("seeds", seeds);
+  on_host.threshold = view_of("threshold", threshold);
+  on_host.rescale = view_of("rescale", rescale);
   std::vector<Sample> samples;
   epskernels::read_rows(on_host, samples);
 }

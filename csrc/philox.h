@@ -1,6 +1,6 @@
 // Noise: Philox4x32-10 words (Salmon et al., SC 2011), Box-Muller normals.
 // Key: the sample's 64-bit seed. Counter: (element / 4 low word, high word, draw, stream); each counter gives four normals.
-// Mirrors epskernels/step_reference.py::philox and ::normal_reference.
+// Mirrors epskernels/ops/reference.py::philox and ::normal_reference.
 #pragma once
 
 #include <cmath>
@@ -8,9 +8,6 @@
 #include "polynomials.h"
 
 namespace epskernels {
-
-constexpr uint32_t STREAM_STEP = 0;     // the noise of the sampler's steps
-constexpr uint32_t STREAM_INITIAL = 1;  // the initial latent
 
 struct PhiloxWords {
   uint32_t w0, w1, w2, w3;

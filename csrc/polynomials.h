@@ -1,11 +1,12 @@
 // log, sin, cos and exp as polynomials of + and * alone: part of the specification, the same bits wherever they run.
-// Mirrors epskernels/step_reference.py. Relative error of each below 2^-21.
+// The coefficients are those of epskernels/spec.py. Mirrors epskernels/ops/reference.py. Relative error of each below 2^-21.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "host_device.h"
+#include "spec.h"
 
 namespace epskernels {
 
@@ -34,17 +35,17 @@ HOST_DEVICE float select(bool condition, float yes, float no) { return condition
 // ln(u) for normal u in (0, 1]: u = m * 2^e with m in [sqrt(1/2), sqrt(2)), ln(u) = e*ln(2) + ln(1 + (m - 1)).
 HOST_DEVICE float log_poly(float u) {
   const uint32_t bits = bits_from_float(u);
-  const int32_t e = static_cast<int32_t>(bits - 0x3f3504f3u) >> 23;
+  const int32_t e = static_cast<int32_t>(bits - SQRT_HALF_BITS) >> 23;
   const float f = float_from_bits(bits - (static_cast<uint32_t>(e) << 23)) - 1.0f;
-  float p = -0x1.9dfa74p-4f;
-  p = p * f + 0x1.4c3d0ap-3f;
-  p = p * f + -0x1.614c08p-3f;
-  p = p * f + 0x1.978e2ep-3f;
-  p = p * f + -0x1.ff623cp-3f;
-  p = p * f + 0x1.5559dcp-2f;
-  p = p * f + -0x1.00007ap-1f;
-  p = p * f + 0x1.fffffep-1f;
-  return static_cast<float>(e) * 0x1.62e430p-1f + p * f;
+  float p = LOG_8;
+  p = p * f + LOG_7;
+  p = p * f + LOG_6;
+  p = p * f + LOG_5;
+  p = p * f + LOG_4;
+  p = p * f + LOG_3;
+  p = p * f + LOG_2;
+  p = p * f + LOG_1;
+  return static_cast<float>(e) * LN2 + p * f;
 }
 
 HOST_DEVICE void swap_if_bit(uint32_t word, uint32_t bit, float& a, float& b) {
@@ -65,37 +66,36 @@ HOST_DEVICE void swap_if_bit(uint32_t word, uint32_t bit, float& a, float& b) {
 // [-pi/4, pi/4).
 HOST_DEVICE void cos_sin_poly(uint32_t turn, float& cosine, float& sine) {
   const uint32_t quadrant = turn + 0x20000000u;  // in its two high bits
-  const float a = static_cast<float>(static_cast<int32_t>(turn << 2)) * 0x1.921fb6p-32f;
+  const float a = static_cast<float>(static_cast<int32_t>(turn << 2)) * (TURN / 4.0f);
   const float a2 = a * a;
-  float s = -0x1.9943e0p-13f;
-  s = s * a2 + 0x1.11073ap-7f;
-  s = s * a2 + -0x1.555546p-3f;
-  s = s * a2 + 1.0f;
+  float s = SIN_7;
+  s = s * a2 + SIN_5;
+  s = s * a2 + SIN_3;
+  s = s * a2 + SIN_1;
   s = s * a;
-  float c = -0x1.644d62p-10f;
-  c = c * a2 + 0x1.553e80p-5f;
-  c = c * a2 + -0x1.ffffb2p-2f;
-  c = c * a2 + 1.0f;
+  float c = COS_6;
+  c = c * a2 + COS_4;
+  c = c * a2 + COS_2;
+  c = c * a2 + COS_0;
   swap_if_bit(quadrant, 0x40000000u, c, s);
   cosine = float_from_bits(bits_from_float(c) ^ ((quadrant + 0x40000000u) & 0x80000000u));
   sine = float_from_bits(bits_from_float(s) ^ (quadrant & 0x80000000u));
 }
 
-// exp(y), y held to [-87, 88]; exp(0) is 1 exactly; NaN passes through.
+// exp(y), y held to [EXP_LEAST, EXP_MOST]; exp(0) is 1 exactly; NaN passes through.
 HOST_DEVICE float exp_poly(float y) {
-  y = select(y < -87.0f, -87.0f, y);
-  y = select(y > 88.0f, 88.0f, y);
-  const float magic = 0x1.8p+23f;  // adding it rounds to an integer, which its low bits then hold
-  const float rounded = y * 0x1.715476p+0f + magic;
-  const float k = rounded - magic;
-  const float r = (y - k * 0x1.62e400p-1f) - k * 0x1.7f7d1cp-20f;
-  float p = 0x1.0fa834p-7f;
-  p = p * r + 0x1.573a54p-5f;
-  p = p * r + 0x1.555a6ap-3f;
-  p = p * r + 0x1.fffdc6p-2f;
-  p = p * r + 0x1.fffff6p-1f;
-  p = p * r + 1.0f;
-  const uint32_t exponent = bits_from_float(rounded) - bits_from_float(magic) + 127u;
+  y = select(y < EXP_LEAST, EXP_LEAST, y);
+  y = select(y > EXP_MOST, EXP_MOST, y);
+  const float rounded = y * LOG2_E + MAGIC;  // to an integer, which its low bits then hold
+  const float k = rounded - MAGIC;
+  const float r = (y - k * LN2_HIGH) - k * LN2_LOW;
+  float p = EXP_5;
+  p = p * r + EXP_4;
+  p = p * r + EXP_3;
+  p = p * r + EXP_2;
+  p = p * r + EXP_1;
+  p = p * r + EXP_0;
+  const uint32_t exponent = bits_from_float(rounded) - bits_from_float(MAGIC) + 127u;
   return p * float_from_bits(exponent << 23);
 }
 

@@ -7,18 +7,15 @@
 #include <string>
 
 #include "schemas_defined.h"
+#include "spec.h"
 
 namespace {
-
-constexpr const char* SCHEMAS[] = {
-#include "schemas.inc"  // printed by epskernels/schemas.py
-};
 
 // It lies beside this library, if it was built.
 void load_cuda_kernels() {
   void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   Dl_info self;
-  if (!torch_cuda || !dladdr(SCHEMAS, &self)) return;
+  if (!torch_cuda || !dladdr(epskernels::SCHEMAS, &self)) return;
   dlclose(torch_cuda);
   const std::string path(self.dli_fname), folder = path.substr(0, path.rfind('/') + 1);
   if (!dlopen((folder + "libepskernels_cuda.so").c_str(), RTLD_NOW))
@@ -29,7 +26,7 @@ void load_cuda_kernels() {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(epskernels, library) {
   if (epskernels::schemas_defined()) return;  // in a Python process: the package has loaded all that there is
-  for (const char* schema : SCHEMAS) library.def(schema);
+  for (const char* schema : epskernels::SCHEMAS) library.def(schema);
   epskernels::schemas_defined() = true;
   load_cuda_kernels();
 }

@@ -9,46 +9,12 @@
 // float32, every operation rounded once, left to right, never fused. A term is left out, not multiplied by zero, where its
 // tensor is absent or its coefficient idle (zero; for g, one; for v, both bounds zero). c_x, c_m0, k_x and k_m0 have no such
 // rule. Where guided_channels is not zero, the channels from that one on are not guided: fhat = rescale*f.
-// Mirrors epskernels/step_reference.py::step_reference.
+// A row's columns and the bits of its terms are those of epskernels/spec.py. Mirrors epskernels/ops/reference.py::step_reference.
 #pragma once
 
 #include "philox.h"
 
 namespace epskernels {
-
-// The order of the columns; epskernels/table.py::COLUMNS is the same list.
-struct StepRow {
-  float d_x, d_f, clip, g;
-  float c_x, c_f, c_m0, c_m1, c_m2, c_grad, c_noise;
-  float draw;             // an integer: the noise of this row, wherever the row stands
-  float logvar_min, logvar_max;
-  float guided_channels;  // an integer; 0: all of them
-  float c_in_next;        // times x': what the model reads at the next call
-  float c_y, k_x, k_m0, k_m1, k_m2, k_y;
-  float t, c_in;          // what the caller feeds the model; the kernel does not use them
-};
-constexpr int ROW_COLUMNS = 24;
-static_assert(sizeof(StepRow) == ROW_COLUMNS * sizeof(float));
-
-enum StepTerm : unsigned {
-  TERM_GUIDANCE = 1,
-  TERM_CLIP = 2,
-  TERM_F = 4,
-  TERM_M1 = 8,
-  TERM_M2 = 16,
-  TERM_GRAD = 32,
-  TERM_NOISE = 64,
-  TERM_VARIANCE = 128,
-  TERM_Y = 256,
-  TERM_K_M1 = 512,
-  TERM_K_M2 = 1024,
-  TERM_K_Y = 2048,
-  TERM_Y_OUT = 4096,  // y' is written
-  TERM_CHANNELS = 8192,  // some channels are not guided
-  TERM_RESCALE = 16384,
-  TERM_THRESHOLD = 32768,
-};
-constexpr unsigned COMMON_TERMS = 127;  // what most samplers are made of; the combinations of the rest are not compiled apart
 
 // The terms that the row asks for; one that needs a tensor is computed where the tensor is present as well.
 HOST_DEVICE unsigned row_terms(const StepRow& row) {

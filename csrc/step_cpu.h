@@ -19,9 +19,9 @@ struct StepCall {
   bool stream;  // out goes past the caches: it is larger than they are
 };
 
-constexpr int64_t TILE = 1024;  // elements worked on at a time: every buffer of a tile stays in the first cache
+constexpr int64_t TILE = MOMENTS_TILE;  // elements worked on at a time: every buffer of a tile stays in the first cache
 
-// Halves are added until one is left: an order that any number of lanes can keep. Mirrors step_reference.py::tree_sum.
+// Halves are added until one is left: an order that any number of lanes can keep. Mirrors ops/reference.py::tree_sum.
 static inline double tree_sum(double* values, int64_t size) {
   while (size > 1) {
     size /= 2;

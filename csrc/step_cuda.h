@@ -49,7 +49,6 @@ const char* launch_step(const StepParameters& parameters, void* stream);
 const char* launch_normal(const NormalParameters& parameters, void* stream);
 const char* launch_moments(const MomentsParameters& parameters, void* stream);
 
-constexpr int64_t MOMENTS_TILE = 1024;  // elements
 int64_t moments_workspace(int64_t rows, int64_t tiles);  // in doubles; rows: all samples' sums
 
 }  // namespace epskernels

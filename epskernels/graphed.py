@@ -10,8 +10,7 @@ import warnings
 
 import torch
 
-from .checks import DTYPES
-from .ops import as_seeds, normal
+from .ops import DTYPES, as_seeds, normal
 from .sample import check_callables
 from .table import check_one_sampler
 from .trajectory import Trajectory, f_and_u, outputs

@@ -11,8 +11,7 @@ from numbers import Real
 
 import torch
 
-from .checks import fail
-from .ops import moments, rows_and_index, step
+from .ops import fail, moments, rows_and_index, step
 from .table import COLUMNS, Table, denoising_rows, describe
 
 # A standard deviation below 2^-24 of the root mean square is rounding: float32 values that close are equal. The float64 sums of

@@ -15,8 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import samplers, scaling
-from .checks import DTYPES
-from .ops import as_seeds, step
+from .ops import DTYPES, as_seeds, step
 from .schedule import KarrasSchedule
 from .table import COLUMNS, denoising_rows
 from .trajectory import Trajectory

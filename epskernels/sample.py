@@ -7,8 +7,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from tqdm.auto import tqdm
 
-from .checks import DTYPES
-from .ops import as_seeds, normal
+from .ops import DTYPES, as_seeds, normal
 from .table import check_one_sampler, describe
 from .trajectory import Trajectory, outputs
 

@@ -16,22 +16,15 @@ import numpy as np
 import torch
 
 from .scaling import noise_alone, scale
+from .spec import COLUMNS, SECOND_STATE
 
-# The order of csrc/step.h::StepRow.
-COLUMNS = (
-    "d_x", "d_f", "clip", "g",
-    "c_x", "c_f", "c_m0", "c_m1", "c_m2", "c_grad", "c_noise", "draw",
-    "logvar_min", "logvar_max", "guided_channels", "c_in_next",
-    "c_y", "k_x", "k_m0", "k_m1", "k_m2", "k_y", "t", "c_in",
-)  # fmt: skip
-SECOND_STATE = ("k_x", "k_m0", "k_m1", "k_m2", "k_y")  # of y'
 # Where a row comes from: the path's two ends, lambda_t, what the model's output is made of, the variance that the sampler adds on
 # purpose beyond sigma_out^2 (fixed_large, S_noise), and what the second state is made of, before and after.
 PROVENANCE = (
     "alpha_in", "sigma_in", "alpha_out", "sigma_out", "lambda_t", "f_x0", "f_eps", "excess",
     "y_x0", "y_eps", "y_out_x0", "y_out_eps",
 )  # fmt: skip
-_DEFAULTS = {"clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0}
+DEFAULTS = {"clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0}
 _TOLERANCE = 1e-9
 
 
@@ -85,7 +78,7 @@ class Table:
         columns = {}
         for key in COLUMNS + PROVENANCE:
             try:
-                column = np.asarray(values.get(key, _DEFAULTS.get(key, 0.0)), dtype=np.float64)
+                column = np.asarray(values.get(key, DEFAULTS.get(key, 0.0)), dtype=np.float64)
             except (TypeError, ValueError):
                 raise ValueError(f"{key}: expected numbers, got {values[key]!r}") from None
             if column.ndim > 1 or column.size not in (1, length):

@@ -16,7 +16,8 @@ import filelock
 import torch
 
 import epskernels
-from epskernels import _C, build, ops
+from epskernels import _C, build, ops, spec
+from epskernels.ops import backends, registration
 
 ROOT = pathlib.Path(__file__).parent.parent
 ON_GPU = torch.cuda.is_available()
@@ -39,8 +40,9 @@ def compile_for_host(sources, here, sanitizers, target):
         f"-fsanitize={sanitizers}", "-fsanitize-undefined-trap-on-error",
         "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DEPSKERNELS_LIBRARY=epskernels_cuda_on_host",
         "-DEPSKERNELS_KEY=CPU", '-DEPSKERNELS_CUDA_TARGETS="the host"', "-isystem", include,
-        "-isystem", include / "torch" / "csrc" / "api" / "include", "-I", here, "-I", ROOT / "csrc", "-x", "c++",
-        *sources, "-L", torch_folder / "lib", "-ltorch_cpu", "-o", target,
+        "-isystem", include / "torch" / "csrc" / "api" / "include",
+        "-I", here, "-I", ROOT / "csrc", "-I", target.parent, "-x", "c++", *sources,
+        "-L", torch_folder / "lib", "-ltorch_cpu", "-o", target,
     ]  # fmt: skip
     subprocess.run([str(part) for part in command], check=True)
 
@@ -52,17 +54,19 @@ def cuda_on_host():
     target = ROOT / "build" / "tests" / f"cuda_on_host-{sanitizers}" / "libepskernels_cuda_on_host.so"
     here = ROOT / "tests" / "cuda_on_host"
     sources = [*(ROOT / "csrc").glob("*.cu"), ROOT / "csrc" / "ops_cuda.cpp", here / "device.cpp"]
-    newest = max(path.stat().st_mtime for path in (*here.iterdir(), *(ROOT / "csrc").iterdir()))
+    read = (*here.iterdir(), *(ROOT / "csrc").iterdir(), pathlib.Path(spec.__file__))
+    newest = max(path.stat().st_mtime for path in read)
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_suffix(".lock")):  # between the processes of a test run
         if not target.exists() or target.stat().st_mtime < newest:
+            (target.parent / "spec.h").write_text(spec.cpp_header())
             compile_for_host(sources, here, sanitizers, target)
     library = torch.library.Library("epskernels_cuda_on_host", "DEF")
-    for schema in ops.SCHEMAS:
+    for schema in spec.SCHEMAS:
         library.define(schema)
     for name, function in ops.REFERENCE.items():  # as for the package's own ops, what no kernel takes
         library.impl(name, function, "CompositeExplicitAutograd")
-    ops.register_negative(library, torch.ops.epskernels_cuda_on_host)
+    registration.register_negative(library, torch.ops.epskernels_cuda_on_host)
     torch.ops.load_library(target)
     return library, torch.ops.epskernels_cuda_on_host
 
@@ -72,14 +76,14 @@ def overload(name, op):
     if name == "cuda_on_host":
         return getattr(cuda_on_host()[1], op).default
     if name == "triton":
-        from epskernels.step_triton import TRITON
+        from epskernels.ops.triton_backend import TRITON
 
         return TRITON[op]
     return getattr(torch.ops.epskernels, op).default
 
 
-ops._BACKENDS["cuda_on_host"] = (
-    lambda: ops._Functions(*(overload("cuda_on_host", name) for name in ops._Functions._fields)),
+backends.BY_NAME["cuda_on_host"] = (
+    lambda: backends.Functions(*(overload("cuda_on_host", name) for name in backends.Functions._fields)),
     None,
 )
 

@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import epskernels
 from epskernels import samplers, schedule
-from epskernels.checks import INPUTS
-from epskernels.step_gradient import step_gradients
+from epskernels.ops.gradient import step_gradients
+from epskernels.spec import INPUTS
 from epskernels.table import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,6 +15,7 @@ import torch
 
 import epskernels
 from epskernels import Table, ops, samplers, scaling, schedule
+from epskernels.ops import backends
 from epskernels.table import COLUMNS, SECOND_STATE
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -494,8 +495,8 @@ def test_a_gpu_s_lack_of_memory_has_torch_s_type(case, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError(message)
 
-    functions = ops._Functions(*[full] * len(ops._Functions._fields))
-    monkeypatch.setitem(ops._BACKENDS, "cpu", (lambda: functions, "cpu"))
+    functions = backends.Functions(*[full] * len(backends.Functions._fields))
+    monkeypatch.setitem(backends.BY_NAME, "cpu", (lambda: functions, "cpu"))
     with epskernels.use_backend("cpu"), pytest.raises(torch.OutOfMemoryError, match=R(message)):
         OUT_OF_MEMORY[case]()
 

@@ -20,6 +20,7 @@ import torch
 
 import epskernels
 from epskernels import build
+from epskernels.spec import TERMS
 
 PACKAGE = pathlib.Path(epskernels.__file__).parent
 LIBRARY = PACKAGE / "libepskernels_cuda.so"
@@ -33,7 +34,7 @@ ARCHITECTURES = [
 ]
 
 DTYPES = {"0": "float32", "1": "float16", "2": "bfloat16"}
-GUIDANCE, M1, NOISE, EVERYTHING = 1, 8, 64, 2**32 - 1  # csrc/step.h::StepTerm
+GUIDANCE, M1, NOISE, EVERYTHING = TERMS["GUIDANCE"], TERMS["M1"], TERMS["NOISE"], 2**32 - 1
 NORMALS = {("normal_kernel", dtype) for dtype in DTYPES}
 SUMS = {("tiles_kernel", dtype, guided) for dtype in DTYPES for guided in ("false", "true")} | {("level_kernel",)}
 

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import epskernels
 from epskernels import diffusers as fused
-from epskernels import ops
 from epskernels.diffusers import common
 from epskernels.diffusers.plan import Plan
+from epskernels.ops import backends
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -263,8 +263,9 @@ def test_a_plain_step_runs_where_it_is_asked_to(kind, why, caplog, monkeypatch):
     def counted(run):
         return lambda *inputs: ran.append(1) or run(*inputs)
 
-    reference = ops._REFERENCE._replace(step=counted(ops._REFERENCE.step), step_m0=counted(ops._REFERENCE.step_m0))
-    monkeypatch.setattr(ops, "_REFERENCE", reference)
+    reference = backends.REFERENCE_FUNCTIONS
+    reference = reference._replace(step=counted(reference.step), step_m0=counted(reference.step_m0))
+    monkeypatch.setattr(backends, "REFERENCE_FUNCTIONS", reference)
     with contextlib.nullcontext() if why == "log" else epskernels.use_backend("reference"):
         with caplog.at_level(logging.DEBUG if why == "log" else logging.WARNING, "epskernels"):
             got = go(made(kind), generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ from test_step_bits import assert_same_bits, make_inputs, random_rows
 
 import epskernels
 from epskernels import build, cli, ops, samplers, schedule
-from epskernels.table import COLUMNS
+from epskernels.spec import COLUMNS, SCHEMAS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")  # torch's own
 PACKAGE = pathlib.Path(epskernels.__file__).parent
@@ -218,8 +218,8 @@ torch._inductor.aoti_load_package(packaged)(*inputs)
 
 
 def test_programs_and_packages_outlive_an_added_argument(page):
-    """A later version of the schema, by the rules in schemas.py: with optional arguments after those that there are."""
-    later = ops.SCHEMAS[0].replace(") -> Tensor", ", Tensor? added=None, *, Tensor? named=None) -> Tensor")
+    """A later version of the schema, by the rules in spec.py: with optional arguments after those that there are."""
+    later = SCHEMAS[0].replace(") -> Tensor", ", Tensor? added=None, *, Tensor? named=None) -> Tensor")
     result = run_python(LATER, later, page[1] / "row.pt2", page[1] / "row_aoti.pt2")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["['x', 'f', 'rows', 'index', 'u', 'seeds']"] * 2
@@ -324,7 +324,7 @@ def test_the_library_defines_the_schemas_where_python_has_not():
 def test_the_library_leaves_python_s_definitions():
     torch.ops.load_library(build.library())
     assert not torch._C._dispatch_find_dangling_impls()
-    for schema in ops.SCHEMAS:
+    for schema in SCHEMAS:
         op = getattr(torch.ops.epskernels, schema.partition("(")[0]).default
         assert str(op._schema) == str(torch._C.parse_schema(f"epskernels::{schema}"))
         assert {torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order} <= set(op.tags)
@@ -344,8 +344,8 @@ def test_paths_for_a_c_plus_plus_build(capsys, monkeypatch, tmp_path):
 
 
 def test_no_number_is_keyword_only_with_a_default():
-    """AOTInductor's calls would fail: schemas.py says why."""
-    for schema in ops.SCHEMAS:
+    """AOTInductor's calls would fail: spec.py says why."""
+    for schema in SCHEMAS:
         for argument in torch._C.parse_schema(f"epskernels::{schema}").arguments:
             number = any(word in str(argument.type) for word in ("int", "float", "bool", "number"))
             assert not (number and argument.kwarg_only and argument.has_default_value()), f"{schema}: {argument.name}"

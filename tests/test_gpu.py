@@ -13,7 +13,7 @@ from test_step_bits import assert_same_bits, make_inputs, name, random_rows, ref
 
 import epskernels
 from epskernels import _C, samplers, schedule
-from epskernels.checks import DTYPES
+from epskernels.ops import DTYPES
 from epskernels.table import COLUMNS
 
 pytestmark = pytest.mark.skipif(not kernels.ON_GPU, reason="there is no GPU")

@@ -14,8 +14,8 @@ import scipy.stats
 import torch
 
 import epskernels
-from epskernels import _C, samplers, schedule, step_reference
-from epskernels.checks import DTYPES
+from epskernels import _C, samplers, schedule
+from epskernels.ops import DTYPES, reference
 from epskernels.table import COLUMNS
 
 CAPABILITIES = _C.cpu_capabilities()
@@ -42,8 +42,8 @@ def test_elements_beyond_what_memory_holds(capability, begin):
     _C.set_cpu_capability(before)
     group = torch.arange(251) + begin // 4
     counter = (group & WORD, group >> 32, torch.full_like(group, 3), torch.ones_like(group))
-    words = step_reference.philox(counter, (torch.tensor(77), torch.tensor(0)))
-    pairs = step_reference.box_muller(*words[:2]), step_reference.box_muller(*words[2:])
+    words = reference.philox(counter, (torch.tensor(77), torch.tensor(0)))
+    pairs = reference.box_muller(*words[:2]), reference.box_muller(*words[2:])
     expected = torch.stack([*pairs[0], *pairs[1]], dim=1).flatten()[:1001]
     assert same_bits(got, expected)
 
@@ -56,7 +56,7 @@ def known_answers():
 
 def python_words(counter, key):
     counter = [torch.tensor([word]) for word in counter]
-    return [word.item() for word in step_reference.philox(counter, [torch.tensor([word]) for word in key])]
+    return [word.item() for word in reference.philox(counter, [torch.tensor([word]) for word in key])]
 
 
 def compiled_words(counter, key):
@@ -105,27 +105,27 @@ def relative_error(got, exact):
 
 def test_log_polynomial():
     u = torch.cat([dense_words().float() * 2.0**-32 + 2.0**-33, torch.linspace(0.3, 1, 1_000_001)])
-    assert relative_error(step_reference.log_poly(u), np.log(u.double().numpy())) < 2**-21
+    assert relative_error(reference.log_poly(u), np.log(u.double().numpy())) < 2**-21
 
 
 def test_cosine_and_sine_polynomials():
     words = dense_words()
-    for got, exact in zip(step_reference.cos_sin_poly(words), cosine_and_sine(words), strict=True):
+    for got, exact in zip(reference.cos_sin_poly(words), cosine_and_sine(words), strict=True):
         assert relative_error(got, exact) < 2**-21
 
 
 def test_exp_polynomial():
     y = torch.cat([torch.linspace(-87, 88, 1_000_001), torch.linspace(-1, 1, 1_000_001)])
-    assert relative_error(step_reference.exp_poly(y), np.exp(y.double().numpy())) < 2**-21
-    assert step_reference.exp_poly(torch.zeros(1)).item() == 1
-    assert step_reference.exp_poly(torch.tensor([-1e9, float("-inf")])).log().tolist() == pytest.approx([-87, -87])
-    assert step_reference.exp_poly(torch.tensor([1e9, float("inf")])).log().tolist() == pytest.approx([88, 88])
-    assert step_reference.exp_poly(torch.tensor([float("nan")])).isnan().all()
+    assert relative_error(reference.exp_poly(y), np.exp(y.double().numpy())) < 2**-21
+    assert reference.exp_poly(torch.zeros(1)).item() == 1
+    assert reference.exp_poly(torch.tensor([-1e9, float("-inf")])).log().tolist() == pytest.approx([-87, -87])
+    assert reference.exp_poly(torch.tensor([1e9, float("inf")])).log().tolist() == pytest.approx([88, 88])
+    assert reference.exp_poly(torch.tensor([float("nan")])).isnan().all()
 
 
 def test_square_root_is_correctly_rounded():
     x = torch.cat([torch.linspace(0, 46, 1_000_001), torch.logspace(-38, 2, 1_000_001)])
-    got = step_reference.sqrt_rounded(x)
+    got = reference.sqrt_rounded(x)
     assert torch.equal(got, torch.from_numpy(np.sqrt(x.numpy())))
 
 
@@ -133,7 +133,7 @@ def test_normals_of_given_words():
     """Every radius with scattered angles, and every angle with scattered radii."""
     radius = dense_words()
     angle = radius[torch.randperm(len(radius), generator=torch.Generator().manual_seed(1))]
-    z = step_reference.box_muller(radius, angle)
+    z = reference.box_muller(radius, angle)
     for got, exact in zip(z, np.sqrt(-2 * np.log(uniforms(radius))) * cosine_and_sine(angle), strict=True):
         assert relative_error(got, exact) < 2**-20
     # Where u is near 1, its own rounding to float32 moves the radius, which is small there.
@@ -149,7 +149,7 @@ def test_which_words_make_which_normal(backend, seed, draw, stream):
     """Elements 4k to 4k + 3 come from the counter (k, 0, draw, stream); the key is the seed, low word first."""
     groups = [compiled_words([k, 0, draw, stream], [seed & WORD, seed >> 32]) for k in range(5)]
     words = torch.tensor(groups)
-    pairs = [step_reference.box_muller(words[:, i], words[:, i + 1]) for i in (0, 2)]
+    pairs = [reference.box_muller(words[:, i], words[:, i + 1]) for i in (0, 2)]
     expected = torch.stack([*pairs[0], *pairs[1]], dim=1).reshape(1, -1)
     for size in (1, 2, 3, 4, 5, 18, 20):
         got = epskernels.normal([seed], (size,), draw=draw, stream=stream)
@@ -164,7 +164,7 @@ def test_which_words_make_which_normal(backend, seed, draw, stream):
 def test_normal_has_the_bits_of_the_reference(backend, dtype, shape):
     seeds = [0, 5, 2**64 - 1]
     got = epskernels.normal(seeds, shape, dtype=dtype, draw=4, stream=2)
-    expected = step_reference.normal_reference(epskernels.as_seeds(seeds), shape, 4, 2)
+    expected = reference.normal_reference(epskernels.as_seeds(seeds), shape, 4, 2)
     assert got.shape == (3, *shape)
     assert same_bits(got, expected.to(dtype))
 
@@ -293,7 +293,7 @@ def test_largest(many):
     """32-bit uniforms end at sqrt(66*ln(2)) = 6.764; 2^24 normals reach 5 with near certainty."""
     largest = many.abs().max().item()
     assert 5 < largest < 6.8
-    lowest_word = step_reference.box_muller(torch.tensor([0]), torch.tensor([0]))[0].item()
+    lowest_word = reference.box_muller(torch.tensor([0]), torch.tensor([0]))[0].item()
     assert lowest_word == pytest.approx(math.sqrt(66 * math.log(2)), rel=1e-6)
     assert many.isfinite().all()
 

@@ -16,7 +16,7 @@ from test_step_bits import (
 )
 
 import epskernels
-from epskernels.checks import DTYPES
+from epskernels.ops import DTYPES
 from epskernels.table import COLUMNS, SECOND_STATE
 
 ON_DEVICE = [kernel for kernel in kernels.KERNELS if not kernels.Kernel(kernel).reads_rows]

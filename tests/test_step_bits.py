@@ -15,8 +15,7 @@ import torch
 
 import epskernels
 from epskernels import _C, samplers, schedule
-from epskernels.checks import DTYPES
-from epskernels.ops import REFERENCE
+from epskernels.ops import DTYPES, REFERENCE
 from epskernels.table import COLUMNS, SECOND_STATE
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import ops, samplers, schedule
+from epskernels import samplers, schedule
+from epskernels.ops import backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE, THREADS = (3, 17, 5), 12
@@ -78,7 +79,7 @@ def test_threads_of_the_kernel_itself():
 
 def test_a_backend_chosen_in_one_thread_is_not_that_of_another():
     names = (None, "reference", "cpu")
-    expected = {None: ops._DISPATCHED, "cpu": ops._DISPATCHED, "reference": ops._REFERENCE}
+    expected = {None: backends.DISPATCHED, "cpu": backends.DISPATCHED, "reference": backends.REFERENCE_FUNCTIONS}
     x = torch.zeros(1)
     inside = threading.Barrier(THREADS)
 
@@ -86,25 +87,25 @@ def test_a_backend_chosen_in_one_thread_is_not_that_of_another():
         name, other = names[number % 3], names[(number + 1) % 3]
         if name is None:
             inside.wait(60)  # the others are in their contexts
-            seen = [ops._chosen(x, None) for _ in range(50)]
+            seen = [backends.chosen(x, None) for _ in range(50)]
             inside.wait(60)
             return seen, [expected[None]] * 50
         with epskernels.use_backend(name):
             inside.wait(60)
-            seen = [ops._chosen(x, None)]
+            seen = [backends.chosen(x, None)]
             if other is not None:
                 with epskernels.use_backend(other):
-                    seen.append(ops._chosen(x, None))
-            seen.append(ops._chosen(x, None))
+                    seen.append(backends.chosen(x, None))
+            seen.append(backends.chosen(x, None))
             inside.wait(60)
-        return [*seen, ops._chosen(x, None)], [
+        return [*seen, backends.chosen(x, None)], [
             expected[name], *([expected[other]] if other else []), expected[name], expected[None],
         ]  # fmt: skip
 
-    before = ops._choices
+    before = backends.open_choices
     for seen, wanted in at_once(run):
         assert len(seen) == len(wanted) and all(a is b for a, b in zip(seen, wanted, strict=True))
-    assert ops._choices == before
+    assert backends.open_choices == before
 
 
 def test_contexts_opened_and_closed_all_the_time():
@@ -118,4 +119,4 @@ def test_contexts_opened_and_closed_all_the_time():
                 assert all(map(torch.equal, trajectory(0), expected))
 
     at_once(run)
-    assert ops._choices == (0 if ops._DEFAULT_BACKEND is None else 1)
+    assert backends.open_choices == (0 if backends.DEFAULT_BACKEND is None else 1)

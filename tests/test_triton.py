@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from epskernels import build
-from epskernels.checks import INPUTS as INPUT_NAMES
+from epskernels.spec import INPUTS as INPUT_NAMES
 
 pytestmark = [
     pytest.mark.skipif(bool(build.why_missing("triton")), reason=str(build.why_missing("triton"))),
@@ -94,26 +94,26 @@ def _make_misaligned(shape, dtype):
 
 def _calls():
     """By name, what to compile and for what call."""
-    from epskernels import step_triton
+    from epskernels.ops import triton_backend
 
     def step(names, x_dtype=torch.float32, f_dtype=torch.float32, shape=(4, 4096), make=_make, expand=False, **changed):
         tensors = _tensors(names, x_dtype, f_dtype, shape, make) | changed
         if expand:
             tensors["f"] = tensors["f"][:1].expand(shape)
-        return step_triton.step_kernel, lambda launch: step_triton._run_step(launch, **tensors)
+        return triton_backend.step_kernel, lambda launch: triton_backend._run_step(launch, **tensors)
 
     def normal(dtype):
         out, seeds = _make((4, 4096), dtype), _make((4,), torch.int64)
-        return step_triton.normal_kernel, lambda launch: step_triton._run_normal(launch, out, seeds, 1, 1)
+        return triton_backend.normal_kernel, lambda launch: triton_backend._run_normal(launch, out, seeds, 1, 1)
 
     def moments(kernel, dtype, guided):
         f = _make((4, 5, 1001), dtype)
         arguments = (f, f, _make((3, 24), torch.float32), _make((4,), torch.int64)) if guided else (f, None, None, None)
 
         def run(launch):
-            kernels = (step_triton.tiles_kernel, step_triton.level_kernel)
+            kernels = (triton_backend.tiles_kernel, triton_backend.level_kernel)
             launches = (launch if k is kernel else lambda *_, **__: None for k in kernels)
-            step_triton._run_moments(*launches, *arguments)
+            triton_backend._run_moments(*launches, *arguments)
 
         return kernel, run
 
@@ -121,9 +121,9 @@ def _calls():
     calls |= {f"normal-{dtype}": normal(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     calls |= {f"one_row-{d}": step((), *DTYPES[d], index=_make((), torch.int64)) for d in ("float32", "bfloat16")}
     for dtype in ("float32", "bfloat16"):
-        calls[f"moments-{dtype}"] = moments(step_triton.tiles_kernel, getattr(torch, dtype), False)
-        calls[f"moments_guided-{dtype}"] = moments(step_triton.tiles_kernel, getattr(torch, dtype), True)
-    calls["moments_level"] = moments(step_triton.level_kernel, torch.float32, False)
+        calls[f"moments-{dtype}"] = moments(triton_backend.tiles_kernel, getattr(torch, dtype), False)
+        calls[f"moments_guided-{dtype}"] = moments(triton_backend.tiles_kernel, getattr(torch, dtype), True)
+    calls["moments_level"] = moments(triton_backend.level_kernel, torch.float32, False)
     calls["one_element"] = step(INPUTS["everything_seeds"], shape=(1, 1))
     calls["beyond_32_bits"] = step(INPUTS["everything_seeds"], shape=(2, 2**33))
     calls["misaligned"] = step(INPUTS["everything_noise"], make=_make_misaligned)
@@ -314,7 +314,7 @@ def _capture():
     both = {f"{way}_compiler": functools.partial(look, way) for way in ("fw", "bw")}
     torch.compile(functions["step"], backend=aot_autograd(**both), fullgraph=True)().sum().backward()
     with pytest.raises(RuntimeError, match="backend 'triton' was asked for, and the tensors are on cpu"):
-        from epskernels.step_triton import TRITON
+        from epskernels.ops.triton_backend import TRITON
 
         TRITON["step"](x, f, rows, index)
     print(json.dumps(seen))
@@ -353,44 +353,44 @@ def _call(names, x_dtype, f_dtype, shape=(3, 270)):
 )
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=list(DTYPES))
 def test_step_does_not_depend_on_the_block(dtypes, names):
-    from epskernels import step_triton
+    from epskernels.ops import triton_backend
 
     rows, inputs = _call(names, *dtypes)
     index = torch.arange(3, device=DEVICE)
     arguments = {key: inputs.get(key) for key in INPUT_NAMES if key not in ("rows", "index")}
-    launch = step_triton._launcher(step_triton.step_kernel, rows.device)
-    expected = step_triton.TRITON["step_y"](rows=rows, index=index, **arguments)
+    launch = triton_backend._launcher(triton_backend.step_kernel, rows.device)
+    expected = triton_backend.TRITON["step_y"](rows=rows, index=index, **arguments)
     for block in ((64, 1), (256, 2), (2048, 8)):
         written = [torch.full_like(inputs["x"], 7) for _ in range(3)]
-        step_triton._run_step(launch, (*written, None), rows=rows, index=index, block=block, **arguments)
+        triton_backend._run_step(launch, (*written, None), rows=rows, index=index, block=block, **arguments)
         _helpers().assert_all_same_bits(written, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_normal_does_not_depend_on_the_block(dtype):
-    from epskernels import step_triton
+    from epskernels.ops import triton_backend
 
     seeds = torch.tensor([7, -8], device=DEVICE)
-    launch = step_triton._launcher(step_triton.normal_kernel, seeds.device)
-    expected = step_triton.TRITON["normal"](seeds, (333,), dtype=dtype, draw=5)
+    launch = triton_backend._launcher(triton_backend.normal_kernel, seeds.device)
+    expected = triton_backend.TRITON["normal"](seeds, (333,), dtype=dtype, draw=5)
     for block in ((64, 1), (1024, 4)):
         out = torch.full_like(expected, 7)
-        step_triton._run_normal(launch, out, seeds, 5, 1, block=block)
+        triton_backend._run_normal(launch, out, seeds, 5, 1, block=block)
         _helpers().assert_same_bits(out, expected, f"normals of {block}")
 
 
 @pytest.mark.parametrize("start", [2**34 - 64, 2**34, 5 * 2**34 + 64])
 def test_normals_far_into_a_sample(start):
     """Where the counter's high word is not 0: a launch whose first program stands there."""
-    from epskernels import step_reference, step_triton
+    from epskernels.ops import reference, triton_backend
 
     seeds, count = torch.tensor([9], device=DEVICE), 64
     group = torch.arange(start // 4, (start + count) // 4)
-    words = step_reference.philox((group & 0xFFFFFFFF, group >> 32, 3, 1), (torch.tensor(9), torch.tensor(0)))
-    normals = (*step_reference.box_muller(*words[:2]), *step_reference.box_muller(*words[2:]))
+    words = reference.philox((group & 0xFFFFFFFF, group >> 32, 3, 1), (torch.tensor(9), torch.tensor(0)))
+    normals = (*reference.box_muller(*words[:2]), *reference.box_muller(*words[2:]))
     expected = torch.stack(normals, dim=-1).flatten()
 
-    launch = step_triton._launcher(far_normal_kernel, seeds.device)
+    launch = triton_backend._launcher(far_normal_kernel, seeds.device)
     for VEC in (4, 8):
         out = torch.zeros(count, device=DEVICE)
         launch((1,), out, seeds, start, VEC=VEC)
@@ -402,7 +402,7 @@ BAD_INDEX = (-1, 3, 2**31, 2**40, -(2**63), 2**63 - 1)
 
 @pytest.mark.parametrize("bad", BAD_INDEX)
 def test_index_out_of_range_gives_nan(bad):
-    from epskernels.step_triton import TRITON
+    from epskernels.ops.triton_backend import TRITON
 
     rows, inputs = _call(EVERYTHING + ("seeds",), torch.float32, torch.float32)
     good = TRITON["step_y"](rows=rows, index=torch.tensor([2, 1, 0], device=DEVICE), **inputs)
@@ -418,7 +418,7 @@ MISSING = [("g", "u"), ("c_m1", "m1"), ("c_m2", "m2"), ("logvar_min", "v"), ("lo
 
 @pytest.mark.parametrize("column, missing", MISSING)
 def test_row_that_needs_an_absent_tensor_gives_nan(column, missing):
-    from epskernels.step_triton import TRITON
+    from epskernels.ops.triton_backend import TRITON
 
     bits, index = _helpers(), torch.arange(3, device=DEVICE)
     rows, inputs = _call(tuple({"u", "m1", "m2", "v", "seeds"} - {missing}), torch.float32, torch.float32)
@@ -437,7 +437,7 @@ BAD_VALUES += [("draw", value) for value in (-1.0, 0.5, 2.0**24, float("inf"), f
 @pytest.mark.parametrize("column, value", BAD_VALUES, ids=str)
 def test_row_that_cannot_be_applied_gives_nan(column, value):
     """A draw only where noise is made of it."""
-    from epskernels.step_triton import TRITON
+    from epskernels.ops.triton_backend import TRITON
 
     bits, index = _helpers(), torch.zeros(3, dtype=torch.int64, device=DEVICE)
     rows, inputs = _call(("seeds",), torch.float32, torch.float32)
@@ -448,7 +448,7 @@ def test_row_that_cannot_be_applied_gives_nan(column, value):
 
 
 def test_check_rows_raises_before_anything_is_written(monkeypatch):
-    from epskernels.step_triton import TRITON
+    from epskernels.ops.triton_backend import TRITON
 
     rows, inputs = _call(("seeds",), torch.float32, torch.float32)
     out = torch.full_like(inputs["x"], 7)
@@ -469,13 +469,13 @@ if not build.why_missing("triton"):
     import triton
     import triton.language as tl
 
-    from epskernels.step_triton import _normals
+    from epskernels.ops.triton_kernels import normals
 
     @triton.jit
     def far_normal_kernel(out_ptr, seeds_ptr, start, VEC: tl.constexpr):
         start = tl.full([], start, tl.int64)
         draw, stream = tl.full([], 3, tl.uint32), tl.full([], 1, tl.uint32)
-        tl.store(out_ptr + tl.arange(0, 64), _normals(tl.load(seeds_ptr), draw, stream, start, 64, VEC))
+        tl.store(out_ptr + tl.arange(0, 64), normals(tl.load(seeds_ptr), draw, stream, start, 64, VEC))
 
 
 if __name__ == "__main__":

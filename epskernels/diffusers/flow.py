@@ -7,7 +7,7 @@ from diffusers import schedulers as theirs
 
 from .. import scaling
 from ..ops import step
-from ..table import _DEFAULTS, COLUMNS
+from ..table import DEFAULTS, COLUMNS
 from .common import as_float64, refuse_integers, widest
 from .scheduler import FLOAT32, Fused
 
@@ -89,7 +89,7 @@ class FlowMatchEulerDiscreteScheduler(Fused, diffusers.FlowMatchEulerDiscreteSch
         below = ((levels < sigma[None] - 1e-6) * levels).max(dim=0).values
         rows = torch.zeros(*sigma.shape, len(COLUMNS), dtype=torch.float32, device=x.device)
         columns = {name: rows[..., j] for j, name in enumerate(COLUMNS)}
-        for name, value in _DEFAULTS.items():
+        for name, value in DEFAULTS.items():
             if name in columns:
                 columns[name].fill_(value)
         at, steps = self._lambda_steps(self._length())

@@ -16,7 +16,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch.compiler import is_dynamo_compiling
 
-from ..table import _DEFAULTS, COLUMNS
+from ..table import DEFAULTS, COLUMNS
 
 
 class Plan:
@@ -41,10 +41,10 @@ class Plan:
         if unknown := set(columns) - set(COLUMNS):
             raise ValueError(f"columns: unknown {sorted(unknown)}")
         for j, name in enumerate(COLUMNS):
-            stacked[:, j] = columns.get(name, _DEFAULTS.get(name, 0.0))
+            stacked[:, j] = columns.get(name, DEFAULTS.get(name, 0.0))
         with np.errstate(over="ignore"):
             rows = stacked.astype(np.float32)
-        may_be_infinite = [COLUMNS.index(name) for name in COLUMNS if _DEFAULTS.get(name) == np.inf]
+        may_be_infinite = [COLUMNS.index(name) for name in COLUMNS if DEFAULTS.get(name) == np.inf]
         finite = np.isfinite(np.delete(rows, may_be_infinite, axis=1)).all(axis=1)
         rows[~finite] = 0.0
         values = {name: np.ascontiguousarray(stacked[:, j]) for j, name in enumerate(COLUMNS)}

@@ -20,7 +20,7 @@ from torch import Tensor, is_grad_enabled
 from .. import scaling
 from ..guidance import quantile_of_sizes
 from ..ops import as_seeds, normal, step_results
-from ..step_reference import STREAM_STEP
+from ..spec import STREAM_STEP
 from .common import draw_noise, say
 from .plan import SCHEDULES, Configuration, Plan, Schedule, Seen, set_by_attribute
 

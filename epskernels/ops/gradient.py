@@ -1,6 +1,6 @@
 """The step's gradient, in PyTorch operations, so that it can be differentiated and compiled; the forward pass stays one kernel.
 
-a_bar is the derivative of the loss by a. Written out by hand from epskernels/step_reference.py::step_reference, with m0 the
+a_bar is the derivative of the loss by a. Written out by hand from reference.py::step_reference, with m0 the
 clamp of p = d_x*x + d_f*fhat and T = m0_bar + c_m0*x'_bar + k_m0*y'_bar (without threshold and rescale):
 
     p_bar = T where -clip <= p <= clip, else 0             it passes at the bounds (torch.clamp too, up to 2.13)
@@ -14,8 +14,8 @@ count as zero: uninitialised history stays harmless. `draw`, `guided_channels`, 
 
 import torch
 
-from .step_reference import guided_elements
-from .table import COLUMNS
+from ..spec import COLUMNS, EXP_LEAST, EXP_MOST
+from .reference import guided_elements
 
 
 def noise_rows(rows):
@@ -32,6 +32,7 @@ def step_gradients(wanted, bars_out, x, f, rows, index, u, m1, m2, v, grad, z, y
 
     bars_out: x'_bar, m0_bar and y'_bar, as x; the last two may be None. z: the normals, given or made, or None where neither
     v nor rows is wanted. Computed in float32, or in float64 where x is.
+    One function, although it is long: it follows the reference term by term, and most terms need what those before have made.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     given = {"x": x, "f": f, "rows": rows, "u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": z, "y": y,
@@ -82,13 +83,13 @@ def step_gradients(wanted, bars_out, x, f, rows, index, u, m1, m2, v, grad, z, y
         known = ~idle | v.isfinite()
         frac = (held(v, idle) + 1.0) * 0.5
         exponent = 0.5 * (frac * row["logvar_max"] + (1.0 - frac) * row["logvar_min"])
-        s = exponent.clamp(-87.0, 88.0).exp()
+        s = exponent.clamp(EXP_LEAST, EXP_MOST).exp()
         s_bar = torch.zeros_like(s)
         if z is not None:
             s_bar = s_bar + row["c_noise"] * z * next_bar
         if grad is not None:
             s_bar = s_bar + row["c_grad"] * 2.0 * s * grad * next_bar
-        exponent_bar = torch.where(known & (exponent >= -87.0) & (exponent <= 88.0), s_bar * s, 0.0)
+        exponent_bar = torch.where(known & (exponent >= EXP_LEAST) & (exponent <= EXP_MOST), s_bar * s, 0.0)
 
     bars = {}
     if "x" in wanted:

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from .table import COLUMNS, SECOND_STATE
+from ..spec import COLUMNS, INPUTS, OPTIONAL, SECOND_STATE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -72,20 +72,17 @@ def _check_floats(name, tensor, x):
         fail(f"{name}: expected shape ({x.shape[0]},), got {shape_of(tensor)}")
 
 
-# The inputs of a step, in the order of the schemas; those after `index` may be absent.
-INPUTS = ("x", "f", "rows", "index", "u", "m1", "m2", "v", "grad", "noise", "seeds", "y", "rescale", "threshold")
-# Of those, read element by element: an output may be one of them.
+# Inputs of a step that are read element by element: an output may be one of them.
 ELEMENTWISE = ("x", "f", "u", "m1", "m2", "v", "grad", "noise", "y")
 
 
 def check_step(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, y=None,
                rescale=None, threshold=None):  # fmt: skip
     """Everything that can be known without reading values. Raises RuntimeError naming the argument."""
-    optional = {"u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": noise, "seeds": seeds, "y": y}
-    optional |= {"rescale": rescale, "threshold": threshold}
-    for name, tensor in {"x": x, "f": f, "rows": rows, "index": index, **optional}.items():
-        if tensor is not None or name not in optional:
-            _check_type(name, tensor, torch.Tensor, "Optional[Tensor]" if name in optional else "Tensor")
+    tensors = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
+    for name, tensor in zip(INPUTS, tensors, strict=True):
+        if tensor is not None or name not in OPTIONAL:
+            _check_type(name, tensor, torch.Tensor, "Optional[Tensor]" if name in OPTIONAL else "Tensor")
             _check_dense(name, tensor)
     for name, tensor in (("x", x), ("f", f)):
         if tensor.dtype not in DTYPES:

@@ -5,37 +5,38 @@
     x'   = c_x*x + c_f*fhat + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_y*y + c_grad*(s^2*grad) + c_noise*(s*z)
     y'   = k_x*x + k_m0*m0 + k_m1*m1 + k_m2*m2 + k_y*y
 
-Every other backend returns these bits. Mirrors csrc/step.h::step_value and csrc/philox.h. It does not check its arguments:
-epskernels/ops.py does.
+Every other backend returns these bits. Mirrors csrc/step.h::step_value and csrc/philox.h. Constants and columns
+are those of epskernels/spec.py. It does not check its arguments: reference_backend.py does.
 """
 
 import torch
 
-from .table import COLUMNS
+from ..spec import (
+    COLUMNS,
+    COS,
+    EXP,
+    EXP_LEAST,
+    EXP_MOST,
+    LN2,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG,
+    LOG2_E,
+    MAGIC,
+    MOMENTS_TILE,
+    SIN,
+    SQRT_HALF_BITS,
+    STREAM_STEP,
+    TURN,
+)
 
-STREAM_STEP, STREAM_INITIAL = 0, 1
 _WORD = 0xFFFFFFFF
 
 
-def _hex(*digits):
-    return [float.fromhex(d) for d in digits]
-
-
-# Coefficients of csrc/polynomials.h, highest power first.
-LOG = _hex(
-    "-0x1.9dfa74p-4", "0x1.4c3d0ap-3", "-0x1.614c08p-3", "0x1.978e2ep-3",
-    "-0x1.ff623cp-3", "0x1.5559dcp-2", "-0x1.00007ap-1", "0x1.fffffep-1",
-)  # fmt: skip
-SIN = _hex("-0x1.9943e0p-13", "0x1.11073ap-7", "-0x1.555546p-3", "0x1.0p+0")
-COS = _hex("-0x1.644d62p-10", "0x1.553e80p-5", "-0x1.ffffb2p-2", "0x1.0p+0")
-EXP = _hex("0x1.0fa834p-7", "0x1.573a54p-5", "0x1.555a6ap-3", "0x1.fffdc6p-2", "0x1.fffff6p-1", "0x1.0p+0")
-LN2, LOG2_E, TURN = _hex("0x1.62e430p-1", "0x1.715476p+0", "0x1.921fb6p-30")
-LN2_HIGH, LN2_LOW, MAGIC = _hex("0x1.62e400p-1", "0x1.7f7d1cp-20", "0x1.8p+23")
-
-
-def _horner(coefficients, x):
-    p = torch.full_like(x, coefficients[0])
-    for c in coefficients[1:]:
+def _horner(polynomial, x):
+    first, *others = polynomial.values()
+    p = torch.full_like(x, first)
+    for c in others:
         p = p * x + c
     return p
 
@@ -48,7 +49,7 @@ def sqrt_rounded(x):
 def log_poly(u):
     """ln(u), u float32 normal in (0, 1]."""
     bits = u.view(torch.int32)
-    e = (bits - 0x3F3504F3) >> 23
+    e = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (e << 23)).view(torch.float32) - 1.0
     return e.float() * LN2 + _horner(LOG, f) * f
 
@@ -69,9 +70,9 @@ def cos_sin_poly(turn):
 
 
 def exp_poly(y):
-    """exp(y), y float32 held to [-87, 88]; exp(0) is 1 exactly; NaN passes through."""
-    y = torch.where(y < -87.0, -87.0, y)
-    y = torch.where(y > 88.0, 88.0, y)
+    """exp(y), y float32 held to [EXP_LEAST, EXP_MOST]; exp(0) is 1 exactly; NaN passes through."""
+    y = torch.where(y < EXP_LEAST, EXP_LEAST, y)
+    y = torch.where(y > EXP_MOST, EXP_MOST, y)
     rounded = y * LOG2_E + MAGIC
     k = rounded - MAGIC
     r = (y - k * LN2_HIGH) - k * LN2_LOW
@@ -137,9 +138,6 @@ def tree_sum(values):
     return values[..., 0]
 
 
-MOMENTS_TILE = 1024
-
-
 def moments_reference(f, u=None, rows=None, index=None):
     """(B, 2) or, with u, (B, 4) float64: the sums of f and f^2, and of fhat and fhat^2, over each sample: by `tree_sum` over
     tiles of 1,024 elements, then over the tiles. A float32's square is exact in float64. Mirrors csrc/step_cpu.cpp::moments."""
@@ -178,7 +176,7 @@ def _guide(f, u, g, guided_channels):
 def step_reference(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, y=None,
                    rescale=None, threshold=None):  # fmt: skip
     """(x', m0, y', the next model input): the first three in x's shape and dtype, the last in f's dtype. Arguments as in
-    epskernels.ops.step, already checked."""
+    epskernels.step, already checked."""
     dtype, f_dtype, shape = x.dtype, f.dtype, x.shape
     row = rows.index_select(0, index.reshape(-1))
     row = dict(zip(COLUMNS, row.reshape(-1, len(COLUMNS), *[1] * (x.dim() - 1)).unbind(1), strict=True))

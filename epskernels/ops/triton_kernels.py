@@ -1,44 +1,33 @@
-"""The step in Triton, for GPUs without the compiled CUDA kernel, and for Inductor, which sees the kernel in its graphs.
+"""The step's kernels in Triton, for GPUs without the compiled CUDA kernel, and for Inductor, which sees the kernel in its graphs.
 
 Mirrors csrc/step.h, csrc/philox.h, csrc/polynomials.h and csrc/moments_cuda.cu; the formula and the coefficients are those of
-step_reference.py. One launch per step, whatever the rows; index, rows and seeds are read on the device. A sample whose index is
+reference.py. One launch per step, whatever the rows; index, rows and seeds are read on the device. A sample whose index is
 out of range, or whose row asks for what is not there, comes out as NaN.
 """
 
-import os
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.compiler import is_compiling
-from torch.library import triton_op, wrap_triton
 
-from . import build, step_reference
-from .checks import (
-    INPUTS,
-    check_memory,
-    check_moments,
-    check_normal,
-    check_outputs,
-    check_outputs_like,
-    check_step,
-    check_values,
-    fail,
-)
-from .step_reference import MOMENTS_TILE, STREAM_INITIAL
+from .. import build, spec
 
-LOG = tl.constexpr(tuple(step_reference.LOG))
-SIN = tl.constexpr(tuple(step_reference.SIN))
-COS = tl.constexpr(tuple(step_reference.COS))
-EXP = tl.constexpr(tuple(step_reference.EXP))
-LN2 = tl.constexpr(step_reference.LN2)
-LOG2_E = tl.constexpr(step_reference.LOG2_E)
-TURN = tl.constexpr(step_reference.TURN)
-LN2_HIGH = tl.constexpr(step_reference.LN2_HIGH)
-LN2_LOW = tl.constexpr(step_reference.LN2_LOW)
-MAGIC = tl.constexpr(step_reference.MAGIC)
-STREAM_STEP = tl.constexpr(step_reference.STREAM_STEP)
+LOG, SIN, COS, EXP = (tl.constexpr(tuple(spec.POLYNOMIALS[name].values())) for name in ("LOG", "SIN", "COS", "EXP"))
+LN2, LN2_HIGH, LN2_LOW = tl.constexpr(spec.LN2), tl.constexpr(spec.LN2_HIGH), tl.constexpr(spec.LN2_LOW)
+LOG2_E, TURN, MAGIC = tl.constexpr(spec.LOG2_E), tl.constexpr(spec.TURN), tl.constexpr(spec.MAGIC)
+EXP_LEAST, EXP_MOST = tl.constexpr(spec.EXP_LEAST), tl.constexpr(spec.EXP_MOST)
+SQRT_HALF_BITS = tl.constexpr(spec.SQRT_HALF_BITS)
+STREAM_STEP = tl.constexpr(spec.STREAM_STEP)
+
+
+def _columns(*names):
+    """Where a row has them."""
+    return [tl.constexpr(spec.COLUMNS.index(name)) for name in names]
+
+
+D_X, D_F, CLIP, G, GUIDED_CHANNELS = _columns("d_x", "d_f", "clip", "g", "guided_channels")
+C_X, C_F, C_M0, C_M1, C_M2 = _columns("c_x", "c_f", "c_m0", "c_m1", "c_m2")
+C_Y, C_GRAD, C_NOISE, C_IN_NEXT = _columns("c_y", "c_grad", "c_noise", "c_in_next")
+K_X, K_M0, K_M1, K_M2, K_Y = _columns("k_x", "k_m0", "k_m1", "k_m2", "k_y")
+DRAW, LOGVAR_MIN, LOGVAR_MAX = _columns("draw", "logvar_min", "logvar_max")
 INTERPRETED = tl.constexpr(build.interprets_triton())
 # What the kernels call. Interpreted, each call of a jit function would patch triton.language anew: half of the time.
 device_function = (lambda function: function) if INTERPRETED.value else triton.jit
@@ -67,7 +56,7 @@ def _horner(COEFFICIENTS: tl.constexpr, x):
 @device_function
 def log_poly(u):
     bits = u.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F3504F3) >> 23
+    e = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
     return mul(e.to(tl.float32), LN2) + mul(_horner(LOG, f), f)
 
@@ -87,8 +76,8 @@ def cos_sin_poly(turn):
 
 @device_function
 def exp_poly(y):
-    y = tl.where(y < -87.0, -87.0, y)
-    y = tl.where(y > 88.0, 88.0, y)
+    y = tl.where(y < EXP_LEAST, EXP_LEAST, y)
+    y = tl.where(y > EXP_MOST, EXP_MOST, y)
     rounded = mul(y, LOG2_E) + MAGIC
     k = rounded - MAGIC
     r = (y - mul(k, LN2_HIGH)) - mul(k, LN2_LOW)
@@ -135,7 +124,7 @@ def _four_normals(seed, draw, stream, low, high):
 
 
 @device_function
-def _normals(seed, draw, stream, start, BLOCK: tl.constexpr, VEC: tl.constexpr):
+def normals(seed, draw, stream, start, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """Of the elements start to start + BLOCK, start a multiple of BLOCK: the counter's low word does not carry.
 
     A thread has VEC elements in a row, and makes them all: one counter, or two.
@@ -207,6 +196,8 @@ def step_kernel(
     seeds_ptr, seeds_stride, rows_ptr, rows_stride, rows_count, index_ptr, index_stride,
     numel, guided_period, channel_numel, tiles, batch, DOUBLED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program's tile of one sample: rows, inputs, noise, step, stores. One function: what it has loaded would be some thirty
+    arguments of any part of it, of which Triton inlines each again."""
     VEC: tl.constexpr = 4 if x_ptr.dtype.element_ty == tl.float32 or f_ptr.dtype.element_ty == tl.float32 else 8
     sample, start, count = _tile(numel, tiles, BLOCK)
     lane = _lanes(BLOCK, VEC)
@@ -216,14 +207,13 @@ def step_kernel(
     index = tl.load(index_ptr + sample * index_stride)
     good = (index >= 0) & (index < rows_count)
     row = rows_ptr + tl.where(good, index, 0) * rows_stride
-    # The order of table.py::COLUMNS.
-    d_x, d_f, clip, g = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    c_x, c_f, c_m0, c_m1 = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-    c_m2, c_grad, c_noise, draw = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10), tl.load(row + 11)
-    logvar_min, logvar_max = tl.load(row + 12), tl.load(row + 13)
-    guided_channels, c_in_next = tl.load(row + 14), tl.load(row + 15)
-    c_y, k_x, k_m0, k_m1 = tl.load(row + 16), tl.load(row + 17), tl.load(row + 18), tl.load(row + 19)
-    k_m2, k_y = tl.load(row + 20), tl.load(row + 21)
+    d_x, d_f, clip, g = tl.load(row + D_X), tl.load(row + D_F), tl.load(row + CLIP), tl.load(row + G)
+    c_x, c_f, c_m0, c_m1 = tl.load(row + C_X), tl.load(row + C_F), tl.load(row + C_M0), tl.load(row + C_M1)
+    c_m2, c_y, c_grad, c_noise = tl.load(row + C_M2), tl.load(row + C_Y), tl.load(row + C_GRAD), tl.load(row + C_NOISE)
+    draw, logvar_min, logvar_max = tl.load(row + DRAW), tl.load(row + LOGVAR_MIN), tl.load(row + LOGVAR_MAX)
+    guided_channels, c_in_next = tl.load(row + GUIDED_CHANNELS), tl.load(row + C_IN_NEXT)
+    k_x, k_m0, k_m1 = tl.load(row + K_X), tl.load(row + K_M0), tl.load(row + K_M1)
+    k_m2, k_y = tl.load(row + K_M2), tl.load(row + K_Y)
 
     # What the row asks for is read; where it is not there, the sample is NaN.
     guidance, variance = g != 1.0, (logvar_min != 0.0) | (logvar_max != 0.0)
@@ -264,7 +254,7 @@ def step_kernel(
             drawn = tl.where((draw >= 0.0) & (draw < 2.0**24), draw, 0.0).to(tl.uint32)
             good &= drawn.to(tl.float32) == draw
             seed = tl.load(seeds_ptr + sample * seeds_stride)
-            z = _normals(seed, drawn, tl.full([], STREAM_STEP, tl.uint32), start, BLOCK, VEC)
+            z = normals(seed, drawn, tl.full([], STREAM_STEP, tl.uint32), start, BLOCK, VEC)
     if threshold_ptr is not None:
         threshold = tl.load(threshold_ptr + sample * threshold_stride)
         good &= (threshold != threshold) | ((threshold > 0.0) & (threshold < float("inf")))
@@ -343,7 +333,7 @@ def normal_kernel(out_ptr, seeds_ptr, seeds_stride, draw, stream, numel, tiles, 
     seed = tl.load(seeds_ptr + sample * seeds_stride)
     # Through int64: Triton makes an argument of 1 a constant.
     draw, stream = tl.full([], draw, tl.int64).to(tl.uint32), tl.full([], stream, tl.int64).to(tl.uint32)
-    z = _normals(seed, draw, stream, start, BLOCK, VEC)
+    z = normals(seed, draw, stream, start, BLOCK, VEC)
     _store(out_ptr, numel, sample, start, count, _lanes(BLOCK, VEC), z)
 
 
@@ -354,7 +344,7 @@ def _added(a, b):
 
 @device_function
 def _tree_sum(value, SIZE: tl.constexpr):
-    """As step_reference.py's, of one element. In one warp: in registers, then by shuffles."""
+    """As reference.py's, of one element. In one warp: in registers, then by shuffles."""
     for _ in tl.static_range(SIZE.bit_length() - 1):
         halves = tl.reshape(value, (2, value.shape[0] // 2))
         if INTERPRETED:  # there a reduction takes each element in turn
@@ -387,7 +377,7 @@ def tiles_kernel(
         index = tl.load(index_ptr + sample * index_stride)
         good = (index >= 0) & (index < rows_count)
         row = rows_ptr + tl.where(good, index, 0) * rows_stride
-        g, guided_channels = tl.load(row + 3), tl.load(row + 14)  # the order of table.py::COLUMNS
+        g, guided_channels = tl.load(row + G), tl.load(row + GUIDED_CHANNELS)
         channels = tl.where((guided_channels >= 0.0) & (guided_channels < 2.0**24), guided_channels, 0.0).to(tl.int32)
         good &= channels.to(tl.float32) == guided_channels
         guided = tl.where(channels != 0, channels.to(tl.int64) * channel_numel, numel)
@@ -405,213 +395,3 @@ def level_kernel(to_ptr, from_ptr, count, padded, groups, TILE: tl.constexpr):
     minus_zero = tl.full([], -(2**63), tl.int64).to(tl.float64, bitcast=True)  # a literal is 0 to Triton 3.6
     value = tl.where(i < padded, value, minus_zero)  # which adds nothing, to a -0 either
     tl.store(to_ptr + row * groups + first + tl.arange(0, 1), _tree_sum(value, TILE))
-
-
-# ---- launches ----
-
-
-def _block_of(numel):
-    """(elements, warps) of a program, for samples of numel elements: 8 elements a thread. The bits do not depend on it."""
-    if INTERPRETED.value:
-        return min(max(triton.next_power_of_2(numel), 8), 65536), 1
-    return (1024, 4) if numel > 512 else (256, 1)
-
-
-def _batch(tensor, numel, written=False):
-    """The tensor and its batch stride; one whose samples are not contiguous in themselves, as a contiguous one."""
-    if tensor is None:
-        return None, 0
-    if not tensor.is_neg():  # its elements are what its memory holds
-        if tensor.is_contiguous():
-            return tensor, numel
-        if tensor[0].is_contiguous():
-            return tensor, tensor.stride(0)
-    return (torch.empty_like if written else torch.clone)(tensor, memory_format=torch.contiguous_format), numel
-
-
-def _resolved(*tensors):
-    """Those of which single elements are read, as their memory holds them."""
-    return [tensor if tensor is None else tensor.resolve_neg() for tensor in tensors]
-
-
-def _run_step(launch, written, x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold, block=None):
-    """One call of `launch`, with the grid, the kernel's arguments and its options. written: out, m0, y_out, model_input."""
-    rows, index, seeds, rescale, threshold = _resolved(rows, index, seeds, rescale, threshold)
-    batch = x.shape[0]
-    numel, channels = x.numel() // batch, x.shape[1] if x.dim() > 1 else 1
-    outputs = [_batch(tensor, numel, written=True) for tensor in written]
-    tensors = outputs + [_batch(tensor, numel) for tensor in (x, f, u, m1, m2, y, v, grad, noise)]
-    channel_numel, doubled = numel // channels, written[3] is not None and written[3].shape[0] != batch
-    # One sample, where nothing depends on the sample: programs are not wasted on small ones.
-    guided_period = numel
-    alone = seeds is None and rescale is None and threshold is None and index.dim() == 0 and not doubled
-    if alone and all(stride == numel for t, stride in tensors if t is not None):
-        batch, numel = 1, batch * numel
-    size, warps = block or _block_of(numel)
-    tiles = triton.cdiv(numel, size)
-    launch(
-        (batch * tiles,),
-        *(item for pair in tensors for item in pair),
-        *(item for t in (rescale, threshold, seeds) for item in (t, 0 if t is None else t.stride(0))),
-        rows, rows.stride(0), rows.shape[0], index, index.stride(0) if index.dim() else 0,
-        numel, guided_period, channel_numel, None if batch == 1 else tiles, x.shape[0],
-        DOUBLED=doubled, BLOCK=size, num_warps=warps,
-    )  # fmt: skip
-    for tensor, (result, _) in zip(written, outputs, strict=True):
-        if result is not tensor:
-            tensor.copy_(result)
-
-
-def _run_normal(launch, out, seeds, draw, stream, block=None):
-    seeds = seeds.resolve_neg()
-    numel = out.numel() // seeds.shape[0]
-    size, warps = block or _block_of(numel)
-    tiles = triton.cdiv(numel, size)
-    arguments = out, seeds, seeds.stride(0), draw, stream, numel, None if seeds.shape[0] == 1 else tiles
-    launch((seeds.shape[0] * tiles,), *arguments, BLOCK=size, num_warps=warps)
-
-
-def _run_moments(launch_tiles, launch_level, f, u, rows, index):
-    batch, sums = f.shape[0], 2 if u is None else 4
-    numel = f.numel() // batch
-    tiles = triton.cdiv(numel, MOMENTS_TILE)
-    rows, index = _resolved(rows, index)
-    values = torch.empty(batch * sums, tiles, dtype=torch.float64, device=f.device)
-    launch_tiles(
-        (batch * tiles,), values, *_batch(f, numel), *_batch(u, numel),
-        *((None, 0, 0) if u is None else (rows, rows.stride(0), rows.shape[0])),
-        *((None, 0) if u is None else (index, index.stride(0) if index.dim() else 0)),
-        numel, numel // f.shape[1] if f.dim() > 1 else 1, tiles, TILE=MOMENTS_TILE, num_warps=1,
-    )  # fmt: skip
-    while (count := values.shape[1]) > 1:
-        padded = triton.next_power_of_2(count)
-        shorter = values.new_empty(len(values), max(padded // MOMENTS_TILE, 1))
-        arguments = shorter, values, count, padded, shorter.shape[1]
-        launch_level((shorter.numel(),), *arguments, TILE=MOMENTS_TILE, num_warps=1)
-        values = shorter
-    return values.reshape(batch, sums)
-
-
-def _launcher(kernel, device):
-    if device.type == "cpu" and not INTERPRETED.value:
-        fail("backend 'triton' was asked for, and the tensors are on cpu")
-
-    def launch(grid, *arguments, **options):
-        with torch.accelerator.device_index(device.index):
-            kernel[grid](*arguments, **options, enable_fp_fusion=False)
-
-    return launch
-
-
-# ---- for torch.compile: ops whose bodies it traces, down to the kernel ----
-
-
-@triton_op("epskernels::triton_step_out", mutates_args={"out", "m0", "y_out", "model_input"})
-def triton_step_out_op(
-    x: Tensor, f: Tensor, rows: Tensor, index: Tensor, u: Tensor | None, m1: Tensor | None, m2: Tensor | None,
-    v: Tensor | None, grad: Tensor | None, noise: Tensor | None, seeds: Tensor | None, y: Tensor | None, rescale: Tensor | None,
-    threshold: Tensor | None, out: Tensor, m0: Tensor | None, y_out: Tensor | None, model_input: Tensor | None,
-) -> None:  # fmt: skip
-    inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
-    check_step(*inputs)
-    check_outputs_like(x, f, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input})
-
-    def launch(grid, *arguments, **options):
-        wrap_triton(step_kernel)[grid](*arguments, **options)
-
-    _run_step(launch, (out, m0, y_out, model_input), *inputs)
-
-
-@triton_op("epskernels::triton_normal", mutates_args=())
-def triton_normal_op(seeds: Tensor, shape: list[int], dtype: torch.dtype, draw: int, stream: int) -> Tensor:
-    check_normal(seeds, shape, dtype, draw, stream)
-
-    def launch(grid, *arguments, **options):
-        wrap_triton(normal_kernel)[grid](*arguments, **options)
-
-    out = torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
-    _run_normal(launch, out, seeds, draw, stream)
-    return out
-
-
-# ---- the functions of the backend, by op ----
-
-
-def _step(outputs, inputs, named):
-    """Runs the step into `outputs`: {"out" or "x": tensor, "m0", "y_out", "model_input": tensor or None}."""
-    inputs = dict.fromkeys(INPUTS) | dict(zip(INPUTS, inputs, strict=False)) | named
-    x = inputs["x"]
-    if is_compiling():
-        torch.ops.epskernels.triton_step_out(*inputs.values(), *_made(outputs, x).values())
-        return tuple(outputs.values())
-    check_step(**inputs)
-    check_memory(inputs)
-    if os.environ.get("EPSKERNELS_CHECK_ROWS") == "1":
-        check_values(inputs, outputs["y_out"] is not None)
-    launch = _launcher(step_kernel, x.device)
-    given = {key: tensor for key, tensor in outputs.items() if tensor is not NEW}
-    check_outputs(given, inputs)
-    check_memory(given)
-    _run_step(launch, tuple(_made(outputs, x).values()), *inputs.values())
-    return tuple(outputs.values())
-
-
-NEW = object()  # an output to be made, once all inputs are known to be good
-
-
-def _made(outputs, x):
-    outputs |= {key: torch.empty_like(x) for key, tensor in outputs.items() if tensor is NEW}
-    return outputs
-
-
-def _new(*names):
-    return dict.fromkeys(("out", "m0", "y_out", "model_input")) | dict.fromkeys(names, NEW)
-
-
-def triton_step(*inputs, **named):
-    return _step(_new("out"), inputs, named)[0]
-
-
-def triton_step_m0(*inputs, **named):
-    return _step(_new("out", "m0"), inputs, named)[:2]
-
-
-def triton_step_y(*inputs, **named):
-    return _step(_new("out", "m0", "y_out"), inputs, named)[:3]
-
-
-def triton_step_out(*inputs, out, m0=None, y_out=None, model_input=None, **named):
-    _step({"out": out, "m0": m0, "y_out": y_out, "model_input": model_input}, inputs, named)
-
-
-def triton_step_(x, *inputs, m0=None, y_out=None, model_input=None, **named):
-    _step({"x": x, "m0": m0, "y_out": y_out, "model_input": model_input}, (x, *inputs), named)
-
-
-def triton_normal(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
-    if is_compiling():
-        return torch.ops.epskernels.triton_normal(seeds, shape, dtype, draw, stream)
-    check_normal(seeds, shape, dtype, draw, stream)
-    check_memory({"seeds": seeds})
-    launch = _launcher(normal_kernel, seeds.device)
-    out = torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
-    _run_normal(launch, out, seeds, draw, stream)
-    return out
-
-
-def triton_moments(f, u=None, rows=None, index=None):
-    check_moments(f, u, rows, index)
-    check_memory({"f": f, "u": u, "rows": rows, "index": index})
-    return _run_moments(_launcher(tiles_kernel, f.device), _launcher(level_kernel, f.device), f, u, rows, index)
-
-
-TRITON = {
-    "step": triton_step,
-    "step_plain": triton_step,
-    "step_m0": triton_step_m0,
-    "step_y": triton_step_y,
-    "step_out": triton_step_out,
-    "step_": triton_step_,
-    "normal": triton_normal,
-    "moments": triton_moments,
-}

@@ -1,0 +1,240 @@
+"""The functions that users call: step, moments, normal, as_seeds; and step_results, for callers that count microseconds."""
+
+import functools
+import operator
+
+import numpy as np
+import torch
+from torch import is_grad_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from ..spec import COLUMNS, INPUTS, OUTPUTS, REQUIRED, STREAM_INITIAL
+from ..table import Table, describe
+from . import backends
+from .backends import DISPATCHED, chosen, chosen_name, log_call
+from .checks import dtype_name, fail, shape_of
+from .log import DEBUG, is_logged
+from .transforms import refuse_gradients, refuse_tangents, require_grad, step_with_gradient
+
+_increment_version = torch._C._increment_version  # as autograd.graph.increment_version, at half the time
+
+# ---- errors in the caller's words: looked for once a call has failed, so that others pay nothing ----
+
+# What is no optional tensor.
+_EXPECTED = {
+    "x": "a tensor",
+    "f": "a tensor",
+    "rows": f"a Table, or its rows: a float32 tensor (R, {len(COLUMNS)})",
+    "index": "an int, or an int64 tensor, () or (B,)",
+    "seeds": "an int64 tensor (B,), as epskernels.as_seeds makes from integers",
+}
+
+
+def _explain(error, table, tensors, required=REQUIRED):
+    """Raises what torch, or the op, said in other words than the caller's; returns where `error` says it all."""
+    said = str(error)
+    if "epskernels: could not allocate" in said and "out of memory" in said:
+        # The stable ABI lets a library raise none but RuntimeError.
+        raise torch.OutOfMemoryError(said) from None
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor) and (value is not None or name in required):
+            argument, expected = "table" if name == "rows" else name, _EXPECTED.get(name, "a tensor, or None")
+            fail(f"{argument}: expected {expected}, got {describe(value)}")
+    if isinstance(table, Table) and said.startswith("epskernels: rows: expected a tensor on "):
+        like = next(name for name in ("x", "f") if name in tensors)
+        devices = f"on {tensors[like].device}, as {like} is, got one on {table.device}"
+        fail(f"table: expected one {devices}: Table.to(device) makes it")
+
+
+def _explain_normal(shape, dtype, draw, stream):
+    for name, value in (*(("shape", size) for size in shape), ("draw", draw), ("stream", stream)):
+        if not isinstance(value, (int, np.integer, torch.SymInt)) or not -(2**63) <= value < 2**63:
+            expected = "integers as sizes" if name == "shape" else "an integer in [0, 2^32)"
+            fail(f"{name}: expected {expected}, got {describe(value)}")
+    if not isinstance(dtype, torch.dtype):
+        fail(f"dtype: expected float32, float16 or bfloat16 of torch, got {describe(dtype)}")
+
+
+def _by_name(inputs, outputs):
+    return dict(zip(INPUTS + OUTPUTS, (*inputs, *outputs), strict=True))
+
+
+def rows_and_index(table, index, like):
+    """The tensors that the ops take, for a Table or its rows, and an int or a tensor; a new one lies where `like` does."""
+    rows = table
+    if isinstance(table, Table):
+        rows = table.rows
+        if type(index) is int and 0 <= index < len(table.row_index):
+            # A compiled graph then takes any row, an eager call a tensor made before.
+            return rows, table.index[index] if is_dynamo_compiling() else table.row_index[index]
+    if type(index) is int or isinstance(index, np.integer):
+        if not -(2**63) <= index < 2**63:
+            fail(f"index: expected an integer of 64 bits, got {index}")
+        index = torch.tensor(int(index), device=getattr(like, "device", None))
+    return rows, index
+
+
+def step(x, f, table, index, *, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, y=None, rescale=None,
+         threshold=None, out=None, m0=None, y_out=None, model_input=None, return_m0=False, return_y=False,
+         backend=None):  # fmt: skip
+    """One model call's update: apply row `index` of `table` to the state x and the model's raw output f.
+
+    x: (B, ...), float32, float16 or bfloat16. f: the model's output, x's shape, any of the three dtypes.
+    table: a Table, or its rows: float32 (R, 24). index: an int, or an int64 tensor, () for one row or (B,) for a row each.
+    u: unconditional output, as f; needed where the row's g is not 1. m1, m2: m0 of the one and two calls before, as x; needed
+    where c_m1, c_m2 are not 0. v: the model's second half of channels (learned variance), as f. grad: a classifier's
+    gradient, as x; rows with c_grad = 0 leave it out. seeds: (B,) int64 (see `as_seeds`), for the noise made in the kernel; or
+    noise: standard normals, as x; one of them needed where c_noise is not 0. y: the second state of predictor-correctors, as x;
+    needed where c_y or k_y is not 0. rescale: (B,) float32, times the guided output (`guidance_rescale`). threshold: (B,)
+    float32, finite and above 0: m0 is held to it and divided by it (`dynamic_threshold`).
+    out: written instead of a new tensor; may be x itself. m0: written with the denoised estimate, as x; may be m1 or m2. y_out:
+    written with the second state y', as x; may be y. model_input: (B, ...) or (2B, ...), as f: written with what the model reads
+    next, the next row's c_in times x', in both halves where the batch is doubled for guidance.
+    return_m0: return (x', m0) instead of x'; return_y: (x', m0, y'). backend: one of BACKENDS, as in `use_backend`; default its
+    choice.
+
+    Samples contiguous in themselves, at any batch stride, are read in place; other layouts through a copy.
+    Returns x', or with m0, or with m0 and y', in x's shape and dtype; the tensors given as out, m0 and y_out where they were.
+    Raises RuntimeError, naming the argument, before anything is written; torch.OutOfMemoryError where torch does. On a GPU the
+    values of index, rows and threshold are never read by the host: a sample whose index is out of range, or whose row needs a
+    tensor that is absent, comes out as NaN; EPSKERNELS_CHECK_ROWS=1 reads them on the host at every call and raises, as on the
+    CPU.
+    """
+    rows, index = rows_and_index(table, index, x)
+    inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
+    outputs = (out, m0, y_out, model_input)
+    functions = chosen(x, backend) if backends.open_choices or backend is not None else DISPATCHED
+    if not is_dynamo_compiling() and is_logged(DEBUG) and not is_compiling():
+        log_call("step", functions, backend, _by_name(inputs, outputs))
+    if forward_ad._current_level >= 0:
+        refuse_tangents(inputs)
+    try:
+        if out is None and m0 is None and y_out is None and model_input is None:
+            if is_grad_enabled() and require_grad(*inputs):
+                op = "step_y" if return_y else "step_m0" if return_m0 else "step"
+                return step_with_gradient(chosen_name(backend), op, inputs)
+            if return_y:
+                return functions.step_y(*inputs)
+            return functions.step_m0(*inputs) if return_m0 else functions.step(*inputs)
+        if is_grad_enabled() and require_grad(*inputs, *outputs):
+            refuse_gradients(_by_name(inputs, outputs))
+        return _step_into(functions, inputs, outputs, return_m0, return_y)
+    except (RuntimeError, TypeError) as error:
+        _explain(error, table, _by_name(inputs, outputs))
+        raise
+
+
+def _step_into(functions, inputs, outputs, return_m0, return_y):
+    """Writes to the outputs that are given; makes those that are returned besides."""
+    x = inputs[0]
+    out, m0, y_out, model_input = outputs
+    if m0 is None and (return_m0 or return_y):
+        m0 = torch.empty_like(x)
+    if y_out is None and return_y:
+        y_out = torch.empty_like(x)
+    if out is None:
+        out = torch.empty_like(x)
+    functions.step_out(*inputs, out=out, m0=m0, y_out=y_out, model_input=model_input)
+    if not is_dynamo_compiling():  # autograd may have kept what is overwritten, and then refuses to go on with it
+        if m0 is None and y_out is None and model_input is None:
+            _increment_version((out,))
+        else:
+            _increment_version([output for output in (out, m0, y_out, model_input) if output is not None])
+    return (out, m0, y_out) if return_y else (out, m0) if return_m0 else out
+
+
+def _step_results(results, x, f, rows, index, *others, **named):
+    more = {"return_m0": results == 2, "return_y": results == 3}
+    return step(x, f, rows, index, **dict(zip(INPUTS[4:], others, strict=False)), **named, **more)
+
+
+_BY_RESULTS = {1: DISPATCHED.step, 2: DISPATCHED.step_m0, 3: DISPATCHED.step_y}
+# What OpOverload.__call__ calls.
+_WITHOUT_PYTHON = {results: op._op for results, op in _BY_RESULTS.items()}
+_STEP_PLAIN = torch.ops.epskernels.step_plain.default._op
+
+
+def step_results(results, plain=False):
+    """`step` for callers that count microseconds: a function that returns the first `results` of (x', m0, y').
+
+    It takes the inputs in the order of spec.INPUTS, as many as are given, or by name; rows and index are tensors. plain: x, f,
+    rows and index are all. No gradient may be asked for.
+    """
+    if backends.open_choices:
+        return functools.partial(_step_results, results)
+    if is_dynamo_compiling():
+        return _BY_RESULTS[results]
+    if is_logged(DEBUG):
+        return functools.partial(_step_results, results)
+    return _STEP_PLAIN if plain and results == 1 else _WITHOUT_PYTHON[results]
+
+
+def moments(f, u=None, table=None, index=None, *, backend=None):
+    """Sums over each sample, float64 (B, 2): of f and of f^2; with u, (B, 4): of the guided output fhat and fhat^2 too.
+
+    f: (B, ...), float32, float16 or bfloat16. u: as f; table (or its rows) and index as in `step`: fhat = u + g*(f - u), in
+    float32, as the step forms it. backend: as in `step`. The same bits on every device: tiles of 1,024 elements, halves added to
+    halves, then the tiles likewise.
+    Raises RuntimeError naming the argument; for one that requires grad too: there is no gradient, and the sums of f.detach() are
+    constants.
+    """
+    rows, index = rows_and_index(table, index, f)
+    if is_grad_enabled():
+        for name, tensor in (("f", f), ("u", u), ("rows", rows)):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                fail(
+                    f"{name}: expected a tensor that does not require grad, or torch.no_grad(): moments have no gradient"
+                )
+    functions = chosen(f, backend)
+    if not is_dynamo_compiling() and is_logged(DEBUG) and not is_compiling():
+        log_call("moments", functions, backend, {"f": f, "u": u, "rows": rows})
+    try:
+        return functions.moments(f, u, rows, index)
+    except (RuntimeError, TypeError) as error:
+        if (table is None) != (u is None) or (index is None) != (u is None):
+            fail("u, table, index: expected all of them, or none")
+        _explain(error, table, {"f": f, "u": u, "rows": rows, "index": index}, ("f",))
+        raise
+
+
+def as_seeds(seeds, device="cpu"):
+    """Seeds as an int64 tensor (B,) on `device`: from an int64 tensor, or a list or range of integers in [0, 2^64).
+
+    The 64 bits are the generator's key: 2^64 - 1 and -1 are the same seed. Raises ValueError for anything else.
+    """
+    if isinstance(seeds, torch.Tensor):
+        if seeds.dtype != torch.int64 or seeds.dim() != 1:
+            raise ValueError(f"seeds: expected an int64 tensor (B,), got {dtype_name(seeds)} {shape_of(seeds)}")
+        return seeds.to(device)
+    try:
+        values = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise ValueError(f"seeds: expected an int64 tensor (B,), or a list or range of ints, got {seeds!r}") from None
+    for value in values:
+        if not -(2**63) <= value < 2**64:
+            raise ValueError(f"seeds: expected integers of 64 bits, got {value}")
+    values = [value - 2**64 if value >= 2**63 else value for value in values]
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def normal(seeds, shape, *, dtype=torch.float32, draw=0, stream=STREAM_INITIAL, device=None, backend=None):
+    """Standard normals (B, *shape) from the package's generator: sample b depends on seeds[b] alone.
+
+    seeds: int64 (B,), or a list or range of integers. shape: of one sample. dtype: float32, float16 or bfloat16, rounded once
+    from float32. draw, stream: integers in [0, 2^32); stream 1 is the initial latent, stream 0 the noise of the steps.
+    The same on every backend and device (Philox4x32-10, Salmon et al., SC 2011; Box-Muller).
+    Raises RuntimeError, ValueError for the seeds.
+    """
+    seeds = as_seeds(seeds, device or getattr(seeds, "device", "cpu"))
+    if not isinstance(shape, (tuple, list)):
+        fail(f"shape: expected a list or tuple of sizes, got {shape!r}")
+    functions = chosen(seeds, backend)
+    if not is_dynamo_compiling() and is_logged(DEBUG) and not is_compiling():
+        log_call("normal", functions, backend, {"seeds": seeds})
+    try:
+        return functions.normal(seeds, list(shape), dtype=dtype, draw=draw, stream=stream)
+    except (RuntimeError, TypeError) as error:
+        _explain_normal(shape, dtype, draw, stream)
+        _explain(error, None, {"seeds": seeds})
+        raise

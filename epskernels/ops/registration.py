@@ -1,0 +1,148 @@
+"""The ops torch.ops.epskernels.*: definition, fake kernels, compiled kernels, and what stands in where one is missing.
+
+step         (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold) -> x'
+step_plain   (x, f, rows, index) -> x': step, at less host time
+step_m0      the same -> (x', m0)
+step_y       the same -> (x', m0, y')
+step_out     the same, written to `out` (and `m0`, `y_out`, `model_input`, where given)
+step_        the same, written to x (and the others)
+moments      (f, u, rows, index) -> sums over each sample
+normal       (seeds, shape, dtype, draw, stream) -> the generator's normals
+
+The compiled kernels register themselves, for CPU and for CUDA tensors. Where one is missing, CUDA tensors run on the Triton
+kernel; failing that the reference stands in, and says so once.
+"""
+
+import warnings
+
+import torch
+
+from .. import build
+from ..spec import SCHEMAS, STREAM_INITIAL
+from .checks import check_moments, check_normal, check_outputs_like, check_step
+from .log import log
+from .reference_backend import REFERENCE
+
+if hasattr(torch.ops.epskernels, "step"):  # and torch takes no fake kernels from Python for ops so defined
+    raise ImportError(
+        "epskernels: this process has loaded libepskernels.so, which defines the ops for programs without Python; "
+        "import epskernels before it is loaded: it then leaves the ops as they are"
+    )
+library = torch.library.Library("epskernels", "DEF")
+for _schema in SCHEMAS:
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+
+
+# ---- where no kernel was compiled ----
+
+stand_ins = {}  # for each kind of device without a compiled kernel, the functions by op
+
+
+def _stand_in(name):
+    """Where no compiled kernel is registered for a kind of device: Triton's on a GPU, else the reference."""
+
+    def stand_in(first, *args, **kwargs):
+        kind = first.device.type if isinstance(first, torch.Tensor) else "cpu"
+        if kind in stand_ins:
+            return stand_ins[kind][name](first, *args, **kwargs)
+        missing = build.why_missing(kind) if kind in ("cpu", "cuda") else None
+        missing = missing or "this version has no kernel for it"
+        without_triton = build.why_missing("triton") if kind == "cuda" else ""
+        functions = triton_functions() if without_triton is None else REFERENCE
+        result = functions[name](first, *args, **kwargs)
+        stand_ins[kind] = functions
+        if without_triton is None:
+            log.debug("%s tensors run on the Triton kernel: %s", kind, missing)
+        else:
+            missing += f"; nor is there Triton: {without_triton}" if without_triton else ""
+            warnings.warn(
+                f"epskernels runs its pure PyTorch reference, slower, on {kind} tensors: {missing}", stacklevel=3
+            )
+        return result
+
+    stand_in.__name__ = f"stand_in_{name}"
+    return stand_in
+
+
+def triton_functions():
+    from .triton_backend import TRITON
+
+    return TRITON
+
+
+for _name in REFERENCE:
+    library.impl(_name, _stand_in(_name), "CompositeExplicitAutograd")
+
+
+def _register_fake_step(name, results):
+    @torch.library.register_fake(f"epskernels::{name}", lib=library)
+    def _(x, *inputs, **named):
+        check_step(x, *inputs, **named)
+        made = tuple(torch.empty_like(x) for _ in range(results))
+        return made if results > 1 else made[0]
+
+
+for _name, _results in (("step", 1), ("step_plain", 1), ("step_m0", 2), ("step_y", 3)):
+    _register_fake_step(_name, _results)
+
+
+@torch.library.register_fake("epskernels::step_out", lib=library)
+def _(x, f, *inputs, out, m0=None, y_out=None, model_input=None, **named):
+    check_step(x, f, *inputs, **named)
+    check_outputs_like(x, f, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input})
+
+
+@torch.library.register_fake("epskernels::step_", lib=library)
+def _(x, f, *inputs, m0=None, y_out=None, model_input=None, **named):
+    check_step(x, f, *inputs, **named)
+    check_outputs_like(x, f, {"m0": m0, "y_out": y_out, "model_input": model_input})
+
+
+@torch.library.register_fake("epskernels::moments", lib=library)
+def _(f, u=None, rows=None, index=None):
+    check_moments(f, u, rows, index)
+    return f.new_empty((f.shape[0], 2 if u is None else 4), dtype=torch.float64)
+
+
+@torch.library.register_fake("epskernels::normal", lib=library)
+def _(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
+    check_normal(seeds, shape, dtype, draw, stream)
+    return torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
+
+
+build.load_kernels()
+
+
+# ---- outputs that are views with the negative bit, such as x.conj().imag: their memory holds the negated values ----
+
+
+def register_negative(library, ops):
+    """What torch does by itself for inputs: it clones them. Of an op that writes a tensor it expects that one back."""
+
+    def memory(tensor):
+        return torch._neg_view(tensor) if tensor is not None and tensor.is_neg() else tensor
+
+    def into_memory(inputs, outputs, named):
+        held = {name: memory(output) for name, output in outputs.items()}
+        inputs = [value.resolve_neg() if isinstance(value, torch.Tensor) else value for value in inputs]
+        named = {name: value if value is None else value.resolve_neg() for name, value in named.items()}
+        ops.step_out(*inputs, **named, **held)
+        for name, output in outputs.items():
+            if held[name] is not output:
+                held[name].neg_()
+
+    def step_out(*inputs, out, m0=None, y_out=None, model_input=None, **named):
+        into_memory(inputs, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input}, named)
+
+    def step_(x, *inputs, m0=None, y_out=None, model_input=None, **named):
+        outputs = {"out": x, "m0": m0, "y_out": y_out, "model_input": model_input}
+        try:
+            into_memory((x, *inputs), outputs, named)
+        except RuntimeError as error:  # it has x for an output
+            raise RuntimeError(str(error).replace("epskernels: out:", "epskernels: x:")) from None
+
+    library.impl("step_out", step_out, "Negative")
+    library.impl("step_", step_, "Negative")
+
+
+register_negative(library, torch.ops.epskernels)

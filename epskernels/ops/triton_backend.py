@@ -1,0 +1,229 @@
+"""The Triton kernels as a backend: their launches, eager and under torch.compile, and the functions of the ops."""
+
+import os
+
+import torch
+import triton
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.library import triton_op, wrap_triton
+
+from ..spec import INPUTS, MOMENTS_TILE, OUTPUTS, STREAM_INITIAL
+from .checks import (
+    check_memory,
+    check_moments,
+    check_normal,
+    check_outputs,
+    check_outputs_like,
+    check_step,
+    check_values,
+    fail,
+)
+from .triton_kernels import INTERPRETED, level_kernel, normal_kernel, step_kernel, tiles_kernel
+
+
+def _block_of(numel):
+    """(elements, warps) of a program, for samples of numel elements: 8 elements a thread. The bits do not depend on it."""
+    if INTERPRETED.value:
+        return min(max(triton.next_power_of_2(numel), 8), 65536), 1
+    return (1024, 4) if numel > 512 else (256, 1)
+
+
+def _batch(tensor, numel, written=False):
+    """The tensor and its batch stride; one whose samples are not contiguous in themselves, as a contiguous one."""
+    if tensor is None:
+        return None, 0
+    if not tensor.is_neg():  # its elements are what its memory holds
+        if tensor.is_contiguous():
+            return tensor, numel
+        if tensor[0].is_contiguous():
+            return tensor, tensor.stride(0)
+    return (torch.empty_like if written else torch.clone)(tensor, memory_format=torch.contiguous_format), numel
+
+
+def _resolved(*tensors):
+    """Those of which single elements are read, as their memory holds them."""
+    return [tensor if tensor is None else tensor.resolve_neg() for tensor in tensors]
+
+
+def _run_step(launch, written, x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold, block=None):
+    """One call of `launch`, with the grid, the kernel's arguments and its options. written: out, m0, y_out, model_input."""
+    rows, index, seeds, rescale, threshold = _resolved(rows, index, seeds, rescale, threshold)
+    batch = x.shape[0]
+    numel, channels = x.numel() // batch, x.shape[1] if x.dim() > 1 else 1
+    outputs = [_batch(tensor, numel, written=True) for tensor in written]
+    tensors = outputs + [_batch(tensor, numel) for tensor in (x, f, u, m1, m2, y, v, grad, noise)]
+    channel_numel, doubled = numel // channels, written[3] is not None and written[3].shape[0] != batch
+    # One sample, where nothing depends on the sample: programs are not wasted on small ones.
+    guided_period = numel
+    alone = seeds is None and rescale is None and threshold is None and index.dim() == 0 and not doubled
+    if alone and all(stride == numel for t, stride in tensors if t is not None):
+        batch, numel = 1, batch * numel
+    size, warps = block or _block_of(numel)
+    tiles = triton.cdiv(numel, size)
+    launch(
+        (batch * tiles,),
+        *(item for pair in tensors for item in pair),
+        *(item for t in (rescale, threshold, seeds) for item in (t, 0 if t is None else t.stride(0))),
+        rows, rows.stride(0), rows.shape[0], index, index.stride(0) if index.dim() else 0,
+        numel, guided_period, channel_numel, None if batch == 1 else tiles, x.shape[0],
+        DOUBLED=doubled, BLOCK=size, num_warps=warps,
+    )  # fmt: skip
+    for tensor, (result, _) in zip(written, outputs, strict=True):
+        if result is not tensor:
+            tensor.copy_(result)
+
+
+def _run_normal(launch, out, seeds, draw, stream, block=None):
+    seeds = seeds.resolve_neg()
+    numel = out.numel() // seeds.shape[0]
+    size, warps = block or _block_of(numel)
+    tiles = triton.cdiv(numel, size)
+    arguments = out, seeds, seeds.stride(0), draw, stream, numel, None if seeds.shape[0] == 1 else tiles
+    launch((seeds.shape[0] * tiles,), *arguments, BLOCK=size, num_warps=warps)
+
+
+def _run_moments(launch_tiles, launch_level, f, u, rows, index):
+    batch, sums = f.shape[0], 2 if u is None else 4
+    numel = f.numel() // batch
+    tiles = triton.cdiv(numel, MOMENTS_TILE)
+    rows, index = _resolved(rows, index)
+    values = torch.empty(batch * sums, tiles, dtype=torch.float64, device=f.device)
+    launch_tiles(
+        (batch * tiles,), values, *_batch(f, numel), *_batch(u, numel),
+        *((None, 0, 0) if u is None else (rows, rows.stride(0), rows.shape[0])),
+        *((None, 0) if u is None else (index, index.stride(0) if index.dim() else 0)),
+        numel, numel // f.shape[1] if f.dim() > 1 else 1, tiles, TILE=MOMENTS_TILE, num_warps=1,
+    )  # fmt: skip
+    while (count := values.shape[1]) > 1:
+        padded = triton.next_power_of_2(count)
+        shorter = values.new_empty(len(values), max(padded // MOMENTS_TILE, 1))
+        arguments = shorter, values, count, padded, shorter.shape[1]
+        launch_level((shorter.numel(),), *arguments, TILE=MOMENTS_TILE, num_warps=1)
+        values = shorter
+    return values.reshape(batch, sums)
+
+
+def _launcher(kernel, device):
+    if device.type == "cpu" and not INTERPRETED.value:
+        fail("backend 'triton' was asked for, and the tensors are on cpu")
+
+    def launch(grid, *arguments, **options):
+        with torch.accelerator.device_index(device.index):
+            kernel[grid](*arguments, **options, enable_fp_fusion=False)
+
+    return launch
+
+
+# ---- for torch.compile: ops whose bodies it traces, down to the kernel ----
+
+
+@triton_op("epskernels::triton_step_out", mutates_args={"out", "m0", "y_out", "model_input"})
+def triton_step_out_op(
+    x: Tensor, f: Tensor, rows: Tensor, index: Tensor, u: Tensor | None, m1: Tensor | None, m2: Tensor | None,
+    v: Tensor | None, grad: Tensor | None, noise: Tensor | None, seeds: Tensor | None, y: Tensor | None, rescale: Tensor | None,
+    threshold: Tensor | None, out: Tensor, m0: Tensor | None, y_out: Tensor | None, model_input: Tensor | None,
+) -> None:  # fmt: skip
+    inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
+    check_step(*inputs)
+    check_outputs_like(x, f, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input})
+
+    def launch(grid, *arguments, **options):
+        wrap_triton(step_kernel)[grid](*arguments, **options)
+
+    _run_step(launch, (out, m0, y_out, model_input), *inputs)
+
+
+@triton_op("epskernels::triton_normal", mutates_args=())
+def triton_normal_op(seeds: Tensor, shape: list[int], dtype: torch.dtype, draw: int, stream: int) -> Tensor:
+    check_normal(seeds, shape, dtype, draw, stream)
+
+    def launch(grid, *arguments, **options):
+        wrap_triton(normal_kernel)[grid](*arguments, **options)
+
+    out = torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
+    _run_normal(launch, out, seeds, draw, stream)
+    return out
+
+
+# ---- the functions of the backend, by op ----
+
+
+def _step(outputs, inputs, named):
+    """Runs the step into `outputs`: {"out" or "x": tensor, "m0", "y_out", "model_input": tensor or None}."""
+    inputs = dict.fromkeys(INPUTS) | dict(zip(INPUTS, inputs, strict=False)) | named
+    x = inputs["x"]
+    if is_compiling():
+        torch.ops.epskernels.triton_step_out(*inputs.values(), *_made(outputs, x).values())
+        return tuple(outputs.values())
+    check_step(**inputs)
+    check_memory(inputs)
+    if os.environ.get("EPSKERNELS_CHECK_ROWS") == "1":
+        check_values(inputs, outputs["y_out"] is not None)
+    launch = _launcher(step_kernel, x.device)
+    given = {key: tensor for key, tensor in outputs.items() if tensor is not NEW}
+    check_outputs(given, inputs)
+    check_memory(given)
+    _run_step(launch, tuple(_made(outputs, x).values()), *inputs.values())
+    return tuple(outputs.values())
+
+
+NEW = object()  # an output to be made, once all inputs are known to be good
+
+
+def _made(outputs, x):
+    outputs |= {key: torch.empty_like(x) for key, tensor in outputs.items() if tensor is NEW}
+    return outputs
+
+
+def _new(*names):
+    return dict.fromkeys(OUTPUTS) | dict.fromkeys(names, NEW)
+
+
+def triton_step(*inputs, **named):
+    return _step(_new("out"), inputs, named)[0]
+
+
+def triton_step_m0(*inputs, **named):
+    return _step(_new("out", "m0"), inputs, named)[:2]
+
+
+def triton_step_y(*inputs, **named):
+    return _step(_new("out", "m0", "y_out"), inputs, named)[:3]
+
+
+def triton_step_out(*inputs, out, m0=None, y_out=None, model_input=None, **named):
+    _step({"out": out, "m0": m0, "y_out": y_out, "model_input": model_input}, inputs, named)
+
+
+def triton_step_(x, *inputs, m0=None, y_out=None, model_input=None, **named):
+    _step({"x": x, "m0": m0, "y_out": y_out, "model_input": model_input}, (x, *inputs), named)
+
+
+def triton_normal(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
+    if is_compiling():
+        return torch.ops.epskernels.triton_normal(seeds, shape, dtype, draw, stream)
+    check_normal(seeds, shape, dtype, draw, stream)
+    check_memory({"seeds": seeds})
+    launch = _launcher(normal_kernel, seeds.device)
+    out = torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
+    _run_normal(launch, out, seeds, draw, stream)
+    return out
+
+
+def triton_moments(f, u=None, rows=None, index=None):
+    check_moments(f, u, rows, index)
+    check_memory({"f": f, "u": u, "rows": rows, "index": index})
+    return _run_moments(_launcher(tiles_kernel, f.device), _launcher(level_kernel, f.device), f, u, rows, index)
+
+
+TRITON = {
+    "step": triton_step,
+    "step_plain": triton_step,
+    "step_m0": triton_step_m0,
+    "step_y": triton_step_y,
+    "step_out": triton_step_out,
+    "step_": triton_step_,
+    "normal": triton_normal,
+    "moments": triton_moments,
+}
