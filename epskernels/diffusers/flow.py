@@ -7,7 +7,7 @@ from diffusers import schedulers as theirs
 
 from .. import scaling
 from ..ops import step
-from ..table import DEFAULTS, COLUMNS
+from ..table import COLUMNS, DEFAULTS
 from .common import as_float64, refuse_integers, widest
 from .scheduler import FLOAT32, Fused
 

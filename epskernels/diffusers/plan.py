@@ -16,7 +16,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch.compiler import is_dynamo_compiling
 
-from ..table import DEFAULTS, COLUMNS
+from ..table import COLUMNS, DEFAULTS
 
 
 class Plan:
