@@ -199,6 +199,7 @@ def test_no_local_memory_and_no_fused_multiply_add(architecture):
         assert not fused, f"{key}: {fused}"  # HFMA2.MMA R, -RZ, RZ, constant is how a register is set
 
 
+@pytest.mark.deep
 @each_architecture
 def test_fast_path_in_16_byte_words(architecture):
     for key, (code, _, _) in kernels(architecture).items():

@@ -16,7 +16,7 @@ from epskernels.table import COLUMNS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")  # torch's own
 PACKAGE = pathlib.Path(epskernels.__file__).parent
-deep = pytest.mark.deep  # running the page compiles two packages and a program
+deep = pytest.mark.deep  # the page compiles two packages and a program
 BATCH = torch.export.Dim("batch", max=64)
 
 
@@ -173,6 +173,7 @@ def torch_2_11(what):
 misread = torch_2_11("it hands an op the number of another dtype")
 
 
+@deep
 @misread
 def test_a_packaged_normal_has_the_eager_bits(quick_inductor, tmp_path):
     package = packaged_normal(torch.arange(4), tmp_path)
@@ -180,7 +181,7 @@ def test_a_packaged_normal_has_the_eager_bits(quick_inductor, tmp_path):
         assert_same_bits(package(seeds), Normal()(seeds), "z")
 
 
-@pytest.mark.deep
+@deep
 def test_a_packaged_step_has_the_eager_bits(exported_step, quick_inductor, tmp_path):
     """Optional inputs, two outputs, the in-place form, noise: through AOTInductor's calls of custom ops."""
     package = packaged(exported_step, tmp_path)
