@@ -10,8 +10,9 @@ TORCH ?= $(or $(TORCH_THERE),torch==2.13.0)
 NVCC := $(shell for nvcc in $(CUDACXX) nvcc $(CUDA_HOME:=/bin/nvcc) /usr/local/cuda/bin/nvcc; do \
 	command -v $$nvcc && break; done)
 EPSKERNELS_CUDA ?= $(if $(NVCC),1,auto)
-# Of `make test`.
+# Of the tests.
 WORKERS ?= 2
+CHECKED := bad_input step_bits guidance table schedule scaling oracles k_diffusion diffusers_plain diffusers_schedule pairwise
 # The digits of `make sample`.
 SEEDS ?= 0-63
 STEPS ?= 20
@@ -32,7 +33,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/spec.py $(wildcard csrc/*)
 
-.PHONY: build sample test test-deep lint sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report \
+.PHONY: build sample check test test-deep lint sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report \
 	quality quality-report quality-quick train clean another-torch
 
 build: $(READY)
@@ -54,11 +55,19 @@ sample: $(READY)
 	$(BIN)/epskernels sample --steps $(STEPS) --lambda $(LAMBDA) --compare --seeds $(SEEDS) --out samples.png
 
 # Each worker on one thread; modules whose fixtures are expensive stay on one worker (xdist_group).
-test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-# Kills, races, damage, full disks and torchrun, at length (some two hours); `make test` runs them shortly.
-test-deep: test
+# For the loop of working: the bits, the refusals and the tables, without Triton's interpreter.
+check: $(READY)
+	$(PYTEST) -k "not triton" $(CHECKED:%=tests/test_%.py)
+
+# Products of parameters in pairs, and what is not marked deep.
+test: $(READY)
+	$(PYTEST)
+
+# Everything; then kills, races, damage, full disks and torchrun, at length (some two hours).
+test-deep: $(READY)
+	$(PYTEST) -m ""
 	OMP_NUM_THREADS=1 $(BIN)/python tests/test_campaigns.py damage=30000 race=1000 full=50 kill=180 ranks=16 torchrun=300
 
 lint: $(READY)

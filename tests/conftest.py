@@ -7,10 +7,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import kernels
+import pairwise
 from kernels import KERNELS, Kernel
 
 import epskernels
 from epskernels import _C  # the tests prove the compiled kernels: a build without them fails here
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(pairwise)
 
 
 @pytest.fixture(autouse=True)

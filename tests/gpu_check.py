@@ -141,11 +141,11 @@ def main():
     stages["build"] = run(folder, "build", [sys.executable, "setup.py", "build_ext", "--inplace"], 300, **switches)
     if stages["build"]["passed"]:
         workers = min(8, os.cpu_count() or 1)
-        parallel = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
+        options = ("-m", "", *(("-n", str(workers)) if importlib.util.find_spec("xdist") else ()))
         matrix = ["test_step_bits", "test_noise", "test_rows_on_device", "test_triton", "test_cuda_build"]
         matrix = [f"tests/{test}.py" for test in matrix]
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            started = {"tests": pool.submit(pytest_stage, folder, "tests", matrix, 420, *parallel)}
+            started = {"tests": pool.submit(pytest_stage, folder, "tests", matrix, 420, *options)}
             started |= {tool: pool.submit(sanitize_stage, folder, tool) for tool in SANITIZERS}
             stages.update({stage: future.result() for stage, future in started.items()})
         stages["gpu_tests"] = pytest_stage(

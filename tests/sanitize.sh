@@ -56,6 +56,6 @@ for name in test_fuzz test_bad_input test_step_bits test_rows_on_device test_gui
   [[ -e $root/tests/$name.py ]] && tests+=("$root/tests/$name.py")
 done
 cd "$build"
-options=(-c "$root/pyproject.toml" --rootdir "$root" -p sanitized -p no:cacheprovider -x)
+options=(-c "$root/pyproject.toml" --rootdir "$root" -p sanitized -p no:cacheprovider -x -m "")
 checked "$python" -m pytest "${options[@]}" -k "not triton" "${tests[@]}"
 echo "sanitize: no report"

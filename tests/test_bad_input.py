@@ -144,16 +144,17 @@ BAD = {
 }
 for name in ("u", "m1", "m2", "v", "y"):
     BAD[f"{name}: missing"] = (lambda name=name: good(**{name: None}), rf"\b{name}: missing, and row 0 needs it")
-for name in FLOATS:
-    reason = "as x has" if name in ("f", *LIKE_X) else "as f has"
-    for title, shape in SHAPES.items() if name != "x" else ():
-        BAD[f"{name}: {title}"] = (
-            lambda name=name, shape=shape: complete(name, torch.ones(shape)),
-            rf"\b{name}: expected shape {R(str(SHAPE))} {reason}, got {R(str(shape))}",
-        )
-    for dtype in NOT_FLOATS + (dtypes("float16") if name not in ("x", "f") else []):
+# One check judges all of them alike: each tensor with some shape and some dtype, and each shape and dtype with some tensor.
+LIKE = {name: "as f has" if name in LIKE_F else "as x has" for name in FLOATS}
+for name, (title, shape) in zip(FLOATS[1:], itertools.cycle(SHAPES.items())):
+    BAD[f"{name}: {title}"] = (
+        lambda name=name, shape=shape: complete(name, torch.ones(shape)),
+        rf"\b{name}: expected shape {R(str(SHAPE))} {LIKE[name]}, got {R(str(shape))}",
+    )
+for name, other in zip(FLOATS, itertools.cycle(NOT_FLOATS)):
+    for dtype in [other] + (dtypes("float16") if name not in ("x", "f") else []):
         text = str(dtype).removeprefix("torch.")
-        expected = "float32, float16 or bfloat16" if name in ("x", "f") else f"float32 {reason}"
+        expected = "float32, float16 or bfloat16" if name in ("x", "f") else f"float32 {LIKE[name]}"
         BAD[f"{name}: {text}"] = (
             lambda name=name, dtype=dtype: complete(name, torch.ones(SHAPE, dtype=dtype)),
             rf"\b{name}: expected dtype {expected}, got {text}",
@@ -236,14 +237,11 @@ def rows_with(column, value, row=0):
     return rows
 
 
-for column in COLUMNS:
-    for value in (np.nan, np.inf, -np.inf):
-        if column == "clip" and value == np.inf:
-            continue
-        BAD[f"rows: {column} {value}"] = (
-            lambda column=column, value=value: good(rows=rows_with(column, value)),
-            f"rows: expected finite coefficients and clip >= 0, got -?{value} in row 0, column {COLUMNS.index(column)}",
-        )
+for column, value in [*zip(COLUMNS, itertools.cycle((np.inf, -np.inf, np.nan))), ("clip", -np.inf)]:
+    BAD[f"rows: {column} {value}"] = (
+        lambda column=column, value=value: good(rows=rows_with(column, value)),
+        f"rows: expected finite coefficients and clip >= 0, got -?{value} in row 0, column {COLUMNS.index(column)}",
+    )
 BAD["rows: clip -0"] = (lambda: good(rows=rows_with("clip", -0.0)), "rows: .*clip >= 0, got -0(.0)? in row 0, column 2")
 BAD["rows: clip -1"] = (lambda: good(rows=rows_with("clip", -1)), "rows: .*clip >= 0, got -1(.0)? in row 0, column 2")
 for value, column in itertools.product((-1.0, 0.5, 2.0**24), ("draw", "guided_channels")):
@@ -251,12 +249,12 @@ for value, column in itertools.product((-1.0, 0.5, 2.0**24), ("draw", "guided_ch
         lambda value=value, column=column: good(rows=rows_with(column, value)),
         rf"rows: expected {column} to be an integer in \[0, 2\^24\), got .* in row 0",
     )
-for name, shape in itertools.product(PER_SAMPLE, ((), (1,), (BATCH, 1), (0,), (BATCH + 1,))):
+for name, shape in zip(itertools.cycle(PER_SAMPLE), ((), (1,), (BATCH, 1), (0,), (BATCH + 1,))):
     BAD[f"{name}: {shape}"] = (
         lambda name=name, shape=shape: good(**{name: torch.ones(shape)}),
         rf"{name}: expected shape \({BATCH},\), got {R(str(shape))}",
     )
-for name, dtype in itertools.product(PER_SAMPLE, dtypes("float64", "float16", "int64", "bool")):
+for name, dtype in zip(itertools.cycle(PER_SAMPLE), dtypes("float64", "float16", "int64", "bool")):
     text = str(dtype).removeprefix("torch.")
     BAD[f"{name}: {text}"] = (
         lambda name=name, dtype=dtype: good(**{name: torch.ones(BATCH, dtype=dtype)}),

@@ -36,7 +36,7 @@ from epskernels import calibrate, cli, exposure, images, samplers, scaling, sche
 
 SEEDS = "0-19,40"
 TABLE = samplers.ddim(schedule.linear(), 3)
-SHORT = {"damage": 400, "race": 15, "kill": 6, "full": 2}
+SHORT = {"damage": 200, "race": 8, "kill": 2, "full": 1}
 
 
 def stand_in(x, t):

@@ -32,6 +32,10 @@ TARGETS = build.cuda_targets() or ""
 ARCHITECTURES = [
     f"sm_{number}" for number in re.findall(r"(\d+)(?:-real|\b(?!-virtual|\.))", TARGETS.split("architectures")[-1])
 ]
+# The disassembly of one takes seconds; `make test` reads the last.
+each_architecture = pytest.mark.parametrize(
+    "architecture", [*(pytest.param(name, marks=pytest.mark.deep) for name in ARCHITECTURES[:-1]), *ARCHITECTURES[-1:]]
+)
 
 DTYPES = {"0": "float32", "1": "float16", "2": "bfloat16"}
 GUIDANCE, M1, NOISE, EVERYTHING = TERMS["GUIDANCE"], TERMS["M1"], TERMS["NOISE"], 2**32 - 1
@@ -176,13 +180,13 @@ def expected(name, x, f=None, tensors="0", large="false"):
     return unit * units, loads, x_words
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@each_architecture
 def test_every_kernel_is_there(architecture):
     step = [key for key in kernels(architecture) if key[0] == "step_kernel"]
     assert len(step) == 9 * (4 + 2 * 4 + 1) and kernels(architecture).keys() == {*step, *NORMALS, *SUMS}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@each_architecture
 def test_no_local_memory_and_no_fused_multiply_add(architecture):
     for key, (code, registers, stack) in kernels(architecture).items():
         assert stack == 0 and sass.count(code, r"(LDL|STL).*") == 0, key
@@ -196,7 +200,8 @@ def test_no_local_memory_and_no_fused_multiply_add(architecture):
         assert not fused, f"{key}: {fused}"  # HFMA2.MMA R, -RZ, RZ, constant is how a register is set
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.deep
+@each_architecture
 def test_fast_path_in_16_byte_words(architecture):
     for key, (code, _, _) in kernels(architecture).items():
         if key in SUMS:
@@ -212,7 +217,7 @@ def test_fast_path_in_16_byte_words(architecture):
         assert sass.count(path, r"MUFU\.RSQ.*") == roots, key
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@each_architecture
 def test_sums_exchange_only_within_a_warp(architecture):
     """Two words of each double, for each of 5 halvings, and no barrier: a warp's lanes read nothing that another warp wrote."""
     for key in SUMS:
@@ -249,7 +254,7 @@ def budget(architecture):
     return rows
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@each_architecture
 def test_instruction_budget(architecture, record_property, capsys):
     """Bounds a little above what the kernels have, so that an addition shows; docs/architecture.md says what they predict."""
     rows = budget(architecture)

@@ -55,7 +55,14 @@ def image_of(pipe):
     return pipe(generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
 
 
-@pytest.mark.parametrize("first", ["import epskernels", "import diffusers, epskernels", "import epskernels.diffusers"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import epskernels",
+        pytest.param("import diffusers, epskernels", marks=pytest.mark.deep),
+        pytest.param("import epskernels.diffusers", marks=pytest.mark.deep),
+    ],
+)
 def test_a_saved_fused_pipeline_loads_in_a_new_process(first, tmp_path):
     """With the lambda that it was saved with, here one of a file that is gone by then."""
     scaling.linear(0.01, 1.01, origin="cleanest").save(tmp_path / "lambda.json", steps=4)

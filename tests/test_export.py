@@ -16,6 +16,7 @@ from epskernels.spec import COLUMNS, SCHEMAS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")  # torch's own
 PACKAGE = pathlib.Path(epskernels.__file__).parent
+deep = pytest.mark.deep  # the page compiles two packages and a program
 BATCH = torch.export.Dim("batch", max=64)
 
 
@@ -52,6 +53,7 @@ torch.save([program(*inputs) for inputs in torch.load(sys.argv[2])], sys.argv[3]
 """
 
 
+@deep
 def test_an_exported_program_runs_in_another_process(page, tmp_path):
     names, folder = page
     seeds = torch.tensor([3, -1, 2**40, 0, 3])
@@ -63,6 +65,7 @@ def test_an_exported_program_runs_in_another_process(page, tmp_path):
         assert torch.equal(got, names["module"](x, index, seeds))
 
 
+@deep
 def test_exported_programs_hold_one_op_for_each_row(page):
     names, _ = page
     for program, rows in ((names["exported"], 1), (names["exported_loop"], 4)):
@@ -72,6 +75,7 @@ def test_exported_programs_hold_one_op_for_each_row(page):
         assert size.upper == 64  # the batch has stayed dynamic, over the whole of its range
 
 
+@deep
 def test_an_exported_loop_is_the_sampling_loop(page):
     names, _ = page
     few, model, seeds = names["few"], names["module"].model, torch.tensor([5, 6, 7])
@@ -169,6 +173,7 @@ def torch_2_11(what):
 misread = torch_2_11("it hands an op the number of another dtype")
 
 
+@deep
 @misread
 def test_a_packaged_normal_has_the_eager_bits(quick_inductor, tmp_path):
     package = packaged_normal(torch.arange(4), tmp_path)
@@ -176,6 +181,7 @@ def test_a_packaged_normal_has_the_eager_bits(quick_inductor, tmp_path):
         assert_same_bits(package(seeds), Normal()(seeds), "z")
 
 
+@deep
 def test_a_packaged_step_has_the_eager_bits(exported_step, quick_inductor, tmp_path):
     """Optional inputs, two outputs, the in-place form, noise: through AOTInductor's calls of custom ops."""
     package = packaged(exported_step, tmp_path)
@@ -183,6 +189,7 @@ def test_a_packaged_step_has_the_eager_bits(exported_step, quick_inductor, tmp_p
         assert_step(package, batch, row_count)
 
 
+@deep
 def test_a_package_takes_another_table(page):
     """As exported with that table."""
     names, folder = page
@@ -193,6 +200,7 @@ def test_a_package_takes_another_table(page):
     torch.testing.assert_close(names["rescaled"](x, other.row_index[3], seeds), module(x, other.row_index[3], seeds))
 
 
+@deep
 @torch_2_11("it prints an op's error and goes on without the result")
 def test_errors_from_within_a_package_are_the_step_s(page):
     names, _ = page
@@ -217,6 +225,7 @@ torch._inductor.aoti_load_package(packaged)(*inputs)
 """
 
 
+@deep
 def test_programs_and_packages_outlive_an_added_argument(page):
     """A later version of the schema, by the rules in spec.py: with optional arguments after those that there are."""
     later = SCHEMAS[0].replace(") -> Tensor", ", Tensor? added=None, *, Tensor? named=None) -> Tensor")
@@ -238,6 +247,7 @@ for x in (good[0].half(), good[0].mT, torch.randn(3, 3, 9, 8), torch.randn(65, 3
 """
 
 
+@deep
 @torch_2_11("it prints what is wrong, and its exception does not say")
 def test_a_package_checks_its_inputs_where_asked(page):
     result = run_python(CHECKED, page[1] / "row_aoti.pt2", AOTI_RUNTIME_CHECK_INPUTS="1")
@@ -257,6 +267,7 @@ def sampler(page, *arguments, **environment):
     return subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
 
 
+@deep
 def test_the_program_has_python_s_bits_without_python(page, tmp_path):
     """And the dynamic linker's log shows all that it loads."""
     names, folder = page
@@ -274,6 +285,7 @@ def test_the_program_has_python_s_bits_without_python(page, tmp_path):
     assert torch.equal(torch.load(tmp_path / "samples.pt"), x)
 
 
+@deep
 def test_the_program_s_errors_are_the_step_s(page, tmp_path):
     """A table with guidance, and no unconditional output."""
     result = sampler(page, page[1] / "job.pt", tmp_path / "samples.pt")

@@ -17,13 +17,13 @@ import tempfile
 import warnings
 
 import kernels
+import pytest
 import torch
 
 import epskernels
 from epskernels import _C, ops
 from epskernels.table import COLUMNS, SECOND_STATE
 
-CALLS, LEAST_REFUSED, LEAST_RETURNED = 15000, 10000, 3000
 ALLOWED = (RuntimeError, TypeError, ValueError)
 LIKE_X, LIKE_F = ("x", "m1", "m2", "y", "grad", "noise"), ("f", "u", "v")
 OUTPUTS = ("out", "m0", "y_out", "model_input")
@@ -385,7 +385,7 @@ def main():
         check(int(sys.argv[1]), collections.Counter())
         return
     counts, progress = collections.Counter(), open(sys.argv[2], "w")  # noqa: SIM115
-    for number in range(CALLS):
+    for number in range(int(sys.argv[3])):
         progress.seek(0)
         progress.write(f"{number:8}")
         progress.flush()
@@ -393,17 +393,18 @@ def main():
     print(json.dumps({"package": epskernels.__file__, **counts}))
 
 
-def test_malformed_calls(extension):
+@pytest.mark.parametrize("calls", [2000, pytest.param(15000, marks=pytest.mark.deep)])
+def test_malformed_calls(extension, calls):
     with tempfile.NamedTemporaryFile("r") as progress:
-        command = [sys.executable, __file__, "--progress", progress.name]
+        command = [sys.executable, __file__, "--progress", progress.name, str(calls)]
         child = subprocess.run(command, check=False, capture_output=True, text=True, timeout=1200)
         last = progress.read().strip()
     assert child.returncode == 0, f"exit status {child.returncode} in call {last}:\n{child.stdout}\n{child.stderr}"
     counts = json.loads(child.stdout.splitlines()[-1])
     print(counts)
     assert pathlib.Path(counts["package"]) == pathlib.Path(epskernels.__file__), "the child tested another installation"
-    assert counts["malformed and refused"] >= LEAST_REFUSED
-    assert counts["returned"] >= LEAST_RETURNED
+    assert counts["malformed and refused"] > calls * 2 / 3
+    assert counts["returned"] > calls / 5
 
 
 if __name__ == "__main__":

@@ -491,8 +491,14 @@ def test_form(kernel, dtype, form, layout):
         _assert_nothing_written_around(given[key])
 
 
-@pytest.mark.parametrize("out, m0", list(itertools.permutations([None, "x", "f", *ALL_TENSORS], 2)))
-def test_any_input_may_be_overwritten(kernel, out, m0):
+MAY_BE_OVERWRITTEN = [None, "x", "f", *ALL_TENSORS]
+
+
+@pytest.mark.parametrize("apart", range(1, len(MAY_BE_OVERWRITTEN)))
+@pytest.mark.parametrize("i", range(len(MAY_BE_OVERWRITTEN)), ids=MAY_BE_OVERWRITTEN)
+def test_any_input_may_be_overwritten(kernel, i, apart):
+    """By out, and at once another, so far after it in the list, by m0."""
+    out, m0 = MAY_BE_OVERWRITTEN[i], MAY_BE_OVERWRITTEN[(i + apart) % len(MAY_BE_OVERWRITTEN)]
     for dtype in (torch.float32, torch.float16):
         inputs = make_inputs((2, 1100), ALL_TENSORS, 53, dtype, dtype)
         rows, index = random_rows(2, ALL_TENSORS, 54, idle=0), torch.arange(2)
@@ -523,7 +529,9 @@ def test_threads_do_not_change_bits(kernel, two_threads, dtype, shape):
 
 
 @pytest.mark.parametrize("kernel", _C.cpu_capabilities()[-1:], indirect=True)
-@each_dtype
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=() if d is torch.bfloat16 else pytest.mark.deep) for d in DTYPES], ids=name
+)
 def test_a_state_larger_than_the_caches(kernel, dtype):
     """Which goes past them: 32 MiB and some."""
     inputs = make_inputs((2, 2**23 + 5), ("y",), 63, dtype, torch.float32)
@@ -583,14 +591,14 @@ def _random_call(draw):
     return rows, torch.tensor(index), inputs
 
 
-@hypothesis.settings(max_examples=250, deadline=None, derandomize=True, database=None)
-@hypothesis.given(call=_random_call())
-def _check_random_call(call):
-    check(*call)
+@pytest.mark.parametrize("examples", [50, pytest.param(250, marks=pytest.mark.deep)])
+def test_step_of_random_rows_and_inputs(kernel, examples):
+    @hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(call=_random_call())
+    def check_random_call(call):
+        check(*call)
 
-
-def test_step_of_random_rows_and_inputs(kernel):
-    _check_random_call()
+    check_random_call()
 
 
 # ---- the order of the columns, and idle terms ----

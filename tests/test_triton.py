@@ -132,6 +132,7 @@ def _calls():
     return calls
 
 
+@functools.cache
 def _inductor_s_copy(kernel, folder):
     """The kernel as Inductor writes it into a module of its own: from its source and the globals that it finds there."""
     from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
@@ -143,23 +144,22 @@ def _inductor_s_copy(kernel, folder):
     return getattr(__import__(path.stem), kernel.__name__)
 
 
-def _compile_all(architecture, folder):
-    """Every call's PTX and cubin into `folder`; and those of the same compiled as Inductor does, without enable_fp_fusion."""
+def _compile(architecture, folder, names):
+    """The PTX and cubins of these calls into `folder`; `inductor-` before one: as Inductor does, without enable_fp_fusion."""
     _use_driver(architecture)
-    copies = {}
-    for name, (kernel, run) in _calls().items():
-        targets = {name: (kernel, {"enable_fp_fusion": False})}
-        if name.startswith(("everything_seeds", "normal")):
-            copy = copies.setdefault(kernel, _inductor_s_copy(kernel, folder))
-            targets[f"inductor-{name}"] = (copy, {"sanitize_overflow": False, "debug": True})
-        for target, (kernel, options) in targets.items():
+    calls = _calls()
+    for target in names:
+        kernel, run = calls[target.removeprefix("inductor-")]
+        options = {"enable_fp_fusion": False}
+        if target.startswith("inductor-"):
+            kernel, options = _inductor_s_copy(kernel, folder), {"sanitize_overflow": False, "debug": True}
 
-            def launch(grid, *arguments, target=target, kernel=kernel, options=options, **launched):
-                compiled = kernel.warmup(*arguments, grid=grid, **launched, **options)
-                (folder / f"{target}.ptx").write_text(compiled.asm["ptx"])
-                (folder / f"{target}.cubin").write_bytes(compiled.asm["cubin"])
+        def launch(grid, *arguments, target=target, kernel=kernel, options=options, **launched):
+            compiled = kernel.warmup(*arguments, grid=grid, **launched, **options)
+            (folder / f"{target}.ptx").write_text(compiled.asm["ptx"])
+            (folder / f"{target}.cubin").write_bytes(compiled.asm["cubin"])
 
-            run(launch)
+        run(launch)
 
 
 def _process(folder, *arguments):
@@ -176,10 +176,15 @@ def _finished(process):
 
 
 @pytest.fixture(scope="module")
-def ahead(tmp_path_factory):
-    """{architecture: folder of PTX and cubins}"""
-    folders = {architecture: tmp_path_factory.mktemp(f"sm_{architecture}") for architecture in ARCHITECTURES}
-    for process in [_process(folder, "compile", arch, folder) for arch, folder in folders.items()]:
+def ahead(request, tmp_path_factory):
+    """{architecture: folder of PTX and cubins}, of what the tests of this run read."""
+    read = [item.callspec.params for item in request.session.items if "ahead" in getattr(item, "fixturenames", ())]
+    folders, processes = {}, []
+    for architecture in ARCHITECTURES:
+        names = sorted({params["name"] for params in read if params["architecture"] == architecture})
+        folders[architecture] = tmp_path_factory.mktemp(f"sm_{architecture}")
+        processes += [_process(folders[architecture], "compile", architecture, folders[architecture], *names)]
+    for process in processes:
         _finished(process)
     return folders
 
@@ -188,7 +193,21 @@ STEPS = [f"{i}-{d}" for d in DTYPES for i in INPUTS]
 FAST = [*STEPS, "normal-float32", "normal-bfloat16", "one_row-float32", "one_row-bfloat16"]
 INDUCTOR = [f"inductor-{name}" for name in FAST if name.startswith(("everything_seeds", "normal"))]
 MOMENTS = [*(f"moments{g}-{dtype}" for g in ("", "_guided") for dtype in ("float32", "bfloat16")), "moments_level"]
-each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+# What `make test` compiles, for the newest architecture: each kernel, the words of 64 and of 128 bits, and all terms.
+SOME = (
+    "guidance_history-float32", "seeds-float32_of_bfloat16", "everything_noise-bfloat16", "normal-bfloat16", "threshold",
+    "inductor-normal-float32", "moments_guided-float32", "moments_level",
+)  # fmt: skip
+
+
+def each(names):
+    def case(architecture, name):
+        read = architecture == ARCHITECTURES[-1] and name in SOME
+        return pytest.param(architecture, name, marks=[] if read else pytest.mark.deep)
+
+    return pytest.mark.parametrize(
+        "architecture, name", [case(architecture, name) for architecture in ARCHITECTURES for name in names]
+    )
 
 
 def _products(ptx):
@@ -202,8 +221,7 @@ def _products(ptx):
     return len(addends)
 
 
-@each_architecture
-@pytest.mark.parametrize("name", [*FAST, *ODD, *INDUCTOR])
+@each([*FAST, *ODD, *INDUCTOR])
 def test_no_operation_is_fused_and_no_subnormal_flushed(ahead, architecture, name):
     """Nor by Inductor, where a multiplication and an addition may be."""
     ptx = (ahead[architecture] / f"{name}.ptx").read_text()
@@ -214,8 +232,7 @@ def test_no_operation_is_fused_and_no_subnormal_flushed(ahead, architecture, nam
     assert bool(re.search(r"sqrt\.rn\.f32", ptx)) == ("seeds" in name or "normal" in name or name in ODD[:2])
 
 
-@each_architecture
-@pytest.mark.parametrize("name", FAST)
+@each(FAST)
 def test_memory_is_accessed_by_128_bits(ahead, architecture, name):
     """Every tensor once; nothing goes through local or shared memory. bfloat16 beside float32 is read by 64 bits."""
     ptx = (ahead[architecture] / f"{name}.ptx").read_text()
@@ -238,8 +255,7 @@ def test_memory_is_accessed_by_128_bits(ahead, architecture, name):
     assert "bar.sync" not in ptx
 
 
-@each_architecture
-@pytest.mark.parametrize("name", FAST)
+@each(FAST)
 def test_machine_code(ahead, architecture, name, record_property):
     """No spills, and no multiplication fused with an addition by ptxas: an FFMA is a product or part of a square root."""
     import sass
@@ -257,8 +273,7 @@ def test_machine_code(ahead, architecture, name, record_property):
     print(f"sm_{architecture} {name}: {registers} registers, {executed} instructions for 8 elements")
 
 
-@each_architecture
-@pytest.mark.parametrize("name", MOMENTS)
+@each(MOMENTS)
 def test_moments_are_added_once_by_one_warp(ahead, architecture, name):
     """A tile's 1,024 elements in 31 additions of each lane and five after shuffles; nothing fused, spilled or shared."""
     import sass
@@ -351,7 +366,15 @@ def _call(names, x_dtype, f_dtype, shape=(3, 270)):
 @pytest.mark.parametrize(
     "names", [EVERYTHING + ("seeds",), EVERYTHING + ("noise",), ()], ids=["seeds", "noise", "bare"]
 )
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=list(DTYPES))
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        DTYPES["float32"],
+        DTYPES["float16_of_bfloat16"],
+        *(pytest.param(DTYPES[key], marks=pytest.mark.deep) for key in ("bfloat16", "float32_of_bfloat16")),
+    ],
+    ids=str,
+)
 def test_step_does_not_depend_on_the_block(dtypes, names):
     from epskernels.ops import triton_backend
 
@@ -480,6 +503,6 @@ if not build.why_missing("triton"):
 
 if __name__ == "__main__":
     if sys.argv[1] == "compile":
-        _compile_all(int(sys.argv[2]), pathlib.Path(sys.argv[3]))
+        _compile(int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4:])
     else:
         _capture()

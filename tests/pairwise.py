@@ -1,0 +1,49 @@
+"""Of a product of parameters, a few combinations that hold every pair of values; the others are marked `deep`.
+
+A fault shows at one value, or where two meet: a dtype and a layout, a kernel and an input. Whatever meets in the product meets
+in the cover; the rest of the product repeats it beside other values.
+"""
+
+import collections
+import heapq
+import itertools
+
+import pytest
+
+
+def pairs(combination):
+    """Every two values of a tuple, with their places."""
+    return set(itertools.combinations(enumerate(combination), 2))
+
+
+def cover(combinations):
+    """The indices of combinations (tuples of one length) among which is every pair that any of them holds.
+
+    The next one is always one that holds the most pairs not yet held, the first of several. What each can add only falls, so
+    that one whose count still stands at the head of the heap is the best of all.
+    """
+    held, chosen = set(), []
+    heap = [(-len(pairs(combination)), i) for i, combination in enumerate(combinations)]
+    heapq.heapify(heap)
+    while heap:
+        counted, i = heapq.heappop(heap)
+        new = pairs(combinations[i]) - held
+        if counted == -len(new) < 0:
+            chosen.append(i)
+            held |= new
+        elif new:
+            heapq.heappush(heap, (-len(new), i))
+    return chosen
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
+def pytest_collection_modifyitems(items):
+    """A test with three parametrizations or more, those of its fixtures included, runs in pairs."""
+    products = collections.defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and len(item.callspec._idlist) > 2:  # one id from each parametrization
+            products[item.path, item.originalname].append(item)
+    for product in products.values():
+        chosen = cover([item.callspec._idlist for item in product])
+        for i in set(range(len(product))).difference(chosen):
+            product[i].add_marker(pytest.mark.deep)
