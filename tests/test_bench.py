@@ -24,6 +24,9 @@ def bench(path, only, **environment):
     return subprocess.run([str(part) for part in command], env=forced, capture_output=True, text=True)
 
 
+deep = pytest.mark.deep  # the run measures for half a minute
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "run.json"
@@ -32,6 +35,7 @@ def run(tmp_path_factory):
     return path
 
 
+@deep
 def test_run(run):
     results = harness.load(run)
     assert {"processor", "versions", "commit", "command", "threads", "date"} <= results["machine"].keys()
@@ -44,6 +48,7 @@ def test_run(run):
     assert all(exponent > 0 for exponent in results["growth"].values())
 
 
+@deep
 def test_memory_is_the_output_alone(run):
     rows = harness.load(run)["memory"]
     assert len(rows) == 18
@@ -59,6 +64,7 @@ def compared(*runs):
     return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
+@deep
 def test_a_slower_run_is_caught(run, tmp_path):
     """As EPSKERNELS_BENCH_TWICE=1 makes one; without a clock, so that no busy machine can fail it."""
     results, slower = harness.load(run), tmp_path / "slower.json"
@@ -130,6 +136,7 @@ def report(run, docs):
     return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
+@deep
 def test_report(run, tmp_path):
     for docs in (tmp_path, tmp_path / "again"):
         docs.mkdir(exist_ok=True)

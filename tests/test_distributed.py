@@ -459,7 +459,8 @@ def expected(tiny, tmp_path_factory, one_thread):
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="finds torchrun's processes in /proc")
-@pytest.mark.parametrize("first, then", [(1, 2), pytest.param(2, 3, marks=pytest.mark.deep)])
+@pytest.mark.deep
+@pytest.mark.parametrize("first, then", [(1, 2), (2, 3)])
 def test_killed_and_resumed_by_another_number_of_processes(tiny, expected, first, then, tmp_path):
     directory = tmp_path / "run"
     kill_midway(launch(first, tiny, directory), (lambda pid: pid) if first == 1 else (lambda pid: children(pid)[-1]))
@@ -479,7 +480,6 @@ def test_killed_and_resumed_by_another_number_of_processes(tiny, expected, first
     assert not list(directory.glob("*.tmp"))
 
 
-@pytest.mark.deep
 def test_other_settings_end_all_processes(tiny, whole):
     before = files(whole)
     process = launch(2, tiny, whole)

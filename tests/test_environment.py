@@ -43,7 +43,9 @@ for call in CALLS.values():
 
 
 @pytest.mark.parametrize("name, expected", [*zip(NAMES, EXPECTED, strict=True)], ids=NAMES)
-@pytest.mark.parametrize("value", ["nonsense", "2", "Cpu,cuda"])
+@pytest.mark.parametrize(
+    "value", ["nonsense", *(pytest.param(value, marks=pytest.mark.deep) for value in ("2", "Cpu,cuda"))]
+)
 def test_nonsense_lets_the_package_in_and_no_call_run(name, expected, value):
     fault = f"{name}: expected one of {expected}, got {value!r}"
     done = run(TRIED, **{name: value})

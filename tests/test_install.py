@@ -72,7 +72,8 @@ def use(environment, code, folder):
     return subprocess.run(python, cwd=folder, env=without, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("cuda", ["auto", pytest.param("0", marks=pytest.mark.deep)])
+@pytest.mark.deep
+@pytest.mark.parametrize("cuda", ["auto", "0"])
 def test_wheel_works_away_from_the_source_tree(environment, tmp_path, cuda):
     made = make_wheel(tmp_path, EPSKERNELS_BUILD="1", EPSKERNELS_CUDA=cuda)
     assert made.returncode == 0, made.stdout + made.stderr
