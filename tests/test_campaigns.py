@@ -36,7 +36,7 @@ from epskernels import calibrate, cli, exposure, images, samplers, scaling, sche
 
 SEEDS = "0-19,40"
 TABLE = samplers.ddim(schedule.linear(), 3)
-SHORT = {"damage": 200, "race": 8, "kill": 2, "full": 1}
+SHORT = {"damage": 200, "full": 1, "race": 15, "kill": 6}
 
 
 def stand_in(x, t):
@@ -341,7 +341,9 @@ CAMPAIGNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize(
+    "name", ["damage", "full", *(pytest.param(name, marks=pytest.mark.deep) for name in ("race", "kill"))]
+)
 def test_campaign(name):
     """In a process without threads of others, since it forks."""
     result = subprocess.run([sys.executable, __file__, f"{name}={SHORT[name]}"], capture_output=True, text=True)

@@ -9,6 +9,7 @@ import epskernels
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.deep
 def test_serving_page(tmp_path):
     names = markdown_examples.run("docs/production_serving.md", tmp_path)
     samples = [*names["samples"], names["late"].result(), names["image"]]
