@@ -341,9 +341,7 @@ CAMPAIGNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", ["damage", "full", *(pytest.param(name, marks=pytest.mark.deep) for name in ("race", "kill"))]
-)
+@pytest.mark.parametrize("name", ["damage", "full", "race", "kill"])
 def test_campaign(name):
     """In a process without threads of others, since it forks."""
     result = subprocess.run([sys.executable, __file__, f"{name}={SHORT[name]}"], capture_output=True, text=True)

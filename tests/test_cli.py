@@ -352,7 +352,6 @@ def test_a_stdout_that_fails_loses_nothing(stdout, status, directory, tiny, tmp_
     assert re.search("sha256 of the samples [0-9a-f]{64}", said) and f"wrote {tmp_path / 'samples.npz'}" in said
 
 
-@pytest.mark.deep
 def test_a_pipe_that_nobody_reads(tiny, tmp_path):
     for number, unbuffered in enumerate(("", "1")):
         out = tmp_path / f"{number}.png"
