@@ -18,7 +18,7 @@ class _Consistency(OnAlphas):
         if self._step_index is None:
             self._init_step_index(timestep)
         i = self._step_index  # beyond where timesteps were cut, diffusers goes on by the timestep that it is given
-        return (i, i) if i < self._length() else (None, None)
+        return (i, i) if i < self._seen.length else (None, None)
 
     def _consistency(self, options, f, timestep, x, generator, return_dict, seeds, **more):
         plan, i, _, why = entered = self._enter(options, f, timestep, x)

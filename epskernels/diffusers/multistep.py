@@ -17,8 +17,11 @@ class _Multistep(Fused):
     _needs_steps = True
 
     def _row(self, plan, timestep):
-        (_, i), n = super()._row(plan, timestep), self._length()
-        return min(self.lower_order_nums, len(plan) // n - 1) * n + i, i
+        _, i = super()._row(plan, timestep)
+        row = self.lower_order_nums * self._seen.length + i
+        if row >= len(plan.index):  # of more calls than the order, which was lowered
+            row = len(plan.index) - self._seen.length + i
+        return row, i
 
     def _levels(self):
         """The alphas and sigmas of the schedule, (N + 1,), and the steps' lengths in log SNR, (N,), in float64."""

@@ -155,14 +155,15 @@ def _value(of, scheduler, name):
 class Seen:
     """A scheduler's schedule as it was when its rows were made, and whether it still is: every step asks.
 
-    schedule: what follows from it. at: the places of the timesteps by their addresses. last: the options, the device and the plan
-    asked for last. Tensors on the CPU are compared by their bytes, since .data and .numpy() write past their version; others by
-    their version.
+    schedule: what follows from it. length, most: its rows, and how many steps may be taken; asked for once, since the len of a
+    tensor takes half as long as all else here. at: the places of the timesteps by their addresses. last: the options, the device
+    and the plan asked for last.
+    Tensors on the CPU are compared by their bytes, since .data and .numpy() write past their version; others by their version.
     """
 
     __slots__ = (
-        "timesteps", "sigmas", "alphas_cumprod", "config", "changes", "count", "memory", "others", "schedule", "at", "dtype",
-        "device", "last",
+        "timesteps", "sigmas", "alphas_cumprod", "config", "changes", "count", "memory", "others", "schedule", "length", "most",
+        "at", "dtype", "device", "last",
     )  # fmt: skip
 
     def __init__(self, scheduler):
@@ -187,7 +188,7 @@ class Seen:
             read = alias.numpy().tobytes
             self.memory.append((tensor, tensor.data_ptr(), read, read()))
         self.others = [(of, name, _kept(_value(of, scheduler, name))) for of, name in self.others]
-        timesteps = self.timesteps
+        self.length, self.most, timesteps = scheduler._length(), scheduler._most_steps(), self.timesteps
         self.dtype, self.device, self.last = timesteps.dtype, timesteps.device, (None, None, None)
         apart = timesteps.stride(0) * timesteps.element_size()
         self.at = {timesteps.data_ptr() + i * apart: i for i in reversed(range(len(timesteps)))}

@@ -236,7 +236,7 @@ class Fused:
         """The row of this call and its step, or None for both where the schedule does not have the timestep."""
         if self._step_index is None:
             self._init_step_index(timestep)
-        i, most = self._step_index, self._most_steps()
+        i, most = self._step_index, self._seen.most
         if i >= most:
             raise IndexError(
                 f"step: expected at most {most} calls after set_timesteps, or a begin index below, got step {i}"
@@ -327,7 +327,7 @@ class Fused:
             row = self._step_index
         else:
             return None
-        if row is None or row >= len(plan) or (index := plan.plain[row]) is None:
+        if row is None or row >= seen.length or (index := plan.plain[row]) is None:
             return None
         if draws := plan.draws[row]:
             if generator is None and (seeds := self._seeds) is not None:

@@ -50,8 +50,7 @@ class OnSigmas(Fused):
 
 
 def _warn_of_unscaled_input(scheduler):
-    if not scheduler.is_scale_input_called:
-        say(scheduler, "expects scale_model_input to be called on what the model is given, before step, and it was not")
+    say(scheduler, "expects scale_model_input to be called on what the model is given, before step, and it was not")
 
 
 class _Euler(OnSigmas):
@@ -78,7 +77,8 @@ class _Euler(OnSigmas):
 
     def _euler(self, f, timestep, x, churn, s_noise, generator, return_dict, seeds, **more):
         refuse_integers(self, timestep)
-        _warn_of_unscaled_input(self)
+        if not self.is_scale_input_called:
+            _warn_of_unscaled_input(self)
         plan, i, _, why = entered = self._enter(tuple(float(bound) for bound in churn.values()), f, timestep, x)
         if more.get("pred_original_sample") is not None:
             *_, why = entered = (plan, i, i, "pred_original_sample is given")
@@ -173,7 +173,8 @@ class EulerAncestralDiscreteScheduler(OnSigmas, diffusers.EulerAncestralDiscrete
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         refuse_integers(self, timestep)
-        _warn_of_unscaled_input(self)
+        if not self.is_scale_input_called:
+            _warn_of_unscaled_input(self)
         f = model_output
         plan, i, _, why = entered = self._enter((), f, timestep, sample)
         if why is not None:
