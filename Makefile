@@ -12,7 +12,8 @@ NVCC := $(shell for nvcc in $(CUDACXX) nvcc $(CUDA_HOME:=/bin/nvcc) /usr/local/c
 EPSKERNELS_CUDA ?= $(if $(NVCC),1,auto)
 # Of the tests.
 WORKERS ?= 2
-CHECKED := bad_input step_bits guidance table schedule scaling oracles k_diffusion diffusers_plain diffusers_schedule pairwise
+CHECKED := $(addprefix tests/,ops/test_bad_input.py ops/test_step_bits.py ops/test_guidance.py diffusers/test_shorter_way.py \
+	diffusers/test_stale_schedules.py project/test_pairwise.py $(foreach test,table schedule scaling oracles k_diffusion,samplers/test_$(test).py))
 # The digits of `make sample`.
 SEEDS ?= 0-63
 STEPS ?= 20
@@ -59,7 +60,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgro
 
 # For the loop of working: the bits, the refusals and the tables, without Triton's interpreter.
 check: $(READY)
-	$(PYTEST) -k "not triton" $(CHECKED:%=tests/test_%.py)
+	$(PYTEST) -k "not triton" $(CHECKED)
 
 # Products of parameters in pairs, and what is not marked deep.
 test: $(READY)
@@ -68,19 +69,19 @@ test: $(READY)
 # Everything; then kills, races, damage, full disks and torchrun, at length (some two hours).
 test-deep: $(READY)
 	$(PYTEST) -m ""
-	OMP_NUM_THREADS=1 $(BIN)/python tests/test_campaigns.py damage=30000 race=1000 full=50 kill=180 ranks=16 torchrun=300
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ranks.test_campaigns damage=30000 race=1000 full=50 kill=180 ranks=16 torchrun=300
 
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
 sanitize: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" bash tests/sanitize.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash tests/project/sanitize.sh
 
 # Installs nothing: where there is no network, the torch of the system will do.
 gpu-check:
 	@test -n "$(GPU_PYTHON)" || { echo "gpu-check: no Python here has a torch that sees a GPU (GPU_PYTHON=...)"; exit 1; }
-	$(GPU_PYTHON) tests/gpu_check.py $(RESULTS)
+	$(GPU_PYTHON) tests/gpu/gpu_check.py $(RESULTS)
 
 # Its results: benchmarks/results/latest.json, compared and drawn by the targets after it.
 bench: $(READY)

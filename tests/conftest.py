@@ -6,12 +6,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
-import kernels
-import pairwise
-from kernels import KERNELS, Kernel
-
 import epskernels
 from epskernels import _C  # the tests prove the compiled kernels: a build without them fails here
+
+from .support import kernels, pairwise
+from .support.kernels import KERNELS, Kernel
 
 
 def pytest_configure(config):
@@ -70,7 +69,7 @@ ON_ONE_WORKER = (
 def pytest_collection_modifyitems(config, items):
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
-            if item.module.__name__ in ON_ONE_WORKER:
+            if item.module.__name__.rpartition(".")[2] in ON_ONE_WORKER:
                 item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 

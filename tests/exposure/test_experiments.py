@@ -1,0 +1,226 @@
+"""experiments/exposure.py with a model that costs nothing: it stops, goes on, and comes to the same results."""
+
+import json
+import pathlib
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from epskernels import quality, samplers, schedule
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FOLDER = str(pathlib.Path(__file__).parents[2] / "experiments")
+PATH = schedule.cosine()
+
+
+class Network:
+    """eps as if the data were normal. Calls are counted; after `limit` of them the experiment's time is up."""
+
+    def __init__(self, out_of_time):
+        self.calls, self.limit, self.out_of_time = 0, float("inf"), out_of_time
+
+    def __call__(self, x, t):
+        self.calls += 1
+        if self.calls > self.limit:
+            raise self.out_of_time
+        return torch.tensor(PATH.sigma).float()[t.long()].reshape(-1, 1) * x
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    for name in ("exposure", "exposure_report", "records", "subjects"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import exposure as module
+    from subjects import Subject
+
+    data = np.random.default_rng(0).uniform(-1, 1, (40, 5)).astype(np.float32)
+    network, weights = Network(module.OutOfTime), tmp_path / "weights"
+    weights.write_bytes(b"1")
+    subject = Subject(
+        name="nothing", weights=(weights,), shape=(5,), schedule=PATH, call=network, real=lambda: data, features=np.asarray,
+        to_stored=lambda samples: samples.numpy(), from_stored=np.asarray,
+        samplers={"ddim": lambda steps, s: samplers.ddim(PATH, steps, scaling=s),
+                  "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(PATH, steps, scaling=s, spacing="trailing")},
+        trial=20,
+    )  # fmt: skip
+    for name, value in {
+        "CACHE": tmp_path / "cache", "RESULTS": tmp_path / "results", "CHUNK": 4, "CALIBRATION": 8,
+        "ROUNDS": (20,), "STRIDE": 20, "RESAMPLES": 20, "CALLS": (3,), "LIMITS": (0.97, 1.03), "LONG": {},
+        "SHAPED": {("ddim", 3)}, "SUBJECTS": {"nothing": lambda: subject}, "QUICK": ("nothing", "ddim", 3, 20),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    module.RESULTS.mkdir()
+    module.network, module.subject = network, subject
+    return module
+
+
+def results(experiment):
+    """The results' text, with all that was kept."""
+    experiment.fold(experiment.subject)
+    return experiment.results_path(experiment.subject).read_text()
+
+
+def test_interrupted_experiment_comes_to_the_same_results(experiment, tmp_path):
+    subject = experiment.subject
+    experiment.run(10, [subject])
+    whole, calls = results(experiment), experiment.network.calls
+    rows = json.loads(whole)["rows"]
+    assert [(row["sampler"], row["steps"], row["calls"]) for row in rows] == [("ddim", 3, 3), ("dpmpp_2m", 3, 3)]
+    assert list(rows[0]["trials"]) == list(experiment.SHAPES) and list(rows[1]["trials"]) == ["uniform"]
+    for row in rows:
+        for shape, trials in row["trials"].items():
+            best = min(trials, key=trials.get)
+            for b in (float(best) - 0.005, float(best) + 0.005):  # it is a valley's floor
+                assert f"{b:g}" in trials or not experiment.LIMITS[0] <= round(b, 5) <= experiment.LIMITS[1]
+            assert np.mean(row["lambda"][shape]) == pytest.approx(float(best), rel=1e-12)
+        assert list(row["tables"]) == ["20"] and {"baseline", "uniform", "norm-matched"} <= row["tables"]["20"].keys()
+    setting = experiment.Setting(subject, "ddim", 3)
+    samples = setting.features(experiment.scaling.constant(1.0), experiment.REPORT_SEED, 20, compute=False)
+    assert rows[0]["tables"]["20"]["baseline"]["frechet"][0] == pytest.approx(
+        quality.frechet(subject.real(), samples), rel=1e-6
+    )
+
+    def without(*kinds):
+        for kind in kinds:
+            for path in [path for path in tmp_path.rglob(kind) if path.is_file()]:
+                path.unlink()
+        experiment.features_of.cache_clear()
+        experiment.network.calls = 0
+
+    without("*.np?", "*.json")
+    for limit in (calls // 5, calls // 2, calls):  # each run makes what the one before did not
+        experiment.network.limit = experiment.network.calls + limit
+        experiment.run(10, [subject])
+    assert results(experiment) == whole
+    without("*.np?")  # on another machine: the results are all that there is
+    experiment.run(10, [subject])
+    assert results(experiment) == whole and experiment.network.calls == 0
+    other = json.loads(whole)
+    other["about"]["noise"]["0.05"] *= 1 + 1e-6  # as another processor's sine and cosine make it
+    (experiment.RESULTS / "nothing.json").write_text(json.dumps(other))
+    experiment.run(10, [subject])
+    assert json.loads(results(experiment)) == other and experiment.network.calls == 0
+    (experiment.RESULTS / "nothing.json").write_text(whole.replace('"weights":"', '"weights":"of another'))
+    experiment.run(10, [subject])  # whose numbers are no use
+    assert results(experiment) == whole and experiment.network.calls > 0
+
+
+def test_exposure_bias_is_measured_again_for_another_lambda(experiment):
+    setting, constant = experiment.Setting(experiment.subject, "ddim", 3), experiment.scaling.constant
+    first = setting.measured("uniform", constant(1.02))
+    calls = experiment.network.calls
+    assert setting.measured("uniform", constant(1.02)).rows.keys() == first.rows.keys()
+    assert experiment.network.calls == calls
+    assert setting.measured("uniform", constant(1.01)).lambda_t.tolist() == [1.01] * 3
+    assert experiment.network.calls == 2 * calls
+
+
+def test_numbers_have_seven_digits_and_lambda_all(experiment):
+    experiment.run(10, [experiment.subject])
+    lines = results(experiment).splitlines()
+    assert len(lines) == 2 + 2 and lines[0].endswith('"rows":[') and lines[-1] == "]}"  # a line for each setting
+    row = json.loads(results(experiment))["rows"][0]
+    lambda_t = row["lambda"]["norm-matched"]
+    assert lambda_t == row["norms"]["norm-matched"]["lambda_t"] == row["exposure"]["norm-matched"]["rows"]["lambda_t"]
+    assert float(f"{lambda_t[1]:.7g}") != lambda_t[1]
+
+    def floats(value):
+        if isinstance(value, dict):
+            assert not {"lambda", "lambda_t"} & value.keys()
+            value = list(value.values())
+        if isinstance(value, list):
+            return [each for one in value for each in floats(one)]
+        return [value] if isinstance(value, float) else []
+
+    del row["lambda"]
+    for each in [*row["norms"].values(), *(each["rows"] for each in row["exposure"].values())]:
+        del each["lambda_t"]
+    numbers = floats(row)
+    assert len(numbers) > 200 and all(float(f"{value:.7g}") == value for value in numbers)
+    single = row["exposure"]["baseline"]["rows"]["std_single"]
+    assert any(float(f"{value:.6g}") != value for value in single)
+
+
+def test_exposure_comes_back(experiment):
+    first = experiment.exposure.measure(
+        experiment.network, experiment.Setting(experiment.subject, "dpmpp_2m", 3).sampler(1.0),
+        torch.from_numpy(experiment.subject.real()[:8]),
+    )  # fmt: skip
+    saved = json.loads(json.dumps(experiment.records.rounded(experiment.records.of_exposure(first)), allow_nan=False))
+    again = experiment.records.to_exposure(saved)
+    assert (again.sampler, again.images, again.seed) == (first.sampler, first.images, first.seed)
+    assert np.isnan(first.variance_closed).any()
+    for name, values in first.rows.items():
+        np.testing.assert_allclose(again.rows[name], values, rtol=5e-7, err_msg=name)
+
+
+def test_what_runs_kept_goes_into_the_results_whole_or_not_at_all(experiment, monkeypatch):
+    subject, path = experiment.subject, experiment.results_path(experiment.subject)
+    experiment.run(10, [subject])
+    assert not path.exists()  # a run writes nothing that is tracked
+    kept = experiment.kept_paths(subject)
+    assert [each.parent.name for each in kept] == ["ddim-3", "dpmpp_2m-3"]
+    whole = results(experiment)
+    assert not experiment.kept_paths(subject)
+    setting = experiment.Setting(subject, "ddim", 3)
+    setting.keep(tables={})  # as if a run had come to something else since
+    before = kept[0].read_text()
+    assert experiment.known_rows(subject)["ddim", 3]["tables"] == {}
+
+    def fails(path, about, rows):
+        write(path, about, [*rows, {"trials": float("inf")}])
+
+    write = experiment.records.write
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.records, "write", fails)
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            experiment.fold(subject)
+    assert path.read_text() == whole and kept[0].read_text() == before
+    folded = json.loads(results(experiment))["rows"]
+    assert folded[0]["tables"] == {} and folded[1] == json.loads(whole)["rows"][1]
+    before = path.read_text()
+    setting.keep(tables={"20": {}})
+    other = kept[0].read_text().replace('"weights":"', '"weights":"of another')
+    kept[0].write_text(other)
+    assert results(experiment) == before and kept[0].read_text() == other  # stays for those weights
+
+
+def test_runs_share_the_work(experiment):
+    threads = [threading.Thread(target=experiment.run, args=(10, [experiment.subject])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    calls, shared = experiment.network.calls, results(experiment)
+    experiment.run(10, [experiment.subject])
+    assert results(experiment) == shared and experiment.network.calls == calls
+    assert [list(row["tables"]) for row in json.loads(shared)["rows"]] == [["20"], ["20"]]
+
+
+def test_quick_row_and_report(experiment, tmp_path, capsys):
+    experiment.run(10, [experiment.subject])
+    assert experiment.quick() == 0
+    assert "lambda 1, frechet" in capsys.readouterr().out
+    results(experiment)
+    path = experiment.RESULTS / "nothing.json"
+    saved, other = (json.loads(path.read_text()) for _ in range(2))
+    found = other["rows"][0]["tables"]["20"]["uniform"]
+    found["frechet_difference"] = [value + 1 for value in found["frechet_difference"]]
+    path.write_text(json.dumps(other))
+    assert experiment.quick() == 1 and capsys.readouterr().out.count("NOT inside") == 1
+    from exposure_report import BEGIN, END, report
+
+    pages = [tmp_path / "docs" / "exposure.md", tmp_path / "README.md"]
+    pages[0].parent.mkdir()
+    for page in pages:
+        page.write_text(f"before\n{BEGIN}old\n{END}\nafter\n")
+    report({"nothing": saved}, tmp_path)
+    baseline = saved["rows"][0]["tables"]["20"]["baseline"]["frechet"][0]
+    for page, start in zip(pages, (f"| ddim, 3 | 20 | {baseline:.3f} [", f"| ddim | {baseline:.3f} ["), strict=True):
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text and start in text
+    assert (tmp_path / "docs" / "exposure" / "nothing-ddim.svg").stat().st_size > 1000

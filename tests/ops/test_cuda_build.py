@@ -1,0 +1,277 @@
+"""The CUDA library as nvcc made it, read on any machine: its symbols, its ABI, its registration, its machine code.
+
+Skipped, saying so, where there is no nvcc; a build that lacks the library although nvcc is there fails.
+"""
+
+import collections
+import ctypes
+import functools
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+import torch
+
+import epskernels
+from epskernels import build
+from epskernels.spec import TERMS
+
+from ..support import sass
+
+PACKAGE = pathlib.Path(epskernels.__file__).parent
+LIBRARY = PACKAGE / "libepskernels_cuda.so"
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+pytestmark = pytest.mark.skipif(
+    NVCC is None, reason="nvcc is not on this machine: the CUDA library is not compiled here"
+)
+TARGETS = build.cuda_targets() or ""
+ARCHITECTURES = [
+    f"sm_{number}" for number in re.findall(r"(\d+)(?:-real|\b(?!-virtual|\.))", TARGETS.split("architectures")[-1])
+]
+# The disassembly of one takes seconds; `make test` reads the last.
+each_architecture = pytest.mark.parametrize(
+    "architecture", [*(pytest.param(name, marks=pytest.mark.deep) for name in ARCHITECTURES[:-1]), *ARCHITECTURES[-1:]]
+)
+
+DTYPES = {"0": "float32", "1": "float16", "2": "bfloat16"}
+GUIDANCE, M1, NOISE, EVERYTHING = TERMS["GUIDANCE"], TERMS["M1"], TERMS["NOISE"], 2**32 - 1
+NORMALS = {("normal_kernel", dtype) for dtype in DTYPES}
+SUMS = {("tiles_kernel", dtype, guided) for dtype in DTYPES for guided in ("false", "true")} | {("level_kernel",)}
+
+
+def test_library_is_there():
+    assert LIBRARY.exists(), "nvcc is here, and the CUDA library was not built: " + str(build.why_missing("cuda"))
+    assert ARCHITECTURES, TARGETS
+
+
+def test_undefined_symbols_are_torch_s_stable_abi_and_the_system_s():
+    lines = subprocess.run(["nm", "-D", "--undefined-only", LIBRARY], check=True, capture_output=True, text=True).stdout
+    unknown = []
+    for name in re.findall(r"\s[UwV] (\S+)", lines):
+        symbol, _, version = name.partition("@")
+        system = version.startswith(("GLIBC", "CXXABI", "GCC_"))
+        weak = symbol in ("__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable")
+        if not (system or weak or symbol.startswith(("aoti_torch_", "torch_"))):
+            unknown.append(name)
+    assert not unknown
+    assert "aoti_torch_get_current_cuda_stream" in lines
+
+
+@pytest.mark.parametrize("library", ["libepskernels.so", "libepskernels_cpu.so", "libepskernels_cuda.so"])
+def test_abi_audit(library):
+    tool = pathlib.Path(sysconfig.get_path("scripts")) / "torch-abi-audit"
+    if not tool.exists():
+        pytest.skip("torch-abi-audit is not installed")
+    result = subprocess.run([tool, "--check", "torch", "-v", PACKAGE / library], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Torch ABI:   STABLE" in result.stdout and "unstable=0" in result.stdout, result.stdout
+
+
+REGISTERS = """
+import ctypes, sys
+import torch, epskernels
+ctypes.CDLL(sys.argv[1])  # stands for the libtorch_cuda.so that a torch with CUDA has loaded
+torch.ops.load_library(sys.argv[2])
+for op in epskernels.ops.REFERENCE:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"epskernels::{op}", "CUDA"), op
+assert not torch._C._dispatch_find_dangling_impls()
+"""
+
+
+without_cuda = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="this torch has CUDA: the library is loaded for real"
+)
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    source, library = tmp_path / "torch_cuda.c", tmp_path / "libtorch_cuda.so"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", library], check=True)
+    return library
+
+
+@without_cuda
+def test_it_registers_every_op_for_cuda(stand_in):
+    command = [sys.executable, "-c", REGISTERS, stand_in, LIBRARY]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+BRINGS = """
+import ctypes, sys
+import torch
+if sys.argv[3] == "with":
+    ctypes.CDLL(sys.argv[1])
+torch.ops.load_library(sys.argv[2])
+loaded = open("/proc/self/maps").read()
+assert ("libepskernels_cuda.so" in loaded) == (sys.argv[4] == "True")
+for op in sys.argv[5:]:
+    for key in ("CPU", "CUDA")[: 1 + ("libepskernels_cuda.so" in loaded)]:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"epskernels::{op}", key), (op, key)
+assert not torch._C._dispatch_find_dangling_impls()
+"""
+
+
+@without_cuda
+@pytest.mark.parametrize("built", [True, False], ids=["built", "not built"])
+@pytest.mark.parametrize("torch_cuda", ["with", "without"])
+def test_without_python_it_comes_where_torch_has_cuda(stand_in, tmp_path, torch_cuda, built):
+    """libepskernels.so brings it, and says so where it is wanted and missing."""
+    for name in ("libepskernels.so", "libepskernels_cpu.so", *["libepskernels_cuda.so"] * built):
+        (tmp_path / "package").mkdir(exist_ok=True)
+        shutil.copy(PACKAGE / name, tmp_path / "package")
+    library, comes = tmp_path / "package" / "libepskernels.so", built and torch_cuda == "with"
+    arguments = [stand_in, library, torch_cuda, str(comes), *epskernels.ops.REFERENCE]
+    result = subprocess.run([sys.executable, "-c", BRINGS, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    missing = torch_cuda == "with" and not built
+    assert ("epskernels: no kernels for CUDA tensors: " in result.stderr) == missing
+
+
+def test_a_torch_without_cuda_does_not_load_it():
+    if torch.version.cuda is None:
+        assert "built without CUDA" in build.why_missing("cuda")
+        assert str(LIBRARY) not in pathlib.Path("/proc/self/maps").read_text()
+        with pytest.raises(OSError):
+            ctypes.CDLL(str(LIBRARY))  # nor could it: that is why
+    else:
+        assert str(LIBRARY) in pathlib.Path("/proc/self/maps").read_text()
+
+
+# ---- machine code ----
+
+
+@functools.cache
+def kernels(architecture):
+    """{(kernel, template arguments): (code, registers, stack)}"""
+    code, used = sass.kernels(LIBRARY, architecture), sass.registers(LIBRARY, architecture)
+    result = {}
+    for mangled, instructions in code.items():
+        name = re.search(r"::(\w+_kernel)(?:<(.*?)>)?\(", sass.demangle(mangled))
+        arguments = re.findall(r"(?:\(\w[\w:]*\)|\b)(\d+|true|false)u?\b", (name[2] or "").replace("epskernels::", ""))
+        result[name[1], *arguments] = (instructions, *used[mangled])
+    return result
+
+
+def expected(name, x, f=None, tensors="0", large="false"):
+    """(elements per thread, 16-byte loads without the row's, 16-byte stores of one output)"""
+    unit = 4 if x == "0" and f in ("0", None) else 8
+    if name == "normal_kernel":
+        return unit, 0, unit * (4 if x == "0" else 2) // 16
+    tensors = int(tensors)
+    noisy = tensors != EVERYTHING and tensors & NOISE
+    one_width = (x == "0") == (f == "0")
+    units = (
+        (16 // unit if large == "true" else 1)
+        if noisy
+        else 2
+        if one_width and (unit == 4 or tensors != EVERYTHING)
+        else 1
+    )
+    x_words, f_words = (units * unit * (4 if dtype == "0" else 2) // 16 for dtype in (x, f))
+    if tensors == EVERYTHING:
+        return unit * units, 6 * x_words + 3 * f_words, x_words
+    loads = x_words + f_words + (f_words if tensors & GUIDANCE else 0) + (x_words if tensors & M1 else 0)
+    return unit * units, loads, x_words
+
+
+@each_architecture
+def test_every_kernel_is_there(architecture):
+    step = [key for key in kernels(architecture) if key[0] == "step_kernel"]
+    assert len(step) == 9 * (4 + 2 * 4 + 1) and kernels(architecture).keys() == {*step, *NORMALS, *SUMS}
+
+
+@each_architecture
+def test_no_local_memory_and_no_fused_multiply_add(architecture):
+    for key, (code, registers, stack) in kernels(architecture).items():
+        assert stack == 0 and sass.count(code, r"(LDL|STL).*") == 0, key
+        assert registers <= 128, key
+        # The root's own correction, two for each of them, and the threshold's division: 5 for each of 8 elements, and 10 where it
+        # is not a simple one.
+        divisions = 5 * 8 + 10 if key[0] == "step_kernel" and int(key[3]) == EVERYTHING else 0
+        assert sass.count(code, r"FFMA.*") == 2 * sass.count(code, r"MUFU\.RSQ.*") + divisions, key
+        assert sass.count(code, r"(DFMA|HFMA2\.(?!MMA)).*") == 0, key
+        fused = [i for i in code if i.name.startswith("HFMA2.MMA") and not re.match(r"R\d+, -RZ, RZ, ", i.operands)]
+        assert not fused, f"{key}: {fused}"  # HFMA2.MMA R, -RZ, RZ, constant is how a register is set
+
+
+@pytest.mark.deep
+@each_architecture
+def test_fast_path_in_16_byte_words(architecture):
+    for key, (code, _, _) in kernels(architecture).items():
+        if key in SUMS:
+            continue
+        elements, loads, stores = expected(*key)
+        path = sass.fast_path(code, stores)
+        row = sass.count(path, r"LDG\.E.*\.128.*") - loads
+        # The row: 22 of its 24 columns, in five or six words of 16 bytes.
+        assert row == 0 if key[0] == "normal_kernel" else row in (5, 6), f"{key}: {row} words of the row"
+        assert sass.count(path, r"STG\.E.*\.128.*") == stores, key
+        assert sass.count(path, r"STG.*") == stores, key
+        roots = elements // 2 if key[0] == "normal_kernel" or int(key[3]) & NOISE else 0
+        assert sass.count(path, r"MUFU\.RSQ.*") == roots, key
+
+
+@each_architecture
+def test_sums_exchange_only_within_a_warp(architecture):
+    """Two words of each double, for each of 5 halvings, and no barrier: a warp's lanes read nothing that another warp wrote."""
+    for key in SUMS:
+        code, _, _ = kernels(architecture)[key]
+        doubles = {"level_kernel": 1, "tiles_kernel": 4 if key[-1] == "true" else 2}[key[0]]
+        assert sass.count(code, r"SHFL\.DOWN.*") == 2 * 5 * doubles, key
+        assert sass.count(code, r"(BAR|STS|LDS|ATOM|RED).*") == 0, key
+
+
+BUDGET = {
+    "x and f, float32": ("step_kernel", "0", "0", "0", "false"),
+    "x and f, bfloat16": ("step_kernel", "2", "2", "0", "false"),
+    "with guidance, float32": ("step_kernel", "0", "0", "1", "false"),
+    "with noise, float32": ("step_kernel", "0", "0", "64", "true"),
+    "with noise, bfloat16": ("step_kernel", "2", "2", "64", "true"),
+    "with noise, bfloat16, small tensors": ("step_kernel", "2", "2", "64", "false"),
+    "with guidance and noise, float32": ("step_kernel", "0", "0", "65", "true"),
+    "with guidance and noise, bfloat16": ("step_kernel", "2", "2", "65", "true"),
+    "normal, float32": ("normal_kernel", "0"),
+    "normal, bfloat16": ("normal_kernel", "2"),
+}  # fmt: skip
+
+
+def budget(architecture):
+    """Per kernel: registers, and instructions per element on the fast path, by kind."""
+    rows = {}
+    for title, key in BUDGET.items():
+        code, registers, _ = kernels(architecture)[key]
+        elements, _, stores = expected(*key)
+        path = sass.fast_path(code, stores)
+        kinds = collections.Counter(instruction.name.split(".")[0] for instruction in path)
+        per_element = {kind: round(count / elements, 2) for kind, count in kinds.most_common()}
+        rows[title] = {"registers": registers, "instructions": round(len(path) / elements, 1), "kinds": per_element}
+    return rows
+
+
+@each_architecture
+def test_instruction_budget(architecture, record_property, capsys):
+    """Bounds a little above what the kernels have, so that an addition shows; docs/architecture.md says what they predict."""
+    rows = budget(architecture)
+    with capsys.disabled():
+        for title, row in rows.items():
+            record_property(title, row)
+            print(
+                f"\n{architecture} {title}: {row['registers']} registers, {row['instructions']} instructions per element",
+                end="",
+            )
+        print()
+    assert rows["with noise, float32"]["instructions"] < 80
+    assert rows["with noise, bfloat16"]["instructions"] < 75
+    assert rows["x and f, float32"]["instructions"] < 36
+    assert rows["x and f, float32"]["registers"] <= 64
+
+
+if __name__ == "__main__":
+    print(json.dumps({architecture: budget(architecture) for architecture in ARCHITECTURES}, indent=1))

@@ -1,0 +1,203 @@
+"""Kernels that read rows on the device: what the host cannot refuse comes out as NaN, for that sample alone; and the switch that
+makes the host read them."""
+
+import pytest
+import torch
+
+import epskernels
+from epskernels.ops import DTYPES
+from epskernels.table import COLUMNS, SECOND_STATE
+
+from ..support import kernels
+from .test_step_bits import (
+    assert_all_same_bits,
+    assert_same_bits,
+    make_inputs,
+    make_row,
+    name,
+    random_rows,
+    reference,
+    step,
+)
+
+ON_DEVICE = [kernel for kernel in kernels.KERNELS if not kernels.Kernel(kernel).reads_rows]
+pytestmark = pytest.mark.usefixtures("one_thread")
+NAMES = ("u", "m1", "m2", "v", "grad", "y", "seeds")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name)
+
+
+@pytest.fixture(params=ON_DEVICE)
+def kernel(request, monkeypatch):
+    monkeypatch.delenv("EPSKERNELS_CHECK_ROWS", raising=False)
+    with kernels.Kernel(request.param).active(monkeypatch) as kernel:
+        yield kernel
+
+
+def check_only_bad_samples_are_nan(rows, index, inputs, bad):
+    """The samples in `bad` are NaN in x' and m0, all others as the reference makes them alone."""
+    good = [b for b in range(len(index)) if b not in bad]
+    model_input = torch.zeros(2 * len(inputs["x"]), *inputs["x"].shape[1:], dtype=inputs["f"].dtype)
+    got = step(rows, index, inputs, return_m0=True, return_y="y" in inputs, model_input=model_input)
+    for result in (*got, *model_input.chunk(2)):
+        assert result[list(bad)].isnan().all()
+    if good:
+        expected = reference(rows, index[good], {key: value[good] for key, value in inputs.items()})
+        assert_all_same_bits([result[good] for result in got], expected)
+
+
+@pytest.mark.parametrize("size", [5, 3000])
+@pytest.mark.parametrize("wrong", [-1, 4, 2**31, 2**32, 2**40 + 1, -(2**40), 2**63 - 1, -(2**63)], ids=str)
+@each_dtype
+def test_index_out_of_range(kernel, dtype, wrong, size):
+    inputs = make_inputs((4, size), NAMES, 1, dtype, dtype, special=0)
+    rows = random_rows(4, NAMES, 2, idle=0)
+    check_only_bad_samples_are_nan(rows, torch.tensor([2, wrong, 0, 3]), inputs, {1})
+    everywhere = step(rows, torch.tensor(wrong), inputs, return_y=True)
+    assert all(result.isnan().all() for result in everywhere)
+
+
+NEEDS = {
+    "u": {"g": 2.0}, "m1": {"c_m1": 0.5}, "m2": {"c_m2": -0.5}, "v": {"logvar_max": 1.0}, "noise": {"c_noise": 0.25},
+    "y": {"c_y": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("others", ["no_other", "others"])
+@pytest.mark.parametrize("missing", NEEDS)
+def test_a_row_that_needs_an_absent_tensor(kernel, missing, others):
+    names = [key for key in NEEDS if key != missing] if others == "others" else []
+    inputs = make_inputs((3, 130), names, 3, special=0)
+    plain = make_row(d_x=1.5, d_f=-0.5, clip=2.0, c_x=0.25, c_m0=0.5)
+    asking = make_row(d_x=1.5, d_f=-0.5, clip=2.0, c_x=0.25, c_m0=0.5, **NEEDS[missing])
+    check_only_bad_samples_are_nan(torch.cat([plain, asking]), torch.tensor([0, 1, 0]), inputs, {1})
+
+
+@pytest.mark.parametrize("missing, column", [("m1", "k_m1"), ("m2", "k_m2"), ("y", "k_y"), ("y", "c_y")])
+def test_a_second_state_that_needs_an_absent_tensor(kernel, missing, column):
+    inputs = make_inputs((3, 130), [name for name in ("m1", "m2", "y") if name != missing], 3, special=0)
+    plain, asking = make_row(d_x=1.5, c_x=0.25, k_x=1.0), make_row(d_x=1.5, c_x=0.25, k_x=1.0, **{column: 0.5})
+    rows, index = torch.cat([plain, asking]), torch.tensor([0, 1, 0])
+    got = step(rows, index, inputs, return_y=True)
+    assert all(result[1].isnan().all() and result[::2].isfinite().all() for result in got)
+
+
+@pytest.mark.parametrize("column", SECOND_STATE)
+def test_a_second_state_that_would_be_lost(kernel, column):
+    """A row that writes y', and nowhere to write it."""
+    names = ("m1", "m2", "y")
+    inputs = make_inputs((3, 130), names, 3, special=0)
+    rows = random_rows(2, names, 4, idle=0)
+    rows[:, [COLUMNS.index(key) for key in SECOND_STATE]] = 0
+    rows[1, COLUMNS.index(column)] = 0.5
+    got = step(rows, torch.tensor([0, 1, 0]), inputs)
+    assert got[1].isnan().all() and got[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [-1.0, 0.5, 2.0**24, 1e30, float("inf"), float("nan")])
+def test_bad_guided_channels(kernel, channels):
+    inputs = make_inputs((2, 130), ("u",), 5, special=0)
+    rows = torch.cat([make_row(c_f=1, g=2, guided_channels=value) for value in (channels, 64)])
+    check_only_bad_samples_are_nan(rows, torch.tensor([1, 0]), inputs, {1})
+
+
+@pytest.mark.parametrize("threshold", [0.0, -0.0, -1.0, float("inf"), float("nan")])
+def test_bad_threshold(kernel, threshold):
+    inputs = make_inputs((3, 130), (), 5, special=0) | {"threshold": torch.tensor([1.0, threshold, 2.0])}
+    rows = random_rows(1, (), 4, idle=0)
+    got = step(rows, torch.tensor(0), inputs, return_m0=True)
+    for result in got:
+        assert result[1].isnan().all() and result[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("names", [(), ("u",), ("v", "grad", "noise")], ids=["bare", "u", "v_grad_noise"])
+@pytest.mark.parametrize("clip", [-0.0, -1.0, -(2.0**-149), -float("inf"), float("nan")])
+def test_bad_clip(kernel, clip, names):
+    inputs = make_inputs((2, 130), names, 4, special=0)
+    rows = torch.cat([make_row(d_x=1, c_x=1, clip=clip), make_row(d_x=1, c_x=1, clip=0.0)])
+    check_only_bad_samples_are_nan(rows, torch.tensor([1, 0]), inputs, {1})
+
+
+@pytest.mark.parametrize("names", [("seeds",), ("u", "seeds"), ("v", "seeds")], ids=["seeds", "u_seeds", "v_seeds"])
+@pytest.mark.parametrize("draw", [-1.0, 0.5, 2.0**24, 1e30, float("inf"), float("nan")])
+def test_bad_draw(kernel, draw, names):
+    inputs = make_inputs((2, 130), names, 5, special=0)
+    rows = torch.cat([make_row(c_x=1, c_noise=1, draw=draw), make_row(c_x=1, c_noise=1, draw=2.0**24 - 1)])
+    check_only_bad_samples_are_nan(rows, torch.tensor([1, 0]), inputs, {1})
+
+
+def test_a_row_that_does_not_draw_may_have_any_draw(kernel):
+    inputs = make_inputs((2, 130), ("seeds",), 6, special=0)
+    got = step(make_row(c_x=1, draw=0.5), torch.tensor(0), inputs)
+    assert_same_bits(got, inputs["x"], "x'")
+
+
+@pytest.mark.parametrize("column", ["d_x", "d_f", "c_x", "c_m0"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_coefficients_that_are_not_finite_enter_as_they_are(kernel, column, value):
+    inputs = make_inputs((2, 130), (), 7, special=0)
+    row = make_row(d_x=1.5, d_f=-0.5, c_x=0.25, c_m0=0.5)
+    row[0, COLUMNS.index(column)] = value
+    assert not step(row, torch.tensor(0), inputs).isfinite().any()
+
+
+CHECKED = {
+    "index": (lambda a: a | {"index": torch.tensor([0, 7])}, r"index: expected values in \[0, 2\), got 7"),
+    "u": (lambda a: {key: value for key, value in a.items() if key != "u"}, "u: missing, and row . needs it"),
+    "clip": (lambda a: a | {"rows": a["rows"].clone().fill_(-1)}, "rows: expected finite coefficients and clip >= 0"),
+    "threshold": (
+        lambda a: a | {"threshold": torch.tensor([1.0, 0.0])},
+        "threshold: expected finite values above 0, got 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHECKED)
+def test_the_host_checks_them_when_asked_to(kernel, monkeypatch, case):
+    monkeypatch.setenv("EPSKERNELS_CHECK_ROWS", "1")
+    change, message = CHECKED[case]
+    names = ("u", "m1", "m2", "v", "rescale", "threshold", "noise")
+    rows, index = random_rows(2, names, 8, idle=0), torch.tensor([1, 0])
+    arguments = make_inputs((2, 130), names, 8) | {"rows": rows, "index": index}
+    wide = {"rows": torch.cat([rows, rows], dim=1)[:, : len(COLUMNS)], "index": torch.tensor([1, 9, 0, 9])[::2]}
+    for form in ({}, wide):
+        given = arguments | form
+        inputs = {key: given[key] for key in arguments if key not in ("rows", "index")}
+        assert_same_bits(step(given["rows"], given["index"], inputs), reference(rows, index, inputs)[0], "x'")
+    changed = change(arguments)
+    rows, index = changed.pop("rows"), changed.pop("index")
+    before = {key: value.clone() for key, value in changed.items()}
+    with pytest.raises(RuntimeError, match=message):
+        step(rows, index, changed, out=changed["x"])
+    for key, value in before.items():
+        assert_same_bits(changed[key], value, key)
+
+
+def test_a_batch_of_more_samples_than_a_grid_is_high(kernel):
+    batch = 66000 if kernel.name != "triton" or kernel.gpu else 300
+    inputs = make_inputs((batch, 3), ("seeds",), 9)
+    rows = random_rows(5, ("seeds",), 10, idle=0)
+    index = torch.arange(batch) % 5
+    got, expected = step(rows, index, inputs, return_m0=True), reference(rows, index, inputs)
+    assert_same_bits(got[0], expected[0], "x'")
+    assert_same_bits(got[1], expected[1], "m0")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("shape", [(1, 2**21 + 5), (3, 2**19 + 8)], ids=str)
+def test_large_tensors_with_noise(kernel, dtype, shape):
+    """They take kernels of their own, with more elements to a thread."""
+    if kernel.name == "triton" and not kernel.gpu:
+        pytest.skip("triton's interpreter is too slow for it")
+    inputs = make_inputs(shape, ("seeds",), 11, dtype, dtype)
+    rows = random_rows(3, ("seeds",), 12, idle=0)
+    index = torch.arange(shape[0])
+    assert_same_bits(step(rows, index, inputs), reference(rows, index, inputs)[0], "x'")
+
+
+def test_backend_by_argument(kernel):
+    inputs = make_inputs((2, 130), ("u",), 13)
+    x, f = inputs.pop("x"), inputs.pop("f")
+    rows = random_rows(1, ("u",), 14, idle=0)
+    with epskernels.use_backend("reference"):
+        got = epskernels.step(x, f, rows, 0, **inputs, backend=kernel.name)
+    assert_same_bits(got, epskernels.step(x, f, rows, 0, **inputs, backend="reference"), "x'")

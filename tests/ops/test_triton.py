@@ -1,0 +1,517 @@
+"""What is particular to the Triton kernel; its bits are held to the reference with those of the other kernels.
+
+Without a GPU it runs in Triton's interpreter here; for NVIDIA's chips it is compiled ahead, in processes without the
+interpreter (`python test_triton.py` is their program), and the code that would run there is read.
+"""
+
+import collections
+import functools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from epskernels import build
+from epskernels.spec import INPUTS as INPUT_NAMES
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.skipif(bool(build.why_missing("triton")), reason=str(build.why_missing("triton"))),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # the interpreter's numpy meets NaN
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERYTHING = ("u", "m1", "m2", "v", "grad", "y", "rescale")
+
+# ---- compiled ahead ----
+
+ARCHITECTURES = (80, 90)
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16_of_bfloat16": (torch.float16, torch.bfloat16),
+    "float32_of_bfloat16": (torch.float32, torch.bfloat16),
+}
+INPUTS = {
+    "bare": (),
+    "guidance_history": ("u", "m1", "m2", "m0"),
+    "seeds": ("seeds",),
+    "everything_seeds": (*EVERYTHING, "seeds", "m0", "y_out", "model_input"),
+    "everything_noise": (*EVERYTHING, "noise", "m0", "y_out", "model_input"),
+}
+# What the launches have in common with none of the above, to compile at all: arguments that Triton makes constants, those of
+# 64 bits, and memory that is not aligned.
+ODD = ("one_element", "beyond_32_bits", "misaligned", "expanded", "threshold")
+
+
+class _Driver:
+    """A GPU to compile for, in triton's eyes."""
+
+    def __init__(self, architecture):
+        self.architecture = architecture
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def _use_driver(architecture):
+    import triton
+
+    triton.runtime.driver.set_active(_Driver(architecture))
+
+
+def _tensors(names, x_dtype, f_dtype, shape, make):
+    tensors = {"x": make(shape, x_dtype), "f": make(shape, f_dtype), "rows": make((3, 24), torch.float32)}
+    tensors |= {"index": make(shape[:1], torch.int64)}
+    for key in ("u", "m1", "m2", "v", "grad", "noise", "seeds", "y", "rescale", "threshold"):
+        dtype = torch.int64 if key == "seeds" else f_dtype if key in ("u", "v") else x_dtype
+        dtype = torch.float32 if key in ("rescale", "threshold") else dtype
+        each = key in ("seeds", "rescale", "threshold")
+        tensors[key] = make(shape[:1] if each else shape, dtype) if key in names else None
+    written = [make(shape, x_dtype), *(make(shape, x_dtype) if key in names else None for key in ("m0", "y_out"))]
+    doubled = make((2 * shape[0], *shape[1:]), f_dtype) if "model_input" in names else None
+    return tensors | {"written": (*written, doubled)}
+
+
+def _make(shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")  # its address is 0, as aligned as can be
+
+
+def _make_misaligned(shape, dtype):
+    return torch.zeros(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
+
+
+def _calls():
+    """By name, what to compile and for what call."""
+    from epskernels.ops import triton_backend
+
+    def step(names, x_dtype=torch.float32, f_dtype=torch.float32, shape=(4, 4096), make=_make, expand=False, **changed):
+        tensors = _tensors(names, x_dtype, f_dtype, shape, make) | changed
+        if expand:
+            tensors["f"] = tensors["f"][:1].expand(shape)
+        return triton_backend.step_kernel, lambda launch: triton_backend._run_step(launch, **tensors)
+
+    def normal(dtype):
+        out, seeds = _make((4, 4096), dtype), _make((4,), torch.int64)
+        return triton_backend.normal_kernel, lambda launch: triton_backend._run_normal(launch, out, seeds, 1, 1)
+
+    def moments(kernel, dtype, guided):
+        f = _make((4, 5, 1001), dtype)
+        arguments = (f, f, _make((3, 24), torch.float32), _make((4,), torch.int64)) if guided else (f, None, None, None)
+
+        def run(launch):
+            kernels = (triton_backend.tiles_kernel, triton_backend.level_kernel)
+            launches = (launch if k is kernel else lambda *_, **__: None for k in kernels)
+            triton_backend._run_moments(*launches, *arguments)
+
+        return kernel, run
+
+    calls = {f"{i}-{d}": step(INPUTS[i], *DTYPES[d]) for d in DTYPES for i in INPUTS}
+    calls |= {f"normal-{dtype}": normal(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    calls |= {f"one_row-{d}": step((), *DTYPES[d], index=_make((), torch.int64)) for d in ("float32", "bfloat16")}
+    for dtype in ("float32", "bfloat16"):
+        calls[f"moments-{dtype}"] = moments(triton_backend.tiles_kernel, getattr(torch, dtype), False)
+        calls[f"moments_guided-{dtype}"] = moments(triton_backend.tiles_kernel, getattr(torch, dtype), True)
+    calls["moments_level"] = moments(triton_backend.level_kernel, torch.float32, False)
+    calls["one_element"] = step(INPUTS["everything_seeds"], shape=(1, 1))
+    calls["beyond_32_bits"] = step(INPUTS["everything_seeds"], shape=(2, 2**33))
+    calls["misaligned"] = step(INPUTS["everything_noise"], make=_make_misaligned)
+    calls["threshold"] = step(("threshold", "m0"))
+    calls["expanded"] = step(INPUTS["bare"], expand=True)
+    return calls
+
+
+@functools.cache
+def _inductor_s_copy(kernel, folder):
+    """The kernel as Inductor writes it into a module of its own: from its source and the globals that it finds there."""
+    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
+
+    source = user_defined_triton_kernel_transitive_closure_source_code(kernel)
+    path = folder / f"inductor_{kernel.__name__}.py"
+    path.write_text(f"import triton\nimport triton.language as tl\n\n@triton.jit\n{source}")
+    sys.path.insert(0, str(folder))
+    return getattr(__import__(path.stem), kernel.__name__)
+
+
+def _compile(architecture, folder, names):
+    """The PTX and cubins of these calls into `folder`; `inductor-` before one: as Inductor does, without enable_fp_fusion."""
+    _use_driver(architecture)
+    calls = _calls()
+    for target in names:
+        kernel, run = calls[target.removeprefix("inductor-")]
+        options = {"enable_fp_fusion": False}
+        if target.startswith("inductor-"):
+            kernel, options = _inductor_s_copy(kernel, folder), {"sanitize_overflow": False, "debug": True}
+
+        def launch(grid, *arguments, target=target, kernel=kernel, options=options, **launched):
+            compiled = kernel.warmup(*arguments, grid=grid, **launched, **options)
+            (folder / f"{target}.ptx").write_text(compiled.asm["ptx"])
+            (folder / f"{target}.cubin").write_bytes(compiled.asm["cubin"])
+
+        run(launch)
+
+
+def _process(folder, *arguments):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.ops.test_triton", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
+
+
+def _finished(process):
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def ahead(request, tmp_path_factory):
+    """{architecture: folder of PTX and cubins}, of what the tests of this run read."""
+    read = [item.callspec.params for item in request.session.items if "ahead" in getattr(item, "fixturenames", ())]
+    folders, processes = {}, []
+    for architecture in ARCHITECTURES:
+        names = sorted({params["name"] for params in read if params["architecture"] == architecture})
+        folders[architecture] = tmp_path_factory.mktemp(f"sm_{architecture}")
+        processes += [_process(folders[architecture], "compile", architecture, folders[architecture], *names)]
+    for process in processes:
+        _finished(process)
+    return folders
+
+
+STEPS = [f"{i}-{d}" for d in DTYPES for i in INPUTS]
+FAST = [*STEPS, "normal-float32", "normal-bfloat16", "one_row-float32", "one_row-bfloat16"]
+INDUCTOR = [f"inductor-{name}" for name in FAST if name.startswith(("everything_seeds", "normal"))]
+MOMENTS = [*(f"moments{g}-{dtype}" for g in ("", "_guided") for dtype in ("float32", "bfloat16")), "moments_level"]
+# What `make test` compiles, for the newest architecture: each kernel, the words of 64 and of 128 bits, and all terms.
+SOME = (
+    "guidance_history-float32", "seeds-float32_of_bfloat16", "everything_noise-bfloat16", "normal-bfloat16", "threshold",
+    "inductor-normal-float32", "moments_guided-float32", "moments_level",
+)  # fmt: skip
+
+
+def each(names):
+    def case(architecture, name):
+        read = architecture == ARCHITECTURES[-1] and name in SOME
+        return pytest.param(architecture, name, marks=[] if read else pytest.mark.deep)
+
+    return pytest.mark.parametrize(
+        "architecture, name", [case(architecture, name) for architecture in ARCHITECTURES for name in names]
+    )
+
+
+def _products(ptx):
+    """The number of fma, each of which must be a product: its addend a -0 that was made of %ctaid.z."""
+    made = dict(re.findall(r"^\s*(?:neg\.f32|cvt\.rn\.f32\.[us]32|mov\.[bu]32)\s+(%\w+), (%[\w.]+);", ptx, re.M))
+    addends = re.findall(r"^\s*fma\.rn\.f32\s+%\w+, [%\w]+, [%\w]+, ([%\w]+);", ptx, re.M)
+    assert len(addends) == len(re.findall(r"\b(?:fma|mad)\.[\w.]*f\d", ptx))
+    for minus_zero in set(addends):
+        assert re.search(rf"neg\.f32\s+{minus_zero},", ptx)
+        assert made[made[made[minus_zero]]] == "%ctaid.z"
+    return len(addends)
+
+
+@each([*FAST, *ODD, *INDUCTOR])
+def test_no_operation_is_fused_and_no_subnormal_flushed(ahead, architecture, name):
+    """Nor by Inductor, where a multiplication and an addition may be."""
+    ptx = (ahead[architecture] / f"{name}.ptx").read_text()
+    assert _products(ptx) > 0
+    assert ".ftz" not in ptx
+    assert not re.search(r"\b(?:ex2|lg2|sin|cos|rsqrt|rcp|div\.(?!rn\.f32)|sqrt\.approx)\.?\S*f32", ptx)
+    assert ("div.rn.f32" in ptx) == (name == "threshold")
+    assert bool(re.search(r"sqrt\.rn\.f32", ptx)) == ("seeds" in name or "normal" in name or name in ODD[:2])
+
+
+@each(FAST)
+def test_memory_is_accessed_by_128_bits(ahead, architecture, name):
+    """Every tensor once; nothing goes through local or shared memory. bfloat16 beside float32 is read by 64 bits."""
+    ptx = (ahead[architecture] / f"{name}.ptx").read_text()
+    found = collections.Counter(re.findall(r"\b(ld|st)\.(global|local|shared)\S*?(\.v\d)?\.b(\d+)", ptx))
+    inputs, dtypes = name.split("-")
+    dtypes = DTYPES.get(dtypes, (getattr(torch, dtypes, None),) * 2)
+    given = set() if inputs == "normal" else {"x", "f", *INPUTS.get(inputs, ())}
+    like_f = given & {"f", "u", "v", "model_input"}
+    like_x = {"out", *given} - like_f - {"seeds", "rescale"}
+    expected = collections.Counter()
+    for names, dtype in ((like_x, dtypes[0]), (like_f, dtypes[1])):
+        mixed = dtype.itemsize < max(dtypes, key=lambda d: d.itemsize).itemsize
+        for key in names:  # 8 elements a thread
+            access = "st" if key in ("out", "m0", "y_out", "model_input") else "ld"
+            words = 2 if mixed or dtype.itemsize == 4 else 1
+            expected[access, "global", ".v2" if mixed else ".v4", "32"] += 2 * words if key == "model_input" else words
+    scalars = {key for key in found if key[0] == "ld" and not key[2]}  # the row, its index, the seed
+    assert {key[1] for key in scalars} == {"global"}
+    assert {key: count for key, count in found.items() if key not in scalars} == expected
+    assert "bar.sync" not in ptx
+
+
+@each(FAST)
+def test_machine_code(ahead, architecture, name, record_property):
+    """No spills, and no multiplication fused with an addition by ptxas: an FFMA is a product or part of a square root."""
+    from ..support import sass
+
+    cubin = ahead[architecture] / f"{name}.cubin"
+    target = "sm_90a" if architecture == 90 else f"sm_{architecture}"
+    (code,), ((registers, stack),) = sass.kernels(cubin, target).values(), sass.registers(cubin, target).values()
+    ptx = cubin.with_suffix(".ptx").read_text()
+    roots = len(re.findall(r"sqrt\.rn\.f32", ptx))
+    assert stack == 0 and sass.count(code, "(LDL|STL|STS|LDS).*") == 0
+    assert sass.count(code, "FFMA.*") - _products(ptx) == (2 * roots + 3 if roots else 0)
+    executed = len([i for i in code if i.name != "NOP"])
+    record_property("registers", registers)
+    record_property("instructions_per_element", executed / 8)
+    print(f"sm_{architecture} {name}: {registers} registers, {executed} instructions for 8 elements")
+
+
+@each(MOMENTS)
+def test_moments_are_added_once_by_one_warp(ahead, architecture, name):
+    """A tile's 1,024 elements in 31 additions of each lane and five after shuffles; nothing fused, spilled or shared."""
+    from ..support import sass
+
+    cubin = ahead[architecture] / f"{name}.cubin"
+    target = "sm_90a" if architecture == 90 else f"sm_{architecture}"
+    (code,), ((_, stack),) = sass.kernels(cubin, target).values(), sass.registers(cubin, target).values()
+    ptx = cubin.with_suffix(".ptx").read_text()
+    assert (_products(ptx) > 0) == ("guided" in name) and ".ftz" not in ptx
+    assert stack == 0 and sass.count(code, "(LDL|STL|LDS|STS|BAR|DFMA).*") == 0
+    sums = 1 if name == "moments_level" else 4 if "guided" in name else 2
+    assert sass.count(code, "DADD.*") == 36 * sums
+
+
+# ---- seen by torch.compile ----
+
+
+def _capture():
+    """{function: (kernels, written arguments, other calls of this package)} in the graph that Inductor would get."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    import epskernels
+
+    _use_driver(90)
+    x, f, m1 = torch.zeros(3, 2, 64, 64)
+    rows, seeds = torch.zeros(3, 24), torch.zeros(2, dtype=torch.int64)
+    index = torch.zeros((), dtype=torch.int64)
+    functions = {
+        "step": lambda: epskernels.step(x, f, rows, index, seeds=seeds, backend="triton"),
+        "step_m0": lambda: epskernels.step(x * 2, f, rows, index, backend="triton", return_m0=True)[1] + 1,
+        "in_place": lambda: epskernels.step(x, f, rows, index, m1=m1, out=x, m0=m1, backend="triton"),
+        "normal": lambda: epskernels.normal(seeds, (3, 64), dtype=torch.bfloat16, backend="triton"),
+    }
+    seen = {}
+
+    def look(key, graph, inputs):
+        nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+        kernels = [node for node in nodes if "triton_kernel_wrapper" in str(node.target)]
+        written = [node.kwargs["tensors_to_clone"] for node in kernels]
+        seen[key] = len(kernels), written, [str(n.target) for n in nodes if "epskernels" in str(n.target)]
+        outputs = [node and node.meta["val"] for node in graph.graph.output_node().args[0]]
+        return make_boxed_func(
+            lambda *_: [o if o is None else torch.zeros([*map(int, o.shape)], dtype=o.dtype) for o in outputs]
+        )
+
+    for name, function in functions.items():
+        for dynamic in (False, True):
+            torch.compiler.reset()
+            backend = aot_autograd(fw_compiler=functools.partial(look, f"{name}-{dynamic}"))
+            torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)()
+    rows.requires_grad_()
+    both = {f"{way}_compiler": functools.partial(look, way) for way in ("fw", "bw")}
+    torch.compile(functions["step"], backend=aot_autograd(**both), fullgraph=True)().sum().backward()
+    with pytest.raises(RuntimeError, match="backend 'triton' was asked for, and the tensors are on cpu"):
+        from epskernels.ops.triton_backend import TRITON
+
+        TRITON["step"](x, f, rows, index)
+    print(json.dumps(seen))
+
+
+def test_inductor_sees_the_kernel(tmp_path):
+    """One launch, which writes the outputs and is known to write nothing else, and no opaque call; in a gradient's forward
+    pass, and in its backward pass, which makes the noise again."""
+    seen = json.loads(_finished(_process(tmp_path, "capture")).splitlines()[-1])
+    both = ["out_ptr", "m0_ptr"]
+    expected = {"step": ["out_ptr"], "step_m0": both, "in_place": both, "normal": ["out_ptr"]}
+    expected = {f"{name}-{d}": [1, [written], []] for name, written in expected.items() for d in (False, True)}
+    assert seen == expected | dict.fromkeys(("fw", "bw"), [1, [["out_ptr"]], []])
+
+
+# ---- bits, and what spoils a sample ----
+
+
+@functools.cache
+def _helpers():
+    from . import test_step_bits
+
+    return test_step_bits
+
+
+def _call(names, x_dtype, f_dtype, shape=(3, 270)):
+    """Rows, and inputs that use all of them, on DEVICE."""
+    bits = _helpers()
+    inputs = bits.make_inputs(shape, names, 5, x_dtype, f_dtype)
+    rows = bits.random_rows(len(inputs["x"]), names, 6, idle=0)
+    return rows.to(DEVICE), {key: value.to(DEVICE) for key, value in inputs.items()}
+
+
+@pytest.mark.parametrize(
+    "names", [EVERYTHING + ("seeds",), EVERYTHING + ("noise",), ()], ids=["seeds", "noise", "bare"]
+)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        DTYPES["float32"],
+        DTYPES["float16_of_bfloat16"],
+        *(pytest.param(DTYPES[key], marks=pytest.mark.deep) for key in ("bfloat16", "float32_of_bfloat16")),
+    ],
+    ids=str,
+)
+def test_step_does_not_depend_on_the_block(dtypes, names):
+    from epskernels.ops import triton_backend
+
+    rows, inputs = _call(names, *dtypes)
+    index = torch.arange(3, device=DEVICE)
+    arguments = {key: inputs.get(key) for key in INPUT_NAMES if key not in ("rows", "index")}
+    launch = triton_backend._launcher(triton_backend.step_kernel, rows.device)
+    expected = triton_backend.TRITON["step_y"](rows=rows, index=index, **arguments)
+    for block in ((64, 1), (256, 2), (2048, 8)):
+        written = [torch.full_like(inputs["x"], 7) for _ in range(3)]
+        triton_backend._run_step(launch, (*written, None), rows=rows, index=index, block=block, **arguments)
+        _helpers().assert_all_same_bits(written, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_normal_does_not_depend_on_the_block(dtype):
+    from epskernels.ops import triton_backend
+
+    seeds = torch.tensor([7, -8], device=DEVICE)
+    launch = triton_backend._launcher(triton_backend.normal_kernel, seeds.device)
+    expected = triton_backend.TRITON["normal"](seeds, (333,), dtype=dtype, draw=5)
+    for block in ((64, 1), (1024, 4)):
+        out = torch.full_like(expected, 7)
+        triton_backend._run_normal(launch, out, seeds, 5, 1, block=block)
+        _helpers().assert_same_bits(out, expected, f"normals of {block}")
+
+
+@pytest.mark.parametrize("start", [2**34 - 64, 2**34, 5 * 2**34 + 64])
+def test_normals_far_into_a_sample(start):
+    """Where the counter's high word is not 0: a launch whose first program stands there."""
+    from epskernels.ops import reference, triton_backend
+
+    seeds, count = torch.tensor([9], device=DEVICE), 64
+    group = torch.arange(start // 4, (start + count) // 4)
+    words = reference.philox((group & 0xFFFFFFFF, group >> 32, 3, 1), (torch.tensor(9), torch.tensor(0)))
+    normals = (*reference.box_muller(*words[:2]), *reference.box_muller(*words[2:]))
+    expected = torch.stack(normals, dim=-1).flatten()
+
+    launch = triton_backend._launcher(far_normal_kernel, seeds.device)
+    for VEC in (4, 8):
+        out = torch.zeros(count, device=DEVICE)
+        launch((1,), out, seeds, start, VEC=VEC)
+        _helpers().assert_same_bits(out.cpu(), expected, f"VEC {VEC}")
+
+
+BAD_INDEX = (-1, 3, 2**31, 2**40, -(2**63), 2**63 - 1)
+
+
+@pytest.mark.parametrize("bad", BAD_INDEX)
+def test_index_out_of_range_gives_nan(bad):
+    from epskernels.ops.triton_backend import TRITON
+
+    rows, inputs = _call(EVERYTHING + ("seeds",), torch.float32, torch.float32)
+    good = TRITON["step_y"](rows=rows, index=torch.tensor([2, 1, 0], device=DEVICE), **inputs)
+    got = TRITON["step_y"](rows=rows, index=torch.tensor([2, bad, 0], device=DEVICE), **inputs)
+    for result, expected in zip(got, good, strict=True):
+        assert result[1].isnan().all()
+        _helpers().assert_same_bits(result[::2], expected[::2], "the other samples")
+
+
+# The coefficient that asks, and the tensor that is then missing.
+MISSING = [("g", "u"), ("c_m1", "m1"), ("c_m2", "m2"), ("logvar_min", "v"), ("logvar_max", "v"), ("c_noise", "seeds")]
+
+
+@pytest.mark.parametrize("column, missing", MISSING)
+def test_row_that_needs_an_absent_tensor_gives_nan(column, missing):
+    from epskernels.ops.triton_backend import TRITON
+
+    bits, index = _helpers(), torch.arange(3, device=DEVICE)
+    rows, inputs = _call(tuple({"u", "m1", "m2", "v", "seeds"} - {missing}), torch.float32, torch.float32)
+    expected = TRITON["step_m0"](rows=rows, index=index, **inputs)
+    rows[1, bits.COLUMNS.index(column)] = 0.5
+    got = TRITON["step_m0"](rows=rows, index=index, **inputs)
+    for result, before in zip(got, expected, strict=True):
+        assert result[1].isnan().all()
+        bits.assert_same_bits(result[::2], before[::2], "the other samples")
+
+
+BAD_VALUES = [("clip", -1.0), ("clip", float("nan"))]
+BAD_VALUES += [("draw", value) for value in (-1.0, 0.5, 2.0**24, float("inf"), float("nan"))]
+
+
+@pytest.mark.parametrize("column, value", BAD_VALUES, ids=str)
+def test_row_that_cannot_be_applied_gives_nan(column, value):
+    """A draw only where noise is made of it."""
+    from epskernels.ops.triton_backend import TRITON
+
+    bits, index = _helpers(), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    rows, inputs = _call(("seeds",), torch.float32, torch.float32)
+    rows[0, bits.COLUMNS.index(column)] = value
+    assert all(result.isnan().all() for result in TRITON["step_m0"](rows=rows, index=index, **inputs))
+    rows[0, bits.COLUMNS.index("c_noise")] = 0
+    assert TRITON["step"](rows=rows, index=index, **inputs).isnan().all() == (column == "clip")
+
+
+def test_check_rows_raises_before_anything_is_written(monkeypatch):
+    from epskernels.ops.triton_backend import TRITON
+
+    rows, inputs = _call(("seeds",), torch.float32, torch.float32)
+    out = torch.full_like(inputs["x"], 7)
+    call = functools.partial(TRITON["step_out"], rows=rows, out=out, **inputs)
+    monkeypatch.setenv("EPSKERNELS_CHECK_ROWS", "1")
+    with pytest.raises(RuntimeError, match=r"index: expected values in \[0, 3\), got 3"):
+        call(index=torch.tensor([0, 1, 3], device=DEVICE))
+    rows[1, _helpers().COLUMNS.index("g")] = 2
+    with pytest.raises(RuntimeError, match=r"u: missing, and row 1 needs it \(g is not 1\)"):
+        call(index=torch.tensor([0, 1, 2], device=DEVICE))
+    assert (out == 7).all()
+    monkeypatch.setenv("EPSKERNELS_CHECK_ROWS", "0")
+    call(index=torch.tensor([0, 1, 3], device=DEVICE))
+    assert out[1:].isnan().all() and not out[0].isnan().all()
+
+
+if not build.why_missing("triton"):
+    import triton
+    import triton.language as tl
+
+    from epskernels.ops.triton_kernels import normals
+
+    @triton.jit
+    def far_normal_kernel(out_ptr, seeds_ptr, start, VEC: tl.constexpr):
+        start = tl.full([], start, tl.int64)
+        draw, stream = tl.full([], 3, tl.uint32), tl.full([], 1, tl.uint32)
+        tl.store(out_ptr + tl.arange(0, 64), normals(tl.load(seeds_ptr), draw, stream, start, 64, VEC))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "compile":
+        _compile(int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4:])
+    else:
+        _capture()

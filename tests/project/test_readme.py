@@ -1,0 +1,65 @@
+"""The README's Python blocks run as they stand, and the names that the pages give are there."""
+
+import re
+import subprocess
+import sys
+
+import torch
+
+from ..support.markdown_examples import ROOT, blocks, environment
+
+
+def test_examples_run_and_agree():
+    example, equivalent = (code for _, _, code in blocks("README.md", "python"))
+    names = {}
+    exec(example, names)
+    assert names["images"].shape == (8, 3, 32, 32) and names["images"].isfinite().all()
+
+    exec(equivalent, names)
+    table, f, seeds = names["table"], names["f"], names["seeds"]
+    x = torch.randn(8, 3, 32, 32)
+    import epskernels
+    from epskernels.table import COLUMNS
+
+    row = type("Row", (), dict(zip(COLUMNS, table.rows[4].tolist(), strict=True)))
+    z = epskernels.normal(seeds, (3, 32, 32), stream=0, draw=4)
+    torch.testing.assert_close(names["step"](x, f, row, z), epskernels.step(x, f, table, 4, seeds=seeds))
+
+
+def test_what_an_extra_brings_is_not_needed_to_look_around():
+    """hasattr and help, where diffusers is not installed."""
+    code = """import inspect, pydoc, sys
+sys.modules["diffusers"] = None
+import epskernels
+assert "diffusers" in dir(epskernels) and inspect.getmembers(epskernels.diffusers)
+assert "k_diffusion" in dict(inspect.getmembers(epskernels)) and pydoc.render_doc(epskernels)
+try:
+    epskernels.diffusers.fuse
+except ImportError as error:
+    assert str(error) == "epskernels.diffusers needs diffusers: pip install 'diffusers>=0.42'", error
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+def test_the_names_of_the_pages_are_there_after_the_import_alone():
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    pattern = r"(?<!ops\.)(?<!::)\bepskernels((?:\.[A-Za-z]\w*)+)"
+    names = {name[1:] for page in pages for name in re.findall(pattern, page.read_text())}
+    assert {"diffusers.fuse", "k_diffusion.sample_euler", "exposure", "quality", "build.library"} <= names
+    code = f"""
+import functools, sys, epskernels
+late = {{"calibrate", "exposure", "images", "k_diffusion", "models", "quality"}}
+others = {{"diffusers", "matplotlib", "scipy", "epskernels.diffusers.pipelines"}}
+read = {{*others, *(f"epskernels.{{name}}" for name in late)}} & set(sys.modules)
+assert not read, read
+assert late <= set(dir(epskernels)) and {{"step", "__version__"}} <= set(dir(epskernels))
+assert not hasattr(epskernels, "no_such_name") and "exposure" not in vars(epskernels)
+for name in {sorted(names)}:
+    functools.reduce(getattr, name.split("."), epskernels)
+for name in late:
+    assert getattr(epskernels, name) is sys.modules[f"epskernels.{{name}}"] is vars(epskernels)[name]
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

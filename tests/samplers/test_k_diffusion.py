@@ -1,0 +1,764 @@
+"""k-diffusion's signatures against the float64 oracles, and the ComfyUI node against a stand-in of its hook."""
+
+import copy
+import functools
+import importlib.util
+import inspect
+import itertools
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import epskernels
+from epskernels import k_diffusion, scaling
+
+from ..support import oracles
+
+SHAPE = (2, 3, 4, 5)
+EDM = oracles.edm_sigmas(9)
+LEVELS = {"to_0": EDM, "above_0": EDM[:-1], "two": EDM[[2, 5]], "one_to_0": EDM[[4, -1]]}
+
+
+def denoise(x, sigma, shift=0.0):
+    return 1.2 * np.tanh(0.8 * x / np.sqrt(1 + sigma**2 / 4) + 0.3 * np.sin(np.roll(x, 1, -1)) + shift)
+
+
+def model(x, sigma, shift=0.0):
+    assert sigma.shape == (len(x),) and sigma.dtype == x.dtype
+    level = float(sigma[0].double()) if x.dtype == torch.float32 else float(sigma[0])
+    return torch.tensor(denoise(x.double().numpy(), level, shift)).float()
+
+
+class Noise:
+    """A noise_sampler that remembers what it gave, for which levels."""
+
+    def __init__(self):
+        self.given, self.generator = [], torch.Generator().manual_seed(3)
+
+    def __call__(self, sigma, sigma_next):
+        z = torch.randn(SHAPE, generator=self.generator)
+        self.given.append((float(sigma), float(sigma_next), z.double().numpy()))
+        return z
+
+    def of(self, sigmas):
+        """That of each step; 0 where none was drawn."""
+        by_level = {np.float32(sigma): z for sigma, _, z in self.given}
+        return [by_level.get(np.float32(sigma), np.zeros(SHAPE)) for sigma in sigmas]
+
+
+# name: (oracle, its options, options of ours)
+SAMPLERS = {
+    "euler": ("sigma_euler", {}, {}),
+    "heun": ("sigma_heun", {}, {}),
+    "euler_ancestral": ("sigma_euler_ancestral", {}, {}),
+    "euler_ancestral-eta": ("sigma_euler_ancestral", {"eta": 0.6, "s_noise": 1.003}, {"eta": 0.6, "s_noise": 1.003}),
+    "dpmpp_2s_ancestral": ("sigma_dpmpp_2s", {"eta": 1.0}, {}),
+    "dpmpp_2m": ("sigma_dpmpp_2m_sde", {"eta": 0.0}, {}),
+    "dpmpp_2m_sde": ("sigma_dpmpp_2m_sde", {}, {}),
+    "dpmpp_2m_sde-heun": ("sigma_dpmpp_2m_sde", {"solver": "heun", "eta": 0.5}, {"solver_type": "heun", "eta": 0.5}),
+    "dpmpp_3m_sde": ("sigma_dpmpp_3m_sde", {"s_noise": 0.9}, {"s_noise": 0.9}),
+}
+
+
+def start(sigmas):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * sigmas[0]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("lam", [1.0, 1.017])
+def test_against_the_oracle(name, levels, lam):
+    oracle, theirs, options = SAMPLERS[name]
+    sigmas, noise = LEVELS[levels], Noise()
+    x = start(sigmas)
+    run = getattr(k_diffusion, f"sample_{name.split('-')[0]}")
+    if "noise_sampler" in inspect.signature(run).parameters:
+        options = options | {"noise_sampler": noise}
+    result = run(model, x, torch.tensor(sigmas), {"shift": 0.2}, None, True, **options, eps_scaling=lam)
+    expected = getattr(oracles, oracle)(
+        lambda x, sigma: denoise(x, sigma, 0.2),
+        x.double().numpy(),
+        sigmas,
+        np.full(len(sigmas), lam),
+        noise.of(sigmas),
+        **theirs,
+    )[-1]
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+@pytest.mark.parametrize("s_tmin, s_tmax", [(0.05, 50.0), (0.0, float("inf"))])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_churn(name, levels, s_tmin, s_tmax):
+    """k-diffusion's, at each level that has a step: the noise sampler is told that level and the next."""
+    sigmas, noise = LEVELS[levels], Noise()
+    steps = len(sigmas) - 1
+    churn = {"s_churn": 0.4 * steps, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": 1.003}
+    x = start(sigmas)
+    run = getattr(k_diffusion, f"sample_{name}")
+    result = run(model, x, torch.tensor(sigmas), None, None, True, **churn, eps_scaling=1.01, noise_sampler=noise)
+    churned = [i for i in range(steps) if s_tmin <= sigmas[i] <= s_tmax]
+    assert [pair[:2] for pair in noise.given] == [tuple(sigmas[i : i + 2].tolist()) for i in churned]
+    expected = churned_by_hand(x.double().numpy(), sigmas, noise.of(sigmas), heun=name == "heun", **churn)
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
+
+
+def churned_by_hand(x, sigmas, noise, heun, s_churn, s_tmin, s_tmax, s_noise, lam=1.01):
+    """k-diffusion's sample_euler or sample_heun in float64; noise: that of each step."""
+
+    def d(x, sigma):
+        return (x - denoise(x, sigma)) / sigma / lam
+
+    for i, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+        gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        hat = sigma * (gamma + 1)
+        x = x + noise[i] * s_noise * np.sqrt(hat**2 - sigma**2)
+        slope = d(x, hat)
+        if heun and after > 0:
+            slope = (slope + d(x + (after - hat) * slope, after)) / 2
+        x = x + (after - hat) * slope
+    return x
+
+
+def test_the_first_churn_is_added_to_the_latent():
+    calls = []
+
+    def spy(x, sigma):
+        calls.append((x.clone(), float(sigma[0])))
+        return model(x, sigma)
+
+    noise, x = Noise(), start(EDM)
+    k_diffusion.sample_euler(spy, x, torch.tensor(EDM), disable=True, s_churn=4.0, noise_sampler=noise)
+    hat = EDM[0] * (1 + min(4.0 / 9, 2**0.5 - 1))
+    assert calls[0][1] == pytest.approx(hat, rel=1e-6)
+    added = torch.tensor(noise.given[0][2]).float() * (hat**2 - EDM[0] ** 2) ** 0.5
+    torch.testing.assert_close(calls[0][0], x + added, rtol=1e-6, atol=1e-4)
+
+
+FUNCTIONS = ["euler", "heun", "euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde"]
+SLOPE_FIRST = ("euler", "heun")  # k-diffusion forms the slope, then calls back
+TWO_CALLS = ("heun", "dpmpp_2s_ancestral")
+
+
+def sampler(name, **options):
+    return functools.partial(getattr(k_diffusion, f"sample_{name}"), disable=True, **options)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("given", [torch.tensor, list], ids=["tensor", "list"])
+def test_callback(name, given):
+    seen = []
+    sampler(name)(model, start(EDM), given(EDM), callback=lambda info: seen.append(info), eps_scaling=1.01)
+    assert [info["i"] for info in seen] == list(range(9))
+    for info, sigma in zip(seen, EDM, strict=False):
+        assert list(info) == ["x", "i", "sigma", "sigma_hat", "denoised"]
+        assert info["sigma"].shape == info["sigma_hat"].shape == () and float(info["sigma"]) == pytest.approx(
+            sigma, rel=1e-6
+        )
+        plain = model(info["x"], info["sigma_hat"].float().expand(2))
+        scaled = info["x"] - (info["x"] - plain) / 1.01
+        torch.testing.assert_close(info["denoised"], scaled, rtol=1e-5, atol=1e-5)
+
+
+def test_callback_is_told_the_raised_sigma():
+    seen = []
+    churn = {"s_churn": 3.6, "s_tmin": 0.05, "s_tmax": 50.0}
+    sampler("heun")(model, start(EDM), torch.tensor(EDM), callback=lambda info: seen.append(info), **churn)
+    raised = [sigma * (1 + 0.4 * (0.05 <= sigma <= 50)) for sigma in EDM[:-1]]
+    np.testing.assert_allclose([float(info["sigma_hat"]) for info in seen], raised, rtol=1e-12)
+    assert {info["sigma_hat"].dtype for info in seen} == {torch.float64}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lam", [1.0, 1.017])
+def test_a_callback_that_only_looks_changes_no_bit(name, dtype, lam):
+    x, seeds = start(EDM).to(dtype), None if name == "dpmpp_2m" else [3, 4]
+    churn = {"s_churn": 4.0} if name in SLOPE_FIRST else {}
+    run = sampler(name, eps_scaling=lam, seeds=seeds, **churn)
+    looked = run(model, x, torch.tensor(EDM), callback=lambda info: info["denoised"].sum())
+    assert torch.equal(looked, run(model, x, torch.tensor(EDM)))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("lam", [1.0, 1.017])
+def test_a_callback_that_writes_to_denoised(name, lam):
+    """It acts as if the model had said so, in the first call of each step; where the slope was formed before, not at all."""
+    sigmas, calls = torch.tensor(EDM), itertools.count()
+    run = sampler(name, seeds=[3, 4])
+    result = run(model, start(EDM), sigmas, callback=lambda info: info["denoised"].mul_(0.5).add_(0.1), eps_scaling=lam)
+    if name in SLOPE_FIRST:
+        assert torch.equal(result, run(model, start(EDM), sigmas, eps_scaling=lam))
+        return
+
+    def written(x, sigma):
+        denoised = x - (x - model(x, sigma)) / lam
+        return denoised if name in TWO_CALLS and next(calls) % 2 else 0.5 * denoised + 0.1
+
+    torch.testing.assert_close(result, run(written, start(EDM), sigmas), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_callback_that_writes_to_x(name):
+    """As an inpainting mask does: the step leads on from there."""
+    sigmas, calls, lam = torch.tensor(EDM), itertools.count(), 1.017
+    run = sampler(name, seeds=[3, 4], eps_scaling=lam)
+    result = run(model, start(EDM), sigmas, callback=lambda info: info["x"].mul_(0.9).add_(0.1))
+    if name in SLOPE_FIRST:
+        expected = written_by_hand(start(EDM), EDM, name == "heun", lam)
+    else:
+
+        def writes(x, sigma):
+            denoised = model(x, sigma)
+            denoised = x - (x - denoised) / lam
+            if not (name in TWO_CALLS and next(calls) % 2):
+                x.mul_(0.9).add_(0.1)
+            return denoised
+
+        expected = run(writes, start(EDM), sigmas, eps_scaling=1.0)
+    torch.testing.assert_close(result, torch.as_tensor(expected).float(), rtol=1e-4, atol=1e-4)
+
+
+def written_by_hand(x, sigmas, heun, lam):
+    """k-diffusion's sample_euler or sample_heun in float64, with a callback that makes 0.9*x + 0.1 of x."""
+    x = x.double().numpy()
+
+    def d(x, sigma):
+        return (x - denoise(x, sigma)) / sigma / lam
+
+    for sigma, after in itertools.pairwise(sigmas):
+        slope = d(x, sigma)
+        x = 0.9 * x + 0.1
+        if heun and after > 0:
+            slope = (slope + d(x + (after - sigma) * slope, after)) / 2
+        x = x + (after - sigma) * slope
+    return x
+
+
+# ---- steps of length 0, or none ----
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("sigmas", [[], [2.0], torch.tensor([0.0])], ids=str)
+def test_no_step(name, sigmas):
+    x = start(EDM)
+    assert sampler(name, eps_scaling=1.01)(None, x, sigmas) is x
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("repeated", [(0,), (3,), (3, 3), (4, 7), (8,)], ids=str)
+@pytest.mark.parametrize("levels", ["to_0", "above_0"])
+def test_steps_of_length_0(name, repeated, levels):
+    """The same as without them, but that the callback is told; lambda counts them."""
+    plain, given = LEVELS[levels], list(LEVELS[levels])
+    lambdas = list(np.linspace(1.0, 1.02, len(plain) - 1))
+    given_lambdas = list(lambdas)
+    for at in sorted(repeated, reverse=True):
+        if at >= len(plain) - (levels == "to_0"):
+            pytest.skip("0 is no level of a step")
+        given.insert(at, given[at])
+        given_lambdas.insert(at, 1.3)
+    seen, run = [], sampler(name, seeds=[3, 4])
+    result = run(
+        model, start(plain), torch.tensor(given), callback=lambda info: seen.append(info["i"]),
+        eps_scaling=scaling.array(given_lambdas[: len(given) - 1], origin="noisiest"),
+    )  # fmt: skip
+    expected = run(model, start(plain), torch.tensor(plain), eps_scaling=scaling.array(lambdas, origin="noisiest"))
+    assert seen == list(range(len(given) - 1))
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_but_steps_of_length_0(name):
+    x, seen = start(EDM), []
+    run = sampler(name, seeds=[3, 4], callback=seen.append, eps_scaling=1.5)
+    assert torch.equal(run(model, x, torch.tensor([3.0, 3.0, 3.0])), x)
+    for info in seen:
+        torch.testing.assert_close(info["denoised"], x - (x - model(x, torch.full((2,), 3.0))) / 1.5)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_churn_moves_between_equal_levels(name):
+    """Up to the raised level and down again, also in the last step."""
+    sigmas, noise = np.array([5.0, 2.0, 2.0, 1.0, 1.0]), Noise()
+    churn = {"s_churn": 1.6, "s_tmin": 1.0, "s_tmax": 50.0, "s_noise": 1.003}
+    x = start(sigmas)
+    result = sampler(name)(model, x, torch.tensor(sigmas), **churn, eps_scaling=1.01, noise_sampler=noise)
+    drawn = [z for _, _, z in noise.given]
+    assert len(drawn) == 4
+    expected = churned_by_hand(x.double().numpy(), sigmas, drawn, heun=name == "heun", **churn)
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=1e-4)
+
+
+# ---- noise ----
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_churn_by_torchs_generator(name):
+    """k-diffusion draws in every step, churned or not: the same seed gives the same noise."""
+    churn = {"s_churn": 3.6, "s_tmin": 0.05, "s_tmax": 20.0, "s_noise": 1.003}
+    x = start(EDM)
+    torch.manual_seed(5)
+    drawn = [torch.randn(SHAPE).double().numpy() for _ in EDM[:-1]]
+    expected = churned_by_hand(x.double().numpy(), EDM, drawn, heun=name == "heun", **churn)
+    torch.manual_seed(5)
+    result = sampler(name)(model, x, torch.tensor(EDM), **churn, eps_scaling=1.01)
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=1e-4)
+
+
+def test_torchs_generator_over_a_step_of_length_0():
+    """k-diffusion draws there too."""
+    sigmas, x = [5.0, 2.0, 2.0, 1.0, 0.0], start(EDM)
+    torch.manual_seed(5)
+    drawn = [torch.randn(SHAPE) for _ in range(3)]
+    torch.manual_seed(5)
+    result = sampler("euler_ancestral")(model, x, torch.tensor(sigmas))
+    given = {5.0: drawn[0], 2.0: drawn[2]}
+    expected = sampler("euler_ancestral")(
+        model, x, torch.tensor([5.0, 2.0, 1.0, 0.0]), noise_sampler=lambda sigma, after: given[float(sigma)]
+    )
+    assert torch.equal(result, expected)
+
+
+def test_noise_of_another_dtype():
+    x = start(EDM).bfloat16()
+    run = sampler("euler_ancestral")
+    noises = [torch.randn(SHAPE).bfloat16() for _ in EDM]
+    wide, same = iter(noises), iter(noises)
+    result = run(model, x, torch.tensor(EDM), noise_sampler=lambda *_: next(wide).float())
+    assert torch.equal(result, run(model, x, torch.tensor(EDM), noise_sampler=lambda *_: next(same)))
+
+
+def test_where_x_is_noise_alone():
+    """A zero terminal SNR, written as a sigma of some thousands: a number is 1 there, an array must be."""
+    sigmas, x = torch.tensor([4096.0, 50.0, 3.0, 0.5]), 4096 * torch.randn(SHAPE)
+    run = functools.partial(k_diffusion.sample_euler, model, x, disable=True)
+    first = [run(sigmas[:2], eps_scaling=lam) for lam in (1.0, 1.02)]
+    assert torch.equal(*first)
+    from_there = scaling.array([1.0, 1.02, 1.02], origin="noisiest")
+    assert torch.equal(run(sigmas, eps_scaling=1.02), run(sigmas, eps_scaling=from_there))
+    with pytest.raises(ValueError, match=r"eps_scaling: expected 1 where x is noise alone \(step 0\), got 1.02"):
+        run(sigmas, eps_scaling=scaling.array([1.02] * 3, origin="noisiest"))
+    raised, churn = torch.tensor([800.0, 50.0, 3.0, 0.5]), {"s_churn": 3.0, "seeds": [1, 2]}  # the first step's to 1131
+    assert torch.equal(run(raised, eps_scaling=1.02, **churn), run(raised, eps_scaling=from_there, **churn))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_seeds(name):
+    run = sampler(name, **({"s_churn": 4.0} if name in SLOPE_FIRST else {}))
+    x, sigmas = start(EDM), torch.tensor(EDM)
+    together = run(model, x, sigmas, seeds=[5, 6])
+    alone = [run(model, x[k : k + 1], sigmas, seeds=[5 + k]) for k in (0, 1)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together, run(model, x, sigmas, seeds=[5, 7])) == (name == "dpmpp_2m")
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_seeds_are_the_churn(name):
+    """Each step's own normals: the states that the model is given are those of a noise_sampler that gives them."""
+    x, sigmas, churn = start(EDM), torch.tensor(EDM), {"s_churn": 4.0, "s_noise": 1.003}
+    rows = len(sigmas) - 1 if name == "euler" else 2 * (len(sigmas) - 1) - 1
+    of_step = range(len(sigmas) - 2) if name == "euler" else range(1, rows, 2)  # the row that ends at a churned level
+    draws = iter([rows, *of_step])
+    told = sampler(name)(
+        model, x, sigmas, **churn,
+        noise_sampler=lambda *_: epskernels.normal([5, 6], SHAPE[1:], draw=next(draws), stream=0),
+    )  # fmt: skip
+    assert torch.equal(told, sampler(name)(model, x, sigmas, **churn, seeds=[5, 6])) and next(draws, None) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    x = start(EDM).to(dtype)
+    result = k_diffusion.sample_dpmpp_2m(model, x, torch.tensor(EDM), disable=True)
+    assert result.dtype == dtype
+    torch.testing.assert_close(
+        result.float(),
+        k_diffusion.sample_dpmpp_2m(model, start(EDM), torch.tensor(EDM), disable=True),
+        rtol=0,
+        atol=0.05,
+    )
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "sigmas",
+    [[1.0, 2.0], [2.0, float("nan")], [2.0, -1.0], [[2.0, 1.0]], [2.0, 0.0, 0.0], [0.0, 0.0], [float("inf"), 1.0], 3.0],
+    ids=str,
+)
+def test_bad_sigmas(sigmas):
+    with pytest.raises(ValueError, match="sigmas: expected .N . 1,. finite values above 0 that do not rise"):
+        k_diffusion.sample_euler(never, torch.zeros(SHAPE), torch.tensor(sigmas), disable=True)
+
+
+def never(x, sigma):
+    raise AssertionError("the model was called")
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("euler", {"s_churn": -1.0}, "s_churn: expected a finite number of at least 0, got -1.0"),
+        ("euler", {"s_churn": None}, "s_churn: expected a finite number of at least 0, got None"),
+        ("euler", {"s_tmax": float("nan")}, "s_tmin, s_tmax: expected numbers, got 0.0, nan"),
+        ("heun", {"s_noise": float("nan")}, "s_noise: expected a finite number of at least 0, got nan"),
+        ("euler_ancestral", {"eta": float("inf")}, "eta: expected a finite number of at least 0, got inf"),
+        ("dpmpp_2m_sde", {"solver_type": "rk4"}, "solver_type: expected 'midpoint' or 'heun', got 'rk4'"),
+        ("dpmpp_3m_sde", {"s_noise": -1}, "s_noise: expected a finite number of at least 0, got -1"),
+        ("heun", {"seeds": [1]}, "seeds: expected one for each of 2 samples, got 1"),
+        ("dpmpp_2m", {"seeds": [1, 2, 3]}, "seeds: expected one for each of 2 samples, got 3"),
+        ("dpmpp_2m", {"seeds": 7}, "seeds: expected an int64 tensor"),
+        ("euler", {"seeds": [1, 2], "noise_sampler": Noise()}, "seeds, noise_sampler: expected one of them, got both"),
+        ("euler", {"eps_scaling": 0.0}, "eps_scaling: expected a value above 0, got 0"),
+        ("euler", {"eps_scaling": [1.01, 1.02]}, "eps_scaling: expected one value for each of 9 steps, got 2"),
+        (
+            "euler",
+            {"x": torch.zeros(SHAPE).double()},
+            "x: expected .B, ..... float32, .*got torch.float64 .2, 3, 4, 5.",
+        ),
+        ("euler", {"x": torch.zeros(0, 3)}, "x: expected .B, ..... .* not empty, got torch.float32 .0, 3."),
+        ("euler", {"x": [1.0]}, "x: expected .B, ..... .*got list"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_bad_arguments(name, options, message):
+    given = {"x": torch.zeros(SHAPE), "sigmas": torch.tensor(EDM), **options}
+    with pytest.raises(ValueError, match=message):
+        sampler(name)(never, **given)
+
+
+@pytest.mark.parametrize(
+    "output, got",
+    [
+        (torch.zeros(2, 3), r"torch.float32 \(2, 3\)"),
+        (torch.zeros(SHAPE).double(), r"torch.float64 \(2, 3, 4, 5\)"),
+        ((torch.zeros(SHAPE),), "tuple"),
+        (None, "NoneType"),
+    ],
+    ids=["shape", "float64", "tuple", "none"],
+)
+def test_bad_output(output, got):
+    with pytest.raises(ValueError, match=rf"model: expected an output of shape \(2, 3, 4, 5\), as x has, .*got {got}"):
+        sampler("dpmpp_2m")(lambda x, sigma: output, start(EDM), torch.tensor(EDM))
+
+
+@pytest.mark.parametrize("form", ["list", "dict", "tensor"])
+def test_forms_of_lambda(form):
+    values = [1.0 + 0.002 * i for i in range(9)]
+    forms = {
+        "list": values,
+        "dict": {"k": 0.002, "b": 1.0, "origin": "noisiest"},
+        "tensor": torch.tensor(values, dtype=torch.float64),
+    }
+    run = sampler("heun")
+    expected = run(model, start(EDM), torch.tensor(EDM), eps_scaling=scaling.linear(0.002, 1.0, origin="noisiest"))
+    assert torch.equal(run(model, start(EDM), torch.tensor(EDM), eps_scaling=forms[form]), expected)
+
+
+# ---- the scaling alone ----
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_scale_denoised(alpha):
+    x, denoised = torch.randn(SHAPE), torch.randn(SHAPE)
+    expected = x.double() / alpha - (x.double() / alpha - denoised.double()) / 1.0123
+    result = epskernels.k_diffusion.scale_denoised(x, denoised, 1.0123, alpha)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scale_denoised_of_each_sample(dtype):
+    x, denoised = torch.randn(SHAPE), torch.randn(SHAPE)
+    lam, alpha = torch.tensor([1.0123, 0.97], dtype=dtype), torch.tensor([0.3, 1.0], dtype=dtype)
+    together = k_diffusion.scale_denoised(x, denoised, lam, alpha)
+    alone = [
+        k_diffusion.scale_denoised(x[i : i + 1], denoised[i : i + 1], lam[i].item(), alpha[i].item()) for i in (0, 1)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=1e-6)
+    for shared in (
+        k_diffusion.scale_denoised(x, denoised, lam[0], 1.0),
+        k_diffusion.scale_denoised(x, denoised, lam[0].item()),
+    ):
+        torch.testing.assert_close(shared, x - (x - denoised) / lam[0].item(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["eps_scaling", "alpha"])
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (0, "expected a finite number above 0, got 0"),
+        (float("nan"), "expected a finite number above 0, got nan"),
+        (None, "expected a finite number above 0, got None"),
+        (torch.tensor([1.0, -1.0]), "expected finite numbers above 0, got .1.0, -1.0."),
+        (
+            torch.ones(3),
+            r"expected a number, or a tensor of float32 or float64, \(\) or \(2,\), .*got torch.float32 \(3,\)",
+        ),
+        (torch.ones(2).long(), r"expected a number, or a tensor of float32 .*got torch.int64 \(2,\)"),
+        (torch.ones(2, device="meta"), "expected a number, or a tensor .* on cpu, got .* on meta"),
+    ],
+    ids=["0", "nan", "none", "below_0", "shape", "dtype", "device"],
+)
+def test_scale_denoised_refuses(name, value, message):
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        k_diffusion.scale_denoised(torch.zeros(SHAPE), torch.zeros(SHAPE), **{"eps_scaling": 1.01, name: value})
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode, None], ids=["inference", "fake", "func"])
+def test_scale_denoised_keeps_nothing_of_a_mode(mode):
+    """A lambda and an alpha that no other test uses: rows kept from the first call would be those of its mode."""
+    x, lam = torch.randn(SHAPE), {torch.inference_mode: 1.0421, FakeTensorMode: 1.0422, None: 1.0423}[mode]
+    if mode is None:
+        torch.func.grad(lambda x: k_diffusion.scale_denoised(x, x, lam).sum())(x)
+    else:
+        with mode():
+            inside = torch.randn(SHAPE)
+            k_diffusion.scale_denoised(inside, inside, lam)
+    denoised = torch.randn(SHAPE, requires_grad=True)
+    k_diffusion.scale_denoised(x, denoised, lam).sum().backward()
+    torch.testing.assert_close(denoised.grad, torch.full(SHAPE, 1 / lam))
+
+
+def test_scale_denoised_has_a_gradient_by_lambda():
+    x, denoised = torch.randn(SHAPE), torch.randn(SHAPE)
+    lam = torch.tensor([1.01, 1.02], dtype=torch.float64, requires_grad=True)
+    k_diffusion.scale_denoised(x, denoised, lam, 0.5).sum().backward()
+    expected = (x / 0.5 - denoised).double().sum((1, 2, 3)) / lam.detach() ** 2
+    torch.testing.assert_close(lam.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- ComfyUI ----
+
+
+class CONST:
+    """Named as ComfyUI's flow parametrisation is."""
+
+
+class Sampling:
+    """ComfyUI's model_sampling of a model of x_0 + sigma*eps."""
+
+
+class FlowSampling(Sampling, CONST):
+    pass
+
+
+class Model:
+    """ComfyUI's BaseModel, which the hook is given."""
+
+    def __init__(self, model_sampling):
+        self.model_sampling = model_sampling
+
+
+class Wrapper:
+    """ComfyUI's samplers are given a wrapper (for inpainting) of a wrapper (the guider) of the model."""
+
+    def __init__(self, inner_model):
+        self.inner_model = inner_model
+
+    def __call__(self, x, sigma):
+        return model(x, sigma)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_flows_are_refused(name):
+    flow, other = (Wrapper(Wrapper(Model(sampling()))) for sampling in (FlowSampling, Sampling))
+    with pytest.raises(
+        ValueError, match="model: expected a denoiser of x_0 . sigma.eps, got ComfyUI's model of a flow"
+    ):
+        sampler(name)(flow, start(EDM), torch.tensor(EDM))
+    seeds = None if name == "dpmpp_2m" else [3, 4]
+    expected = sampler(name, seeds=seeds)(model, start(EDM), torch.tensor(EDM))
+    assert torch.equal(sampler(name, seeds=seeds)(other, start(EDM), torch.tensor(EDM)), expected)
+
+
+class Patcher:
+    """What the node uses of ComfyUI's ModelPatcher: patches are applied to the model when it is sampled, not before."""
+
+    def __init__(self, model_sampling):
+        self.model, self.object_patches, self.model_options = Model(model_sampling), {}, {"transformer_options": {}}
+
+    def clone(self):
+        twin = copy.copy(self)
+        twin.object_patches, twin.model_options = dict(self.object_patches), copy.deepcopy(self.model_options)
+        return twin
+
+    def add_object_patch(self, name, value):
+        self.object_patches[name] = value
+
+    def set_model_sampler_post_cfg_function(self, function):
+        hooks = self.model_options.get("sampler_post_cfg_function", [])
+        self.model_options["sampler_post_cfg_function"] = [*hooks, function]
+
+    def sample(self, x, sigma, denoised, sigmas=None):
+        """One call of the model, as comfy.samplers.cfg_function makes it of the conditional and the unconditional output."""
+        options = copy.deepcopy(self.model_options)
+        if sigmas is not None:
+            options["transformer_options"]["sample_sigmas"] = torch.tensor(sigmas)
+        patched = Model(self.object_patches.get("model_sampling", self.model.model_sampling))
+        sigma = torch.as_tensor(sigma, dtype=x.dtype).expand(len(x)).clone()
+        for hook in options.get("sampler_post_cfg_function", []):
+            denoised = hook(
+                {"denoised": denoised, "cond": [], "uncond": [], "cond_scale": 7.0, "model": patched, "uncond_denoised": x,
+                 "cond_denoised": x, "sigma": sigma, "model_options": options, "input": x}
+            )  # fmt: skip
+        return denoised
+
+
+COMFYUI = pathlib.Path(__file__).parents[2] / "integrations" / "comfyui"
+
+
+def load_node(folder=COMFYUI):
+    """As ComfyUI does: under a name that is the folder's path."""
+    spec = importlib.util.spec_from_file_location(str(folder).replace(".", "_x_"), folder / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def node():
+    module = load_node()
+    (name,) = module.NODE_CLASS_MAPPINGS
+    assert name in module.NODE_DISPLAY_NAME_MAPPINGS
+    return module.NODE_CLASS_MAPPINGS[name]
+
+
+def patch(node, patcher, eps_scaling, **options):
+    (patched,) = getattr(node(), node.FUNCTION)(
+        patcher, **{"eps_scaling": eps_scaling, "schedule": "uniform", "at_the_end": 1.3, "flow": "noise"} | options
+    )
+    return patched
+
+
+def scaled(x, denoised, lam, alpha=1.0):
+    return x / alpha - (x / alpha - denoised) / lam
+
+
+def close(result, expected):
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_node_scales_and_leaves_the_model_alone(node):
+    plain, (x, denoised) = Patcher(Sampling()), torch.randn(2, *SHAPE)
+    assert set(node.INPUT_TYPES()["required"]) == set(inspect.signature(node().patch).parameters)
+    patched = patch(node, plain, 1.02)
+    assert plain.sample(x, 3.0, denoised) is denoised
+    close(patched.sample(x, 3.0, denoised), scaled(x, denoised, 1.02))
+    close(patch(node, patched, 1.03).sample(x, 3.0, denoised), scaled(x, scaled(x, denoised, 1.02), 1.03))
+    assert patch(node, plain, 1.0).sample(x, 3.0, denoised) is denoised
+    assert patch(node, plain, 1.0, schedule="linear", at_the_end=1.0).sample(x, 3.0, denoised) is denoised
+
+
+def test_node_linear(node):
+    """lambda is linear in the number of the step, not in sigma; 1 at the end is a value as any other."""
+    (x, denoised), sigmas = torch.randn(2, *SHAPE), [14.6, 5.0, 1.0, 0.4, 0.1, 0.0]
+    patched = patch(node, Patcher(Sampling()), 1.04, schedule="linear", at_the_end=1.0)
+    lambdas = {14.6: 1.04, 5.0: 1.03, 1.0: 1.02, 0.4: 1.01, 0.1: 1.0, 20.0: 1.04, 3.0: 1.025, 0.0: 1.0}
+    for sigma, lam in lambdas.items():
+        close(patched.sample(x, sigma, denoised, sigmas), scaled(x, denoised, lam))
+    every = patched.sample(x, torch.tensor([0.4, 5.0]), denoised, sigmas)
+    close(every, scaled(x, denoised, torch.tensor([1.01, 1.03]).reshape(-1, 1, 1, 1)))
+    close(patched.sample(x, 0.4, denoised, sigmas[4::-1] + [14.6]), scaled(x, denoised, 1.0 + 0.04 / 4))  # upwards
+    close(patched.sample(x, 5.0, denoised, [5.0, 0.0]), scaled(x, denoised, 1.04))
+    close(patched.sample(x, 1.0, denoised, [5.0, 5.0, 1.0, 1.0, 0.4, 0.0]), scaled(x, denoised, 1.02))
+    with pytest.raises(
+        RuntimeError, match="schedule 'linear' counts the sampler's steps, and this ComfyUI does not tell"
+    ):
+        patched.sample(x, 1.0, denoised)
+
+
+def test_node_on_a_flow(node):
+    x, denoised = torch.randn(2, *SHAPE)
+    patched = patch(node, Patcher(FlowSampling()), 1.02)
+    eps = (x - 0.4 * denoised) / 0.6
+    close(patched.sample(x, 0.6, denoised), (x - 0.6 * eps / 1.02) / 0.4)
+    for sigma in (1.0, 0.9995):
+        assert torch.equal(patched.sample(x, sigma, denoised), denoised)
+    velocity = patch(node, Patcher(FlowSampling()), 1.02, flow="velocity")
+    for sigma in (0.6, 1.0):
+        close(velocity.sample(x, sigma, denoised), x - sigma * ((x - denoised) / sigma) / 1.02)
+
+
+def test_node_scales_each_sample_at_its_own_sigma(node):
+    x, denoised = torch.randn(2, *SHAPE)
+    for sampling, sigmas in ((FlowSampling, (0.9, 0.2)), (FlowSampling, (1.0, 0.5)), (Sampling, (4518.0, 2.0))):
+        patched = patch(node, Patcher(sampling()), 1.02)
+        together = patched.sample(x, torch.tensor(sigmas), denoised)
+        alone = [patched.sample(x[i : i + 1], sigmas[i], denoised[i : i + 1]) for i in (0, 1)]
+        assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together[1], denoised[1])
+
+
+def test_node_where_x_is_noise_alone(node):
+    """A zero terminal SNR, which ComfyUI writes as a sigma of some thousands."""
+    patched, (x, denoised) = patch(node, Patcher(Sampling()), 1.02), torch.randn(2, *SHAPE)
+    assert torch.equal(patched.sample(4518.0 * x, 4518.0, denoised), denoised)
+    close(patched.sample(x, 3.0, denoised), scaled(x, denoised, 1.02))
+
+
+def test_node_asks_the_model_when_it_runs(node):
+    """A model sampling that is patched in after the node."""
+    patched, (x, denoised) = patch(node, Patcher(Sampling()), 1.02), torch.randn(2, *SHAPE)
+    patched.add_object_patch("model_sampling", FlowSampling())
+    close(patched.sample(x, 0.6, denoised), scaled(x, denoised, 1.02, alpha=0.4))
+
+
+def test_node_in_inference_mode_then_with_a_gradient(node):
+    patched = patch(node, Patcher(FlowSampling()), 1.02)
+    with torch.inference_mode():
+        patched.sample(*torch.randn(2, *SHAPE)[:1], 0.6, torch.randn(SHAPE))
+    x, denoised = torch.randn(SHAPE), torch.randn(SHAPE, requires_grad=True)
+    patched.sample(x, 0.6, denoised).sum().backward()
+    torch.testing.assert_close(denoised.grad, torch.full(SHAPE, 1 / 1.02))
+
+
+def test_node_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "epskernels", None)
+    with pytest.raises(ImportError, match="^epskernels is not installed; in .*: pip install --no-deps .$"):
+        load_node()
+
+
+@pytest.mark.parametrize("package, version", [("epskernels", "0.0.9"), ("torch", "2.9.1+cu128")])
+def test_node_with_a_package_that_is_too_old(monkeypatch, package, version):
+    monkeypatch.setattr(sys.modules[package], "__version__", version)
+    with pytest.raises(
+        ImportError, match=f"^this node needs {package} [0-9.]+ or newer, and {re.escape(version)} is installed"
+    ):
+        load_node()
+
+
+@pytest.mark.parametrize("name", ["epskernels", "epskernels-comfyui"])
+def test_node_whose_folder_hides_the_package(tmp_path, name):
+    """In a process that finds custom_nodes first."""
+    shutil.copytree(COMFYUI, tmp_path / "custom_nodes" / name)
+    code = f"""
+import importlib.util, sys
+sys.path.insert(0, {str(tmp_path / "custom_nodes")!r})
+spec = importlib.util.spec_from_file_location("a_node", {str(tmp_path / "custom_nodes" / name / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+    root = pathlib.Path(epskernels.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    if name == "epskernels-comfyui":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (
+            "epskernels hides the package epskernels, whose name it has; rename it to epskernels-comfyui" in done.stderr
+        )
