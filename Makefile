@@ -12,7 +12,7 @@ NVCC := $(shell for nvcc in $(CUDACXX) nvcc $(CUDA_HOME:=/bin/nvcc) /usr/local/c
 EPSKERNELS_CUDA ?= $(if $(NVCC),1,auto)
 # Of the tests.
 WORKERS ?= 2
-CHECKED := $(addprefix tests/,ops/test_bad_input.py ops/test_step_bits.py ops/test_guidance.py diffusers/test_shorter_way.py \
+CHECKED := $(addprefix tests/,ops/test_bad_input.py ops/test_step_bits.py ops/test_guidance.py diffusers/test_calls.py \
 	diffusers/test_stale_schedules.py project/test_pairwise.py $(foreach test,table schedule scaling oracles k_diffusion,samplers/test_$(test).py))
 # The digits of `make sample`.
 SEEDS ?= 0-63

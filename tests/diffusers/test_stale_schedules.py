@@ -249,7 +249,7 @@ def test_a_plan_made_in_inference_mode_serves_calls_with_gradients():
         scheduler = made(fused, "DDPMScheduler", {"num_train_timesteps": 77})
         scheduler.step(torch.ones(SHAPE), scheduler.timesteps[1], torch.ones(SHAPE))
     plan = scheduler._plan(scheduler._options, torch.device("cpu"))
-    assert not plan.rows.is_inference() and not plan.index[0].is_inference()
+    assert not plan.table.is_inference() and not plan.rows[0].index.is_inference()
 
 
 # ---- timesteps cut off, as older img2img code does ----
