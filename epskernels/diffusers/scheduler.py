@@ -340,6 +340,7 @@ class Fused:
             dtype = f.dtype if like_f else computed
         if noise is not None and noise.dtype is not computed:
             computed = torch.promote_types(computed, noise.dtype)
+            m1, m2, y = as_dtype_of(m1, x), as_dtype_of(m2, x), as_dtype_of(y, x)  # the history is of the state's dtype
             x, noise = x.to(computed), noise.to(computed)
         if row.thresholds or m1 is not None or y is not None or v is not None:
             threshold = self._threshold(row, f, x) if row.thresholds else None
