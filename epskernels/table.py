@@ -1,12 +1,13 @@
 """A sampler's table: one row of coefficients per model call, float64 until it becomes the kernel's float32 rows.
 
-    mean      c_x*alpha_in + c_f*f_x0 + c_m0 + c_m1 + c_m2 + c_y*y_x0 = alpha_out
-    variance  (c_x*sigma_in + c_f*f_eps + c_y*y_eps)^2 + (c_noise*s_min)^2 = sigma_out^2 + excess,  s_min^2 = exp(logvar_min)
+    mean      c_x*alpha_in + c_f*f_x0 + (c_m0 + c_m1 + c_m2)*m_x0 + c_y*y_x0 = alpha_out
+    variance  (c_x*sigma_in + c_f*f_eps + (c_m0 + c_m1 + c_m2)*m_eps + c_y*y_eps)^2 + (c_noise*s_min)^2 = sigma_out^2 + excess
 
-hold for every row of every sampler (x_t = alpha_t*x_0 + sigma_t*eps; the model's output f = f_x0*x_0 + f_eps*eps; the second
-state y = y_x0*x_0 + y_eps*eps), whatever lambda: the constructor checks them, so a table that breaks them cannot exist. So do
-k_x*alpha_in + k_m0 + k_m1 + k_m2 + k_y*y_x0 = y_out_x0 and k_x*sigma_in + k_y*y_eps = y_out_eps, the second state's; and each row
-reads the second state that the row before it wrote. A wrong split between c_m0 and c_m1 passes.
+hold for every row of every sampler (x_t = alpha_t*x_0 + sigma_t*eps; the model's output f = f_x0*x_0 + f_eps*eps; m0, m1 and m2
+are m_x0*x_0 + m_eps*eps, as a rule x_0; the second state y = y_x0*x_0 + y_eps*eps; s_min^2 = exp(logvar_min)), whatever lambda:
+the constructor checks them, so a table that breaks them cannot exist. So do k_x*alpha_in + (k_m0 + k_m1 + k_m2)*m_x0 + k_y*y_x0
+= y_out_x0 and k_x*sigma_in + (k_m0 + k_m1 + k_m2)*m_eps + k_y*y_eps = y_out_eps, the second state's; and each row reads the
+second state that the row before it wrote. A wrong split between c_m0 and c_m1 passes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,12 +20,12 @@ from .scaling import noise_alone, scale
 from .spec import COLUMNS, SECOND_STATE
 
 # Where a row comes from: the path's two ends, lambda_t, what the model's output is made of, the variance that the sampler adds on
-# purpose beyond sigma_out^2 (fixed_large, S_noise), and what the second state is made of, before and after.
+# purpose beyond sigma_out^2 (fixed_large, S_noise), what the second state is made of, before and after, and what m0 estimates.
 PROVENANCE = (
     "alpha_in", "sigma_in", "alpha_out", "sigma_out", "lambda_t", "f_x0", "f_eps", "excess",
-    "y_x0", "y_eps", "y_out_x0", "y_out_eps",
+    "y_x0", "y_eps", "y_out_x0", "y_out_eps", "m_x0", "m_eps",
 )  # fmt: skip
-DEFAULTS = {"clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0}
+DEFAULTS = {"clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0, "m_x0": 1.0}
 _TOLERANCE = 1e-9
 
 
@@ -51,13 +52,14 @@ def _trait(function):
 class Table:
     """An immutable table of R rows.
 
-    values: for each name of COLUMNS and PROVENANCE, R numbers or one for all (absent: 0; clip inf; g, c_in, lambda_t 1;
+    values: for each name of COLUMNS and PROVENANCE, R numbers or one for all (absent: 0; clip inf; g, c_in, lambda_t, m_x0 1;
     c_in_next that of the row after, and 1 for the last).
     name: what repr shows. initial_sigma: standard deviation of the initial latent, which starts at row 0.
     discrete: the model's t is an integer timestep, not a noise level.
 
     Raises ValueError naming the column: unknown, not of length R, not finite (clip may be inf), clip <= 0, a draw that is no
-    integer in [0, 2^24) (nor guided_channels), lambda_t <= 0, or rows that break the mean or the variance above.
+    integer in [0, 2^24) (nor guided_channels), lambda_t <= 0, rows that break the mean or the variance above, or an m0 that
+    estimates one thing in some of a sampler's rows and another in others.
 
     Attributes: rows, float32 (R, 24) on the table's device; index, int64 (R,), 0 to R - 1, there too; row_index, the same as
     a tuple of R scalar tensors, ready to pass to the ops; parts, a (name, first row, rows, initial_sigma) for each table that
@@ -151,6 +153,11 @@ class Table:
         """How many earlier m0 the rows read: 0, 1 or 2."""
         second = self["c_m2"].any() or self["k_m2"].any()
         return 2 if second else 1 if self["c_m1"].any() or self["k_m1"].any() else 0
+
+    @_trait
+    def keeps_x0(self):
+        """m0 is an estimate of x_0, as a rule; in linear multistep methods it is one of eps."""
+        return bool((self["m_x0"] == 1).all() and not self["m_eps"].any())
 
     @_trait
     def second_state(self):
@@ -272,17 +279,19 @@ def concat(tables):
 
 
 def _unscaled(columns):
-    """d_x and d_f for lambda_t = 1, alpha_in, and whether x is noise alone: float64 (4, R); None where lambda_t does not lead
-    from them to the columns."""
-    alpha, sigma, f_x0, f_eps = (columns[key] for key in ("alpha_in", "sigma_in", "f_x0", "f_eps"))
+    """d_x and d_f for lambda_t = 1, alpha_in/m_x0, and whether x is noise alone: float64 (4, R); None where lambda_t does not
+    lead from them to the columns."""
+    names = ("alpha_in", "sigma_in", "f_x0", "f_eps", "m_x0", "m_eps")
+    alpha, sigma, f_x0, f_eps, m_x0, m_eps = (columns[key] for key in names)
     with np.errstate(all="ignore"):
         determinant = alpha * f_eps - sigma * f_x0
-        d_x, d_f = f_eps / determinant, -sigma / determinant
-        scaled = scale(d_x, d_f, np.where(alpha == 0, 1.0, alpha), columns["lambda_t"])
+        d_x, d_f = (m_x0 * f_eps - m_eps * f_x0) / determinant, (m_eps * alpha - m_x0 * sigma) / determinant
+        x_0_by = np.where(m_x0 == 0, np.inf, alpha / m_x0)  # lambda moves m0's share of x_0 alone towards x/alpha
+        scaled = scale(d_x, d_f, np.where(alpha == 0, 1.0, x_0_by), columns["lambda_t"])
         for key, column in zip(("d_x", "d_f"), scaled, strict=True):
             if not (np.abs(column - columns[key]) <= _TOLERANCE * (1 + np.abs(column))).all():
                 return None
-    return torch.from_numpy(np.stack([d_x, d_f, alpha, noise_alone(alpha, sigma, f_x0)]))
+    return torch.from_numpy(np.stack([d_x, d_f, x_0_by, noise_alone(alpha, sigma, f_x0)]))
 
 
 def _check(columns, parts):
@@ -307,22 +316,30 @@ def _check(columns, parts):
 
     c = columns
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows does not agree
-        _agree_sum("mean", [c["c_x"] * c["alpha_in"], c["c_f"] * c["f_x0"], c["c_m0"], c["c_m1"], c["c_m2"],
+        _agree_sum("mean", [c["c_x"] * c["alpha_in"], c["c_f"] * c["f_x0"], *_kept(c, "c", "m_x0"),
                             c["c_y"] * c["y_x0"]], c["alpha_out"], names)  # fmt: skip
-        _agree_sum("mean of y", [c["k_x"] * c["alpha_in"], c["k_m0"], c["k_m1"], c["k_m2"], c["k_y"] * c["y_x0"]],
-                   c["y_out_x0"], names)  # fmt: skip
-        _agree_sum("noise of y", [c["k_x"] * c["sigma_in"], c["k_y"] * c["y_eps"]], c["y_out_eps"], names)
-        drift = c["c_x"] * c["sigma_in"] + c["c_f"] * c["f_eps"] + c["c_y"] * c["y_eps"]
+        for what, of_x, of_m in (("mean of y", "alpha_in", "x0"), ("noise of y", "sigma_in", "eps")):
+            terms = [c["k_x"] * c[of_x], *_kept(c, "k", f"m_{of_m}"), c["k_y"] * c[f"y_{of_m}"]]
+            _agree_sum(what, terms, c[f"y_out_{of_m}"], names)
+        drift = c["c_x"] * c["sigma_in"] + c["c_f"] * c["f_eps"] + c["c_y"] * c["y_eps"] + sum(_kept(c, "c", "m_eps"))
         variance = drift**2 + c["c_noise"] ** 2 * np.exp(c["logvar_min"])
     _agree("variance", variance, c["sigma_out"] ** 2 + c["excess"], 1 + c["sigma_in"] ** 2, names)
 
     first = np.isin(np.arange(len(c["t"])), [start for _, start, _, _ in parts])
+    for key in ("m_x0", "m_eps"):
+        before = np.append(c[key][0], c[key][:-1])
+        refuse(key, ~first & (c[key] != before), "the same in all rows of a sampler: what m0 is, m1 and m2 are later")
     for key in ("c_y", "k_y"):
         refuse(key, first & (c[key] != 0), "0 in a sampler's first row: no row before it has written y")
     reads = (c["c_y"] != 0) | (c["k_y"] != 0)
     for key in ("x0", "eps"):
         before = np.append(0.0, c[f"y_out_{key}"][:-1])
         _agree("second state", np.where(reads, c[f"y_{key}"], 0), np.where(reads, before, 0), 1 + np.abs(before), names)
+
+
+def _kept(columns, letter, of):
+    """What m0, m1 and m2 bring of x_0 or eps."""
+    return [columns[f"{letter}_{m}"] * columns[of] for m in ("m0", "m1", "m2")]
 
 
 def _agree_sum(what, terms, expected, names):
