@@ -37,4 +37,4 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_AT_FIRST_USE})
+    return sorted({*globals(), *_AT_FIRST_USE} - {"TYPE_CHECKING", "ModuleType", "importlib"})

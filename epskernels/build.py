@@ -13,6 +13,11 @@ import torch
 
 from .typing import Backend
 
+__all__ = [
+    "BACKENDS", "cmake_dir", "cuda_targets", "environment_faults", "extension", "interprets_triton", "library", "load_kernels",
+    "why_missing",
+]  # fmt: skip
+
 BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "cuda", "triton", "reference")
 _FOLDER = pathlib.Path(__file__).parent
 _NOTES = {"cpu": _FOLDER / "not_built.txt", "cuda": _FOLDER / "not_built_cuda.txt"}

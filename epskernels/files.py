@@ -19,6 +19,8 @@ from typing import IO, Any
 
 from .typing import Path
 
+__all__ = ["check_writable", "read_object", "reading", "remove_leftovers", "write_new", "write_whole"]
+
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 

@@ -18,6 +18,8 @@ from .table import Table, check_one_sampler
 from .trajectory import Trajectory, f_and_u, outputs
 from .typing import Device, Model, Seeds, Shape
 
+__all__ = ["GraphedSampler"]
+
 
 class GraphedSampler:
     """A sampler whose whole loop is captured once, for one table, batch and shape, and replayed for any seeds.

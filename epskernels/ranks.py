@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-Value = TypeVar("Value")
+__all__ = ["Ranks"]
+
+_Value = TypeVar("_Value")
 _PIECE = 2**22  # the store takes values of 8 MiB at most
 
 
@@ -69,7 +71,7 @@ class Ranks:
             self._hear("done")
             self._say(f"left by {self.rank}", None)
 
-    def from_first(self, make: Callable[[], Value]) -> Value:
+    def from_first(self, make: Callable[[], _Value]) -> _Value:
         """make() of rank 0, on every rank; also its exception."""
         self._talks += 1
         topic = f"first {self._talks}"
@@ -88,7 +90,7 @@ class Ranks:
             raise error
         return value
 
-    def gather(self, value: Value) -> list[Value] | None:
+    def gather(self, value: _Value) -> list[_Value] | None:
         """The values of all ranks, in order, on rank 0, which waits for the last of them; None on the others."""
         self._talks += 1
         if self.rank > 0:

@@ -9,6 +9,8 @@ from .ops import step
 from .table import Table, describe
 from .typing import Index, Model
 
+__all__ = ["Trajectory", "f_and_u", "outputs"]
+
 
 class Trajectory:
     """x: the state, (B, *shape). m: m0 of the calls before, the newest first, as many as the table reads. y: the second state.

@@ -136,6 +136,7 @@ def triton_step_out_op(
     v: Tensor | None, grad: Tensor | None, noise: Tensor | None, seeds: Tensor | None, y: Tensor | None, rescale: Tensor | None,
     threshold: Tensor | None, out: Tensor, m0: Tensor | None, y_out: Tensor | None, model_input: Tensor | None,
 ) -> None:  # fmt: skip
+    """As step_out, with `out` given."""
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
     check_step(*inputs)
     check_outputs_like(x, f, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input})
@@ -148,6 +149,7 @@ def triton_step_out_op(
 
 @triton_op("epskernels::triton_normal", mutates_args=())
 def triton_normal_op(seeds: Tensor, shape: list[int], dtype: torch.dtype, draw: int, stream: int) -> Tensor:
+    """As normal."""
     check_normal(seeds, shape, dtype, draw, stream)
 
     def launch(grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
