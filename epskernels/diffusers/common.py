@@ -76,7 +76,10 @@ def x0_of(prediction, alpha, sigma):
 
 
 def eps_of(prediction, alpha, sigma):
-    """(e_x, e_f) of eps on a variance-preserving path."""
+    """(e_x, e_f) of eps on a variance-preserving path; a flow's from its x_0, on any path."""
+    if prediction == "flow_prediction":
+        d_x, d_f = x0_of(prediction, alpha, sigma)
+        return (1 - alpha * d_x) / sigma, -alpha * d_f / sigma
     return positive_zeros(solvers.eps_of(*output_of(prediction, alpha, sigma), alpha, sigma))
 
 

@@ -11,7 +11,7 @@ from .scheduler import Fused
 from .sigmas import OnSigmas, Preconditioned
 
 
-class _Multistep(Fused):
+class Multistep(Fused):
     """The rows of a step at position i with L calls before it, at most solver_order: row L*N + i."""
 
     _needs_steps = True
@@ -66,7 +66,7 @@ class _Multistep(Fused):
         self.model_outputs, self.lower_order_nums = [None] * self.config.solver_order, 0
 
 
-class _DPMSolver(_Multistep):
+class _DPMSolver(Multistep):
     def _formula(self, options):
         config, n = self.config, self._length()
         alpha, sigma, h = self._levels()
@@ -166,7 +166,7 @@ class EDMDPMSolverMultistepScheduler(Preconditioned, _DPMSolver, diffusers.EDMDP
         return self._dpm(model_output, timestep, sample, generator, None, return_dict, seeds)
 
 
-class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
+class UniPCMultistepScheduler(Multistep, diffusers.UniPCMultistepScheduler):
     """x is what the predictor made; y carries the part of the corrected state that was known before the model's call."""
 
     _mixes = False

@@ -9,6 +9,7 @@ from diffusers.configuration_utils import FrozenDict
 from .. import scaling
 from .consistency import LCMScheduler, TCDScheduler
 from .flow import FlowMatchEulerDiscreteScheduler
+from .linear_multistep import DEISMultistepScheduler, IPNDMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from .multistep import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
 from .plan import set_by_attribute
 from .scheduler import Fused
@@ -24,6 +25,7 @@ FUSED = {
         DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler,
         HeunDiscreteScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler, LCMScheduler,
         TCDScheduler, UniPCMultistepScheduler,
+        PNDMScheduler, LMSDiscreteScheduler, IPNDMScheduler, DEISMultistepScheduler,
     )
 }  # fmt: skip
 

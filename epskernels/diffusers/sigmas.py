@@ -53,7 +53,7 @@ class OnSigmas(Fused):
         return self._output_class(prev_sample=x, pred_original_sample=m0) if return_dict else (x, m0)
 
 
-def _warn_of_unscaled_input(scheduler):
+def warn_of_unscaled_input(scheduler):
     say(scheduler, "expects scale_model_input to be called on what the model is given, before step, and it was not")
 
 
@@ -83,7 +83,7 @@ class _Euler(OnSigmas):
         if type(timestep) is not Tensor or timestep.dtype is not FLOAT32:
             refuse_integers(self, timestep)
         if not self.is_scale_input_called:
-            _warn_of_unscaled_input(self)
+            warn_of_unscaled_input(self)
         s_churn, s_tmin, s_tmax = churn.values()
         row = self._enter(f, timestep, x, (float(s_churn), float(s_tmin), float(s_tmax)))
         if more.get("pred_original_sample") is not None:
@@ -182,7 +182,7 @@ class EulerAncestralDiscreteScheduler(OnSigmas, diffusers.EulerAncestralDiscrete
         if type(timestep) is not Tensor or timestep.dtype is not FLOAT32:
             refuse_integers(self, timestep)
         if not self.is_scale_input_called:
-            _warn_of_unscaled_input(self)
+            warn_of_unscaled_input(self)
         f = model_output
         row = self._enter(f, timestep, sample)
         if row.why is not None:
