@@ -264,6 +264,11 @@ class Batch:
         return x, self.rows.buffer[index, T]
 
     def step(self, f, v, u):
+        """One launch, in place, on the active slots.
+
+        Not by epskernels.trajectory.Trajectory, which moves the history of one table: here requests that join and leave change
+        how much of it is read and how many slots take part, so that every tick would have to cut its tensors and put them back.
+        """
         count = len(self.jobs)
         x, index = self.x[:count], self.index[:count]
         u, v = None if u is None else _halves(u, self.shape)[0], v if self.learned_variance else None

@@ -107,6 +107,9 @@ def step(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, return_m0
 @overload
 def step(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, return_m0: Literal[True],
          return_y: Literal[False] = ..., **inputs: Unpack[StepInputs]) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def step(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, return_m0: bool = ...,
+         return_y: bool = ..., **inputs: Unpack[StepInputs]) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def step(
     x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, u: Tensor | None = None, m1: Tensor | None = None,
     m2: Tensor | None = None, v: Tensor | None = None, grad: Tensor | None = None, noise: Tensor | None = None,
