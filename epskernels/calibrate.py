@@ -29,12 +29,11 @@ from .files import check_writable, read_object, reading, write_whole
 from .ops import as_seeds, normal
 from .table import Table
 from .trajectory import Trajectory
-from .typing import Array, Model, Path, Seeds, Shape
+from .typing import Array, FilePath, ModelCall, Outputs, SeedsLike, Shape
 
 __all__ = ["FITS", "Fit", "Found", "Learned", "Matched", "fit", "learn", "match_norms", "search", "steps_of"]
 
 Sampler = Callable[[scaling.EpsilonScaling], Table]
-Output = tuple[Tensor, Tensor | None, Tensor | None]  # f, u and v
 FITS = {"constant": 0, "linear": 1, "quadratic": 2}
 
 
@@ -125,7 +124,7 @@ class Matched:
         kept = np.arange(len(self.lambda_t)) < len(self.lambda_t) - skip
         return scaling.array(np.where(kept, self.lambda_t, 1), origin="noisiest")
 
-    def plot(self, path: Path, kind: str | None = None, skip: int | None = None) -> None:
+    def plot(self, path: FilePath, kind: str | None = None, skip: int | None = None) -> None:
         """lambda_t with two standard errors, and the fit."""
         skip = self.skip if skip is None else skip
         figure, (axis,) = figures(1)
@@ -171,14 +170,14 @@ def _noise_alone(table: Table) -> NDArray[np.bool_]:
     return scaling.noise_alone(table["alpha_in"], table["sigma_in"], table["f_x0"])
 
 
-def _norms(table: Table, i: int, calls: Iterable[tuple[Tensor, Output]]) -> Array:
+def _norms(table: Table, i: int, calls: Iterable[tuple[Tensor, Outputs]]) -> Array:
     """||eps_theta|| of all samples at row i. calls: of each batch x, and f, u and v of the model's output for it."""
     return torch.cat([epsilon_norm(table, i, x, output) for x, output in calls]).cpu().numpy()
 
 
 @torch.no_grad()
 def match_norms(
-    model: Model,
+    model: ModelCall,
     sampler: Sampler,
     images: Images,
     *,
@@ -255,7 +254,7 @@ def search(
     *,
     steps: int | None = None,
     trials: int = 8,
-    cache: Path | None = None,
+    cache: FilePath | None = None,
     key: object = "",
     progress: bool = False,
 ) -> Found:
@@ -340,7 +339,7 @@ def _checked_bounds(bounds: ArrayLike) -> Array:
 class _Trials:
     """The scores in a JSON file, by (k, b)."""
 
-    def __init__(self, path: Path | None, settings: dict[str, Any]):
+    def __init__(self, path: FilePath | None, settings: dict[str, Any]):
         self.path, self.saved = None if path is None else pathlib.Path(path), settings | {"trials": []}
         if self.path is not None:
             check_writable(self.path)
@@ -383,10 +382,10 @@ class Learned:
 
 
 def learn(
-    model: Model,
+    model: ModelCall,
     sampler: Sampler,
     loss: Callable[[Tensor], Tensor],
-    seeds: Seeds,
+    seeds: SeedsLike,
     shape: Shape,
     *,
     form: str = "array",

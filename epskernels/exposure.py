@@ -28,7 +28,7 @@ from .files import check_writable, read_object, reading, write_whole
 from .ops import moments, normal
 from .table import Table, check_one_sampler, denoising_rows
 from .trajectory import Trajectory
-from .typing import Array, Device, Model, Path
+from .typing import Array, Device, FilePath, ModelCall, Outputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,7 +161,7 @@ class Exposure:
         """delta_t after one step from a state that is exact."""
         return (self.std_single - self.sigma_out) ** 2
 
-    def save(self, path: Path) -> None:
+    def save(self, path: FilePath) -> None:
         """To JSON: numbers that read back as they were, null for NaN, "inf" and "-inf" for infinities."""
 
         def as_json(x: float) -> float | str | None:
@@ -173,7 +173,7 @@ class Exposure:
         write_whole(pathlib.Path(path), lambda file: file.write(text.encode()))
 
     @classmethod
-    def load(cls, path: Path) -> "Exposure":
+    def load(cls, path: FilePath) -> "Exposure":
         """Raises ValueError that names the file, where it is of another format, or damaged."""
         expected = f"expected an Exposure of format {FORMAT}"
         saved = read_object(path, expected)
@@ -186,7 +186,7 @@ class Exposure:
                 raise ValueError("its rows are not all of one length")
             return cls(str(saved["sampler"]), int(saved["images"]), int(saved["seed"]), rows)
 
-    def plot(self, path: Path) -> None:
+    def plot(self, path: FilePath) -> None:
         """DeltaN(t), delta_t, and the variance after one step beside the closed form. By the file's suffix: .png, .svg, .pdf."""
         figure, axes = figures(3)
         i = np.arange(len(self.t))
@@ -214,7 +214,7 @@ class Exposure:
         save_figure(figure, path)
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: FilePath) -> None:
     """By the path's suffix, or as .png, whole or not at all."""
     path = pathlib.Path(path)
     path = path if path.suffix else path.with_name(f"{path.name}.png")
@@ -237,14 +237,14 @@ def figures(columns: int) -> "tuple[Figure, list[Axes]]":
 
 @torch.no_grad()
 def measure(
-    model: Model,
+    model: ModelCall,
     table: Table,
     images: Images,
     *,
     seed: int = 0,
     batch: int = 64,
     parts: Collection[str] = PARTS,
-    state: Path | None = None,
+    state: FilePath | None = None,
     save_every: float = 30.0,
     key: object = "",
     progress: bool = False,
@@ -331,7 +331,7 @@ def _tensor(image: Any) -> Tensor:
 class _Checkpoint:
     """The file of `measure`'s state, where there is one: what it held, which images it has seen, and when to write it again."""
 
-    def __init__(self, path: Path | None, settings: dict[str, Any], save_every: float):
+    def __init__(self, path: FilePath | None, settings: dict[str, Any], save_every: float):
         self.path, self.settings, self.save_every = path, settings, save_every
         self.saved: dict[str, np.ndarray] | None = None
         self.last_save = time.monotonic()
@@ -370,7 +370,7 @@ class _Checkpoint:
             self.last_save = time.monotonic()
 
 
-def _load_state(path: Path, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _load_state(path: FilePath, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
     with reading(path, "state: damaged, or of something else: expected what measure has saved"):
         with np.load(path) as file:
             saved = dict(file)
@@ -390,7 +390,7 @@ def noised(table: Table, i: int, x_0: Tensor, seeds: Tensor) -> Tensor:
     return table["alpha_in"][i] * x_0.to(table.device) + table["sigma_in"][i] * eps
 
 
-def epsilon_norm(table: Table, i: int, x: Tensor, output: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
+def epsilon_norm(table: Table, i: int, x: Tensor, output: Outputs) -> Tensor:
     """||eps_theta|| of each sample at row i, before lambda_t, after guidance: float64 (B,)."""
     f, u, _ = output
     alpha, sigma, f_x0, f_eps = (table[name][i] for name in ("alpha_in", "sigma_in", "f_x0", "f_eps"))
@@ -405,7 +405,7 @@ def epsilon_norm(table: Table, i: int, x: Tensor, output: tuple[Tensor, Tensor |
 class _Run:
     """The statistics of all rows and parts, and how a batch is added to them."""
 
-    def __init__(self, model: Model, table: Table, shape: tuple[int, ...], parts: Collection[str], seed: int):
+    def __init__(self, model: ModelCall, table: Table, shape: tuple[int, ...], parts: Collection[str], seed: int):
         self.model, self.table, self.shape, self.parts, self.seed = model, table, shape, parts, seed
         self.images, rows = 0, len(table)
         self.pixels = {name: Moments(rows, shape, table.device) for name in _PIXELS}

@@ -17,7 +17,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from .typing import Path
+from .typing import FilePath
 
 __all__ = ["check_writable", "read_object", "reading", "remove_leftovers", "write_new", "write_whole"]
 
@@ -25,7 +25,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
-def reading(path: Path, expected: str) -> Iterator[None]:
+def reading(path: FilePath, expected: str) -> Iterator[None]:
     """Around the parsing of a file: whatever that raises is a ValueError "`expected` in `path`: why".
 
     numpy, zipfile and Pillow raise nearly anything for a damaged file, such as SyntaxError, AttributeError, MemoryError, or an
@@ -43,7 +43,7 @@ def reading(path: Path, expected: str) -> Iterator[None]:
         raise ValueError(f"{expected} in {path}: {said or type(error).__name__}") from error
 
 
-def read_object(path: Path, expected: str) -> dict[str, Any]:
+def read_object(path: FilePath, expected: str) -> dict[str, Any]:
     """The JSON object that a file holds. Raises ValueError that says what was expected of it, OSError."""
     with reading(path, expected):
         found = json.loads(pathlib.Path(path).read_bytes())
@@ -52,7 +52,7 @@ def read_object(path: Path, expected: str) -> dict[str, Any]:
         return found
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, clean: bool = True) -> None:
+def write_whole(path: FilePath, write: Callable[[IO[bytes]], object], *, clean: bool = True) -> None:
     """write(file), whole or not at all, whatever interrupts, the power included. A link is written through.
 
     clean: also remove what killed processes left of this file, for which its folder is listed.
@@ -65,7 +65,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], *, clean: bool
             remove_leftovers(path.parent, lambda name: name == path.name)
 
 
-def write_new(path: Path, write: Callable[[IO[bytes]], object]) -> bool:
+def write_new(path: FilePath, write: Callable[[IO[bytes]], object]) -> bool:
     """As `write_whole`; but where the path is there already nothing is written. Returns whether this call has made it.
 
     Of any number of processes that try at once, one makes it.
@@ -108,14 +108,14 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
-def _named(error: OSError, path: Path) -> OSError:
+def _named(error: OSError, path: FilePath) -> OSError:
     """The error, of the path: what write and read raise names none, and a temporary file's name tells nobody anything."""
     if error.errno is None:
         return OSError(f"{path}: {error}")
     return OSError(error.errno, error.strerror, str(path))
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: FilePath) -> None:
     """Raises OSError where `write_whole` would: it begins to. Makes the folder, and removes what killed processes left of it."""
     path = pathlib.Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def check_writable(path: Path) -> None:
         remove_leftovers(path.parent, lambda name: name == path.name)
 
 
-def remove_leftovers(directory: Path, is_ours: Callable[[str], object]) -> None:
+def remove_leftovers(directory: FilePath, is_ours: Callable[[str], object]) -> None:
     """Removes temporary files that processes of this host began for the files whose name `is_ours`, and were killed over."""
     ours = re.compile(rf"(.+)\.{re.escape(socket.gethostname())}\.([0-9]{{1,9}})\.tmp")
     for path in pathlib.Path(directory).iterdir():

@@ -16,7 +16,7 @@ from .ops import DTYPES, as_seeds, normal
 from .sample import check_callables
 from .table import Table, check_one_sampler
 from .trajectory import Trajectory, f_and_u, outputs
-from .typing import Device, Model, Seeds, Shape
+from .typing import Device, ModelCall, SeedsLike, Shape
 
 __all__ = ["GraphedSampler"]
 
@@ -40,7 +40,7 @@ class GraphedSampler:
 
     def __init__(
         self,
-        model: Model,
+        model: ModelCall,
         table: Table,
         batch: int,
         shape: Shape,
@@ -87,7 +87,7 @@ class GraphedSampler:
         return self._graph is not None
 
     @torch.no_grad()
-    def __call__(self, seeds: Seeds) -> Tensor:
+    def __call__(self, seeds: SeedsLike) -> Tensor:
         """Samples (B, *shape), one for each seed: int64 (B,), or a list or range of integers. ValueError for another number."""
         seeds = as_seeds(seeds, self.table.device)
         if len(seeds) != len(self._x):

@@ -6,14 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .files import reading
-from .typing import Path, Shape
+from .typing import FilePath, Shape
 
 __all__ = ["SUFFIXES", "load"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-def load(source: Path, shape: Shape, count: int | None = None) -> NDArray[np.float32]:
+def load(source: FilePath, shape: Shape, count: int | None = None) -> NDArray[np.float32]:
     """The first `count` images (all where None), float32 (N, *shape) in [-1, 1]; of mnist, which is sorted, evenly spaced ones.
 
     source: "mnist"; a .npy, or a .npz of one array or with `images`; a directory of image files of the shape (C, H, W), in the

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from . import schedule
 from .files import read_object
-from .typing import Device, Path
-from .typing import Model as ModelCall
+from .typing import Device, FilePath, ModelCall
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -73,7 +72,7 @@ class Model:
         return x.to(self.network.dtype)
 
 
-def load(directory: Path = DIGITS, device: Device = "cpu") -> Model:
+def load(directory: FilePath = DIGITS, device: Device = "cpu") -> Model:
     """The UNet2DModel and the schedule of betas of a diffusers pipeline directory (unet/, scheduler/).
 
     Of the scheduler's configuration all is heeded that says what the network has learned, and where the samplers ddpm, ddim,

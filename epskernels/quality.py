@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .typing import Array, Device, Path
+from .typing import Array, Device, FilePath
 
 __all__ = [
     "WEIGHTS", "DigitFeatures", "Estimate", "compare", "digit_features", "frechet", "inception_fid", "precision_recall",
@@ -51,13 +51,13 @@ class DigitFeatures(torch.nn.Module):
         features = self.body(x)
         return features, self.digit(features), self.noise(features)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: FilePath) -> None:
         """As float16, to halve the file."""
         arrays: dict[str, Any] = {name: value.numpy().astype(np.float16) for name, value in self.state_dict().items()}
         np.savez(path, **arrays)
 
     @classmethod
-    def load(cls, path: Path = WEIGHTS) -> "DigitFeatures":
+    def load(cls, path: FilePath = WEIGHTS) -> "DigitFeatures":
         """The network that `save` wrote; default: the one that ships with the package."""
         network = cls().eval().requires_grad_(False)
         with np.load(path) as file:
@@ -210,7 +210,7 @@ def compare(
 
 
 def inception_fid(
-    real: np.ndarray | Tensor, samples: np.ndarray | Tensor, weights: Path | None = None, device: Device = "cpu"
+    real: np.ndarray | Tensor, samples: np.ndarray | Tensor, weights: FilePath | None = None, device: Device = "cpu"
 ) -> float:
     """The standard FID between images (N, C, H, W) in [-1, 1], C 1 or 3, by torch-fidelity.
 

@@ -12,16 +12,16 @@ from tqdm.auto import tqdm
 from .ops import DTYPES, as_seeds, normal
 from .table import Table, check_one_sampler, describe
 from .trajectory import Trajectory, outputs
-from .typing import Device, Model, Seeds, Shape
+from .typing import Device, ModelCall, SeedsLike, Shape
 
 __all__ = ["check_callables", "pfgmpp_prior", "sample"]
 
 
 @torch.no_grad()
 def sample(
-    model: Model,
+    model: ModelCall,
     table: Table,
-    seeds: Seeds,
+    seeds: SeedsLike,
     shape: Shape,
     *,
     dtype: torch.dtype = torch.float32,
@@ -90,7 +90,7 @@ def _gradient(value: object) -> Tensor:
     return value
 
 
-def pfgmpp_prior(seeds: Seeds, shape: Shape, sigma_max: float, D: int, *, device: Device | None = None) -> Tensor:
+def pfgmpp_prior(seeds: SeedsLike, shape: Shape, sigma_max: float, D: int, *, device: Device | None = None) -> Tensor:
     """PFGM++'s prior (arXiv 2302.04265, eq. 5): samples (B, *shape), float32, to pass as sample(..., start=).
 
     Its radius is sigma_max*sqrt(D)*sqrt(b/(1 - b)), b ~ Beta(N/2, D/2), N the elements of a sample, its direction uniform. That

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .files import read_object, reading, write_whole
-from .typing import Array, Floats, Path
+from .typing import Array, FilePath, Floats
 
 __all__ = [
     "EpsilonScaling", "ScalingLike", "array", "as_json", "as_scaling", "constant", "exponential", "lambdas", "linear", "load",
@@ -82,7 +82,7 @@ class EpsilonScaling:
         about = {"source": self.source, "steps": self.steps}
         return self.spec | {key: value for key, value in about.items() if value}
 
-    def save(self, path: Path, **notes: Any) -> None:
+    def save(self, path: FilePath, **notes: Any) -> None:
         """To JSON, for `load`. notes: kept beside it, such as the sampler and the steps that it was fitted for.
 
         Raises ValueError for a formula that is not one of this module's.
@@ -189,7 +189,7 @@ def _from_dict(saved: Mapping[str, Any]) -> EpsilonScaling:
     return dataclasses.replace(made, source=str(saved.get("source", "")), steps=steps)
 
 
-def load(path: Path) -> tuple[EpsilonScaling, dict[str, Any]]:
+def load(path: FilePath) -> tuple[EpsilonScaling, dict[str, Any]]:
     """The EpsilonScaling of a JSON file, and the notes beside it. Raises ValueError, naming the file, for anything else."""
     path, expected = pathlib.Path(path), f"expected a scaling saved by EpsilonScaling.save, format {FORMAT},"
     saved = read_object(path, expected)
@@ -241,7 +241,7 @@ def as_scaling(value: ScalingLike, name: str = "scaling") -> EpsilonScaling:
     )
 
 
-def as_json(value: ScalingLike, name: str = "scaling") -> Any:
+def as_json(value: ScalingLike, name: str = "scaling") -> float | list[float] | str | dict[str, Any]:
     """What JSON can hold of a value that as_scaling takes, and reads back: a number, list, string or dict.
 
     A file is stored by what it holds, not by its path. Raises as as_scaling, and ValueError for a formula of one's own.

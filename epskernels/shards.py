@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .files import check_writable, read_object, reading, remove_leftovers, write_new, write_whole
-from .typing import Path
+from .typing import FilePath
 
 __all__ = ["FORMATS", "Shards", "begin"]
 
@@ -37,7 +37,7 @@ class Shards:
     Raises FileNotFoundError where nothing was begun, ValueError for another format, or where it is damaged.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: FilePath):
         self.directory = pathlib.Path(directory)
         self.settings = _settings(self.directory)
         with reading(self.directory / "run.json", SETTINGS):
@@ -121,7 +121,7 @@ class Shards:
         remove_leftovers(self.directory, is_ours)
 
 
-def begin(directory: Path, settings: Mapping[str, Any], seeds: ArrayLike) -> Shards:
+def begin(directory: FilePath, settings: Mapping[str, Any], seeds: ArrayLike) -> Shards:
     """The directory's Shards: new, or begun before with the same settings, a dict of what JSON can say, and seeds.
 
     Of processes that begin at once with other settings, one does. Raises ValueError, saying what has changed, for other

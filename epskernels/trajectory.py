@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .ops import step
 from .table import Table, describe
-from .typing import Index, Model
+from .typing import Index, ModelCall, Outputs
 
 __all__ = ["Trajectory", "f_and_u", "outputs"]
 
@@ -35,7 +35,7 @@ class Trajectory:
         self.m = [torch.zeros_like(x) for _ in range(table.history)] if in_place else []
         self.y = torch.zeros_like(x) if in_place and self.second_state else None
 
-    def call(self, model: Model, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def call(self, model: ModelCall, i: int) -> Outputs:
         """f, u and v of row i's model call; u and v are None where there are none. Raises as `outputs`."""
         kind = torch.int64 if self.table.discrete else torch.float32
         t = torch.full((len(self.x),), self.table["t"][i], dtype=kind, device=self.x.device)
@@ -91,7 +91,7 @@ def f_and_u(output: Any) -> tuple[Tensor, Tensor | None]:
     )
 
 
-def outputs(output: Any, x: Tensor, table: Table) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def outputs(output: Any, x: Tensor, table: Table) -> Outputs:
     """f, u and v of what the model returned for the state x; u and v are None where there are none.
 
     Raises TypeError for an output that is no such thing, ValueError for one without the variance that the table needs.

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..spec import COLUMNS, INPUTS, OUTPUTS, REQUIRED, STREAM_INITIAL
 from ..table import Table, describe
-from ..typing import Backend, Device, Index, Seeds, Shape
+from ..typing import Backend, Device, Index, SeedsLike, Shape
 from . import backends
 from .backends import DISPATCHED, chosen, chosen_name, log_call
 from .checks import dtype_name, fail, shape_of
@@ -107,6 +107,9 @@ def step(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, return_m0
 @overload
 def step(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, return_m0: Literal[True],
          return_y: Literal[False] = ..., **inputs: Unpack[StepInputs]) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def step(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, return_m0: bool = ...,
+         return_y: bool = ..., **inputs: Unpack[StepInputs]) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def step(
     x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, u: Tensor | None = None, m1: Tensor | None = None,
     m2: Tensor | None = None, v: Tensor | None = None, grad: Tensor | None = None, noise: Tensor | None = None,
@@ -247,7 +250,7 @@ def moments(
         raise
 
 
-def as_seeds(seeds: Seeds, device: Device = "cpu") -> Tensor:
+def as_seeds(seeds: SeedsLike, device: Device = "cpu") -> Tensor:
     """Seeds as an int64 tensor (B,) on `device`: from an int64 tensor, or a list or range of integers in [0, 2^64).
 
     The 64 bits are the generator's key: 2^64 - 1 and -1 are the same seed. Raises ValueError for anything else.
@@ -268,7 +271,7 @@ def as_seeds(seeds: Seeds, device: Device = "cpu") -> Tensor:
 
 
 def normal(
-    seeds: Seeds,
+    seeds: SeedsLike,
     shape: Shape,
     *,
     dtype: torch.dtype = torch.float32,

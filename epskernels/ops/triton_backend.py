@@ -99,12 +99,12 @@ def _run_moments(
     batch, sums = f.shape[0], 2 if u is None else 4
     numel = f.numel() // batch
     tiles = triton.cdiv(numel, MOMENTS_TILE)
-    rows_, index_ = _resolved(rows, index)
+    resolved_rows, resolved_index = _resolved(rows, index)
     values = torch.empty(batch * sums, tiles, dtype=torch.float64, device=f.device)
     launch_tiles(
         (batch * tiles,), values, *_batch(f, numel), *_batch(u, numel),
-        *((None, 0, 0) if u is None else (rows_, rows_.stride(0), rows_.shape[0])),
-        *((None, 0) if u is None else (index_, index_.stride(0) if index_.dim() else 0)),
+        *((None, 0, 0) if u is None else (resolved_rows, resolved_rows.stride(0), resolved_rows.shape[0])),
+        *((None, 0) if u is None else (resolved_index, resolved_index.stride(0) if resolved_index.dim() else 0)),
         numel, numel // f.shape[1] if f.dim() > 1 else 1, tiles, TILE=MOMENTS_TILE, num_warps=1,
     )  # fmt: skip
     while (count := values.shape[1]) > 1:

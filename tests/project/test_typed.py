@@ -22,14 +22,38 @@ WITHOUT_ANNOTATIONS = {"ops/triton_kernels.py"}
 NOT_YET = ("diffusers/", "samplers/", "solvers.py", "k_diffusion.py")
 
 
+# What a user's checker knows.
+KNOWN = """
+from typing import assert_type
+
+import torch
+
+import epskernels
+from epskernels import samplers, schedule
+
+table = samplers.ddim(schedule.linear(), 3)
+x = torch.zeros(1, 2)
+assert_type(epskernels.step(x, x, table, 0), torch.Tensor)
+assert_type(epskernels.step(x, x, table, 0, return_m0=True), tuple[torch.Tensor, torch.Tensor])
+assert_type(epskernels.step(x, x, table, 0, return_y=True, y=x), tuple[torch.Tensor, torch.Tensor, torch.Tensor])
+assert_type(epskernels.sample(lambda x, t: (x, x), table, range(2), (2,)), torch.Tensor)
+assert_type(epskernels.Table({"t": 0.0}).history, int)
+assert_type(epskernels.calibrate.fit([1.0], "constant").scaling, epskernels.EpsilonScaling)
+epskernels.step(x, x, table, 0, bakend="cpu")  # type: ignore[call-overload]
+epskernels.step(x, x, table, 0, backend="gpu")  # type: ignore[call-overload]
+epskernels.use_backend("gpu")  # type: ignore[arg-type]
+"""
+
+
 def test_mypy_finds_nothing_in_the_package_and_in_the_examples_of_the_pages(tmp_path):
-    files = []
+    files = [tmp_path / "known.py"]
+    files[0].write_text(KNOWN)
     for page in PAGES:
         code = as_module(page)
         if code.strip():
             files.append(tmp_path / f"page_{page.stem}.py")  # a page's functions may do without annotations
             files[-1].write_text(code.rstrip() + "\n\n# mypy: allow-untyped-defs\n")
-    assert len(files) >= 7
+    assert len(files) >= 8
     command = [sys.executable, "-m", "mypy", "epskernels", *map(str, files)]
     environment = {**os.environ, "MYPYPATH": str(ROOT / "examples")}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
