@@ -175,7 +175,8 @@ def adams(r: Array, u: Array, order: NDArray[np.integer], u_of: Callable[[Array]
         i = np.flatnonzero(order == most)
         if u_of is None:
             at, counts = quadrature(u[i], u[i + 1])
-            counts = counts * ((r[i + 1] - r[i]) / (u[i + 1] - u[i]))[:, None]
+            du = np.where(u[i + 1] == u[i], 1.0, u[i + 1] - u[i])  # over a step of length 0 all is 0
+            counts = counts * ((r[i + 1] - r[i]) / du)[:, None]
         else:  # over log(r), in which the times of schedules are smooth
             at, counts = quadrature(np.log(r[i]), np.log(r[i + 1]))
             at, counts = u_of(np.exp(at)), counts * np.exp(at)
