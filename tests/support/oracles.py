@@ -760,6 +760,13 @@ def lms(eps, x, alpha, sigma, *, order=4, keep=exact):
     return states
 
 
+def sigma_lms(denoise, x, sigmas, lam, noise, *, order=4, keep=exact):
+    def eps(x, j):
+        return to_d(x, sigmas[j], _scaled(denoise, x, sigmas[j], lam[j]))
+
+    return lms(eps, x, np.ones(len(sigmas)), np.asarray(sigmas), order=order, keep=keep)
+
+
 def ipndm_v(eps, x, alpha, sigma, *, order=4, keep=exact):
     """IPNDM for steps of any length, written out as its code does."""
     r, old, states = sigma / alpha, [], []
