@@ -690,6 +690,10 @@ cases = pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, c
 scalings = pytest.mark.parametrize("scaling_name", SCALINGS)
 
 
+def test_every_sampler_has_a_case():
+    assert {case.table(1.0).name.split("[")[0] for case in CASES.values()} == set(samplers.SAMPLERS)
+
+
 @cases
 @scalings
 def test_table_is_the_textbook(case, scaling_name):
