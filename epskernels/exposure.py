@@ -94,6 +94,8 @@ def closed_form(
     For rows with c_f exact without clipping. Derived; for DDPM eq. 9 of arXiv 2308.15321.
     """
     c = {name: table[name] for name in ("c_x", "c_f", "c_m0", "c_noise", "alpha_in", "sigma_in", "f_x0", "f_eps")}
+    if not table.keeps_x0:  # m0 = eps = (x - alpha*x_0)/sigma
+        c |= {"c_x": c["c_x"] + c["c_m0"] / c["sigma_in"], "c_m0": -c["c_m0"] * c["alpha_in"] / c["sigma_in"]}
     noise = np.exp(table["logvar_min"]) if noise is None else noise
     lambda_t, sigma = table["lambda_t"], c["sigma_in"]
     determinant = c["alpha_in"] * c["f_eps"] - sigma * c["f_x0"]
@@ -460,6 +462,8 @@ class _Run:
             output = exact.call(self.model, i)
             m0 = exact.step(i, *output, seeds=seeds)
             assert m0 is not None  # it was asked for
+            if not table.keeps_x0:  # m0 is eps
+                m0 = (x - table["sigma_in"][i] * m0) / table["alpha_in"][i]
             error = m0 - x_0
             scalars = [
                 epsilon_norm(table, i, x, output), moments(error)[:, 1] / elements, moments(error * eps)[:, 0] / elements,

@@ -62,14 +62,17 @@ def dynamic_threshold(
     """The quantile of |m0| in each sample, at least 1 and at most sample_max_value: (B,) float32, for `step(..., threshold=...)`.
 
     x, f, table, index, u, rescale, backend: as in `step`. ratio: which quantile, in (0, 1], between two elements by linear
-    interpolation. sample_max_value: at least 1; inf for no bound.
-    Raises ValueError for the last two, RuntimeError for the others. Saharia et al., arXiv 2205.11487, section 2.3; diffusers'
-    `_threshold_sample`.
+    interpolation. sample_max_value: at least 1; inf for no bound. Raises ValueError for the last two, or a table whose m0 is
+    not x_0, RuntimeError for the others. Saharia et al., arXiv 2205.11487, section 2.3; diffusers' `_threshold_sample`.
     """
     if not (isinstance(ratio, Real) and 0 < ratio <= 1):
         raise ValueError(f"ratio: expected a value in (0, 1], got {ratio!r}")
     if not (isinstance(sample_max_value, Real) and sample_max_value >= 1):
         raise ValueError(f"sample_max_value: expected a value of at least 1, got {sample_max_value!r}")
+    if isinstance(table, Table) and not table.keeps_x0:
+        raise ValueError(
+            f"table: expected one whose m0 is x_0, and {table.name} keeps eps: it has nothing to threshold"
+        )
     size = abs_m0(x, f, table, index, u=u, rescale=rescale, backend=backend)
     return quantile_of_sizes(size, ratio).clamp(1.0, sample_max_value)
 

@@ -40,7 +40,7 @@ def sample(
     table: one sampler's Table. seeds: int64 (B,), or a list or range of integers. shape: of one sample. dtype: of the state.
     device: default the table's. start: the state to start from, (B, *shape); default initial_sigma times the seeds' normals.
     cond_fn: (x, t) -> gradient of log p(y | x), for tables with classifier guidance. progress: show a bar.
-    callback: called as callback(i, x, m0) after row i.
+    callback: called as callback(i, x, m0) after row i; m0 estimates x_0, or eps where table.keeps_x0 is False.
     Raises ValueError for a table of several samplers, another dtype, a start of another shape, a model output without the second
     half that the table needs, or a cond_fn that the table cannot use; TypeError for an argument, or an output of the model or of
     cond_fn, that is no such thing at all; RuntimeError from the step for other mismatches.

@@ -175,7 +175,8 @@ def adams(r: Array, u: Array, order: NDArray[np.integer], u_of: Callable[[Array]
         i = np.flatnonzero(order == most)
         if u_of is None:
             at, counts = quadrature(u[i], u[i + 1])
-            counts = counts * ((r[i + 1] - r[i]) / (u[i + 1] - u[i]))[:, None]
+            du = np.where(u[i + 1] == u[i], 1.0, u[i + 1] - u[i])  # over a step of length 0 all is 0
+            counts = counts * ((r[i + 1] - r[i]) / du)[:, None]
         else:  # over log(r), in which the times of schedules are smooth
             at, counts = quadrature(np.log(r[i]), np.log(r[i + 1]))
             at, counts = u_of(np.exp(at)), counts * np.exp(at)
@@ -186,8 +187,8 @@ def adams(r: Array, u: Array, order: NDArray[np.integer], u_of: Callable[[Array]
 def published_adams(r: Array, order: NDArray[np.integer]) -> Array:
     """IPNDM's weights for steps of any length as its code has them, (4, N), as `adams` returns them. r: (N + 1,).
 
-    Unless the steps are equal, those of orders three and four are not the integrals of Lagrange's polynomials, and those of
-    order four do not add up to the step. Source: zju-pi's diff-sampler, ipndm_v.
+    Those of order three are the integrals of Lagrange's polynomials on equal steps alone, those of order four never, and on
+    unequal steps they do not add up to the step. Source: zju-pi's diff-sampler, ipndm_v.
     """
     h = np.diff(r)
     h1, h2, h3 = earlier(h, 1), earlier(h, 2), earlier(h, 3)
@@ -378,8 +379,9 @@ def two_noises(
 def er_sde(r: Array, r_next: Array, scaler: Callable[[Array], Array]) -> tuple[Array, Array, dict[int, Array]]:
     """(kept, noise, {order: weights of m0, m1, m2, (3, N)}) of x'/alpha' = kept*x/alpha + weights + noise*z.
 
-    r, r_next: (N,). scaler: phi of r; kept = phi(r')/phi(r), and phi(r) = r is the probability flow.
-    Source: Cui et al., arXiv 2309.06169, ER-SDE-Solver-1 to 3 (variance preserving); its integrals by Gauss and Legendre.
+    r, r_next: (N,). scaler: phi of r; kept = phi(r')/phi(r), and phi(r) = r is the probability flow. Source: Cui et al., arXiv
+    2309.06169, ER-SDE-Solver-1 to 3 (variance preserving); its integrals by Gauss and Legendre. D is the slope half a step
+    back, as published, so that order three is of order two in fact.
     """
     zero = np.zeros_like(r)
     kept = scaler(r_next) / scaler(r)

@@ -16,7 +16,8 @@ from ..scaling import EpsilonScaling
 from ..table import Table
 from ..typing import ModelCall
 
-_FOR_OTHER_NETWORKS = {"flow_euler", "pfgmpp"}  # samplers for networks that no UNet2DModel pipeline of diffusers holds
+# Samplers that do not go from noise to an image with the networks of UNet2DModel pipelines.
+_FOR_OTHERS = {"flow_euler", "pfgmpp", "consistency", "ddim_inverse"}
 
 
 # ---- messages ----
@@ -45,7 +46,7 @@ def missing_package(error: ImportError) -> UsageError:
 
 def offered_samplers() -> list[str]:
     """The names that --sampler takes."""
-    return sorted(set(samplers.SAMPLERS) - _FOR_OTHER_NETWORKS)
+    return sorted(set(samplers.SAMPLERS) - _FOR_OTHERS)
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,12 +95,9 @@ def make_table(args: argparse.Namespace, model: models.Model, scaling: EpsilonSc
     """
     sampler = samplers.SAMPLERS[args.sampler]
     takes = inspect.signature(sampler).parameters
-    options: dict[str, Any] = {
-        "scaling": scaling,
-        "prediction": model.prediction,
-        "guidance": args.guidance,
-        "clip": model.clip,
-    }
+    options: dict[str, Any] = {"scaling": scaling, "prediction": model.prediction, "guidance": args.guidance}
+    if "clip" in takes:  # what keeps eps from call to call has no x_0 to hold to a range
+        options["clip"] = model.clip
     for name in ("eta", "direction", "variance"):
         if getattr(args, name) is not None:
             if name not in takes:

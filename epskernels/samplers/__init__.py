@@ -5,7 +5,10 @@ denoised estimate m0 from the model's output with lambda_t folded in, and x' as 
 weights are `solvers.py`'s.
 """
 
+from collections.abc import Callable
+
 from ..solvers import PREDICTIONS, model_output
+from ..table import Table
 from .adams import deis, gradient_estimation, ipndm, ipndm_v, lms, plms
 from .common import denoiser
 from .consistency import consistency, lcm, tcd
@@ -14,7 +17,7 @@ from .multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, er_sde, r
 from .singlestep import dpm_solver, dpmpp_2s, dpmpp_3s, seeds_2, seeds_3
 from .two_calls import dpm_2, dpm_2_ancestral, dpmpp_sde, edm_euler, edm_heun, heun, pfgmpp
 
-SAMPLERS = {
+SAMPLERS: dict[str, Callable[..., Table]] = {
     sampler.__name__: sampler
     for sampler in (
         ddpm, ddim, ddim_inverse, edm_euler, edm_heun, euler, euler_ancestral, heun, dpm_2, dpm_2_ancestral, dpmpp_2s, dpmpp_sde,

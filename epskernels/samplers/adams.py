@@ -130,12 +130,12 @@ def ipndm_v(
 ) -> Table:
     """IPNDM for steps of any length (zju-pi's diff-sampler; ComfyUI's ipndm_v).
 
-    weights: "published", those of its code, which from order three on are Adams and Bashforth's on equal steps alone, and in
-    order four do not even add up to the step (`excess` says by how much the noise then misses sigma); "exact", Adams and
-    Bashforth's: lms, but with a step of order 1 to sigma = 0. order: 1 to 4; the first steps are of orders 1, 2, 3. schedule:
-    any of the three, or a Grid, with alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the history. space:
-    "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises
-    ValueError naming the argument.
+    weights: "published", those of its code: of order two on unequal steps with order=3, and with order=4 not convergent there,
+    since they do not add up to the step (`excess` says by how much the noise misses sigma); "exact", Adams and Bashforth's,
+    those of lms. A step to sigma = 0 is of order 1. order: 1 to 4; the first steps are of orders 1, 2, 3. schedule: any of the
+    three, or a Grid, with alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the history. space: "vp", the
+    network's own state, or "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises ValueError
+    naming the argument.
     """
     one_of("weights", weights, ("published", "exact"))
     grid, r = _grid("ipndm_v", schedule, steps, space, grid_options)

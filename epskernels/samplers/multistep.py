@@ -105,8 +105,10 @@ def dpmpp_2m_sde(
 ) -> Table:
     """SDE-DPM-Solver++(2M) (arXiv 2211.01095, appendix B; k-diffusion's dpmpp_2m_sde): dpmpp_2m with fresh noise in each step.
 
-    eta: 0 is dpmpp_2m, 1 the reverse SDE. S_noise scales the noise. The other arguments as in dpmpp_2m. Raises ValueError
-    naming the argument.
+    eta: 0 is dpmpp_2m, 1 the reverse SDE. S_noise scales the noise. lower_order_final: the last step is first order (it always
+    is where it ends at sigma = 0). solver: "midpoint" or "heun". schedule: any of the three, or a Grid, with sigma > 0 at every
+    model call. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. scaling, prediction, clip, guidance,
+    grid_options: as in ddpm. Raises ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     own = _dpmpp(grid, 2, lower_order_final, solver=solver, eta=eta, S_noise=S_noise)
@@ -129,8 +131,9 @@ def dpmpp_3m(
     """DPM-Solver++(3M): two earlier m0; the first steps are of orders one and two.
 
     lower_order_final: so are the last two. third: "published", the weights of the authors' code, diffusers and k-diffusion,
-    whose second difference counts half, so that they converge with order two; "exact", with order three. The other arguments as
-    in dpmpp_2m. Raises ValueError naming the argument.
+    whose second difference counts half, so that they converge with order two; "exact", with order three. schedule: any of the
+    three, or a Grid, with sigma > 0 at every model call. space: "vp", the network's own state, or "sigma", x_0 +
+    (sigma/alpha)*eps. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     return make_table("dpmpp_3m", grid, columns | _dpmpp(grid, 3, lower_order_final, third=third))
@@ -153,7 +156,9 @@ def dpmpp_3m_sde(
     """DPM-Solver++(3M) with fresh noise in each step (k-diffusion's dpmpp_3m_sde).
 
     eta: 0 is dpmpp_3m, 1 the reverse SDE. S_noise scales the noise. lower_order_final: the last two steps are of orders two and
-    one. The other arguments as in dpmpp_2m. Raises ValueError naming the argument.
+    one. schedule: any of the three, or a Grid, with sigma > 0 at every model call. space: "vp", the network's own state, or
+    "sigma", x_0 + (sigma/alpha)*eps. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming
+    the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     return make_table("dpmpp_3m_sde", grid, columns | _dpmpp(grid, 3, lower_order_final, eta=eta, S_noise=S_noise))
@@ -176,8 +181,9 @@ def res_multistep(
     solver="heun".
 
     eta: a step leads down to sigma_down, then noise up, as in euler_ancestral. Its first step, and those down to 0, are
-    Euler's. S_noise scales the noise. space: "sigma", the state x_0 + (sigma/alpha)*eps, or "vp". schedule, scaling,
-    prediction, clip, guidance, grid_options: as in dpmpp_2m. Raises ValueError naming the argument.
+    Euler's. S_noise scales the noise. space: "sigma", the state x_0 + (sigma/alpha)*eps, or "vp". schedule: any of the three,
+    or a Grid, with sigma > 0 at every model call. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises
+    ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
@@ -208,9 +214,10 @@ def er_sde(
     """ER-SDE-Solver-1 to 3 (arXiv 2309.06169), the extended reverse-time SDE, of order `order` at most.
 
     scaler: the noise scale phi of r = sigma/alpha, a function of arrays; default the authors' fifth, r*(exp(r^0.3) + 10).
-    phi(r) = r is the probability flow, without noise. Its integrals are exact; the authors add up 200 points. S_noise scales
-    the noise. schedule, space, scaling, prediction, clip, guidance, grid_options: as in dpmpp_2m, with alpha > 0 at every step.
-    Raises ValueError naming the argument.
+    phi(r) = r is the probability flow, without noise. Its integrals are exact; the authors add up 200 points. Order 3 converges
+    like order 2, as published. S_noise scales the noise. schedule: any of the three, or a Grid, with alpha and sigma > 0 at
+    every model call. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. scaling, prediction, clip,
+    guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
     """
     one_of("order", order, (1, 2, 3))
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
@@ -244,8 +251,9 @@ def unipc(
 
     Once the model was called at the predicted x, the corrected state is y + kappa*m0: y, the second state, is what the row
     before knew of it, so that no tensor is kept beyond m1 and m2. order: 1, 2 or 3. solver: "bh1" or "bh2". corrector: False
-    for UniP. lower_order_final: the last steps are of orders ..., 2, 1. The other arguments as in dpmpp_2m, with alpha > 0 at
-    every step. Raises ValueError naming the argument.
+    for UniP. lower_order_final: the last steps are of orders ..., 2, 1. schedule: any of the three, or a Grid, with alpha and
+    sigma > 0 at every model call. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. scaling,
+    prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
     """
     one_of("order", order, (1, 2, 3))
     one_of("solver", solver, ("bh1", "bh2"))
@@ -296,8 +304,9 @@ def sa_solver(
     predictor_order: 1 to 3. corrector_order: 1 to 4, or 0 for none. tau: 0 is the probability flow, 1 the reverse SDE, in steps
     that end at sigma/alpha in [S_min, S_max]; 0 in the others. S_noise scales the noise. Towards sigma = 0 the orders fall, and
     the last call is not corrected. The corrected state keeps the predictor's noise: it is x + y + kappa*m0, x the predicted
-    state. schedule, space, scaling, prediction, clip, guidance, grid_options: as in dpmpp_2m, with alpha > 0 at every step.
-    Raises ValueError naming the argument.
+    state. schedule: any of the three, or a Grid, with alpha and sigma > 0 at every model call. space: "vp", the network's own
+    state, or "sigma", x_0 + (sigma/alpha)*eps. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError
+    naming the argument.
     """
     one_of("predictor_order", predictor_order, (1, 2, 3))
     one_of("corrector_order", corrector_order, (0, 1, 2, 3, 4))
@@ -309,7 +318,8 @@ def sa_solver(
     tau_of_step = np.where((S_min <= ratio) & (ratio <= S_max), tau, 0.0)
     h = _log_snr_steps(grid)
     finite = np.isfinite(h)
-    A = grid.sigma_next / grid.sigma * np.where(finite & (tau_of_step > 0), np.exp(-(tau_of_step**2) * h), 1.0)
+    faded = tau_of_step**2 * np.where(finite, h, 0.0)
+    A = grid.sigma_next / grid.sigma * np.exp(-faded)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         predictors, correctors = solvers.stochastic_adams(h, grid.alpha_next, tau_of_step)
     left = n - 1 - i if grid.sigma_end == 0 else np.full(n, n)  # finite steps from here on
@@ -322,7 +332,5 @@ def sa_solver(
         for each in zip(*correctors.values(), strict=True)
     )
     columns |= solvers.corrected_later(A, P, Q, of_next)
-    speed = np.where(finite, tau_of_step**2 * h, 0.0)
-    return make_table(
-        "sa_solver", grid, columns | noise_columns(grid.sigma_next * np.sqrt(-np.expm1(-2 * speed)), S_noise)
-    )
+    noise = grid.sigma_next * np.sqrt(-np.expm1(-2 * faded))
+    return make_table("sa_solver", grid, columns | noise_columns(noise, S_noise))

@@ -97,8 +97,9 @@ def edm_euler(
     """EDM's sampler without the second order correction (arXiv 2206.00364, alg. 2); EDM-ES.
 
     schedule: a KarrasSchedule. steps: noise levels; one model call each. prediction: "sample" for an EDM denoiser D(x; sigma).
-    Churn is folded into the noise of the row before, and the first step's into the initial latent: sigma stays exact.
-    scaling, clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
+    S_churn: how much noise is added before steps, over all of them; S_min, S_max: between which levels; S_noise scales it. It
+    is folded into the noise of the row before, and the first step's into the initial latent: sigma stays exact. scaling, clip,
+    guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
     """
     churn = (S_churn, S_min, S_max, S_noise)
     return _edm("edm_euler", schedule, steps, scaling, prediction, clip, guidance, churn, None)
@@ -119,8 +120,9 @@ def edm_heun(
 ) -> Table:
     """EDM's stochastic sampler with Heun's method (arXiv 2206.00364, alg. 2); EDM-ES.
 
-    2*steps - 1 model calls, a row each; lambda_t of a step scales both of its evaluations. schedule: a KarrasSchedule. Churn as
-    in edm_euler. scaling, clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
+    2*steps - 1 model calls, a row each; lambda_t of a step scales both of its evaluations. schedule: a KarrasSchedule. S_churn:
+    how much noise is added before steps, over all of them; S_min, S_max: between which levels; S_noise scales it. scaling,
+    clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
     """
     churn = (S_churn, S_min, S_max, S_noise)
     return _edm("edm_heun", schedule, steps, scaling, prediction, clip, guidance, churn, "end")
@@ -159,8 +161,8 @@ def dpm_2(
     """k-diffusion's dpm_2: EDM's algorithm 2 (arXiv 2206.00364), the slope taken in the middle of the step in log sigma.
 
     2*steps - 1 model calls, a row each; lambda_t of a step scales both. schedule: a KarrasSchedule, since the network is asked
-    between its points. Churn as in edm_euler. scaling, clip, guidance: as in ddpm. Raises ValueError or TypeError naming the
-    argument.
+    between its points. S_churn: how much noise is added before steps, over all of them; S_min, S_max: between which levels;
+    S_noise scales it. scaling, clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
     """
     churn = (S_churn, S_min, S_max, S_noise)
     return _edm("dpm_2", schedule, steps, scaling, prediction, clip, guidance, churn, "middle")

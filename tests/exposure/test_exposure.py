@@ -258,6 +258,16 @@ def test_a_second_state_is_carried_down_the_chain():
         assert found.std_chain[i] == pytest.approx(residual.std(0, ddof=1).mean(), rel=1e-9)
 
 
+def test_a_table_that_keeps_eps():
+    """One model call in all ways, by x_0 or by eps: the same statistics."""
+    ours, plain = (
+        exposure.measure(wavy, sampler(schedule.linear(), 6, scaling=1.01, **options), images(6))
+        for sampler, options in ((samplers.lms, {"order": 1}), (samplers.ddim, {}))
+    )
+    for name, expected in plain.rows.items():
+        np.testing.assert_allclose(ours.rows[name], expected, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
 def wavy_for(table):
     return wavy if table.learned_variance else lambda x, t: wavy(x, t)[:, :1].contiguous()
 

@@ -680,6 +680,9 @@ SCALED = {
         schedule.KarrasSchedule(model=schedule.linear()), 10, scaling=scale, prediction="epsilon"
     ),
     "dpmpp_2m": lambda scale: samplers.dpmpp_2m(schedule.linear(), 20, scaling=scale),
+    "plms": lambda scale: samplers.plms(schedule.linear(), 20, scaling=scale),
+    "lms_v": lambda scale: samplers.lms(schedule.linear(), 20, scaling=scale, prediction="v_prediction"),
+    "seeds_3": lambda scale: samplers.seeds_3(schedule.KarrasSchedule(), 6, scaling=scale),
 }
 
 

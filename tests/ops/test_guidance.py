@@ -243,6 +243,12 @@ def test_bad_options_of_dynamic_threshold(options, message):
         epskernels.dynamic_threshold(x, x, samplers.ddim(schedule.linear(), 20), 7, **options)
 
 
+def test_a_table_whose_m0_is_no_x_0_has_no_threshold():
+    x = torch.randn(2, 5)
+    with pytest.raises(ValueError, match=r"table: expected one whose m0 is x_0, and lms\[5\] keeps eps"):
+        epskernels.dynamic_threshold(x, x, samplers.lms(schedule.linear(), 5), 3)
+
+
 def test_in_one_graph_with_the_step():
     """What the whole sample says, and the step that takes it, without a graph break."""
     table = samplers.ddim(schedule.linear(), 20, guidance=7.5)

@@ -246,11 +246,15 @@ def _tables():
         samplers.ddpm(vp, 7, variance="fixed_large"),
         samplers.ddim(vp, 4, scaling=1.0012, eta=0.5, direction="unscaled", guidance=7.5),
         samplers.dpmpp_2m(vp, 6, scaling=1.005, clip=1.0),
+        samplers.plms(vp, 6, scaling=1.005),
+        samplers.sa_solver(vp, 6, scaling=1.005),
     ]
     edm = [
         samplers.edm_heun(schedule.KarrasSchedule(), 6, scaling=0.9985, S_churn=20, S_noise=1.003),
         samplers.edm_euler(schedule.KarrasSchedule(), 9, scaling=1.0043),
         samplers.dpmpp_2m(schedule.KarrasSchedule(), 5, prediction="sample", scaling=1.003),
+        samplers.dpmpp_sde(schedule.KarrasSchedule(), 5, scaling=1.003),
+        samplers.seeds_3(schedule.KarrasSchedule(), 4, scaling=1.003),
     ]
     return {"discrete": epskernels.concat(discrete), "edm": epskernels.concat(edm)}
 
@@ -260,7 +264,7 @@ def _tables():
 def test_batch_of_mixed_samplers(kernel, dtype, kind):
     table = _tables()[kind]
     batch = len(table)
-    inputs = make_inputs((batch, 3, 7, 5), ("u", "m1", "m2", "v", "grad", "seeds"), 31, dtype, dtype)
+    inputs = make_inputs((batch, 3, 7, 5), ("u", "m1", "m2", "v", "grad", "seeds", "y"), 31, dtype, dtype)
     permuted = torch.randperm(batch, generator=generator(1))
     check(table.rows, permuted, inputs)
     for i in range(batch):

@@ -6,6 +6,8 @@ import sys
 
 import torch
 
+from epskernels import samplers
+
 from ..support.markdown_examples import ROOT, blocks, environment
 
 
@@ -24,6 +26,11 @@ def test_examples_run_and_agree():
     row = type("Row", (), dict(zip(COLUMNS, table.rows[4].tolist(), strict=True)))
     z = epskernels.normal(seeds, (3, 32, 32), stream=0, draw=4)
     torch.testing.assert_close(names["step"](x, f, row, z), epskernels.step(x, f, table, 4, seeds=seeds))
+
+
+def test_every_sampler_is_named():
+    page = (ROOT / "README.md").read_text()
+    assert [name for name in [*samplers.SAMPLERS, "dit"] if f"`{name}`" not in page] == []
 
 
 def test_what_an_extra_brings_is_not_needed_to_look_around():

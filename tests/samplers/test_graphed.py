@@ -18,6 +18,8 @@ TABLES = {
     "ddim": samplers.ddim(VP, 6, clip=1.0),
     "edm_heun": samplers.edm_heun(KARRAS, 5, S_churn=10),
     "dpmpp_2m": samplers.dpmpp_2m(VP, 7, scaling=1.005),
+    "dpmpp_sde": samplers.dpmpp_sde(KARRAS, 5, scaling=1.005),
+    "plms": samplers.plms(VP, 7, scaling=1.005),
 }
 SHAPE = (3, 6, 5)
 

@@ -48,12 +48,16 @@ class Noise:
         self.given.append((float(sigma), float(sigma_next), z.double().numpy()))
         return z
 
-    def of(self, sigmas):
-        """That of each step; 0 where none was drawn."""
+    def of(self, sigmas, pairs=False):
+        """That of each step; 0 where none was drawn. pairs: one for each of the step's two calls."""
+        if pairs:
+            drawn = [z for _, _, z in self.given]
+            return list(zip(drawn[::2], drawn[1::2], strict=True))
         by_level = {np.float32(sigma): z for sigma, _, z in self.given}
         return [by_level.get(np.float32(sigma), np.zeros(SHAPE)) for sigma in sigmas]
 
 
+CHURNED = ("euler", "heun", "dpm_2")
 # name: (oracle, its options, options of ours)
 SAMPLERS = {
     "euler": ("sigma_euler", {}, {}),
@@ -65,6 +69,14 @@ SAMPLERS = {
     "dpmpp_2m_sde": ("sigma_dpmpp_2m_sde", {}, {}),
     "dpmpp_2m_sde-heun": ("sigma_dpmpp_2m_sde", {"solver": "heun", "eta": 0.5}, {"solver_type": "heun", "eta": 0.5}),
     "dpmpp_3m_sde": ("sigma_dpmpp_3m_sde", {"s_noise": 0.9}, {"s_noise": 0.9}),
+    "dpmpp_2s_ancestral-eta": ("sigma_dpmpp_2s", {"eta": 3.0}, {"eta": 3.0}),  # down to 0 and up again
+    "dpm_2": ("sigma_dpm_2", {}, {}),
+    "dpm_2_ancestral": ("sigma_dpm_2_ancestral", {}, {}),
+    "dpm_2_ancestral-eta": ("sigma_dpm_2_ancestral", {"eta": 3.0, "s_noise": 1.1}, {"eta": 3.0, "s_noise": 1.1}),
+    "lms": ("sigma_lms", {}, {}),
+    "lms-2": ("sigma_lms", {"order": 2}, {"order": 2}),
+    "dpmpp_sde": ("sigma_dpmpp_sde", {}, {}),
+    "dpmpp_sde-r": ("sigma_dpmpp_sde", {"r": 0.3, "eta": 0.7}, {"r": 0.3, "eta": 0.7}),
 }
 
 
@@ -88,13 +100,13 @@ def test_against_the_oracle(name, levels, lam):
         x.double().numpy(),
         sigmas,
         np.full(len(sigmas), lam),
-        noise.of(sigmas),
+        noise.of(sigmas, "dpmpp_sde" in name),
         **theirs,
     )[-1]
     np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("name", ["euler", "heun"])
+@pytest.mark.parametrize("name", CHURNED)
 @pytest.mark.parametrize("s_tmin, s_tmax", [(0.05, 50.0), (0.0, float("inf"))])
 @pytest.mark.parametrize("levels", LEVELS)
 def test_churn(name, levels, s_tmin, s_tmax):
@@ -107,12 +119,12 @@ def test_churn(name, levels, s_tmin, s_tmax):
     result = run(model, x, torch.tensor(sigmas), None, None, True, **churn, eps_scaling=1.01, noise_sampler=noise)
     churned = [i for i in range(steps) if s_tmin <= sigmas[i] <= s_tmax]
     assert [pair[:2] for pair in noise.given] == [tuple(sigmas[i : i + 2].tolist()) for i in churned]
-    expected = churned_by_hand(x.double().numpy(), sigmas, noise.of(sigmas), heun=name == "heun", **churn)
+    expected = churned_by_hand(x.double().numpy(), sigmas, noise.of(sigmas), method=name, **churn)
     np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
 
 
-def churned_by_hand(x, sigmas, noise, heun, s_churn, s_tmin, s_tmax, s_noise, lam=1.01):
-    """k-diffusion's sample_euler or sample_heun in float64; noise: that of each step."""
+def churned_by_hand(x, sigmas, noise, method, s_churn, s_tmin, s_tmax, s_noise, lam=1.01):
+    """k-diffusion's sample_euler, sample_heun or sample_dpm_2 in float64; noise: that of each step."""
 
     def d(x, sigma):
         return (x - denoise(x, sigma)) / sigma / lam
@@ -122,8 +134,7 @@ def churned_by_hand(x, sigmas, noise, heun, s_churn, s_tmin, s_tmax, s_noise, la
         hat = sigma * (gamma + 1)
         x = x + noise[i] * s_noise * np.sqrt(hat**2 - sigma**2)
         slope = d(x, hat)
-        if heun and after > 0:
-            slope = (slope + d(x + (after - hat) * slope, after)) / 2
+        slope = corrected(method, d, x, slope, hat, after)
         x = x + (after - hat) * slope
     return x
 
@@ -143,9 +154,23 @@ def test_the_first_churn_is_added_to_the_latent():
     torch.testing.assert_close(calls[0][0], x + added, rtol=1e-6, atol=1e-4)
 
 
-FUNCTIONS = ["euler", "heun", "euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde"]
-SLOPE_FIRST = ("euler", "heun")  # k-diffusion forms the slope, then calls back
-TWO_CALLS = ("heun", "dpmpp_2s_ancestral")
+def corrected(method, d, x, slope, sigma, after):
+    """The slope that a step follows, of the one at its start."""
+    if method == "heun" and after > 0:
+        return (slope + d(x + (after - sigma) * slope, after)) / 2
+    if method == "dpm_2" and after > 0:
+        middle = np.sqrt(sigma * after)
+        return d(x + (middle - sigma) * slope, middle)
+    return slope
+
+
+FUNCTIONS = [
+    "euler", "heun", "dpm_2", "euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "lms",
+    "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde",
+]  # fmt: skip
+SLOPE_FIRST = ("euler", "heun", "dpm_2", "lms")  # k-diffusion forms the slope, then calls back
+TWO_CALLS = ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde")
+WITHOUT_NOISE = ("dpmpp_2m", "lms")
 
 
 def sampler(name, **options):
@@ -181,8 +206,8 @@ def test_callback_is_told_the_raised_sigma():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lam", [1.0, 1.017])
 def test_a_callback_that_only_looks_changes_no_bit(name, dtype, lam):
-    x, seeds = start(EDM).to(dtype), None if name == "dpmpp_2m" else [3, 4]
-    churn = {"s_churn": 4.0} if name in SLOPE_FIRST else {}
+    x, seeds = start(EDM).to(dtype), None if name in WITHOUT_NOISE else [3, 4]
+    churn = {"s_churn": 4.0} if name in CHURNED else {}
     run = sampler(name, eps_scaling=lam, seeds=seeds, **churn)
     looked = run(model, x, torch.tensor(EDM), callback=lambda info: info["denoised"].sum())
     assert torch.equal(looked, run(model, x, torch.tensor(EDM)))
@@ -213,7 +238,7 @@ def test_a_callback_that_writes_to_x(name):
     run = sampler(name, seeds=[3, 4], eps_scaling=lam)
     result = run(model, start(EDM), sigmas, callback=lambda info: info["x"].mul_(0.9).add_(0.1))
     if name in SLOPE_FIRST:
-        expected = written_by_hand(start(EDM), EDM, name == "heun", lam)
+        expected = written_by_hand(start(EDM), EDM, name, lam)
     else:
 
         def writes(x, sigma):
@@ -227,20 +252,173 @@ def test_a_callback_that_writes_to_x(name):
     torch.testing.assert_close(result, torch.as_tensor(expected).float(), rtol=1e-4, atol=1e-4)
 
 
-def written_by_hand(x, sigmas, heun, lam):
-    """k-diffusion's sample_euler or sample_heun in float64, with a callback that makes 0.9*x + 0.1 of x."""
+def written_by_hand(x, sigmas, method, lam):
+    """k-diffusion's sampler of that name in float64, with a callback that makes 0.9*x + 0.1 of x."""
     x = x.double().numpy()
 
     def d(x, sigma):
         return (x - denoise(x, sigma)) / sigma / lam
 
-    for sigma, after in itertools.pairwise(sigmas):
-        slope = d(x, sigma)
+    slopes = []
+    for i, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+        slopes = [d(x, sigma), *slopes[:3]]
         x = 0.9 * x + 0.1
-        if heun and after > 0:
-            slope = (slope + d(x + (after - sigma) * slope, after)) / 2
-        x = x + (after - sigma) * slope
+        if method == "lms":
+            nodes = [sigmas[i - k] for k in range(len(slopes))]
+            weights = oracles.lagrange_weights(nodes, sigma, after, lambda s: s, lambda s: 1.0)
+            x = x + sum(w * slope for w, slope in zip(weights, slopes, strict=True))
+        else:
+            x = x + (after - sigma) * corrected(method, d, x, slopes[0], sigma, after)
     return x
+
+
+# ---- DPM-Solver, fast and adaptive ----
+
+ENDS = (0.05, 20.0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 11])
+@pytest.mark.parametrize("options", [{}, {"eta": 0.6, "s_noise": 1.02}, {"eta": 3.0}], ids=str)
+@pytest.mark.parametrize("lam", [1.0, 1.017])
+def test_dpm_fast(n, options, lam):
+    noise, steps = Noise(), n // 3 + 1
+    orders = {0: [*[3] * (steps - 2), 2, 1], 1: [*[3] * (steps - 1), 1], 2: [*[3] * (steps - 1), 2]}[n % 3]
+    sigmas = np.exp(np.linspace(np.log(ENDS[1]), np.log(ENDS[0]), steps + 1))
+    calls, x = [], start(sigmas)
+
+    def spy(x, sigma):
+        calls.append(1)
+        return model(x, sigma)
+
+    result = k_diffusion.sample_dpm_fast(
+        spy, x, *ENDS, n, disable=True, eps_scaling=lam, noise_sampler=noise, **options
+    )
+    assert len(calls) == n or options.get("eta") == 3.0
+    z = [np.zeros(SHAPE)] * steps
+    for sigma, _, drawn in noise.given:
+        z[int(np.argmin(np.abs(np.log(sigmas / sigma))))] = drawn
+    expected = oracles.sigma_dpm_solver(
+        denoise, x.double().numpy(), sigmas, np.full(steps, lam), z, order=orders, least=ENDS[0], **options
+    )[-1]
+    # A long step multiplies what was rounded: float32's expm1(h)*eps is some e^h.
+    allowed = 2e-5 * max(1, np.abs(expected).max()) * (20 if steps == 1 else 1)
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=allowed)
+
+
+def adaptive_by_hand(x, order, rtol=0.05, atol=0.0078, h=0.05, pid=(0.0, 1.0, 0.0), safety=0.81, lam=1.0):
+    """DPM-Solver-12 and 23 in float64, with k-diffusion's controller; (x, attempts, accepted)."""
+    t, t_end, before, history, tries, accepted = -np.log(ENDS[1]), -np.log(ENDS[0]), x, None, 0, 0
+    p, i, d = pid
+    while t < t_end - 1e-5:
+        t_next = min(t_end, t + h)
+        sigmas = np.exp([-t, -t_next])
+        low, high = (
+            oracles.sigma_dpm_solver(denoise, x, sigmas, [lam], [0.0], order=k, r1=1 / 3 if order == 3 else 1 / 2)[-1]
+            for k in (order - 1, order)
+        )
+        allowed = np.maximum(atol, rtol * np.maximum(np.abs(low), np.abs(before)))
+        inverse = 1 / (np.sqrt((((low - high) / allowed) ** 2).mean()) + 1e-8)
+        history = [inverse] * 3 if history is None else [inverse, *history[1:]]
+        factor = history[0] ** ((p + i + d) / order) * history[1] ** (-(p + 2 * d) / order) * history[2] ** (d / order)
+        factor = 1 + np.arctan(factor - 1)
+        tries += 1
+        if factor >= safety:
+            history = [history[0], history[0], history[1]]
+            before, x, t, accepted = low, high, t_next, accepted + 1
+        h *= factor
+    return x, tries, accepted
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("pid", [(0.0, 1.0, 0.0), (0.2, 0.5, 0.1)], ids=str)
+@pytest.mark.parametrize("lam", [1.0, 1.017])
+def test_dpm_adaptive(order, pid, lam):
+    x, seen = start([ENDS[1]]), []
+    coefficients = dict(zip(("pcoeff", "icoeff", "dcoeff"), pid, strict=True))
+    result, info = k_diffusion.sample_dpm_adaptive(
+        model, x, *ENDS, None, seen.append, True, order, return_info=True, eps_scaling=lam, **coefficients
+    )
+    expected, tries, accepted = adaptive_by_hand(x.double().numpy(), order, pid=pid, lam=lam)
+    assert info == {"steps": tries, "nfe": tries * order, "n_accept": accepted, "n_reject": tries - accepted}
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=1e-4)
+    assert (
+        len(seen) == tries and torch.equal(seen[-1]["x"], result) and seen[-1]["t"] == pytest.approx(-np.log(ENDS[0]))
+    )
+    keys = [
+        "sigma",
+        "sigma_hat",
+        "x",
+        "i",
+        "t",
+        "t_up",
+        "denoised",
+        "error",
+        "h",
+        "steps",
+        "nfe",
+        "n_accept",
+        "n_reject",
+    ]
+    assert list(seen[0]) == keys
+
+
+def test_dpm_adaptive_rejects_steps():
+    _, info = k_diffusion.sample_dpm_adaptive(
+        model, start([ENDS[1]]), *ENDS, disable=True, h_init=3.0, rtol=0.01, return_info=True
+    )
+    assert info["n_reject"] > 0
+
+
+@pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dpm_seeds(name, dtype):
+    """The noise of a seed is its own; the steps of the adaptive one are the batch's, so here they have twins."""
+    run = functools.partial(getattr(k_diffusion, f"sample_{name}"), model, disable=True, eta=0.7)
+    x = start([ENDS[1]])[:1].to(dtype).expand(2, -1, -1, -1).clone()
+    more = (7,) if name == "dpm_fast" else ()
+    together = run(x, *ENDS, *more, seeds=[5, 5])
+    assert torch.equal(*together) and together.dtype == dtype
+    alone = run(x[:1], *ENDS, *more, seeds=[5])
+    if name == "dpm_fast":
+        assert torch.equal(together[:1], alone)
+    else:  # the norm of a batch adds up in another order
+        torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)
+    assert not torch.equal(*run(x, *ENDS, *more, seeds=[5, 6]))
+    torch.manual_seed(1)
+    drawn = run(x, *ENDS, *more)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, run(x, *ENDS, *more, noise_sampler=lambda *_: torch.randn(x.shape, dtype=dtype)))
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        *(
+            (name, *refused)
+            for name in ("dpm_fast", "dpm_adaptive")
+            for refused in (
+                ({"sigma_min": 0.0}, "sigma_min: expected a finite number above 0, got 0.0"),
+                ({"sigma_min": 30.0}, "sigma_min, sigma_max: expected sigma_min < sigma_max, got 30.0, 20.0"),
+                ({"eta": -1.0}, "eta: expected a finite number of at least 0, got -1.0"),
+                ({"seeds": [1]}, "seeds: expected one for each of 2 samples, got 1"),
+            )
+        ),
+        ("dpm_fast", {"n": 0}, "n: expected an integer of at least 1, got 0"),
+        ("dpm_fast", {"eps_scaling": [1.0, 1.01]}, "eps_scaling: expected one value for each of 3 steps, got 2"),
+        ("dpm_adaptive", {"order": 4}, "order: expected 2 or 3, got 4"),
+        ("dpm_adaptive", {"h_init": 0.0}, "h_init: expected a finite number above 0, got 0.0"),
+        (
+            "dpm_adaptive",
+            {"eps_scaling": [1.0, 1.01]},
+            "eps_scaling: expected one number, since the steps are not known",
+        ),
+    ],
+    ids=str,
+)
+def test_dpm_refuses(name, options, message):
+    given = {"sigma_min": ENDS[0], "sigma_max": ENDS[1], "disable": True} | ({"n": 8} if name == "dpm_fast" else {})
+    with pytest.raises(ValueError, match=message):
+        getattr(k_diffusion, f"sample_{name}")(never, torch.zeros(SHAPE), **given | options)
 
 
 # ---- steps of length 0, or none ----
@@ -285,7 +463,7 @@ def test_nothing_but_steps_of_length_0(name):
         torch.testing.assert_close(info["denoised"], x - (x - model(x, torch.full((2,), 3.0))) / 1.5)
 
 
-@pytest.mark.parametrize("name", ["euler", "heun"])
+@pytest.mark.parametrize("name", CHURNED)
 def test_churn_moves_between_equal_levels(name):
     """Up to the raised level and down again, also in the last step."""
     sigmas, noise = np.array([5.0, 2.0, 2.0, 1.0, 1.0]), Noise()
@@ -294,21 +472,21 @@ def test_churn_moves_between_equal_levels(name):
     result = sampler(name)(model, x, torch.tensor(sigmas), **churn, eps_scaling=1.01, noise_sampler=noise)
     drawn = [z for _, _, z in noise.given]
     assert len(drawn) == 4
-    expected = churned_by_hand(x.double().numpy(), sigmas, drawn, heun=name == "heun", **churn)
+    expected = churned_by_hand(x.double().numpy(), sigmas, drawn, method=name, **churn)
     np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=1e-4)
 
 
 # ---- noise ----
 
 
-@pytest.mark.parametrize("name", ["euler", "heun"])
+@pytest.mark.parametrize("name", CHURNED)
 def test_churn_by_torchs_generator(name):
     """k-diffusion draws in every step, churned or not: the same seed gives the same noise."""
     churn = {"s_churn": 3.6, "s_tmin": 0.05, "s_tmax": 20.0, "s_noise": 1.003}
     x = start(EDM)
     torch.manual_seed(5)
     drawn = [torch.randn(SHAPE).double().numpy() for _ in EDM[:-1]]
-    expected = churned_by_hand(x.double().numpy(), EDM, drawn, heun=name == "heun", **churn)
+    expected = churned_by_hand(x.double().numpy(), EDM, drawn, method=name, **churn)
     torch.manual_seed(5)
     result = sampler(name)(model, x, torch.tensor(EDM), **churn, eps_scaling=1.01)
     np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=1e-4)
@@ -353,15 +531,15 @@ def test_where_x_is_noise_alone():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_seeds(name):
-    run = sampler(name, **({"s_churn": 4.0} if name in SLOPE_FIRST else {}))
+    run = sampler(name, **({"s_churn": 4.0} if name in CHURNED else {}))
     x, sigmas = start(EDM), torch.tensor(EDM)
     together = run(model, x, sigmas, seeds=[5, 6])
     alone = [run(model, x[k : k + 1], sigmas, seeds=[5 + k]) for k in (0, 1)]
     assert torch.equal(together, torch.cat(alone))
-    assert torch.equal(together, run(model, x, sigmas, seeds=[5, 7])) == (name == "dpmpp_2m")
+    assert torch.equal(together, run(model, x, sigmas, seeds=[5, 7])) == (name in WITHOUT_NOISE)
 
 
-@pytest.mark.parametrize("name", ["euler", "heun"])
+@pytest.mark.parametrize("name", CHURNED)
 def test_seeds_are_the_churn(name):
     """Each step's own normals: the states that the model is given are those of a noise_sampler that gives them."""
     x, sigmas, churn = start(EDM), torch.tensor(EDM), {"s_churn": 4.0, "s_noise": 1.003}
@@ -419,6 +597,9 @@ def never(x, sigma):
         ("dpmpp_2m", {"seeds": [1, 2, 3]}, "seeds: expected one for each of 2 samples, got 3"),
         ("dpmpp_2m", {"seeds": 7}, "seeds: expected an int64 tensor"),
         ("euler", {"seeds": [1, 2], "noise_sampler": Noise()}, "seeds, noise_sampler: expected one of them, got both"),
+        ("dpm_2", {"s_churn": -1.0}, "s_churn: expected a finite number of at least 0, got -1.0"),
+        ("lms", {"order": 5}, "order: expected 1, 2, 3 or 4, got 5"),
+        ("dpmpp_sde", {"r": 0.0}, "r: expected a value in .0, 1., got 0"),
         ("euler", {"eps_scaling": 0.0}, "eps_scaling: expected a value above 0, got 0"),
         ("euler", {"eps_scaling": [1.01, 1.02]}, "eps_scaling: expected one value for each of 9 steps, got 2"),
         (
@@ -576,7 +757,7 @@ def test_flows_are_refused(name):
         ValueError, match="model: expected a denoiser of x_0 . sigma.eps, got ComfyUI's model of a flow"
     ):
         sampler(name)(flow, start(EDM), torch.tensor(EDM))
-    seeds = None if name == "dpmpp_2m" else [3, 4]
+    seeds = None if name in WITHOUT_NOISE else [3, 4]
     expected = sampler(name, seeds=seeds)(model, start(EDM), torch.tensor(EDM))
     assert torch.equal(sampler(name, seeds=seeds)(other, start(EDM), torch.tensor(EDM)), expected)
 

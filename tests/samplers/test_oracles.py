@@ -83,7 +83,9 @@ class Case:
     steps: int
     uncond: Callable = None
     cond_fn: Callable = None
-    heun: bool = False  # the table has a second row for every step but the last
+    calls: int = 1  # rows for every step but the last, which has one
+    ends: Callable = None  # of a table's length: the rows that end a step; default by `calls`
+    each_draws: bool = False  # noise[j] is that of all rows of step j
     churns: bool = False  # the noise comes before a step: step j's is drawn by the row that ends step j - 1
     unscaled_first: bool = False  # the first step starts at alpha = 0, where only lambda = 1 is defined
 
@@ -159,7 +161,7 @@ def edm(heun, steps, **churn):
         lambda x, lam, noise, keep: oracles.edm_sampler(
             edm_network, x, oracles.edm_sigmas(steps), lam, noise, heun=heun, keep=keep, **churn
         ),
-        edm_network, steps, heun=heun, churns=True,
+        edm_network, steps, calls=1 + heun, churns=True,
     )  # fmt: skip
 
 
@@ -178,7 +180,7 @@ def edm_on_vp(heun, steps, prediction="epsilon", **churn):
         lambda x, lam, noise, keep: oracles.edm_sampler(
             denoise, x, vp_sigmas(steps), lam, noise, heun=heun, keep=keep, **churn
         ),
-        vp_network(SCALED_LINEAR, prediction), steps, heun=heun, churns=True,
+        vp_network(SCALED_LINEAR, prediction), steps, calls=1 + heun, churns=True,
     )  # fmt: skip
 
 
@@ -284,15 +286,17 @@ def adm_predicting(prediction):
     )
 
 
-def in_sigma(name, on_vp=False, prediction=None, two_calls=False, steps=12, **options):
+def in_sigma(
+    name, on_vp=False, prediction=None, calls=1, steps=12, theirs=None, churns=False, each_draws=False, **options
+):
     """k-diffusion's samplers on EDM's levels, for an EDM denoiser or a VP network."""
     sampler = {"dpmpp_3m": "dpmpp_3m_sde", "heun": "heun"}.get(name, name)
-    extra = {"eta": 0.0} if name == "dpmpp_3m" else options
+    extra = {"eta": 0.0} if name == "dpmpp_3m" else options if theirs is None else theirs
     prediction = prediction or ("epsilon" if on_vp else "sample")
     sigma = vp_sigmas(steps) if on_vp else oracles.edm_sigmas(steps)
     network = oracles.vp_denoiser(vp_network(SCALED_LINEAR), SCALED_LINEAR) if on_vp else edm_network
     made = schedule.KarrasSchedule(model=schedule.scaled_linear()) if on_vp else schedule.KarrasSchedule()
-    own = {"lower_order_final": False} if name.startswith("dpmpp") and name != "dpmpp_2s" else {}
+    own = {"lower_order_final": False} if name.startswith(("dpmpp_2m", "dpmpp_3m")) else {}
     return Case(
         lambda s: samplers.SAMPLERS[name](
             made, steps, scaling=s, prediction=prediction, **own,
@@ -301,7 +305,7 @@ def in_sigma(name, on_vp=False, prediction=None, two_calls=False, steps=12, **op
         lambda x, lam, noise, keep: getattr(oracles, f"sigma_{sampler}")(
             network, x, sigma, lam, noise, keep=keep, **extra
         ),
-        vp_network(SCALED_LINEAR, prediction) if on_vp else edm_network, steps, heun=two_calls,
+        vp_network(SCALED_LINEAR, prediction) if on_vp else edm_network, steps, calls=calls, churns=churns, each_draws=each_draws,
     )  # fmt: skip
 
 
@@ -335,8 +339,61 @@ def on_timesteps(name, steps=12, space="sigma", prediction="epsilon", **options)
         lambda s: samplers.SAMPLERS[name](
             schedule.linear(), steps, scaling=s, prediction=prediction, space=space, spacing="linspace", **options
         ),
-        oracle, vp_network(LINEAR, prediction), steps, heun=name == "heun",
+        oracle, vp_network(LINEAR, prediction), steps, calls=1 + (name == "heun"),
     )  # fmt: skip
+
+
+def linear_multistep(name, spacing="trailing", final="first", prediction="epsilon", steps=12, theirs=None, **options):
+    """Of estimates of eps, on a VP schedule's own timesteps; that of latent diffusion, since 1/alpha times eps enters."""
+    model, grid = vp_network(SCALED_LINEAR), schedule.scaled_linear().grid(steps, spacing, final=final)
+    alpha, sigma = np.append(grid.alpha, grid.alpha_end), np.append(grid.sigma, grid.sigma_end)
+
+    def oracle(x, lam, noise, keep):
+        def eps(x, j):
+            return model(x, grid.t[int(j + 0.5)]) / lam[int(j)]
+
+        return getattr(oracles, name)(eps, x, alpha, sigma, keep=keep, **(options if theirs is None else theirs))
+
+    return Case(
+        lambda s: samplers.SAMPLERS[name](
+            schedule.scaled_linear(), steps, scaling=s, spacing=spacing, final=final, prediction=prediction, **options
+        ),
+        oracle, vp_network(SCALED_LINEAR, prediction), steps,
+        ends=(lambda rows: list(range(1, rows))) if name == "plms" else None,
+    )  # fmt: skip
+
+
+def multistep_vp(name, theirs, final="clean", prediction="epsilon", **options):
+    """Of estimates of x_0, on a VP schedule's own timesteps."""
+    model, grid = vp_network(LINEAR), schedule.linear().grid(12, "trailing", final=final)
+    alpha, sigma = np.append(grid.alpha, grid.alpha_end), np.append(grid.sigma, grid.sigma_end)
+
+    def oracle(x, lam, noise, keep):
+        def denoise(x, j):
+            return (x - sigma[j] * (model(x, grid.t[j]) / lam[j])) / alpha[j]
+
+        return getattr(oracles, name)(denoise, x, alpha, sigma, noise, keep=keep, **theirs)
+
+    return Case(
+        lambda s: samplers.SAMPLERS[name](
+            schedule.linear(), 12, scaling=s, spacing="trailing", final=final, prediction=prediction, **options
+        ),
+        oracle, vp_network(LINEAR, prediction), 12,
+    )  # fmt: skip
+
+
+def ddim_inverse(prediction="epsilon"):
+    """The network is told the time of the step's end, and asked at its start."""
+    grid = schedule.linear().grid(12)
+    alpha, sigma = np.append(grid.alpha, 1.0)[::-1], np.append(grid.sigma, 0.0)[::-1]
+    model, t = vp_network(LINEAR), grid.t[::-1]
+
+    def oracle(x, lam, noise, keep):
+        return oracles.ddim_inverse(lambda x, j: model(x, t[j]) / lam[::-1][j], x, alpha, sigma, keep=keep)
+
+    return Case(
+        lambda s: samplers.ddim_inverse(schedule.linear(), 12, scaling=s, prediction=prediction), oracle, model, 12
+    )
 
 
 def consistency(name, steps, prediction="epsilon", **options):
@@ -352,7 +409,7 @@ def pfgmpp():
     return Case(
         lambda s: samplers.pfgmpp(schedule.KarrasSchedule(), 10, scaling=s),
         lambda x, lam, noise, keep: oracles.pfgmpp_sampler(edm_network, x, 10, lam, 128, keep=keep),
-        edm_network, 10, heun=True,
+        edm_network, 10, calls=2,
     )  # fmt: skip
 
 
@@ -430,12 +487,12 @@ CASES = {
     "euler_ancestral-eta-s_noise": in_sigma("euler_ancestral", eta=0.6, s_noise=1.003),
     "euler_ancestral-timesteps": on_timesteps("euler_ancestral"),
     "euler_ancestral-timesteps-vp-space": on_timesteps("euler_ancestral", space="vp"),
-    "heun": in_sigma("heun", two_calls=True),
+    "heun": in_sigma("heun", calls=2),
     "heun-timesteps": on_timesteps("heun"),
     "heun-timesteps-vp-space": on_timesteps("heun", space="vp"),
-    "dpmpp_2s": in_sigma("dpmpp_2s", two_calls=True),
-    "dpmpp_2s-ancestral": in_sigma("dpmpp_2s", two_calls=True, eta=1.0, s_noise=1.002),
-    "dpmpp_2s-vp": in_sigma("dpmpp_2s", True, two_calls=True),
+    "dpmpp_2s": in_sigma("dpmpp_2s", calls=2),
+    "dpmpp_2s-ancestral": in_sigma("dpmpp_2s", calls=2, eta=1.0, s_noise=1.002),
+    "dpmpp_2s-vp": in_sigma("dpmpp_2s", True, calls=2),
     "dpmpp_2m_sde": in_sigma("dpmpp_2m_sde"),
     "dpmpp_2m_sde-heun-eta-s_noise": in_sigma("dpmpp_2m_sde", solver="heun", eta=0.5, s_noise=1.003),
     "dpmpp_2m_sde-vp": in_sigma("dpmpp_2m_sde", True),
@@ -447,6 +504,69 @@ CASES = {
     "unipc-v_prediction": unipc(2, prediction="v_prediction"),
     "unipc-karras-2": unipc_karras(2),
     "unipc-karras-3": unipc_karras(3),
+    "dpm_2": in_sigma("dpm_2", calls=2, churns=True),
+    "dpm_2-churn": in_sigma("dpm_2", calls=2, churns=True, **EDM_CHURN),
+    "dpm_2_ancestral": in_sigma("dpm_2_ancestral", calls=2),
+    "dpm_2_ancestral-vp-eta": in_sigma("dpm_2_ancestral", True, calls=2, eta=0.5, s_noise=1.003),
+    "dpmpp_sde": in_sigma("dpmpp_sde", calls=2, each_draws=True),
+    "dpmpp_sde-eta-s_noise-r": in_sigma("dpmpp_sde", calls=2, each_draws=True, eta=0.6, s_noise=1.003, r=0.3),
+    "dpmpp_sde-vp": in_sigma("dpmpp_sde", True, calls=2, each_draws=True),
+    "dpmpp_3s": in_sigma("dpmpp_3s", calls=3),
+    "dpmpp_3s-vp": in_sigma("dpmpp_3s", True, calls=3),
+    "dpm_solver-2": in_sigma("dpm_solver", calls=2, order=2),
+    "dpm_solver-2-ancestral": in_sigma("dpm_solver", calls=2, order=2, eta=1.0),
+    "dpm_solver-2-r": in_sigma("dpm_solver", calls=2, order=2, r=0.3, theirs={"order": 2, "r1": 0.3}),
+    "dpm_solver-3-vp": in_sigma("dpm_solver", True, calls=3, order=3),
+    "dpm_solver-3-ancestral-least": in_sigma("dpm_solver", calls=3, order=3, eta=0.8, least=0.002),
+    "dpm_solver-mixed": dataclasses.replace(
+        in_sigma("dpm_solver", steps=5, order=(3, 2, 1, 3, 1)), ends=lambda rows: [2, 4, 5, 8, 9]
+    ),
+    "seeds_2": in_sigma("seeds_2", calls=2, each_draws=True),
+    "seeds_2-heun": in_sigma("seeds_2", calls=2, each_draws=True, solver="heun", r=0.7, theirs={"phi": 2, "r": 0.7}),
+    "seeds_2-r-eta": in_sigma("seeds_2", True, calls=2, each_draws=True, r=1.0, eta=0.4),
+    "seeds_3": in_sigma("seeds_3", calls=3, each_draws=True),
+    "seeds_3-vp-eta-s_noise": in_sigma("seeds_3", True, calls=3, each_draws=True, eta=0.4, s_noise=1.003),
+    "res_multistep": in_sigma("res_multistep"),
+    "res_multistep-vp-ancestral": in_sigma("res_multistep", True, eta=0.7, s_noise=1.003),
+    **{name: linear_multistep(name) for name in ("plms", "lms", "ipndm", "ipndm_v", "deis", "gradient_estimation")},
+    **{
+        f"{name}-to-0": linear_multistep(name, final="clean")
+        for name in ("plms", "lms", "ipndm", "deis", "gradient_estimation")
+    },
+    **{f"{name}-linspace": linear_multistep(name, "linspace") for name in ("plms", "lms", "ipndm_v")},
+    **{f"plms-{steps}": linear_multistep("plms", steps=steps) for steps in (2, 3, 4, 5)},
+    **{f"lms-{order}": linear_multistep("lms", order=order) for order in (1, 2, 3)},
+    **{f"ipndm_v-{order}": linear_multistep("ipndm_v", order=order) for order in (2, 3)},
+    "ipndm_v-exact": dataclasses.replace(
+        linear_multistep("lms"), table=linear_multistep("ipndm_v", weights="exact", theirs={}).table
+    ),
+    "deis-4": linear_multistep("deis", order=4),
+    "deis-log_rho": linear_multistep("deis", variable="log_rho"),
+    "deis-rho": linear_multistep("deis", variable="rho", final="clean"),
+    "plms-v_prediction": linear_multistep("plms", prediction="v_prediction"),
+    "lms-sample": linear_multistep("lms", prediction="sample"),
+    "deis-flow": linear_multistep("deis", prediction="flow"),
+    **{f"er_sde-{order}": multistep_vp("er_sde", {"order": order}, order=order) for order in (1, 2, 3)},
+    "er_sde-ode": multistep_vp("er_sde", {"phi": lambda r: r}, "first", scaler=lambda r: r),
+    "er_sde-v_prediction": multistep_vp("er_sde", {"s_noise": 1.003}, "first", "v_prediction", S_noise=1.003),
+    **{
+        f"sa_solver-{p}-{c}": multistep_vp(
+            "sa_solver", {"predictor": p, "corrector": c}, predictor_order=p, corrector_order=c
+        )
+        for p, c in ((3, 4), (2, 2), (1, 1), (3, 0), (1, 4))
+    },
+    "sa_solver-first": multistep_vp("sa_solver", {"predictor": 3, "corrector": 4}, "first"),
+    "sa_solver-ode": multistep_vp("sa_solver", {"predictor": 3, "corrector": 4, "tau": 0.0}, tau=0.0),
+    "sa_solver-window": multistep_vp(
+        "sa_solver",
+        {"predictor": 3, "corrector": 4, "tau": 0.7, "window": (0.3, 10.0), "s_noise": 1.003},
+        tau=0.7,
+        S_min=0.3,
+        S_max=10.0,
+        S_noise=1.003,
+    ),
+    "ddim_inverse": ddim_inverse(),
+    "consistency": in_sigma("consistency"),
     "lcm": consistency("lcm", 4),
     "lcm-v_prediction": consistency("lcm", 8, "v_prediction"),
     "tcd": consistency("tcd", 4, gamma=0.3),
@@ -535,9 +655,14 @@ class Trial:
             self.lam[0] = 1.0
             chosen = scaling.array(self.lam, origin="noisiest")
         self.case, self.table = case, case.table(chosen)
-        last = len(self.table) - 1
-        self.ends = [*range(1, last, 2), last] if case.heun else list(range(last + 1))
+        rows = len(self.table)
+        self.ends = case.ends(rows) if case.ends else [*range(case.calls - 1, rows - 1, case.calls), rows - 1]
         self.noise = [drawn(self.table, row) for row in self.ends]
+        if case.each_draws:
+            begins = [0, *(end + 1 for end in self.ends)]
+            self.noise = [
+                [drawn(self.table, row) for row in range(*part)] for part in zip(begins, begins[1:], strict=False)
+            ]
         if case.churns:
             self.noise = [None, *self.noise[:-1]]
 
@@ -563,6 +688,10 @@ def largest_errors(states, expected):
 
 cases = pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
 scalings = pytest.mark.parametrize("scaling_name", SCALINGS)
+
+
+def test_every_sampler_has_a_case():
+    assert {case.table(1.0).name.split("[")[0] for case in CASES.values()} == set(samplers.SAMPLERS)
 
 
 @cases

@@ -1,5 +1,7 @@
 """The loop: seeds, history, guidance, learned variance, classifier guidance, callbacks, errors."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -27,6 +29,15 @@ TABLES = {
     "dit-learned": samplers.dit(7, scaling=1.01, guidance=1.0),
     "flow": samplers.ddim(schedule.FlowSchedule(shift=3.0), 5, prediction="flow"),
 }
+
+KARRAS = schedule.KarrasSchedule()
+TABLES |= {  # every other sampler, as it is
+    name: sampler(KARRAS if "grid_options" not in inspect.signature(sampler).parameters else LINEAR, 6, scaling=1.01)
+    for name, sampler in samplers.SAMPLERS.items()
+    if name not in {key.split("-")[0] for key in TABLES} | {"tcd", "flow_euler", "ddim_inverse"}
+}
+TABLES["tcd"] = samplers.tcd(LINEAR, 6, scaling=1.01)
+TABLES["flow_euler"] = samplers.flow_euler(schedule.FlowSchedule(), 6, scaling=1.01, stochastic=True)
 
 
 def model(x, t):

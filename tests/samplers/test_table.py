@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import Table, samplers, scaling, schedule
+from epskernels import Table, samplers, scaling, schedule, solvers
 from epskernels.table import COLUMNS, PROVENANCE
 
 VP, ZERO_SNR = schedule.linear(), schedule.cosine().zero_terminal_snr()
@@ -27,6 +27,9 @@ MAKE = {
     "edm_euler": lambda: samplers.edm_euler(KARRAS_ON_VP, 5, prediction="v_prediction", S_churn=5, S_max=50),
     "dpmpp_2m": lambda: samplers.dpmpp_2m(VP, 8, scaling=1.003, guidance=2.0),
     "flow": lambda: samplers.ddim(FLOW, 8, prediction="flow"),
+    "plms": lambda: samplers.plms(VP, 8, scaling=1.017),
+    "sa_solver": lambda: samplers.sa_solver(VP, 8, scaling=1.003),
+    "dpmpp_sde": lambda: samplers.dpmpp_sde(KARRAS, 5, scaling=1.003),
 }
 
 
@@ -151,6 +154,36 @@ def test_an_added_term_is_refused_in_any_row(table, column):
         changed[column][row] += 0.01
         with pytest.raises(ValueError, match=f"^(mean|variance) of row {row} "):
             Table(changed)
+
+
+def test_what_m0_is_stays_the_same_within_a_sampler():
+    table = made("plms")
+    assert not table.keeps_x0 and made("ddim").keeps_x0 and table.history == 2
+    changed = values(table)
+    changed["m_eps"][3] = 0.5
+    with pytest.raises(ValueError, match="^(variance|noise of y) of row 3 "):
+        Table(changed)
+    row = {"c_x": 1.0, "c_m0": 0.0, "alpha_in": 1, "alpha_out": 1, "m_x0": [1, 1, 0]}
+    with pytest.raises(ValueError, match="^m_x0: expected the same in all rows of a sampler: .* got 0.0 in row 2"):
+        Table(row)
+    both = epskernels.concat([made("ddim"), table])
+    assert not both.keeps_x0 and both["m_eps"].tolist() == [0] * 8 + [1] * 9
+
+
+def test_a_delay_line():
+    """Row i reads call j's estimate by the weight (i, j): through m0, m1, m2, and y for one that is older."""
+    by_call = np.tril(np.random.default_rng(0).standard_normal((9, 9)))
+    for i in range(9):
+        by_call[i, : max(i - 2, 0)] = 0
+    by_call[6, 2] = by_call[7, 2] = 0.7  # held over two rows
+    by_call[8, 5] = -0.3
+    columns = solvers.delay_line(by_call)
+    estimates, y, out = np.random.default_rng(1).standard_normal(9), np.nan, []
+    for i in range(9):
+        terms = {f"c_m{age}": estimates[i - age] for age in range(3) if i >= age} | {"c_y": y}
+        out.append(sum(columns[name][i] * value for name, value in terms.items() if columns[name][i]))
+        y = sum(k * v for k, v in ((columns["k_m2"][i], estimates[i - 2]), (columns["k_y"][i], y)) if k)
+    np.testing.assert_allclose(out, by_call @ estimates, rtol=1e-12)
 
 
 def test_moving_weight_between_terms_of_the_mean_keeps_it():

@@ -6,6 +6,7 @@ which rounds what a sampler stores between two model calls (states, kept estimat
 """
 
 import numpy as np
+from scipy import integrate
 
 
 def exact(values):
@@ -477,6 +478,477 @@ def sigma_dpmpp_3m_sde(denoise, x, sigmas, lam, noise, *, eta=1.0, s_noise=1.0, 
             if eta:
                 x = x + noise[i] * sigmas[i + 1] * np.sqrt(-np.expm1(-2 * h * eta)) * s_noise
         x, denoised_1, denoised_2, h_1, h_2 = keep(x), keep(denoised), denoised_1, h, h_1
+        states.append(x)
+    return states
+
+
+# ---- two model calls in a step, on x = x0 + sigma*eps; where states round, one is stored, as in sigma_heun ----
+
+
+def found_again(x_2, denoised, sigma, sigma_2):
+    """The x that Euler's step from sigma to sigma_2 made x_2 of."""
+    return denoised + (x_2 - denoised) * sigma / sigma_2
+
+
+def sigma_dpm_2(denoise, x_hat, sigmas, lam, noise, *, S_churn=0.0, S_min=0.0, S_max=np.inf, S_noise=1.0, keep=exact):
+    """k-diffusion's dpm_2; starts, and returns states, as edm_sampler does."""
+    n, states, x = len(sigmas) - 1, [], x_hat
+    for i in range(n):
+        gamma = min(S_churn / n, np.sqrt(2) - 1) if S_min <= sigmas[i] <= S_max else 0.0
+        hat = sigmas[i] * (1 + gamma)
+        if i > 0:
+            x = keep(x + np.sqrt(hat**2 - sigmas[i] ** 2) * S_noise * noise[i])
+            states.append(x)
+        denoised = _scaled(denoise, x, hat, lam[i])
+        if sigmas[i + 1] == 0:
+            x = denoised
+            continue
+        mid = np.exp((np.log(hat) + np.log(sigmas[i + 1])) / 2)
+        x_2 = keep(x + to_d(x, hat, denoised) * (mid - hat))
+        if keep is not exact:
+            x = found_again(x_2, keep(denoised), hat, mid)
+        x = x + to_d(x_2, mid, _scaled(denoise, x_2, mid, lam[i])) * (sigmas[i + 1] - hat)
+    return [*states, keep(x)]
+
+
+def sigma_dpm_2_ancestral(denoise, x, sigmas, lam, noise, *, eta=1.0, s_noise=1.0, keep=exact):
+    states = []
+    for i in range(len(sigmas) - 1):
+        sigma = sigmas[i]
+        denoised = _scaled(denoise, x, sigma, lam[i])
+        down, up = ancestral_step(sigma, sigmas[i + 1], eta)
+        if down == 0:
+            x = x + to_d(x, sigma, denoised) * (down - sigma)
+        else:
+            mid = np.exp((np.log(sigma) + np.log(down)) / 2)
+            x_2 = keep(x + to_d(x, sigma, denoised) * (mid - sigma))
+            if keep is not exact:
+                x = found_again(x_2, keep(denoised), sigma, mid)
+            x = x + to_d(x_2, mid, _scaled(denoise, x_2, mid, lam[i])) * (down - sigma)
+            x = x + noise[i] * s_noise * up
+        x = keep(x)
+        states.append(x)
+    return states
+
+
+def sigma_dpmpp_sde(denoise, x, sigmas, lam, noise, *, eta=1.0, s_noise=1.0, r=0.5, keep=exact):
+    """noise[i]: those of both calls."""
+    states = []
+    for i in range(len(sigmas) - 1):
+        denoised = _scaled(denoise, x, sigmas[i], lam[i])
+        if sigmas[i + 1] == 0:
+            x = denoised
+        else:
+            t, t_next = -np.log(sigmas[i]), -np.log(sigmas[i + 1])
+            s = t + (t_next - t) * r
+            down, up = ancestral_step(sigmas[i], np.exp(-s), eta)
+            x_2 = keep(down / sigmas[i] * x + (1 - down / sigmas[i]) * denoised + noise[i][0] * s_noise * up)
+            denoised_2 = _scaled(denoise, x_2, np.exp(-s), lam[i])
+            down, up = ancestral_step(sigmas[i], sigmas[i + 1], eta)
+            mixed = (1 - 1 / (2 * r)) * keep(denoised) + 1 / (2 * r) * denoised_2
+            x = down / sigmas[i] * x + (1 - down / sigmas[i]) * mixed + noise[i][1] * s_noise * up
+        x = keep(x)
+        states.append(x)
+    return states
+
+
+# ---- single steps of DPM-Solver's family, on x = x0 + sigma*eps ----
+
+
+def second_stage(x, d_0, d_1, s, s_1, s_2):
+    """u_2 of DPM-Solver-3, u_1 following from x and d_0."""
+    h_1, h_2 = np.log(s / s_1), np.log(s / s_2)
+    eps = to_d(x, s, d_0)
+    eps_1 = to_d(x - s_1 * np.expm1(h_1) * eps, s_1, d_1)
+    return x - s_2 * np.expm1(h_2) * eps - s_2 * h_2 / h_1 * (np.expm1(h_2) / h_2 - 1) * (eps_1 - eps)
+
+
+def sigma_dpm_solver(denoise, x, sigmas, lam, noise, *, order, eta=0.0, s_noise=1.0, least=0.0, r1=0.5, keep=exact):
+    """DPM-Solver-1, 2, 3 (Lu et al., arXiv 2206.00927, alg. 1 and 2): eps integrated over lambda = -log(sigma).
+
+    order: of each step; the step to 0 is of order 1. Ancestral where eta > 0, down to `least` at the lowest.
+    """
+    states, orders = [], np.broadcast_to(order, len(sigmas) - 1)
+    for i in range(len(sigmas) - 1):
+        s, lam_i = sigmas[i], lam[i]
+        down, up = ancestral_step(s, sigmas[i + 1], eta)
+        if down < least and sigmas[i + 1] > 0:
+            down, up = least, np.sqrt(sigmas[i + 1] ** 2 - least**2)
+        d_0 = _scaled(denoise, x, s, lam_i)
+        if orders[i] == 1 or down == 0:
+            x = x + (down - s) * to_d(x, s, d_0)
+        else:
+            h = np.log(s) - np.log(down)
+            r_1, r_2 = (r1, 1) if orders[i] == 2 else (1 / 3, 2 / 3)
+            s_1, s_2 = s * np.exp(-r_1 * h), s * np.exp(-r_2 * h)
+            u_1 = keep(x - s_1 * np.expm1(r_1 * h) * to_d(x, s, d_0))
+            d_1 = _scaled(denoise, u_1, s_1, lam_i)
+            if keep is not exact:
+                d_0 = keep(d_0)
+                x = found_again(u_1, d_0, s, s_1)
+            if orders[i] == 2:
+                eps, eps_1 = to_d(x, s, d_0), to_d(u_1, s_1, d_1)
+                x = x - down * np.expm1(h) * eps - down / (2 * r_1) * np.expm1(h) * (eps_1 - eps)
+            else:
+                u_2 = keep(second_stage(x, d_0, d_1, s, s_1, s_2))
+                d_2 = _scaled(denoise, u_2, s_2, lam_i)
+                if keep is not exact:  # u_2 is affine in x
+                    d_1 = keep(d_1)
+                    at_0, at_1 = (
+                        second_stage(value, d_0, d_1, s, s_1, s_2) for value in (np.zeros_like(x), np.ones_like(x))
+                    )
+                    x = (u_2 - at_0) / (at_1 - at_0)
+                eps, eps_2 = to_d(x, s, d_0), to_d(u_2, s_2, d_2)
+                x = x - down * np.expm1(h) * eps - down / r_2 * (np.expm1(h) / h - 1) * (eps_2 - eps)
+        x = keep(x + noise[i] * s_noise * up) if up else keep(x)
+        states.append(x)
+    return states
+
+
+def sigma_dpmpp_3s(denoise, x, sigmas, lam, noise, *, keep=exact):
+    """DPM-Solver++'s singlestep third order update (the code of Lu et al., arXiv 2211.01095), r = 1/3, 2/3."""
+    return sigma_seeds_3(denoise, x, sigmas, lam, noise, eta=0.0, keep=keep)
+
+
+def sigma_seeds_2(denoise, x, sigmas, lam, noise, *, eta=1.0, s_noise=1.0, r=0.5, phi=1, keep=exact):
+    """SEEDS-2 (Gonzalez et al., arXiv 2305.14267), x0 predicted. noise[i]: of both calls. phi: 1 or 2, of the second's weight."""
+    states = []
+    for i in range(len(sigmas) - 1):
+        s, s_next = sigmas[i], sigmas[i + 1]
+        d_0 = _scaled(denoise, x, s, lam[i])
+        if s_next == 0:
+            x = d_0
+        else:
+            h = np.log(s) - np.log(s_next)
+            s_1, H = s * np.exp(-r * h), (1 + eta) * h
+            z_1, z_2 = noise[i]
+            start = np.exp(-r * H) * x  # s_1/s*exp(-r*eta*h)
+            shaken = s_1 * s_noise * np.sqrt(1 - np.exp(-2 * r * eta * h)) * z_1
+            u = keep(start - np.expm1(-r * H) * d_0 + shaken)
+            d_1 = _scaled(denoise, u, s_1, lam[i])
+            later = s_next / s_1 * np.exp(-(1 - r) * eta * h)
+            if keep is not exact:  # x's and the noise's share follow from u and the estimate kept
+                start, shaken, d_0 = u + np.expm1(-r * H) * keep(d_0), 0.0, keep(d_0)
+            if phi == 1:
+                mean = -np.expm1(-H) * ((1 - 1 / (2 * r)) * d_0 + 1 / (2 * r) * d_1)
+            else:
+                mean = -np.expm1(-H) * d_0 + (np.expm1(-H) + H) / H * (d_1 - d_0) / r
+            fresh = s_next * s_noise * np.sqrt(1 - np.exp(-2 * (1 - r) * eta * h)) * z_2
+            x = later * (start + shaken) + mean + fresh
+        x = keep(x)
+        states.append(x)
+    return states
+
+
+def sigma_seeds_3(denoise, x, sigmas, lam, noise, *, eta=1.0, s_noise=1.0, keep=exact):
+    """SEEDS-3 (Gonzalez et al., arXiv 2305.14267), x0 predicted, r = 1/3 and 2/3. noise[i]: of the three calls."""
+    r_1, r_2, states = 1 / 3, 2 / 3, []
+    for i in range(len(sigmas) - 1):
+        s, s_next = sigmas[i], sigmas[i + 1]
+        d_0 = _scaled(denoise, x, s, lam[i])
+        if s_next == 0:
+            x = d_0
+        else:
+            h = np.log(s) - np.log(s_next)
+            H = (1 + eta) * h
+            s_1, s_2 = s * np.exp(-r_1 * h), s * np.exp(-r_2 * h)
+            z = noise[i] if eta else [0.0, 0.0, 0.0]
+
+            def noise_over(part, h=h):
+                return s_noise * np.sqrt(-np.expm1(-2 * part * eta * h))
+
+            known = np.exp(-r_1 * H) * x + s_1 * noise_over(r_1) * z[0]
+            u_1 = keep(known - np.expm1(-r_1 * H) * d_0)
+            d_1 = _scaled(denoise, u_1, s_1, lam[i])
+            if keep is not exact:
+                known, d_0 = u_1 + np.expm1(-r_1 * H) * keep(d_0), keep(d_0)
+            phi_2 = (np.expm1(-r_2 * H) + r_2 * H) / (r_2 * H)
+            known = np.exp(-(r_2 - r_1) * H) * known + s_2 * noise_over(r_2 - r_1) * z[1]
+            of_m = lambda d_0, d_1, H=H, phi_2=phi_2: -np.expm1(-r_2 * H) * d_0 + r_2 / r_1 * phi_2 * (d_1 - d_0)  # noqa: E731
+            u_2 = keep(known + of_m(d_0, d_1))
+            d_2 = _scaled(denoise, u_2, s_2, lam[i])
+            if keep is not exact:
+                known = u_2 - of_m(d_0, keep(d_1))
+            phi_2 = (np.expm1(-H) + H) / H
+            x = np.exp(-(1 - r_2) * H) * known + s_next * noise_over(1 - r_2) * z[2]
+            x = x - np.expm1(-H) * d_0 + phi_2 / r_2 * (d_2 - d_0)
+        x = keep(x)
+        states.append(x)
+    return states
+
+
+# ---- linear multistep: eps of earlier calls ----
+
+
+def transfer(x, eps, at, after):
+    """DDIM's step from (alpha, sigma) = at to after, by any eps (Liu et al., arXiv 2202.09778, eq. 11)."""
+    return after[0] * (x - at[1] * eps) / at[0] + after[1] * eps
+
+
+def pndm_eps(history):
+    """Liu et al., arXiv 2202.09778, eq. 12 and its lower orders; history: the newest last."""
+    e = history[::-1]
+    if len(e) == 1:
+        return e[0]
+    if len(e) == 2:
+        return (3 * e[0] - e[1]) / 2
+    if len(e) == 3:
+        return (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
+    return (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3]) / 24
+
+
+def plms(eps, x, alpha, sigma, *, keep=exact):
+    """Latent diffusion's plms. eps(x, j): of step j, or, for j + 0.5, at step j's end. alpha, sigma: (N + 1,)."""
+    old, states = [], []
+    ends = list(zip(alpha, sigma, strict=True))
+    for j in range(len(alpha) - 1):
+        e = eps(x, j)
+        if j == 0:
+            x_next = keep(transfer(x, e, ends[0], ends[1]))
+            e_next = eps(x_next, 0.5)
+            if keep is not exact:  # the row adds the difference to what was stored
+                e = keep(e)
+                slope = ends[1][1] - ends[0][1] * ends[1][0] / ends[0][0]
+                x = keep(x_next + slope * (e_next - e) / 2)
+            else:
+                x = transfer(x, (e + e_next) / 2, ends[0], ends[1])
+        else:
+            x = keep(transfer(x, pndm_eps([*old[-3:], e]), ends[j], ends[j + 1]))
+        old.append(keep(e))
+        states.append(x)
+    return states
+
+
+def ipndm(eps, x, alpha, sigma, *, order=4, keep=exact):
+    """IPNDM (Zhang and Chen, arXiv 2204.13902, section 4): plms without its second call; a step to sigma = 0 is DDIM's."""
+    old, states = [], []
+    for j in range(len(alpha) - 1):
+        e = eps(x, j)
+        history = [e] if sigma[j + 1] == 0 else [*old, e][-order:]
+        x = keep(transfer(x, pndm_eps(history), (alpha[j], sigma[j]), (alpha[j + 1], sigma[j + 1])))
+        old.append(keep(e))
+        states.append(x)
+    return states
+
+
+def lagrange_weights(nodes, start, end, variable, density):
+    """The integrals over [start, end] of density(s) times the polynomials in variable(s) that are 1 at one node, 0 at others."""
+    found = []
+    for k, node in enumerate(nodes):
+
+        def polynomial(s, k=k, node=node):
+            return np.prod([(variable(s) - other) / (node - other) for m, other in enumerate(nodes) if m != k])
+
+        value, _ = integrate.quad(
+            lambda s, p=polynomial: density(s) * p(s), start, end, epsabs=0, epsrel=1e-12, limit=500
+        )
+        found.append(value)
+    return found
+
+
+def lms(eps, x, alpha, sigma, *, order=4, keep=exact):
+    """k-diffusion's lms: the polynomial in r = sigma/alpha through the last slopes of x/alpha."""
+    r, old, states = sigma / alpha, [], []
+    for j in range(len(alpha) - 1):
+        e = eps(x, j)
+        history = [*old, e][-order:][::-1]
+        nodes = [r[j - k] for k in range(len(history))]
+        weights = lagrange_weights(nodes, r[j], r[j + 1], lambda s: s, lambda s: 1.0)
+        x = keep(alpha[j + 1] * (x / alpha[j] + sum(w * e for w, e in zip(weights, history, strict=True))))
+        old.append(keep(e))
+        states.append(x)
+    return states
+
+
+def sigma_lms(denoise, x, sigmas, lam, noise, *, order=4, keep=exact):
+    def eps(x, j):
+        return to_d(x, sigmas[j], _scaled(denoise, x, sigmas[j], lam[j]))
+
+    return lms(eps, x, np.ones(len(sigmas)), np.asarray(sigmas), order=order, keep=keep)
+
+
+def ipndm_v(eps, x, alpha, sigma, *, order=4, keep=exact):
+    """IPNDM for steps of any length, written out as its code does."""
+    r, old, states = sigma / alpha, [], []
+    for j in range(len(alpha) - 1):
+        e = eps(x, j)
+        used = 1 if sigma[j + 1] == 0 else min(order, j + 1)
+        h = r[j + 1] - r[j]
+        h_1, h_2, h_3 = (r[j - k] - r[j - k - 1] if j > k else np.nan for k in range(3))
+        mean = e
+        if used > 1:
+            mean = (2 + h / h_1) / 2 * e - h / h_1 / 2 * old[-1]
+        if used > 2:
+            temp = (1 - h / (3 * (h + h_1)) * (h * (h + h_1)) / (h_1 * (h_1 + h_2))) / 2
+            mean = mean + temp * (e - (1 + h_1 / h_2) * old[-1] + h_1 / h_2 * old[-2])
+        if used > 3:
+            ratio = h_1 * (h_1 + h_2) / (h_2 * (h_2 + h_3))
+            temp = (1 - h / (3 * (h + h_1))) / 2 + (1 - h / (2 * (h + h_1))) * h / (6 * (h + h_1 + h_2))
+            temp = temp * (h * (h + h_1) * (h + h_1 + h_2)) / (h_1 * (h_1 + h_2) * (h_1 + h_2 + h_3))
+            mean = mean + temp * (
+                e - (1 + h_1 / h_2 + ratio) * old[-1] + (h_1 / h_2 + ratio * (1 + h_2 / h_3)) * old[-2]
+                - ratio * h_1 / h_2 * old[-3]
+            )  # fmt: skip
+        x = keep(alpha[j + 1] * (x / alpha[j] + h * mean))
+        old.append(keep(e))
+        states.append(x)
+    return states
+
+
+def deis(eps, x, alpha, sigma, *, order=3, variable="time", keep=exact):
+    """DEIS (Zhang and Chen, arXiv 2204.13902, eq. 14, 15): in the time of beta = 0.1 + 19.9 t, or in log rho, rho."""
+    rho, old, states = sigma / alpha, [], []
+    if variable == "time":  # log(1 + rho^2) = the integral of beta
+
+        def to(r):
+            return (-0.1 + np.sqrt(0.01 + 2 * 19.9 * np.log(1 + r**2))) / 19.9
+
+        def slope(t):
+            r = np.sqrt(np.exp(0.1 * t + 19.9 * t**2 / 2) - 1)
+            return (0.1 + 19.9 * t) / 2 * (1 + r**2) / r
+    else:
+        to, slope = {"log_rho": (np.log, np.exp), "rho": (lambda r: r, lambda r: 1.0)}[variable]
+    for j in range(len(alpha) - 1):
+        e = eps(x, j)
+        if sigma[j + 1] == 0:
+            weights, history = [rho[j + 1] - rho[j]], [e]
+        else:
+            history = [*old, e][-order:][::-1]
+            nodes = [to(rho[j - k]) for k in range(len(history))]
+            weights = lagrange_weights(nodes, to(rho[j]), to(rho[j + 1]), lambda s: s, slope)
+        x = keep(alpha[j + 1] * (x / alpha[j] + sum(w * e for w, e in zip(weights, history, strict=True))))
+        old.append(keep(e))
+        states.append(x)
+    return states
+
+
+def gradient_estimation(eps, x, alpha, sigma, *, gamma=2.0, keep=exact):
+    """Permenter and Yuan, arXiv 2306.04848, algorithm 2, on r = sigma/alpha; Euler's step at the beginning and to 0."""
+    r, before, states = sigma / alpha, None, []
+    for j in range(len(alpha) - 1):
+        e = eps(x, j)
+        mean = e if before is None or r[j + 1] == 0 else gamma * e + (1 - gamma) * before
+        x, before = keep(alpha[j + 1] * (x / alpha[j] + (r[j + 1] - r[j]) * mean)), keep(e)
+        states.append(x)
+    return states
+
+
+# ---- more multistep methods that predict x0 ----
+
+
+def sigma_res_multistep(denoise, x, sigmas, lam, noise, *, eta=0.0, s_noise=1.0, keep=exact):
+    """RES (Zhang et al., arXiv 2308.02157), second order multistep, ancestral as ComfyUI has it."""
+    states, old, old_down = [], None, None
+    for i in range(len(sigmas) - 1):
+        denoised = _scaled(denoise, x, sigmas[i], lam[i])
+        down, up = ancestral_step(sigmas[i], sigmas[i + 1], eta)
+        if down == 0 or old is None:
+            x = x + to_d(x, sigmas[i], denoised) * (down - sigmas[i])
+        else:
+            h = np.log(sigmas[i]) - np.log(down)
+            c_2 = (-np.log(sigmas[i - 1]) + np.log(old_down)) / h
+            phi_1 = -np.expm1(-h) / h
+            phi_2 = (1 - phi_1) / h
+            x = np.exp(-h) * x + h * ((phi_1 - phi_2 / c_2) * denoised + phi_2 / c_2 * old)
+        x = keep(x + noise[i] * s_noise * up) if sigmas[i + 1] > 0 else keep(x)
+        old, old_down = keep(denoised), down
+        states.append(x)
+    return states
+
+
+def er_sde(denoise, x, alpha, sigma, noise, *, order=3, phi=None, s_noise=1.0, keep=exact):
+    """ER-SDE-Solver (Cui et al., arXiv 2309.06169), variance preserving. denoise(x, j): the estimate of model call j."""
+    phi = phi or (lambda r: r * (np.exp(r**0.3) + 10))
+    r, states, m = sigma / alpha, [], []
+    for j in range(len(alpha) - 1):
+        m.append(denoise(x, j))
+        if sigma[j + 1] == 0:
+            x = alpha[j + 1] * m[-1]
+        else:
+            s, t = r[j], r[j + 1]
+            kept = phi(t) / phi(s)
+            y = kept * x / alpha[j] + (1 - kept) * m[-1]
+            if order > 1 and j > 0:
+                slope = (m[-1] - m[-2]) / (s - r[j - 1])
+                one = integrate.quad(lambda v: 1 / phi(v), t, s, epsrel=1e-12, epsabs=0)[0]
+                y = y + (t - s + phi(t) * one) * slope
+            if order > 2 and j > 1:
+                before = (m[-2] - m[-3]) / (r[j - 1] - r[j - 2])
+                two = integrate.quad(lambda v, s=s: (v - s) / phi(v), t, s, epsrel=1e-12, epsabs=0)[0]
+                y = y + ((t - s) ** 2 / 2 + phi(t) * two) * (slope - before) / ((s - r[j - 2]) / 2)
+            x = alpha[j + 1] * (y + noise[j] * s_noise * np.sqrt(max(t**2 - (s * kept) ** 2, 0)))
+        x, m[-1] = keep(x), keep(m[-1])
+        states.append(x)
+    return states
+
+
+def sa_solver(
+    denoise, x, alpha, sigma, noise, *, predictor, corrector, tau=1.0, window=(0, np.inf), s_noise=1.0, keep=exact
+):
+    """SA-Solver (Xue et al., arXiv 2309.05019, alg. 1, eq. 15 and 18), with its code's falling orders towards sigma = 0."""
+    with np.errstate(divide="ignore"):
+        lam = np.log(alpha) - np.log(sigma)
+    n, m, states, corrected, last = len(alpha) - 1, [], [], x, None
+    to_0 = sigma[-1] == 0
+
+    def weights(nodes, i, tau):
+        """b of the estimates at the nodes over step i."""
+        speed = 1 + tau**2
+        return [alpha[i + 1] * b for b in lagrange_weights(
+            [lam[k] for k in nodes], lam[i], lam[i + 1], lambda s: s, lambda s: speed * np.exp(speed * (s - lam[i + 1]))
+        )]  # fmt: skip
+
+    for i in range(n):
+        m.append(denoise(x, i))
+        order = min(corrector, i + 1, n - i if to_0 else n)
+        if i and order and not (to_0 and i == n - 1):
+            A, shaken, predicted, tau_i = last
+            nodes = [i - k for k in range(order)]
+            b = weights(nodes, i - 1, tau_i)
+            if keep is exact:
+                corrected = A * corrected + sum(w * m[k] for w, k in zip(b, nodes, strict=True)) + shaken
+            else:  # y is what the corrector's share of known estimates has beyond the predictor's
+                y = sum(w * value for w, value in zip(b[1:], [predicted[1][k] for k in nodes[1:]], strict=True))
+                corrected = x + keep(y - predicted[0]) + b[0] * m[i]
+        else:
+            corrected = x
+        h = lam[i + 1] - lam[i]
+        if sigma[i + 1] == 0:
+            x = alpha[i + 1] * m[i]
+        else:
+            tau_i = tau if window[0] <= sigma[i + 1] / alpha[i + 1] <= window[1] else 0.0
+            A = sigma[i + 1] / sigma[i] * np.exp(-(tau_i**2) * h)
+            shaken = sigma[i + 1] * np.sqrt(-np.expm1(-2 * tau_i**2 * h)) * s_noise * noise[i]
+            nodes = [i - k for k in range(max(min(predictor, i + 1, n - 1 - i if to_0 else n), 1))]
+            b = weights(nodes, i, tau_i)
+            predicted = sum(w * m[k] for w, k in zip(b, nodes, strict=True))
+            last = A, shaken, (predicted, dict(enumerate(m))), tau_i
+            x = A * corrected + predicted + shaken
+        x, m[i] = keep(x), keep(m[i])
+        states.append(x)
+    return states
+
+
+# ---- and others ----
+
+
+def sigma_consistency(denoise, x, sigmas, lam, noise, *, keep=exact):
+    """Song et al., arXiv 2303.01469, algorithm 1; denoise: the consistency function. sigmas: at last epsilon, then 0."""
+    states = []
+    for i in range(len(sigmas) - 1):
+        x = _scaled(denoise, x, sigmas[i], lam[i])
+        if sigmas[i + 1] > 0:
+            x = x + np.sqrt(sigmas[i + 1] ** 2 - sigmas[-2] ** 2) * noise[i]
+        x = keep(x)
+        states.append(x)
+    return states
+
+
+def ddim_inverse(eps, x, alpha, sigma, *, keep=exact):
+    """Song et al., arXiv 2010.02502, eq. 14 upwards. eps(x, j): in step j, told the time of its end. alpha, sigma: from clean."""
+    states = []
+    for j in range(len(alpha) - 1):
+        x = keep(transfer(x, eps(x, j), (alpha[j], sigma[j]), (alpha[j + 1], sigma[j + 1])))
         states.append(x)
     return states
 
