@@ -134,7 +134,9 @@ class Tree:
         kernels = self.folder / "tests" / "support" / "kernels.py"
         kernels.write_text(kernels.read_text().replace('"-O2"', '"-O0"'))
         (self.built,) = self.folder.glob("build/cmake-*")
-        self.cmake = shutil.which("cmake", path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]))
+        self.cmake = shutil.which(
+            "cmake", path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+        )
         self.run([self.cmake, "-DCMAKE_BUILD_TYPE=Debug", "-B", self.built], check=True)
         if said := self.build():
             raise RuntimeError(said)
@@ -186,10 +188,16 @@ class Tree:
 
     def test(self, files, limit, *options):
         """(the killer, or None; a note). Until the first failure."""
-        status, output = self.pytest(["-x", "-vv", "--tb=line", "-rN", "-p", "no:cacheprovider", *LEFT_OUT, *options, *files], limit)
+        status, output = self.pytest(
+            ["-x", "-vv", "--tb=line", "-rN", "-p", "no:cacheprovider", *LEFT_OUT, *options, *files], limit
+        )
         if status in (0, 5):  # 5: -k has left none
             return None, ""
-        lines = re.findall(r"^(tests/\S+::.+?)(?: (PASSED|FAILED|ERROR|SKIPPED)| Fatal Python error: .+)?(?: +\[ *\d+%\])?$", output, re.M)
+        lines = re.findall(
+            r"^(tests/\S+::.+?)(?: (PASSED|FAILED|ERROR|SKIPPED)| Fatal Python error: .+)?(?: +\[ *\d+%\])?$",
+            output,
+            re.M,
+        )
         last = lines[-1][0] if lines else ""
         if status is None:
             return last, f"the time limit of {limit} s"
@@ -348,7 +356,9 @@ def main():
     parser.add_argument("--only", default="", metavar="REGEX", help="those whose 'FILE: NAME' it finds")
     parser.add_argument("--resume", action="store_true", help="keep the results that there are")
     parser.add_argument("--survivors", action="store_true", help="with --resume: those again that survived")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trees, each with a core; default: %(default)s")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="trees, each with a core; default: %(default)s"
+    )
     parser.add_argument("--quick", action="store_true", help="the likely files alone")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a fault first")
     parser.add_argument("--table", action="store_true", help="write the table alone")
