@@ -7,8 +7,8 @@ a copy of the working tree. What is compiled is built again. Then run, each unti
     whole    all that `make test` runs
     deep     the likely files with what is marked `deep`
 
-until one kills the fault. Results go to build/mutants.jsonl, a line each; --resume goes on from there. Once every fault has a result,
-the table in tests/mutants.md is written.
+until one kills the fault. Results go to build/mutants.jsonl, a line each; --resume goes on from there. At the end the table in
+tests/mutants.md is written.
 """
 
 import argparse
@@ -316,8 +316,8 @@ def write_table(mutants, results):
     lines = [
         "# Faults planted, and the tests that notice them", "",
         "Written by `make mutants` (tests/mutants.py) from tests/mutants.toml: not for editing.", "",
-        f"{len(tried)} planted. `make test` kills {killed}; only the deep tests kill {stages['deep']}; {stages['survives']} survive."
-        f" {hours:.1f} hours.", "",
+        f"{len(tried)} planted. `make test` kills {killed}; only the deep tests kill {stages['deep']}; {stages['survives']} "
+        f"survive. {hours:.1f} hours.", "",
     ]  # fmt: skip
     if len(tried) < len(mutants):
         lines += [f"{len(mutants) - len(tried)} more are listed, and were not tried.", ""]
