@@ -653,6 +653,14 @@ def test_model_input_over_an_input(backend, name):
     )
 
 
+def test_the_op_s_out_may_not_be_absent(backend):
+    message = "expected a value of type 'Tensor' for argument 'out' but instead found type 'NoneType'"
+    m0 = torch.full(SHAPE, SENTINEL)
+    with pytest.raises(RuntimeError, match=message):
+        op(backend, "step_out")(**good(), out=None, m0=m0)
+    assert (m0 == SENTINEL).all()
+
+
 def test_model_input_in_the_dtype_of_x(backend):
     halves = {name: torch.ones(SHAPE, dtype=torch.bfloat16) for name in ("f", "u", "v")}
     message = "model_input: expected dtype bfloat16 as f has, got float32"
