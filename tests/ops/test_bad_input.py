@@ -585,6 +585,10 @@ BAD_OUTPUTS |= {
         lambda: (good(x=(buffer := torch.full((4, 4, 5), SENTINEL))[:3, :2]), buffer[1:4, 1:3]),
         "NAME: overlaps the memory of x without being the same tensor",
     ),
+    "every other channel, where x has the last two": (
+        lambda: (good(x=(buffer := torch.full((3, 4, 5), SENTINEL))[:, 2:]), buffer[:, ::2]),
+        "NAME: overlaps the memory of x without being the same tensor",
+    ),
     "halves of x, one channel before": (
         lambda: (good(x=(buffer := torch.full((3, 4, 5), SENTINEL))[:, 1:3]), buffer[:, :2]),
         "NAME: overlaps the memory of x without being the same tensor",
