@@ -34,8 +34,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/spec.py $(wildcard csrc/*)
 
-.PHONY: build sample check test test-deep lint sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report \
-	quality quality-report quality-quick train clean another-torch
+.PHONY: build sample check test test-deep lint mutants sanitize gpu-check bench bench-full bench-diffusers bench-dispatch \
+	bench-compare report quality quality-report quality-quick train clean another-torch
 
 build: $(READY)
 
@@ -75,6 +75,10 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Plants faults and asks which test notices: MUTANTS="--resume", "--only REGEX" (python -m tests.mutants --help).
+mutants: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --jobs $(WORKERS) $(MUTANTS)
 
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/project/sanitize.sh

@@ -7,11 +7,12 @@ a copy of the working tree. What is compiled is built again. Then run, each unti
     whole    all that `make test` runs
     deep     the likely files with what is marked `deep`
 
-until one kills the fault. Results go to build/mutants.jsonl, a line each; --resume goes on from there. Once every fault has a result,
-the table in tests/mutants.md is written.
+until one kills the fault. Results go to build/mutants.jsonl, a line each; --resume goes on from there. At the end the table in
+tests/mutants.md is written.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
 import json
@@ -19,6 +20,7 @@ import os
 import pathlib
 import queue
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -39,14 +41,15 @@ LIMITS = {"likely": 300, "whole": 1800, "deep": 1200}  # seconds
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """A fault. tests: files that are likely to notice it, below tests/. only: what of them runs first, as pytest's -k."""
+    """A fault. tests: files that are likely to notice it, below tests/. first, then: what of them runs, as pytest's -k."""
 
     file: str
     name: str
     old: str
     new: str
     tests: tuple
-    only: str
+    first: str
+    then: str
     reason: str  # why no test can notice it, of one that survives
 
     @property
@@ -74,12 +77,40 @@ def read_list():
     mutants = []
     for file, group in tomllib.loads(LIST.read_text()).items():
         for each in group["mutants"]:
-            rest = {"reason": "", "only": group.get("only", ""), "tests": tuple(group["tests"])} | each
+            about = {"first": group.get("first", ""), "then": group.get("then", ""), "tests": tuple(group["tests"])}
+            rest = {"reason": ""} | about | each
             mutants.append(Mutant(file, **rest))
     return mutants
 
 
 # ---- a copy of the tree ----
+
+# Imports once what takes the tests' processes most of their time, then forks: for each line, [a file for the output, pytest's
+# arguments], prints the fork's number, and later its exit status.
+SERVER = """
+import json, os, sys
+import torch
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+import diffusers, filelock, hypothesis, numpy, pytest, torch._dynamo, tqdm.auto, triton, triton.language
+from diffusers import DDPMScheduler, UNet2DModel
+
+for line in sys.stdin:
+    output, arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setsid()
+            for number, path in ((0, os.devnull), (1, output), (2, output)):
+                os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), number)
+            status = int(pytest.main(arguments))
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
 class Tree:
@@ -103,11 +134,15 @@ class Tree:
         kernels = self.folder / "tests" / "support" / "kernels.py"
         kernels.write_text(kernels.read_text().replace('"-O2"', '"-O0"'))
         (self.built,) = self.folder.glob("build/cmake-*")
-        self.cmake = shutil.which("cmake", path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]))
+        self.cmake = shutil.which(
+            "cmake", path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+        )
         self.run([self.cmake, "-DCMAKE_BUILD_TYPE=Debug", "-B", self.built], check=True)
         if said := self.build():
             raise RuntimeError(said)
         self.run(self.for_host, check=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=self.folder, env=self.environment, **pipes)
         self.built_for_host = {path: path.read_bytes() for path in self.folder.glob("build/tests/*/*.so")}
 
     for_host = [sys.executable, "-c", "from tests.support import kernels; kernels.cuda_on_host()"]
@@ -131,6 +166,17 @@ class Tree:
             raise RuntimeError(f"{command}: exit status {status}\n{output}")
         return status, output
 
+    def pytest(self, arguments, limit):
+        """As `run`."""
+        with tempfile.NamedTemporaryFile("r", errors="replace") as said:
+            self.server.stdin.write(json.dumps([said.name, arguments]).encode() + b"\n")
+            child = int(self.server.stdout.readline())
+            ended, _, _ = select.select([self.server.stdout], [], [], limit)
+            if not ended:
+                os.killpg(child, signal.SIGKILL)
+            status = int(self.server.stdout.readline())
+            return status if ended else None, said.read()
+
     def build(self):
         """Of what has changed. Returns the compiler's words where it fails."""
         for command in (["--build", self.built], ["--install", self.built, "--prefix", self.folder / "epskernels"]):
@@ -142,11 +188,16 @@ class Tree:
 
     def test(self, files, limit, *options):
         """(the killer, or None; a note). Until the first failure."""
-        command = [sys.executable, "-m", "pytest", "-x", "-vv", "--tb=line", "-rN", "-p", "no:cacheprovider", *LEFT_OUT, *options, *files]
-        status, output = self.run(command, limit)
+        status, output = self.pytest(
+            ["-x", "-vv", "--tb=line", "-rN", "-p", "no:cacheprovider", *LEFT_OUT, *options, *files], limit
+        )
         if status in (0, 5):  # 5: -k has left none
             return None, ""
-        lines = re.findall(r"^(tests/\S+::.+?)(?: (PASSED|FAILED|ERROR|SKIPPED)| Fatal Python error: .+)?(?: +\[ *\d+%\])?$", output, re.M)
+        lines = re.findall(
+            r"^(tests/\S+::.+?)(?: (PASSED|FAILED|ERROR|SKIPPED)| Fatal Python error: .+)?(?: +\[ *\d+%\])?$",
+            output,
+            re.M,
+        )
         last = lines[-1][0] if lines else ""
         if status is None:
             return last, f"the time limit of {limit} s"
@@ -167,15 +218,14 @@ class Tree:
             if self.changed and (output := self.build()):
                 return {"stage": "does not compile", "note": output[-2000:]}
             likely = [f"tests/{name}" for name in mutant.tests]
-            parts = [["-k", mutant.only]] if mutant.only else []
-            parts.append(["-k", f"not ({mutant.only})"] if mutant.only else [])
+            parts = [part for part in (mutant.first, mutant.then) if part] or [""]
             for part in parts:
                 # Compiled in a test, what does not compile would pass for a kill.
-                if mutant.compiled_for_host and part is parts[-1] or mutant.file.endswith(CUDA_ALONE):
+                if mutant.compiled_for_host and "not cuda_on_host" not in part:
                     status, output = self.run(self.for_host)
                     if status and "CalledProcessError" in output:
                         return {"stage": "does not compile", "note": output[-2000:]}
-                killer, note = self.test(likely, LIMITS["likely"], *part)
+                killer, note = self.test(likely, LIMITS["likely"], "-k", part)
                 if killer is not None:
                     return {"stage": "likely", "killed by": killer, "note": note}
             for stage, files, options in () if quick else (("whole", (), ()), ("deep", likely, ("-m", ""))):
@@ -206,6 +256,16 @@ def read_results():
     return results
 
 
+def in_passes(mutants, passes=4):
+    """An order in which a campaign that is stopped has tried some of every file: each fourth, then the next fourth, and so on."""
+    count = collections.Counter()
+    rank = {}
+    for mutant in mutants:
+        rank[mutant] = count[mutant.file] % passes
+        count[mutant.file] += 1
+    return sorted(mutants, key=rank.get)
+
+
 def campaign(mutants, jobs, quick, baseline):
     """Tries all of them. Raises RuntimeError where a test fails without any fault."""
     RESULTS.parent.mkdir(exist_ok=True)
@@ -231,7 +291,7 @@ def campaign(mutants, jobs, quick, baseline):
 
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            for tree in pool.map(Tree, [f"{folder}/{i}" for i in range():
+            for tree in pool.map(Tree, [f"{folder}/{i}" for i in range(jobs)]):
                 trees.put(tree)
             if baseline:
                 tree = trees.get()
@@ -241,7 +301,7 @@ def campaign(mutants, jobs, quick, baseline):
                 trees.put(tree)
                 print("without any fault all tests pass", flush=True)
             try:
-                for future in [pool.submit(try_, mutant) for mutant in mutants]:
+                for future in [pool.submit(try_, mutant) for mutant in in_passes(mutants)]:
                     future.result()
             except BaseException:  # Ctrl-C too: the results so far are kept
                 pool.shutdown(cancel_futures=True)
@@ -249,25 +309,27 @@ def campaign(mutants, jobs, quick, baseline):
 
 
 def write_table(mutants, results):
-    stages = [results[m.file, m.name]["stage"] for m in mutants]
-    counts = {stage: stages.count(stage) for stage in ("likely", "whole", "deep", "survives", "does not compile")}
-    killed = counts["likely"] + counts["whole"]
-    hours = sum(results[m.file, m.name]["seconds"] for m in mutants) / 3600
+    tried = [m for m in mutants if (m.file, m.name) in results]
+    stages = collections.Counter(results[m.file, m.name]["stage"] for m in tried)
+    killed = stages["likely"] + stages["whole"]
+    hours = sum(results[m.file, m.name]["seconds"] for m in tried) / 3600
     lines = [
         "# Faults planted, and the tests that notice them", "",
         "Written by `make mutants` (tests/mutants.py) from tests/mutants.toml: not for editing.", "",
-        f"{len(mutants)} planted. `make test` kills {killed}; only the deep tests kill {counts['deep']}; {counts['survives']} survive."
-        f" {hours:.1f} hours of work on one core.", "",
+        f"{len(tried)} planted. `make test` kills {killed}; only the deep tests kill {stages['deep']}; {stages['survives']} "
+        f"survive. {hours:.1f} hours.", "",
     ]  # fmt: skip
-    if counts["does not compile"]:
-        lines += [f"{counts['does not compile']} do not compile, which says nothing.", ""]
-    left = [m for m in mutants if results[m.file, m.name]["stage"] == "survives"]
+    if len(tried) < len(mutants):
+        lines += [f"{len(mutants) - len(tried)} more are listed, and were not tried.", ""]
+    if stages["does not compile"]:
+        lines += [f"{stages['does not compile']} do not compile, which says nothing.", ""]
+    left = [m for m in tried if results[m.file, m.name]["stage"] == "survives"]
     if left:
         lines += ["| survivor | why no test can notice it |", "|---|---|"]
         lines += [f"| {m.file}: {_cell(m.name)} | {_cell(m.reason) or '**no reason is known**'} |" for m in left] + [""]
-    for file in dict.fromkeys(m.file for m in mutants):
+    for file in dict.fromkeys(m.file for m in tried):
         lines += [f"## {file}", "", "| fault | killed by |", "|---|---|"]
-        for mutant in mutants:
+        for mutant in tried:
             if mutant.file == file:
                 lines.append(f"| {_cell(mutant.name)} | {_killer(results[mutant.file, mutant.name])} |")
         lines.append("")
@@ -294,7 +356,9 @@ def main():
     parser.add_argument("--only", default="", metavar="REGEX", help="those whose 'FILE: NAME' it finds")
     parser.add_argument("--resume", action="store_true", help="keep the results that there are")
     parser.add_argument("--survivors", action="store_true", help="with --resume: those again that survived")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trees, each with a core; default: %(default)s")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="trees, each with a core; default: %(default)s"
+    )
     parser.add_argument("--quick", action="store_true", help="the likely files alone")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a fault first")
     parser.add_argument("--table", action="store_true", help="write the table alone")
@@ -313,14 +377,12 @@ def main():
                       or (m.file, m.name) not in there]  # fmt: skip
         campaign(wanted, args.jobs, args.quick, not args.no_baseline)
     results = read_results()
-    if lacking := [mutant for mutant in mutants if (mutant.file, mutant.name) not in results]:
-        print(f"no table: {len(lacking)} of {len(mutants)} have no result, such as {lacking[0].file}: {lacking[0].name}")
-        return
     write_table(mutants, results)
-    bad = [m for m in mutants if results[m.file, m.name]["stage"] in ("deep", "does not compile")]
-    bad += [m for m in mutants if results[m.file, m.name]["stage"] == "survives" and not m.reason]
+    stages = {mutant: results.get((mutant.file, mutant.name), {"stage": ""})["stage"] for mutant in mutants}
+    expected = ("", "likely", "whole")
+    bad = [m for m in mutants if stages[m] not in expected and not (stages[m] == "survives" and m.reason)]
     if bad:
-        sys.exit("\n".join(f"{m.file}: {m.name}: {results[m.file, m.name]['stage']}" for m in bad))
+        sys.exit("\n".join(f"{mutant.file}: {mutant.name}: {stages[mutant]}" for mutant in bad))
 
 
 if __name__ == "__main__":
