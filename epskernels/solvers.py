@@ -331,14 +331,37 @@ def singlestep(
         at, scale_alpha, scale_sigma = (x, alpha, sigma) if k == 0 else (states[-1], *stages[k - 1])
         estimates.append(m[k] if by_x0 else (at - scale_alpha * m[k]) / scale_sigma)
         z = -(1 + eta) * h[k] if by_x0 else h[k]
-        a, b, _ = integrals(alpha_k if by_x0 else sigma_k, z)
+        weights = stage(
+            integrals(alpha_k if by_x0 else sigma_k, z),
+            h[k],
+            h[:k][::-1],
+            solver if len(stages) == 2 or k == 2 else "heun",
+        )
         kept = sigma_k / sigma * decay(h[k], eta) if by_x0 else alpha_k / alpha
-        state = kept * x + a * estimates[0]
-        if k:  # the newest stage's difference counts
-            last_of_two = len(stages) == 2 and solver == "midpoint"
-            state = state + (a / 2 if last_of_two else b) * h[k] / h[k - 1] * (estimates[k] - estimates[0])
-        states.append(state)
+        states.append(kept * x + sum(weights[age] * estimates[k - age] for age in range(k + 1)))
     return states
+
+
+def stage(integrals: tuple[Array, Array, Array], h: Array, gaps: Sequence[Array], solver: str) -> Array:
+    """DPM-Solver's weights of a step's estimates in the state that one of its calls leads to, (3, N), the newest first.
+
+    h: from the step's start to that state, in log SNR. gaps: from the start to the step's later calls, the newest first: none
+    to two. solver: "midpoint" counts the newest estimate's difference alone, "heun" is exact for polynomials. Source: as
+    `singlestep`.
+    """
+    a, b, c = integrals
+    zero = np.zeros_like(h)
+    if not gaps:
+        return np.array([a, zero, zero])
+    r0 = gaps[0] / h
+    if len(gaps) == 1:
+        newest = (a / 2 if solver == "midpoint" else b) / r0
+        return np.array([newest, a - newest, zero])
+    if solver == "midpoint":
+        return np.array([b / r0, zero, a - b / r0])
+    r1 = gaps[1] / h
+    newest, middle = (2 * c - b * r1) / (r0 * (r0 - r1)), (b * r0 - 2 * c) / (r1 * (r0 - r1))
+    return np.array([newest, middle, a - newest - middle])
 
 
 def from_before(states: Sequence[Array]) -> list[dict[str, Array]]:

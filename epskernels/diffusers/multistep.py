@@ -66,7 +66,7 @@ class Multistep(Fused):
         self.model_outputs, self.lower_order_nums = [None] * self.config.solver_order, 0
 
 
-class _DPMSolver(Multistep):
+class DPMSolver(Multistep):
     def _formula(self, options):
         config, n = self.config, self._length()
         alpha, sigma, h = self._levels()
@@ -98,11 +98,10 @@ class _DPMSolver(Multistep):
     def _orders(self, n):
         """diffusers' order of each step, for each number of calls before it."""
         config, i, steps = self.config, np.arange(n), len(self.timesteps)  # which may have been cut
-        few = steps < 15
-        last = (i == steps - 1) & (
-            config.euler_at_final or (config.lower_order_final and few) or config.final_sigmas_type == "zero"
-        )
-        last_but_one = (i == steps - 2) & bool(config.lower_order_final and few)
+        few = config.lower_order_final and steps < 15
+        ends_by_euler = getattr(config, "euler_at_final", False) or getattr(config, "final_sigmas_type", None) == "zero"
+        last = (i == steps - 1) & bool(few or ends_by_euler)
+        last_but_one = (i == steps - 2) & bool(few)
         for before in range(config.solver_order + 1):
             order = min(config.solver_order, before + 1)
             yield np.where(last, 1, np.where(last_but_one, min(order, 2), order))
@@ -135,7 +134,7 @@ class _DPMSolver(Multistep):
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
-class DPMSolverMultistepScheduler(_DPMSolver, diffusers.DPMSolverMultistepScheduler):
+class DPMSolverMultistepScheduler(DPMSolver, diffusers.DPMSolverMultistepScheduler):
     def step(
         self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True, *, seeds=None
     ):
@@ -145,7 +144,24 @@ class DPMSolverMultistepScheduler(_DPMSolver, diffusers.DPMSolverMultistepSchedu
         )
 
 
-class EDMDPMSolverMultistepScheduler(Preconditioned, _DPMSolver, diffusers.EDMDPMSolverMultistepScheduler):
+class DPMSolverMultistepInverseScheduler(DPMSolver, diffusers.DPMSolverMultistepInverseScheduler):
+    """From an image towards noise: steps are negative in log SNR. diffusers does not widen states to float32 here."""
+
+    _third_order_sde = False  # diffusers has none here
+
+    def _read_config(self):
+        super()._read_config()
+        self._keeps_output = False
+
+    def step(
+        self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True, *, seeds=None
+    ):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        more = {"variance_noise": variance_noise}
+        return self._dpm(model_output, timestep, sample, generator, None, return_dict, seeds, **more)
+
+
+class EDMDPMSolverMultistepScheduler(Preconditioned, DPMSolver, diffusers.EDMDPMSolverMultistepScheduler):
     _third_order_sde = False  # diffusers has none here
 
     def _sigmas(self):

@@ -10,10 +10,16 @@ from .. import scaling
 from .consistency import LCMScheduler, TCDScheduler
 from .flow import FlowMatchEulerDiscreteScheduler
 from .linear_multistep import DEISMultistepScheduler, IPNDMScheduler, LMSDiscreteScheduler, PNDMScheduler
-from .multistep import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
+from .multistep import (
+    DPMSolverMultistepInverseScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
 from .plan import set_by_attribute
 from .scheduler import Fused
 from .sigmas import EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from .singlestep import DPMSolverSinglestepScheduler
 from .timesteps import DDIMScheduler, DDPMScheduler
 
 _log = logging.getLogger("epskernels")
@@ -26,6 +32,7 @@ FUSED = {
         HeunDiscreteScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler, LCMScheduler,
         TCDScheduler, UniPCMultistepScheduler,
         PNDMScheduler, LMSDiscreteScheduler, IPNDMScheduler, DEISMultistepScheduler,
+        DPMSolverSinglestepScheduler, DPMSolverMultistepInverseScheduler,
     )
 }  # fmt: skip
 

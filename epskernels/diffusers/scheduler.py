@@ -234,7 +234,7 @@ class Fused:
 
     def _init_step_index(self, timestep):
         """diffusers' choice, without reading a timestep back that is one of its own."""
-        if self.begin_index is not None:
+        if getattr(self, "begin_index", None) is not None:
             self._step_index = self._begin_index
             return
         self._plan(self._options, self.timesteps.device)

@@ -389,8 +389,45 @@ add(
     many={"config": {"solver_order": 3}, "steps": {"num_inference_steps": 20}}, image_to_image={"begin": 4},
 )  # fmt: skip
 
+SINGLE = {
+    f"{algorithm}-{solver}-{order}": {
+        "algorithm_type": algorithm, "solver_type": solver, "solver_order": order,
+        "final_sigmas_type": "sigma_min" if algorithm == "dpmsolver" else "zero",
+    }
+    for algorithm in ("dpmsolver++", "dpmsolver", "sde-dpmsolver++")
+    for solver in ("midpoint", "heun") for order in (1, 2, 3)
+    if (algorithm, solver, order) != ("sde-dpmsolver++", "heun", 3)
+}  # fmt: skip
+add("DPMSolverSinglestep", **configs(**SINGLE, **PREDICTIONS, **BETAS, **SIGMAS))
+add(
+    "DPMSolverSinglestep",
+    **configs(flow={**FLOW, "use_flow_sigmas": True}, unfinished={"lower_order_final": False, "final_sigmas_type": "sigma_min"}),
+    many={"config": {"solver_order": 3}, "steps": {"num_inference_steps": 20}}, image_to_image={"begin": 4},
+    custom={"steps": {"timesteps": [900, 700, 300, 80, 10]}},
+    third_order_sde={
+        "config": SINGLE["sde-dpmsolver++-midpoint-3"] | {"solver_type": "heun"},
+        "own": "diffusers' third order of sde-dpmsolver++ with heun",
+    },
+)  # fmt: skip
+INVERSE = {
+    name: {key: value for key, value in config.items() if key != "final_sigmas_type"}
+    for name, config in SINGLE.items()
+    if not name.startswith("sde")  # whose noise would have a negative variance
+}
+add("DPMSolverMultistepInverse", **configs(**INVERSE, **PREDICTIONS, **SPACINGS, **BETAS, **SIGMAS))
+add("DPMSolverMultistepInverse", many={"config": {"solver_order": 3}, "steps": {"num_inference_steps": 20}})
+
 THRESHOLD = {"thresholding": True, "sample_max_value": 1.1, "dynamic_thresholding_ratio": 0.9}
-for name in ("DDPM", "DDIM", "DPMSolverMultistep", "EDMDPMSolverMultistep", "LCM", "UniPCMultistep", "DEISMultistep"):
+for name in (
+    "DDPM",
+    "DDIM",
+    "DPMSolverMultistep",
+    "EDMDPMSolverMultistep",
+    "LCM",
+    "UniPCMultistep",
+    "DEISMultistep",
+    "DPMSolverSinglestep",
+):
     add(name, thresholding={"config": THRESHOLD, "steps": FOUR if name == "LCM" else {"num_inference_steps": 12}})
 add(
     "DPMSolverMultistep",
@@ -628,7 +665,8 @@ def test_configurations_go_both_ways(name, tmp_path, caplog):
     ours = CLASSES[name].from_config(theirs.config, eps_scaling=1.01)
     assert ours.config.eps_scaling == 1.01
     plain = {key: value for key, value in ours.config.items() if key not in ("eps_scaling", "_use_default_values")}
-    assert plain == {key: value for key, value in theirs.config.items() if key != "_use_default_values"}
+    again = type(theirs).from_config(theirs.config).config  # diffusers leaves out what was a default before it changed
+    assert plain == {key: value for key, value in again.items() if key != "_use_default_values"}
     assert type(theirs).from_config(ours.config).config.items() >= plain.items()
     assert ours.compatibles == theirs.compatibles
     for scaling in (1.01, {"k": 0.001, "b": 1.0}, [1.01] * 12, "ADM/CIFAR-10/20"):
