@@ -1115,19 +1115,9 @@ def test_fuse_keeps_what_the_scheduler_carries(name):
         assert fused.fused(theirs).shift == 4.0
 
 
-def test_fuse_refuses_what_it_does_not_know():
-    with pytest.raises(
-        TypeError, match="PNDMScheduler has no fused twin; known: DDIMScheduler, DDPMScheduler, DPMSolver"
-    ):
-        fused.fuse(Pipe(diffusers.PNDMScheduler()))
+def test_fuse_refuses_what_is_no_scheduler():
     with pytest.raises(TypeError, match="pipe: expected a pipeline with a scheduler, or a scheduler, got int"):
         fused.fuse(3)
-
-    class Mine(diffusers.DDIMScheduler):
-        pass
-
-    with pytest.raises(TypeError, match="Mine has no fused twin"):
-        fused.fuse(Pipe(Mine()))
 
 
 def test_the_core_does_not_import_diffusers():
