@@ -7,8 +7,20 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 
 from .. import scaling
-from .consistency import LCMScheduler, TCDScheduler
-from .flow import FlowMatchEulerDiscreteScheduler
+from .consistency import (
+    CMStochasticIterativeScheduler,
+    ConsistencyDecoderScheduler,
+    LCMScheduler,
+    SCMScheduler,
+    TCDScheduler,
+)
+from .flow import (
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    MiniMaxH3Scheduler,
+)
+from .flow_stochastic import FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler
 from .multistep import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
 from .plan import set_by_attribute
 from .scaled import scaled_class
@@ -25,6 +37,8 @@ FUSED = {
         DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler,
         HeunDiscreteScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler, LCMScheduler,
         TCDScheduler, UniPCMultistepScheduler,
+        FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, FlowMapEulerDiscreteScheduler, LTXEulerAncestralRFScheduler,
+        MiniMaxH3Scheduler, SCMScheduler, CMStochasticIterativeScheduler, ConsistencyDecoderScheduler,
     )
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Any scheduler that has no fused twin, a user's own too: lambda scales its model's output, then its own step runs.
 
 `scaled_class` makes a subclass of the scheduler's class, so that what asks isinstance gets the answer that it got before. The
-scaling is a row, f/lambda + to_x*x, of a plan like those of the fused steps (`Scaling`). At lambda 1 nothing is touched or refused.
+scaling is a row, f/lambda + to_x*x, of a plan like the fused steps' (`Scaling`). At lambda 1 nothing is touched or refused.
 """
 
 import copy
@@ -9,9 +9,9 @@ import functools
 import inspect
 import sys
 
-import diffusers
 import numpy as np
 import torch
+from diffusers import SchedulerMixin, schedulers
 from torch import Tensor
 
 from .. import solvers
@@ -232,7 +232,7 @@ def scaled_class(theirs):
             raise TypeError(
                 f"scheduler: {theirs.__name__} chooses tokens: it has no predicted noise, which lambda could scale"
             )
-    own = getattr(diffusers, theirs.__name__, None) is theirs
+    own = getattr(schedulers, theirs.__name__, None) is theirs
     name = theirs.__name__ if own else f"{theirs.__module__}.{theirs.__name__}"
     members = {
         "_theirs": theirs, "__module__": __package__, "__doc__": theirs.__doc__, "__signature__": _with_eps_scaling(theirs),
@@ -287,8 +287,8 @@ def named(name):
     module, _, own = name.rpartition(".")
     if module and module not in sys.modules:
         raise AttributeError(f"{name} is a scheduler of your own: import {module} before you load it")
-    theirs = getattr(sys.modules[module] if module else diffusers, own, None)
-    mixin = diffusers.SchedulerMixin
+    theirs = getattr(sys.modules[module] if module else schedulers, own, None)
+    mixin = SchedulerMixin
     if not (isinstance(theirs, type) and issubclass(theirs, mixin) and theirs is not mixin):
         raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
     try:

@@ -34,9 +34,9 @@ class Configured:
 
     _seen = _ran = None
 
-    def __init__(self, *args, eps_scaling=1.0, **kwargs):
+    def __init__(self, *args, eps_scaling=1.0, **theirs):
         eps_scaling = scaling.as_json(eps_scaling, "eps_scaling")
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **theirs)
         self._adopt(eps_scaling)
 
     @staticmethod
