@@ -5,6 +5,7 @@ import logging
 
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
+from diffusers.utils import is_torchsde_available
 
 from .. import scaling
 from .consistency import (
@@ -41,6 +42,10 @@ FUSED = {
         MiniMaxH3Scheduler, SCMScheduler, CMStochasticIterativeScheduler, ConsistencyDecoderScheduler,
     )
 }  # fmt: skip
+if is_torchsde_available():
+    from .brownian import CosineDPMSolverMultistepScheduler
+
+    FUSED[CosineDPMSolverMultistepScheduler._theirs] = CosineDPMSolverMultistepScheduler
 
 
 def fused(scheduler, eps_scaling=None):

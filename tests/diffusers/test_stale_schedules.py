@@ -15,7 +15,7 @@ from epskernels import diffusers as fused
 from epskernels.diffusers import common
 from epskernels.diffusers.plan import SCHEDULES
 
-from ..support.schedules import ONE_SCHEDULE, set_steps, times
+from ..support.schedules import OF_MOTIONS, ONE_SCHEDULE, set_steps, times
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -365,6 +365,7 @@ def test_unipc_refuses_a_last_step_without_a_limit_before_the_model_is_called(or
 
 PREDICTIONS_THAT_ARE_NONE = {
     ("SCMScheduler", "sample"), ("SCMScheduler", "v_prediction"),
+    ("CosineDPMSolverMultistepScheduler", "sample"),
     ("EDMEulerScheduler", "sample"), ("EDMDPMSolverMultistepScheduler", "sample"), ("EulerAncestralDiscreteScheduler", "sample")
 }  # fmt: skip
 
@@ -379,6 +380,10 @@ def test_the_state_has_diffusers_dtype(name, of_x, of_f):
     known = made(diffusers, name).config
     for config in configs:
         if not set(config) <= set(known) or (name, config.get("prediction_type")) in PREDICTIONS_THAT_ARE_NONE:
+            continue
+        if (
+            name == "CosineDPMSolverMultistepScheduler" and config.get("solver_order") == 3
+        ):  # of which diffusers has none
             continue
         ours, theirs = (steps_of(made(kind, name, config), dtypes=(of_x, of_f)) for kind in (fused, diffusers))
         until = next((i for i, state in enumerate(theirs) if isinstance(state, type)), len(theirs))  # where it cannot
@@ -407,7 +412,7 @@ def test_the_default_dtype_changes_nothing(name, dtype):
         finally:
             torch.set_default_dtype(torch.float32)
     assert runs[0].dtype == runs[1].dtype
-    if dtype is torch.float64:  # in half precision diffusers' own schedules are others
+    if dtype is torch.float64 and name not in OF_MOTIONS:  # in half precision diffusers' own schedules are others
         torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
 
 

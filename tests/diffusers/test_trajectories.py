@@ -19,13 +19,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import is_torchsde_available
 
 import epskernels
 from epskernels import diffusers as fused
 from epskernels.diffusers import common
 
 from ..support import markdown_examples
-from ..support.schedules import times
+from ..support.schedules import OF_MOTIONS, times
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -55,6 +56,11 @@ def in_float64(scheduler, drawn):
         if hasattr(module, "randn_tensor"):
             draw = module.randn_tensor
             patch.setattr(module, "randn_tensor", lambda *a, dtype=None, **k: draw(*a, dtype=drawn, **k).double())
+        if hasattr(module, "BrownianTreeNoiseSampler"):
+            motion = module.BrownianTreeNoiseSampler
+            patch.setattr(
+                module, "BrownianTreeNoiseSampler", lambda x, **k: lambda *at: motion(x.to(drawn), **k)(*at).double()
+            )
         for name, value in list(vars(scheduler).items()):
             if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and name != "timesteps":
                 setattr(scheduler, name, value.double())
@@ -405,6 +411,19 @@ add(
 add("ConsistencyDecoder", plain={"steps": {"num_inference_steps": 2}})
 add("ConsistencyDecoder", data={"steps": {"num_inference_steps": 2}, "config": {"sigma_data": 1.0}, "generators": 2})
 
+if is_torchsde_available():
+    add(
+        "CosineDPMSolverMultistep", **configs(v=V, epsilon={"prediction_type": "epsilon"}, heun={"solver_type": "heun"})
+    )
+    add("CosineDPMSolverMultistep", **configs(order_1={"solver_order": 1}, karras={"sigma_schedule": "karras"}))
+    add(
+        "CosineDPMSolverMultistep",
+        generators={"generators": 2},
+        begin={"begin": 3},
+        many={"steps": {"num_inference_steps": 20}},
+    )
+    add("CosineDPMSolverMultistep", **configs(sigma_min={"final_sigmas_type": "sigma_min"}))
+
 THRESHOLD = {"thresholding": True, "sample_max_value": 1.1, "dynamic_thresholding_ratio": 0.9}
 for name in ("DDPM", "DDIM", "DPMSolverMultistep", "EDMDPMSolverMultistep", "LCM", "UniPCMultistep"):
     add(name, thresholding={"config": THRESHOLD, "steps": FOUR if name == "LCM" else {"num_inference_steps": 12}})
@@ -752,6 +771,8 @@ def test_timesteps_of_any_kind_find_the_same_step(name, begin):
 @pytest.mark.parametrize("by", ["enumeration", "begin index", "slice"])
 def test_the_loop_reads_no_tensor_back(name, by, monkeypatch):
     """As on a device, where .item() and its like wait: nothing between set_timesteps and the result calls them."""
+    if name in OF_MOTIONS:
+        pytest.skip("torchsde reads sigmas")
     scheduler = EXAMPLES[name].ours()
     x, f, timesteps = torch.randn(SHAPE), torch.randn(SHAPE), times(scheduler)
     if by == "begin index" and hasattr(scheduler, "begin_index"):

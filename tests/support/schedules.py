@@ -1,5 +1,6 @@
 """What set_timesteps has to be called with, by the scheduler's class."""
 
+OF_MOTIONS = ("CosineDPMSolverMultistepScheduler",)  # whose noise torchsde makes
 ONE_SCHEDULE = ("ConsistencyDecoderScheduler",)  # of two steps
 
 
