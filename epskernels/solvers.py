@@ -545,3 +545,29 @@ def predictor_corrector(
         "k_x": np.where(corrects, 0.0, k), "k_y": np.where(corrects, k, 0.0),
         "k_m0": k * kappa + Q[0], "k_m1": Q[1], "k_m2": Q[2],
     }  # fmt: skip
+
+
+# ---- flows ----
+
+
+def flow_ancestral(sigma: Array, sigma_next: Array, eta: float, draws: Array | bool) -> tuple[Array, Array, Array]:
+    """(c_x, c_m0, noise) of an ancestral step on x = (1 - sigma)*x_0 + sigma*eps; where it draws none, Euler to sigma_down.
+
+    Euler goes to sigma_down = sigma_next*(1 + eta*(sigma_next/sigma - 1)); a factor on all brings the share of x_0 to 1 -
+    sigma_next, and noise the rest. Source: ComfyUI's and LTX-Video's euler_ancestral for rectified flows.
+    """
+    down = sigma_next * (1 + eta * (sigma_next / sigma - 1))
+    scale = np.where(draws, (1 - sigma_next) / (1 - down), 1.0)
+    c_x = scale * down / sigma
+    return c_x, scale - c_x, np.where(draws, rest(sigma_next, scale * down), 0.0)
+
+
+def consistency_boundary(sigma: Array, sigma_min: float, sigma_data: float) -> tuple[Array, Array]:
+    """(c_skip, c_out) of x_0 = c_skip*x + c_out*F, which is x at sigma_min (consistency models, arXiv 2303.01469, app. C)."""
+    c_skip = sigma_data**2 / ((sigma - sigma_min) ** 2 + sigma_data**2)
+    return c_skip, (sigma - sigma_min) * sigma_data / np.sqrt(sigma**2 + sigma_data**2)
+
+
+def trigonometric(t: Array) -> tuple[Array, Array]:
+    """(alpha, sigma) of TrigFlow's x = cos(t)*x_0 + sin(t)*eps, eps of the data's deviation (arXiv 2410.11081, eq. 4)."""
+    return np.cos(t), np.sin(t)

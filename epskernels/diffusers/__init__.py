@@ -24,9 +24,12 @@ def _pipelines():
 
 
 def __getattr__(name):
-    if name.startswith("__") or name not in _pipelines().__all__:  # dunders are what tools ask of every module
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_pipelines(), name)
+    if "." in name or not name.startswith("__"):  # dunders are what tools ask of every module
+        if name in _pipelines().__all__:
+            return getattr(_pipelines(), name)
+        if "." in name or name.endswith("Scheduler"):  # one without a twin, as a saved pipeline names it
+            return importlib.import_module(f"{__name__}.scaled").named(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():

@@ -1,11 +1,13 @@
-"""Consistency models: LCM, TCD."""
+"""Consistency models: LCM, TCD, SCM, CMStochasticIterative, ConsistencyDecoder."""
 
 import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
 
 from .. import solvers
-from .common import clip_of, widest
+from .common import as_dtype_of, as_float64, clip_of, refuse_integers, say, widest
+from .scheduler import FLOAT32, Fused
+from .sigmas import OnSigmas
 from .timesteps import OnAlphas
 
 
@@ -82,3 +84,117 @@ class TCDScheduler(_Consistency, diffusers.TCDScheduler):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta: expected a value in [0, 1], got {eta}")
         return self._consistency((float(eta),), model_output, timestep, sample, generator, return_dict, seeds, eta=eta)
+
+
+class SCMScheduler(Fused, diffusers.SCMScheduler):
+    """TrigFlow: the timesteps are angles, one more than steps."""
+
+    _tensors = ("timesteps",)
+    _needs_steps = True
+
+    def _length(self):
+        return len(self.timesteps) - 1
+
+    def _lambda_steps(self, rows):
+        at, steps = OnAlphas._lambda_steps(self, rows + 1)
+        return at[:-1], steps - 1
+
+    def _model(self, options):
+        if self.config.prediction_type != "trigflow":
+            raise ValueError(f"prediction_type: expected 'trigflow', got {self.config.prediction_type!r}")
+        alpha, sigma = solvers.trigonometric(as_float64(self.timesteps)[:-1])
+        return alpha, sigma, alpha, -sigma
+
+    def _formula(self, options):
+        t = as_float64(self.timesteps)
+        _, _, d_x, d_f = self._model(options)
+        alpha_next, sigma_next = solvers.trigonometric(t[1:])
+        return {
+            "d_x": d_x, "d_f": d_f, "t": t[:-1], "c_x": np.zeros(len(d_x)), "c_m0": alpha_next,
+            "c_noise": sigma_next * self.config.sigma_data,
+        }, True  # fmt: skip
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step, whose state is float32 after it, as its noise is; seeds: (B,), for noise made in the kernel."""
+        f = model_output
+        row = self._enter(f, timestep, sample)
+        if row.why is not None:
+            return self._own(row, f, timestep, sample, seeds, generator=generator, return_dict=return_dict)
+        noise, seeds = self._noise(row, f, generator, seeds, dtype=FLOAT32)
+        x, m0 = self._step(row, f, sample.float(), noise, seeds)
+        self._step_index += 1
+        m0 = as_dtype_of(m0, widest(f, sample))
+        return theirs.scheduling_scm.SCMSchedulerOutput(x, m0) if return_dict else (x, m0)
+
+
+class CMStochasticIterativeScheduler(OnSigmas, diffusers.CMStochasticIterativeScheduler):
+    def _data_variance(self):
+        return self.config.sigma_data**2
+
+    def _model(self, options):
+        sigma = self._sigmas()[0]
+        c_skip, c_out = solvers.consistency_boundary(sigma, self.config.sigma_min, self.config.sigma_data)
+        return (
+            np.ones(len(sigma)),
+            np.where(c_out == 0, 0.0, sigma),
+            c_skip,
+            c_out,
+        )  # at sigma_min the output counts nothing
+
+    def _formula(self, options):
+        config, (sigma, sigma_next) = self.config, self._sigmas()
+        _, _, d_x, d_f = self._model(options)
+        draws = len(self.timesteps) > 1
+        std = solvers.rest(np.clip(sigma_next, config.sigma_min, config.sigma_max), config.sigma_min)
+        return {
+            "d_x": d_x, "d_f": d_f, "clip": 1.0 if config.clip_denoised else np.inf, "t": sigma, "c_x": np.zeros(len(sigma)),
+            "c_m0": 1.0, "c_noise": std * config.s_noise * draws,
+        }, draws  # fmt: skip
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        refuse_integers(self, timestep)
+        if not self.is_scale_input_called:
+            say(self, "expects scale_model_input to be called on what the model is given, before step, and it was not")
+        f = model_output
+        row = self._enter(f, timestep, sample)
+        if row.why is not None:
+            return self._own(row, f, timestep, sample, seeds, generator=generator, return_dict=return_dict)
+        x = self._step(row, f, sample, *self._noise(row, f, generator, seeds), results=1)
+        self._step_index += 1
+        output = theirs.scheduling_consistency_models.CMStochasticIterativeSchedulerOutput
+        return output(prev_sample=x) if return_dict else (x,)
+
+
+class ConsistencyDecoderScheduler(Fused, theirs.ConsistencyDecoderScheduler):
+    """Two steps, by their timesteps: it has no step index."""
+
+    _tensors = "timesteps", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "c_skip", "c_out"
+
+    def _length(self):
+        return len(self.timesteps)
+
+    def _row(self, plan, timestep):
+        return self._place(timestep)
+
+    def _model(self, options):
+        return tuple(as_float64(getattr(self, name))[self._host()] for name in self._tensors[1:])
+
+    def _formula(self, options):
+        alpha, sigma, d_x, d_f = self._model(options)
+        last = np.arange(len(alpha)) == len(alpha) - 1
+        return {
+            "d_x": d_x, "d_f": d_f, "t": self._host(), "c_x": np.zeros(len(alpha)),
+            "c_m0": np.where(last, 1.0, np.roll(alpha, -1)), "c_noise": np.where(last, 0.0, np.roll(sigma, -1)),
+        }, ~last  # fmt: skip
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        f = model_output
+        row = self._enter(f, timestep, sample)
+        if row.why is not None:
+            return self._own(row, f, timestep, sample, seeds, generator=generator, return_dict=return_dict)
+        x = widest(f, sample)
+        x = self._step(row, f, x, *self._noise(row, f, generator, seeds, dtype=x.dtype), results=1)
+        output = theirs.scheduling_consistency_decoder.ConsistencyDecoderSchedulerOutput
+        return output(prev_sample=x) if return_dict else (x,)

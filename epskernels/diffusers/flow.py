@@ -1,6 +1,7 @@
-"""Rectified flow: FlowMatchEuler."""
+"""Rectified flow, without noise or with any: FlowMatchEuler, FlowMatchHeun, FlowMapEuler, MiniMaxH3."""
 
 import dataclasses
+import math
 
 import diffusers
 import numpy as np
@@ -11,30 +12,48 @@ from torch import Tensor
 from .. import scaling
 from ..ops import step
 from ..table import COLUMNS, DEFAULTS
-from .common import as_float64, refuse_integers, widest
+from .common import as_dtype_of, as_float64, refuse_integers, widest
 from .scheduler import FLOAT32, Fused
 
 
-class FlowMatchEulerDiscreteScheduler(Fused, diffusers.FlowMatchEulerDiscreteScheduler):
+class OnFlow(Fused):
+    """x = (1 - sigma)*x_0 + sigma*eps, and the output eps - x_0."""
+
+    def _sigmas(self):
+        """sigma at each model call, and where its step ends."""
+        return (sigmas := as_float64(self.sigmas))[:-1], sigmas[1:]
+
     def _model(self, options):
-        sigma = as_float64(self.sigmas)[:-1]
+        sigma = self._sigmas()[0]
         one = np.ones(len(sigma))
-        if self.config.invert_sigmas:  # the schedule's are of x_0
+        if self._inverts():  # the schedule's are of x_0
             return sigma, 1 - sigma, one, 1 - sigma
         if not self._interpolates(sigma):  # x = x_0 + sigma*eps: the velocity is eps
             return one, sigma, one, -sigma
         return 1 - sigma, sigma, one, -sigma
 
+    def _inverts(self):
+        return getattr(self.config, "invert_sigmas", False)
+
     def _interpolates(self, sigma):
         """Whether x = (1 - sigma)*x_0 + sigma*eps at the schedule's sigmas, in float64 on the host."""
-        return not self.config.invert_sigmas and sigma.max() <= 1.001
+        return not self._inverts() and sigma.max() <= 1.001
 
+    def _euler(self):
+        """The columns of Euler's step."""
+        sigma, sigma_next = self._sigmas()
+        return {"d_x": 1.0, "d_f": -sigma, "t": sigma, "c_x": np.ones(len(sigma)), "c_f": sigma_next - sigma}, False
+
+    def _redrawn(self):
+        """The columns of a step to the estimate of x_0, and to new noise."""
+        sigma, sigma_next = self._sigmas()
+        to = {"c_x": np.zeros(len(sigma)), "c_m0": 1 - sigma_next, "c_noise": sigma_next}
+        return {"d_x": 1.0, "d_f": -sigma, "t": sigma} | to, True
+
+
+class FlowMatchEulerDiscreteScheduler(OnFlow, diffusers.FlowMatchEulerDiscreteScheduler):
     def _formula(self, options):
-        sigma, sigma_next = (sigmas := as_float64(self.sigmas))[:-1], sigmas[1:]
-        columns = {"d_x": 1.0, "d_f": -sigma, "t": sigma}
-        if self.config.stochastic_sampling:
-            return columns | {"c_x": np.zeros(len(sigma)), "c_m0": 1 - sigma_next, "c_noise": sigma_next}, True
-        return columns | {"c_x": np.ones(len(sigma)), "c_f": sigma_next - sigma}, False
+        return self._redrawn() if self.config.stochastic_sampling else self._euler()
 
     def step(
         self,
@@ -115,3 +134,138 @@ class FlowMatchEulerDiscreteScheduler(Fused, diffusers.FlowMatchEulerDiscreteSch
         self.path = "fused"
         index = torch.arange(sigma.numel(), device=x.device)
         return step(x.flatten(0, 1), f.flatten(0, 1), rows.flatten(0, 1), index, **noise).unflatten(0, sigma.shape)
+
+
+class FlowMatchHeunDiscreteScheduler(OnFlow, diffusers.FlowMatchHeunDiscreteScheduler):
+    """Two rows for each step but the last, as HeunDiscreteScheduler has them; m0 and m1 are the slopes: the outputs."""
+
+    _options = (0.0, 0.0, math.inf)
+    _mixes = False
+    _first_m0 = None
+
+    def _per_call(self, lambda_t):
+        return np.repeat(lambda_t, 2)[: self._length()]
+
+    def _per_step(self, values):
+        return values[::2]
+
+    def _churned(self, options):
+        """(which rows are second halves, sigma where the step began, that once it is raised, and where the step ends)."""
+        s_churn, s_tmin, s_tmax = options
+        at, after = self._sigmas()
+        second = np.arange(len(at)) % 2 == 1
+        start = np.where(second, np.roll(at, 1), at)
+        gamma = np.where((s_tmin <= start) & (start <= s_tmax), min(s_churn / (len(self.sigmas) - 1), 2**0.5 - 1), 0.0)
+        return second, start, start * (gamma + 1), np.where(second, at, after)
+
+    def _formula(self, options):
+        second, start, hat, end = self._churned(options)
+        step, slope = end - hat, start / hat  # diffusers divides what the model gave at sigma by the raised one
+        columns = {
+            "d_x": np.zeros(len(step)), "d_f": 1.0, "t": self._sigmas()[0], "c_x": np.where(second, 0.0, 1.0),
+            "c_y": np.where(second, 1.0, 0.0), "c_m0": np.where(second, step / 2, step * slope),
+            "c_m1": np.where(second, step * slope / 2, 0.0), "churn_std": np.where(second, 0.0, np.sqrt(hat**2 - start**2)),
+        }  # fmt: skip
+        return columns, hat > start  # diffusers draws in the second half too, for nothing
+
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        s_churn=0.0,
+        s_tmin=0.0,
+        s_tmax=float("inf"),
+        s_noise=1.0,
+        generator=None,
+        return_dict=True,
+        *,
+        seeds=None,
+    ):
+        """diffusers' step; seeds: (B,), for noise made by the package's generator."""
+        refuse_integers(self, timestep)
+        f, churn = model_output, {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax}
+        row = self._enter(f, timestep, sample, tuple(float(value) for value in churn.values()))
+        if row.why is not None:
+            return self._own(
+                row, f, timestep, sample, seeds, **churn, s_noise=s_noise, generator=generator, return_dict=return_dict
+            )
+        x, first = widest(f, sample), self.state_in_first_order
+        if first and row.step % 2:
+            raise ValueError(f"timestep: {timestep} begins at the second half of a step, whose first half did not run")
+        if row.draws or seeds is not None:
+            noise = self._drawn(*self._noise(row, f, generator, seeds), x, row.step)
+            if noise is not None:
+                x = torch.add(x.float(), noise, alpha=row.churn_std * s_noise)
+        y = None if first else self.sample
+        next_x, m0 = self._step(row, f, x if first else as_dtype_of(x, y), m1=self._first_m0, y=y, like_f=True)
+        if first:  # dt is what state_in_first_order looks at
+            self.dt, self.sample, self._first_m0 = row.t, x, m0
+        else:
+            self.prev_derivative = self.dt = self.sample = self._first_m0 = None
+        self._step_index += 1
+        output = theirs.scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteSchedulerOutput
+        return output(prev_sample=next_x) if return_dict else (next_x,)
+
+    def _restart(self):
+        super()._restart()
+        self.prev_derivative = self.dt = self.sample = self._first_m0 = None
+
+
+class FlowMapEulerDiscreteScheduler(OnFlow, diffusers.FlowMapEulerDiscreteScheduler):
+    """The mean velocity of a step is taken for the one at its beginning, where lambda scales it."""
+
+    def _formula(self, options):
+        return self._euler()
+
+    def _row(self, plan, timestep):
+        """By the timestep, or the nearest within 0.001; the step's number is for those who look at it."""
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        if (i := self._place(timestep)) is None:
+            i = self.index_for_timestep(timestep)
+        return i
+
+    def step(self, model_output, timestep, sample, r_timestep=None, return_dict=True):
+        row = self._enter(model_output, timestep, sample)
+        if r_timestep is not None and row.why is None:
+            row = row.refused("r_timestep is given")
+        if row.why is not None:
+            return self._own(row, model_output, timestep, sample, r_timestep=r_timestep, return_dict=return_dict)
+        x = self._step(row, model_output, sample, like_f=True, results=1)
+        self._step_index += 1
+        output = theirs.scheduling_flow_map_euler_discrete.FlowMapEulerDiscreteSchedulerOutput
+        return output(prev_sample=x) if return_dict else (x,)
+
+
+class MiniMaxH3Scheduler(OnFlow, diffusers.MiniMaxH3Scheduler):
+    """Its output is x_0 - eps, and its timesteps are the shares of x_0, which diffusers takes from there and not from sigmas."""
+
+    _needs_steps = True
+
+    def _model(self, options):
+        alpha, given = 1 - self._sigmas()[0], as_float64(self.timesteps)
+        alpha[: len(given)] = given
+        return alpha, 1 - alpha, np.ones(len(alpha)), 1 - alpha
+
+    def _formula(self, options):
+        sigma, sigma_next = self._sigmas()
+        alpha, level, d_x, d_f = self._model(options)
+        return {"d_x": d_x, "d_f": d_f, "t": alpha, "c_x": d_x, "c_f": (1 - sigma_next / sigma) * level}, False
+
+    def _init_step_index(self, timestep):
+        if (i := self._begin_index) is None and self._seen is not None:
+            i = self._place(timestep)
+        self._step_index = self.index_for_timestep(timestep) if i is None else i
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        refuse_integers(self, timestep)
+        row = self._enter(model_output, timestep, sample)
+        if row.why is None and self._place(timestep) != row.step:
+            row = row.refused(f"timestep {timestep} is not that of step {row.step}")
+        if row.why is not None:
+            return self._own(row, model_output, timestep, sample, return_dict=return_dict)
+        x = as_dtype_of(self._step(row, model_output, sample, results=1), sample)
+        self._step_index += 1
+        output = theirs.scheduling_minimax_h3.MiniMaxH3SchedulerOutput
+        return output(prev_sample=x) if return_dict else (x,)

@@ -67,11 +67,15 @@ class Multistep(Fused):
 
 
 class DPMSolver(Multistep):
+    @property
+    def _algorithm(self):
+        return self.config.algorithm_type
+
     def _formula(self, options):
-        config, n = self.config, self._length()
+        config, algorithm, n = self.config, self._algorithm, self._length()
         alpha, sigma, h = self._levels()
-        by_noise = config.algorithm_type in ("dpmsolver", "sde-dpmsolver")  # the model's eps is integrated, not its x_0
-        sde = config.algorithm_type.startswith("sde")
+        by_noise = algorithm in ("dpmsolver", "sde-dpmsolver")  # the model's eps is integrated, not its x_0
+        sde = algorithm.startswith("sde")
         if by_noise:
             a, b, c = solvers.integrals(sigma[1:], h)
             c_x = alpha[1:] / alpha[:-1]
@@ -109,19 +113,19 @@ class DPMSolver(Multistep):
     _leading, _keeps_output = None, False
 
     def _refuses(self):
-        if self.config.thresholding and not self._thresholds:
+        if getattr(self.config, "thresholding", False) and not self._thresholds:
             return "dynamic thresholding of a solver that integrates eps"
 
     def _read_config(self):
-        config, by_x0 = self.config, self.config.algorithm_type.endswith("++")
+        config, by_x0 = self.config, self._algorithm.endswith("++")
         learned = getattr(config, "variance_type", None) in ("learned", "learned_range")
         self._leading = 3 if learned and config.prediction_type == "epsilon" else None  # channels, as diffusers has it
-        self._thresholds = config.thresholding and by_x0
+        self._thresholds = getattr(config, "thresholding", False) and by_x0
         self._keeps_output = config.prediction_type == (
             "sample" if by_x0 else "epsilon"
         )  # its dtype is then the state's
 
-    def _dpm(self, f, timestep, x, generator, noise_dtype, return_dict, seeds, **more):
+    def dpm_step(self, f, timestep, x, generator, noise_dtype, return_dict, seeds, **more):
         row = self._enter(f, timestep, x)
         if row.why is not None:
             return self._own(row, f, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
@@ -139,7 +143,7 @@ class DPMSolverMultistepScheduler(DPMSolver, diffusers.DPMSolverMultistepSchedul
         self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True, *, seeds=None
     ):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
-        return self._dpm(
+        return self.dpm_step(
             model_output, timestep, sample, generator, torch.float32, return_dict, seeds, variance_noise=variance_noise
         )
 
@@ -158,10 +162,12 @@ class DPMSolverMultistepInverseScheduler(DPMSolver, diffusers.DPMSolverMultistep
     ):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         more = {"variance_noise": variance_noise}
-        return self._dpm(model_output, timestep, sample, generator, None, return_dict, seeds, **more)
+        return self.dpm_step(model_output, timestep, sample, generator, None, return_dict, seeds, **more)
 
 
-class EDMDPMSolverMultistepScheduler(Preconditioned, DPMSolver, diffusers.EDMDPMSolverMultistepScheduler):
+class PreconditionedDPMSolver(Preconditioned, DPMSolver):
+    """On EDM's denoiser, x = x_0 + sigma*eps."""
+
     _third_order_sde = False  # diffusers has none here
 
     def _sigmas(self):
@@ -177,9 +183,11 @@ class EDMDPMSolverMultistepScheduler(Preconditioned, DPMSolver, diffusers.EDMDPM
 
     scale_model_input = OnSigmas.scale_model_input
 
+
+class EDMDPMSolverMultistepScheduler(PreconditionedDPMSolver, diffusers.EDMDPMSolverMultistepScheduler):
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
-        return self._dpm(model_output, timestep, sample, generator, None, return_dict, seeds)
+        return self.dpm_step(model_output, timestep, sample, generator, None, return_dict, seeds)
 
 
 class UniPCMultistepScheduler(Multistep, diffusers.UniPCMultistepScheduler):

@@ -5,10 +5,23 @@ import logging
 
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
+from diffusers.utils import is_torchsde_available
 
 from .. import scaling
-from .consistency import LCMScheduler, TCDScheduler
-from .flow import FlowMatchEulerDiscreteScheduler
+from .consistency import (
+    CMStochasticIterativeScheduler,
+    ConsistencyDecoderScheduler,
+    LCMScheduler,
+    SCMScheduler,
+    TCDScheduler,
+)
+from .flow import (
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    MiniMaxH3Scheduler,
+)
+from .flow_stochastic import FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler
 from .linear_multistep import DEISMultistepScheduler, IPNDMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from .multistep import (
     DPMSolverMultistepInverseScheduler,
@@ -17,7 +30,8 @@ from .multistep import (
     UniPCMultistepScheduler,
 )
 from .plan import set_by_attribute
-from .scheduler import Fused
+from .scaled import scaled_class
+from .scheduler import Configured
 from .sigmas import EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from .singlestep import DPMSolverSinglestepScheduler
 from .timesteps import DDIMScheduler, DDPMScheduler
@@ -33,22 +47,27 @@ FUSED = {
         TCDScheduler, UniPCMultistepScheduler,
         PNDMScheduler, LMSDiscreteScheduler, IPNDMScheduler, DEISMultistepScheduler,
         DPMSolverSinglestepScheduler, DPMSolverMultistepInverseScheduler,
+        FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, FlowMapEulerDiscreteScheduler, LTXEulerAncestralRFScheduler,
+        MiniMaxH3Scheduler, SCMScheduler, CMStochasticIterativeScheduler, ConsistencyDecoderScheduler,
     )
 }  # fmt: skip
+if is_torchsde_available():
+    from .brownian import CosineDPMSolverMultistepScheduler
+
+    FUSED[CosineDPMSolverMultistepScheduler._theirs] = CosineDPMSolverMultistepScheduler
 
 
 def fused(scheduler, eps_scaling=None):
     """The fused twin of a diffusers scheduler, with its configuration and what else it carries.
 
+    Of any other scheduler, a user's own too, a subclass of its class that scales its model's output, and then runs its own step.
     eps_scaling: lambda, as scaling.as_scaling takes it; default a fused scheduler's own, or 1, which is diffusers' numbers.
-    Raises TypeError for a scheduler that has no twin here, listing those that have; as scaling.as_scaling for eps_scaling.
+    Raises TypeError for a scheduler of tokens; ValueError for a lambda other than 1 where it is not known how much of the model's
+    output is noise; as scaling.as_scaling for eps_scaling.
     """
     kind = type(scheduler)
-    twin = kind if kind in FUSED.values() else FUSED.get(kind)
-    if twin is None:
-        known = ", ".join(sorted(known.__name__ for known in FUSED))
-        raise TypeError(f"scheduler: {kind.__module__}.{kind.__name__} has no fused twin; known: {known}")
-    left = scheduler.config.get("eps_scaling", 1)
+    twin = kind if isinstance(scheduler, Configured) else FUSED.get(kind) or scaled_class(kind)
+    left = getattr(scheduler, "_internal_dict", {}).get("eps_scaling", 1)
     if eps_scaling is None and kind is not twin and left != 1:
         _log.warning(
             "epskernels.diffusers: eps_scaling %s stands in the configuration of diffusers' own %s, which does not scale: it is "
@@ -85,10 +104,11 @@ def unfuse(pipe):
     if not isinstance(pipe, SchedulerMixin):
         pipe.scheduler = unfuse(_scheduler_of(pipe))
         return pipe
-    if not isinstance(pipe, Fused):
+    if not isinstance(pipe, Configured):
         return pipe
     result = pipe._theirs.__new__(pipe._theirs)
-    ours = set().union(*(vars(cls) for cls in type(pipe).__mro__ if cls.__module__.startswith(__package__)))
+    ours = [vars(cls) for cls in type(pipe).__mro__ if cls.__module__.startswith(__package__)]
+    ours = {name for of in ours for name, value in of.items() if not callable(value)}
     result.__dict__.update({k: v for k, v in copy.deepcopy(pipe.__dict__).items() if k not in ours})
     config = {k: v for k, v in pipe.config.items() if k != "eps_scaling"}
     if "_use_default_values" in config:

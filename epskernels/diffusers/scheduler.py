@@ -29,7 +29,55 @@ FLOAT32 = torch.float32
 _DTYPES = (FLOAT32, torch.float16, torch.bfloat16)
 
 
-class Fused:
+class Configured:
+    """eps_scaling in a scheduler's configuration; the class after it in the order of inheritance is diffusers', or a user's."""
+
+    _seen = _ran = None
+
+    def __init__(self, *args, eps_scaling=1.0, **theirs):
+        eps_scaling = scaling.as_json(eps_scaling, "eps_scaling")
+        super().__init__(*args, **theirs)
+        self._adopt(eps_scaling)
+
+    @staticmethod
+    def _get_init_keys(input_class):
+        """What diffusers takes from a configuration for the constructor: its own class's arguments, and eps_scaling."""
+        own = next(c for c in input_class.__mro__ if "__init__" in vars(c) and c is not Configured)
+        return {
+            *inspect.signature(own.__init__).parameters,
+            *(["eps_scaling"] if issubclass(input_class, Configured) else []),
+        }
+
+    def register_to_config(self, **kwargs):
+        super().register_to_config(**kwargs)  # which forgets what was set by attribute
+        self._internal_dict = Configuration(self._internal_dict)
+
+    def _adopt(self, eps_scaling):
+        """The scaling into the configuration; a default one is not written where diffusers' own class would warn of it."""
+        changed = {"eps_scaling": scaling.as_json(eps_scaling, "eps_scaling")}
+        if "_use_default_values" in self.config:  # as it is not where a file names all
+            defaults = [name for name in self.config["_use_default_values"] if name != "eps_scaling"]
+            changed["_use_default_values"] = defaults + ["eps_scaling"] * (changed["eps_scaling"] == 1)
+        by_attribute = set_by_attribute(self.config)
+        self.register_to_config(**changed)
+        vars(self.config).update({name: value for name, value in by_attribute.items() if name not in changed})
+        self._seen = self._ran = None
+        self._read_config()
+
+    def _read_config(self):
+        """What every step looks at: asking the configuration each time takes longer than the step."""
+        self._thresholds = bool(getattr(self.config, "thresholding", False))
+
+    @property
+    def eps_scaling(self):
+        return self.config.eps_scaling
+
+    @eps_scaling.setter
+    def eps_scaling(self, eps_scaling):
+        self._adopt(eps_scaling)
+
+
+class Fused(Configured):
     """What all schedulers here share; the class after it in the order of inheritance is diffusers' own.
 
     path: how the last step ran, "fused" or "diffusers: <why>". seeds: a sample's seed each, or None; steps then make their noise
@@ -63,53 +111,11 @@ class Fused:
             parent.set_timesteps(self, *args, **kwargs)
             self._seen = self._ran = None
             self._scheduled = tuple(self.timesteps.tolist())
-            self._surplus = self._length() - len(self._scheduled)
+            self._surplus = max(0, self._length() - len(self._scheduled))
             if "eps_scaling" in self.config:  # not while diffusers' own constructor runs
                 self._check_last_steps(self._plan(self._options, self.timesteps.device))
 
         cls.set_timesteps = set_timesteps
-
-    def __init__(self, *args, eps_scaling=1.0, **theirs):
-        eps_scaling = scaling.as_json(eps_scaling, "eps_scaling")
-        super().__init__(*args, **theirs)
-        self._adopt(eps_scaling)
-
-    @staticmethod
-    def _get_init_keys(input_class):
-        """What diffusers takes from a configuration for the constructor: its own class's arguments, and eps_scaling."""
-        own = next(c for c in input_class.__mro__ if "__init__" in vars(c) and c is not Fused)
-        return {
-            *inspect.signature(own.__init__).parameters,
-            *(["eps_scaling"] if issubclass(input_class, Fused) else []),
-        }
-
-    def register_to_config(self, **kwargs):
-        super().register_to_config(**kwargs)  # which forgets what was set by attribute
-        self._internal_dict = Configuration(self._internal_dict)
-
-    def _adopt(self, eps_scaling):
-        """The scaling into the configuration; a default one is not written where diffusers' own class would warn of it."""
-        changed = {"eps_scaling": scaling.as_json(eps_scaling, "eps_scaling")}
-        if "_use_default_values" in self.config:  # as it is not where a file names all
-            defaults = [name for name in self.config["_use_default_values"] if name != "eps_scaling"]
-            changed["_use_default_values"] = defaults + ["eps_scaling"] * (changed["eps_scaling"] == 1)
-        by_attribute = set_by_attribute(self.config)
-        self.register_to_config(**changed)
-        vars(self.config).update({name: value for name, value in by_attribute.items() if name not in changed})
-        self._seen = self._ran = None
-        self._read_config()
-
-    def _read_config(self):
-        """What every step looks at: asking the configuration each time takes longer than the step."""
-        self._thresholds = bool(getattr(self.config, "thresholding", False))
-
-    @property
-    def eps_scaling(self):
-        return self.config.eps_scaling
-
-    @eps_scaling.setter
-    def eps_scaling(self, eps_scaling):
-        self._adopt(eps_scaling)
 
     @property
     def lambdas(self):

@@ -37,7 +37,7 @@ def main(directory, *options):
 def _tests_one_of_ours(path):
     tested = {theirs.__name__ for theirs in FUSED}
     text = path.read_text()
-    return any(f"scheduler_classes = ({name},)" in text for name in tested)
+    return any(f"scheduler_classes = ({name},)" in text or f"scheduler_class = {name}\n" in text for name in tested)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,22 @@ OPTIONS = {
         "invert_sigmas": [False, True], "shift_terminal": [None, 0.1],
     },
 }  # fmt: skip
+MORE_OPTIONS = {  # of the seeds from 2000 on
+    "FlowMatchHeunDiscreteScheduler": {"shift": [1.0, 3.0]},
+    "FlowMatchLCMScheduler": {
+        "shift": [1.0, 3.0], "use_karras_sigmas": [False, True], "invert_sigmas": [False, True], "shift_terminal": [None, 0.1],
+    },
+    "FlowMapEulerDiscreteScheduler": {"shift": [1.0, 3.0]},
+    "LTXEulerAncestralRFScheduler": {"eta": [0.0, 0.5, 1.0], "s_noise": [0.0, 1.0, 1.1]},
+    "MiniMaxH3Scheduler": {"shift": [3.0, 12.0]},
+    "CMStochasticIterativeScheduler": {"clip_denoised": [True, False], "s_noise": [1.0, 1.1]},
+}  # fmt: skip
 OF_ALPHAS = ("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler")
-STARTED_STEPS_GO_ON = ("UniPCMultistepScheduler", "HeunDiscreteScheduler")  # with the numbers that they began with
+STARTED_STEPS_GO_ON = (
+    "UniPCMultistepScheduler",
+    "HeunDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+)  # with the numbers that they began with
 BY_ATTRIBUTE = {
     "prediction_type",
     "clip_sample",
@@ -78,8 +92,9 @@ class Plan:
 
     def __init__(self, seed):
         r = random.Random(seed)
-        self.seed, self.name = seed, r.choice(list(OPTIONS))
-        options = OPTIONS[self.name]
+        of_names = OPTIONS if seed < 2000 else MORE_OPTIONS
+        self.seed, self.name = seed, r.choice(list(of_names))
+        options = of_names[self.name]
         self.config = {key: r.choice(values) for key, values in options.items() if r.random() < 0.5}
         self.steps, self.begin = r.choice([1, 2, 3, 5, 8, 14, 15, 16]), r.choice([None, None, None, 0, 2])
         self.dtypes, self.as_number, self.eta = (
@@ -149,7 +164,7 @@ class Plan:
 @contextlib.contextmanager
 def drawn_in_float32(name):
     """diffusers' noise is drawn in the model's dtype: the float64 run is to have the float32 run's."""
-    module = sys.modules[getattr(diffusers, name).__module__]
+    module = sys.modules[getattr(diffusers.schedulers, name).__module__]
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(module, "randn_tensor"):
             draw = module.randn_tensor
@@ -188,7 +203,7 @@ def compare(seed):
         assert error <= 4 * own + floor * float(c.abs().max()), (i, error, own, float(c.abs().max()))
 
 
-@pytest.mark.parametrize("first", range(0, 2000, 100))
+@pytest.mark.parametrize("first", range(0, 2400, 100))
 def test_random_trajectories(first):
     for seed in range(first, first + 100):
         try:

@@ -19,12 +19,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import is_torchsde_available
 
 import epskernels
 from epskernels import diffusers as fused
 from epskernels.diffusers import common
 
 from ..support import markdown_examples
+from ..support.schedules import OF_MOTIONS, times
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -53,7 +55,12 @@ def in_float64(scheduler, drawn):
         patch.setattr(module, "torch", Doubled())
         if hasattr(module, "randn_tensor"):
             draw = module.randn_tensor
-            patch.setattr(module, "randn_tensor", lambda *a, dtype, **k: draw(*a, dtype=drawn, **k).double())
+            patch.setattr(module, "randn_tensor", lambda *a, dtype=None, **k: draw(*a, dtype=drawn, **k).double())
+        if hasattr(module, "BrownianTreeNoiseSampler"):
+            motion = module.BrownianTreeNoiseSampler
+            patch.setattr(
+                module, "BrownianTreeNoiseSampler", lambda x, **k: lambda *at: motion(x.to(drawn), **k)(*at).double()
+            )
         for name, value in list(vars(scheduler).items()):
             if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and name != "timesteps":
                 setattr(scheduler, name, value.double())
@@ -76,9 +83,10 @@ class Case:
     generators: int = 0  # how many; 0: one for the batch
     own: str = ""  # why diffusers' own step runs
     begin: int = 0
+    calls: int | None = None  # of the model, where there are more timesteps
 
     def theirs(self):
-        return self._set(getattr(diffusers, self.name)(**self.config))
+        return self._set(getattr(diffusers.schedulers, self.name)(**self.config))
 
     def ours(self, eps_scaling=1.0):
         return self._set(getattr(fused, self.name)(**self.config, eps_scaling=eps_scaling))
@@ -128,7 +136,7 @@ def trajectory(case, scheduler, dtype, f, x=None, scale=lambda f, x, i: f):
     call = {key: value(dtype) if callable(value) else value for key, value in call.items()}
     x, results = (start(case, scheduler) if x is None else x).to(dtype), []
     with torch.no_grad():
-        for i, t in list(enumerate(scheduler.timesteps))[case.begin :]:
+        for i, t in list(enumerate(scheduler.timesteps))[case.begin : case.calls]:
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(x, t)
             output = scale(f(x.double(), i), x.double(), i).to(dtype)
@@ -416,6 +424,68 @@ INVERSE = {
 }
 add("DPMSolverMultistepInverse", **configs(**INVERSE, **PREDICTIONS, **SPACINGS, **BETAS, **SIGMAS))
 add("DPMSolverMultistepInverse", many={"config": {"solver_order": 3}, "steps": {"num_inference_steps": 20}})
+add("FlowMatchHeunDiscrete", **configs(plain={}, shift={"shift": 3.0}))
+add(
+    "FlowMatchHeunDiscrete",
+    churn={"call": {"s_churn": 3.0}}, one={"steps": {"num_inference_steps": 1}},
+    churn_window={"call": {"s_churn": 6.0, "s_tmin": 0.1, "s_tmax": 0.9, "s_noise": 1.003}, "generators": 2}, begin={"begin": 4},
+)  # fmt: skip
+DYNAMIC = {"config": {"use_dynamic_shifting": True}, "steps": {"num_inference_steps": 12, "mu": 0.8}}
+add("FlowMatchLCM", **configs(plain={}, shift={"shift": 3.0}, **SIGMAS, terminal={"shift_terminal": 0.1}))
+add(
+    "FlowMatchLCM",
+    inverted={"config": {"invert_sigmas": True}},
+    dynamic=DYNAMIC,
+    begin={"begin": 3},
+    generators={"generators": 2},
+)
+add(
+    "FlowMatchLCM",
+    timesteps={"steps": {"timesteps": [1000.0, 700.0, 300.0]}},
+    sigmas={"steps": {"sigmas": [1.0, 0.7, 0.2]}},
+)
+add("FlowMapEulerDiscrete", **configs(plain={}, shift={"shift": 5.0}))
+add("FlowMapEulerDiscrete", timesteps={"steps": {"timesteps": [1000.0, 700.0, 300.0]}}, begin={"begin": 3})
+add(
+    "LTXEulerAncestralRF",
+    **configs(plain={}, eta={"eta": 0.5}, euler={"eta": 0.0}, silent={"s_noise": 0.0}, loud={"s_noise": 1.1}),
+)
+add(
+    "LTXEulerAncestralRF",
+    sigmas={"steps": {"sigmas": [1.0, 0.9, 0.5, 0.2, 0.0]}, "calls": 4}, begin={"begin": 3}, generators={"generators": 2},
+    unfinished={"steps": {"sigmas": [0.9, 0.5, 0.2]}, "calls": 2},
+)  # fmt: skip
+add("MiniMaxH3", **configs(plain={}, shift={"shift": 3.0}))
+add("MiniMaxH3", sigmas={"steps": {"sigmas": [0.99, 0.5, 0.1, 0.0]}}, begin={"begin": 3})
+ANGLES = {"num_inference_steps": 6, "intermediate_timesteps": None}
+add("SCM", plain={"steps": ANGLES, "calls": 6}, two={"steps": {"num_inference_steps": 2}, "calls": 2})
+add("SCM", data={"config": {"sigma_data": 0.8}, "steps": ANGLES, "calls": 6, "generators": 2})
+add(
+    "SCM",
+    timesteps={"steps": {"num_inference_steps": 2, "timesteps": [1.5, 0.7, 0.1], "max_timesteps": None}, "calls": 2},
+)
+add("SCM", begin={"steps": ANGLES, "calls": 6, "begin": 3})
+add("CMStochasticIterative", **configs(plain={}, unclipped={"clip_denoised": False}, loud={"s_noise": 1.1, "rho": 5.0}))
+add(
+    "CMStochasticIterative",
+    timesteps={"steps": {"timesteps": [22, 10, 0]}}, one={"steps": {"num_inference_steps": 1}}, generators={"generators": 2},
+    all={"steps": {"num_inference_steps": 40}}, begin={"begin": 3},
+)  # fmt: skip
+add("ConsistencyDecoder", plain={"steps": {"num_inference_steps": 2}})
+add("ConsistencyDecoder", data={"steps": {"num_inference_steps": 2}, "config": {"sigma_data": 1.0}, "generators": 2})
+
+if is_torchsde_available():
+    add(
+        "CosineDPMSolverMultistep", **configs(v=V, epsilon={"prediction_type": "epsilon"}, heun={"solver_type": "heun"})
+    )
+    add("CosineDPMSolverMultistep", **configs(order_1={"solver_order": 1}, karras={"sigma_schedule": "karras"}))
+    add(
+        "CosineDPMSolverMultistep",
+        generators={"generators": 2},
+        begin={"begin": 3},
+        many={"steps": {"num_inference_steps": 20}},
+    )
+    add("CosineDPMSolverMultistep", **configs(sigma_min={"final_sigmas_type": "sigma_min"}))
 
 THRESHOLD = {"thresholding": True, "sample_max_value": 1.1, "dynamic_thresholding_ratio": 0.9}
 for name in (
@@ -469,7 +539,7 @@ def test_float32_is_as_close_as_diffusers(case):
 
 def step_of(case, i):
     """Of which step call i is."""
-    if case.name == "HeunDiscreteScheduler":
+    if "HeunDiscrete" in case.name:
         return i // 2
     if case.name == "PNDMScheduler":
         if case.config.get("skip_prk_steps"):
@@ -478,11 +548,19 @@ def step_of(case, i):
     return i
 
 
+FLOWS = ("Flow", "LTX", "MiniMax")
+
+
 def textbook(case, scheduler, lam):
     """(f, x, i) -> the network's output once its eps is divided by lambda[i]: eps, x_0 and the output again, by definition."""
     sigmas = getattr(scheduler, "sigmas", None)
     if case.name == "IPNDMScheduler":
         alpha, sigma = scheduler.alphas.double(), scheduler.betas.double()
+    elif case.name == "SCMScheduler":
+        alpha, sigma = scheduler.timesteps.double().cos(), scheduler.timesteps.double().sin()
+    elif case.name == "ConsistencyDecoderScheduler":
+        alpha = scheduler.sqrt_alphas_cumprod.double()[scheduler.timesteps]
+        sigma = (1 - alpha**2).sqrt()
     elif sigmas is None or case.name in ("LCMScheduler", "TCDScheduler"):
         abar = scheduler.alphas_cumprod.double()[scheduler.timesteps]
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
@@ -491,10 +569,19 @@ def textbook(case, scheduler, lam):
         alpha = alpha * torch.ones_like(sigma)
     else:
         sigma = sigmas.double()[:-1]
-        alpha = 1 - sigma if "Flow" in case.name else torch.ones_like(sigma)
+        alpha = 1 - sigma if case.name.startswith(FLOWS) else torch.ones_like(sigma)
     data = getattr(scheduler.config, "sigma_data", None)
     default = "v_prediction" if case.name == "IPNDMScheduler" else "flow_prediction"
     kind = getattr(scheduler.config, "prediction_type", default)
+    as_x0 = {  # (c_skip, c_out) of x_0 = c_skip*x + c_out*f
+        "SCMScheduler": lambda a, s, i: (a, -s), "MiniMaxH3Scheduler": lambda a, s, i: (1.0, s),
+        "CMStochasticIterativeScheduler": lambda a, s, i: [
+            float(c) for c in scheduler.get_scalings_for_boundary_condition(scheduler.sigmas.double()[i])
+        ],
+        "ConsistencyDecoderScheduler": lambda a, s, i: [
+            float(c.double()[scheduler.timesteps[i]]) for c in (scheduler.c_skip, scheduler.c_out)
+        ],
+    }  # fmt: skip
 
     def scale(f, x, i):
         a, s = float(alpha[i]), float(sigma[i])
@@ -502,6 +589,10 @@ def textbook(case, scheduler, lam):
         if lambda_t == 1:
             return f
         f, v = (f[:, : x.shape[1]], f[:, x.shape[1] :]) if case.learned else (f, None)
+        if case.name in as_x0:
+            skip, out = as_x0[case.name](a, s, i)
+            eps = (x - a * (skip * x + out * f)) / s / lambda_t
+            return ((x - s * eps) / a - skip * x) / out
         if data is not None:  # x = x_0 + sigma*eps, preconditioned
             skip, out = data**2 / (s**2 + data**2), s * data / np.hypot(s, data) * (1 if kind == "epsilon" else -1)
             denoised = skip * x + out * f
@@ -546,8 +637,8 @@ SCALED = [
 def test_lambda_is_the_textbook(name, kind):
     case = CASES[name]
     f, scheduler = network(case), case.theirs()
-    chosen, lam = SCALINGS[kind](step_of(case, len(scheduler.timesteps) - 1) + 1)
-    if "Flow" in case.name or "IPNDM" in case.name or "use_flow_sigmas" in case.config:
+    chosen, lam = SCALINGS[kind](step_of(case, len(times(scheduler)) - 1) + 1)
+    if case.name.startswith((*FLOWS, "SCM", "IPNDM")) or "use_flow_sigmas" in case.config:
         lam[0] = 1.0  # x is noise alone
         chosen = lam.tolist() if kind == "array" else chosen
     scale = textbook(case, scheduler, lam)
@@ -585,6 +676,12 @@ def test_lambda_under_churn(name):
 # ---- half precision ----
 
 
+DRAWN_IN_FLOAT32 = (
+    "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "FlowMatchLCMScheduler", "LTXEulerAncestralRFScheduler",
+    "SCMScheduler",
+)  # fmt: skip
+
+
 def in_step(case, dtype):
     """Errors of the float64 step rounded once, of diffusers' step, and of ours, all given the same rounded states and outputs."""
     f, exact, theirs, ours = network(case), case.theirs(), case.theirs(), case.ours()
@@ -594,9 +691,9 @@ def in_step(case, dtype):
     for call, kind in zip(calls, (torch.float64, dtype, dtype), strict=True):
         if "variance_noise" in call:
             call["variance_noise"], call["generator"] = call["variance_noise"](kind), None
-    drawn = torch.float32 if case.name in ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler") else dtype
+    drawn = torch.float32 if case.name in DRAWN_IN_FLOAT32 else dtype
     squares = np.zeros(3)
-    for i, t in list(enumerate(ours.timesteps))[case.begin :]:
+    for i, t in list(enumerate(ours.timesteps))[case.begin : case.calls]:
         output = f(x.double(), i).to(dtype)
         for scheduler in runs:
             if hasattr(scheduler, "scale_model_input"):
@@ -605,7 +702,7 @@ def in_step(case, dtype):
             expected = exact.step(output.double(), t, x.double(), return_dict=False, **calls[0])[0]
         for k in (1, 2):
             result = runs[k].step(output, t, x, return_dict=False, **calls[k])[0]
-            assert result.dtype == dtype
+            assert result.dtype == (torch.float32 if case.name == "SCMScheduler" else dtype)  # as its noise
             squares[k] += float((result.double() - expected).square().sum() / expected.square().sum())
         x = expected.to(dtype)
         squares[0] += float((x.double() - expected).square().sum() / expected.square().sum())
@@ -635,6 +732,8 @@ def test_half_precision_rounds_once(case, dtype):
         return
     if not case.name.startswith(STORES_HISTORY):
         assert ours <= 1.02 * once, (ours, once)
+    if np.isnan(theirs):  # of consistency models in float16, where a step begins at sigma_min
+        return
     assert ours <= theirs * (0.8 if case.name.startswith(ROUNDS_MIDWAY) and dtype == torch.bfloat16 else 1.02), (
         ours,
         theirs,
@@ -652,7 +751,7 @@ def one_step(scheduler, i=0, dtype=torch.float32, **call):
     """(x', ...) of step i on random tensors."""
     x, f = torch.randn(SHAPE).to(dtype), torch.randn(SHAPE).to(dtype)
     with torch.no_grad():
-        for t in scheduler.timesteps[: i + 1]:
+        for t in times(scheduler)[: i + 1]:
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(x, t)
             result = scheduler.step(f, t, x, return_dict=False, **call)
@@ -702,7 +801,7 @@ def test_results_are_diffusers_own_objects(name):
 @classes
 def test_signatures_are_diffusers_own(name):
     """Pipelines look at them: nothing is missing, nothing has moved, and what is new has a name and a default."""
-    classes = getattr(diffusers, name), CLASSES[name]
+    classes = getattr(diffusers.schedulers, name), CLASSES[name]
     for functions in (classes, [of.step for of in classes], [of.set_timesteps for of in classes]):
         theirs, ours = (inspect.signature(function).parameters for function in functions)
         assert list(ours)[: len(theirs)] == list(theirs)
@@ -754,7 +853,7 @@ def test_timesteps_of_any_kind_find_the_same_step(name, begin):
     for kind in kinds.values():
         torch.manual_seed(4)
         scheduler, x = case.ours(), torch.randn(SHAPE)
-        for t in scheduler.timesteps[begin : begin + 4]:
+        for t in times(scheduler)[min(begin, len(times(scheduler)) - 1) : begin + 4]:
             x = scheduler.step(torch.randn(SHAPE), kind(t), x, return_dict=False)[0]
         assert scheduler.path == "fused"
         results.append(x)
@@ -766,11 +865,13 @@ def test_timesteps_of_any_kind_find_the_same_step(name, begin):
 @pytest.mark.parametrize("by", ["enumeration", "begin index", "slice"])
 def test_the_loop_reads_no_tensor_back(name, by, monkeypatch):
     """As on a device, where .item() and its like wait: nothing between set_timesteps and the result calls them."""
+    if name in OF_MOTIONS:
+        pytest.skip("torchsde reads sigmas")
     scheduler = EXAMPLES[name].ours()
-    x, f, timesteps = torch.randn(SHAPE), torch.randn(SHAPE), scheduler.timesteps
+    x, f, timesteps = torch.randn(SHAPE), torch.randn(SHAPE), times(scheduler)
     if by == "begin index" and hasattr(scheduler, "begin_index"):
         scheduler.set_begin_index(0)
-    timesteps = timesteps[2:] if by == "slice" else timesteps
+    timesteps = timesteps[min(2, len(timesteps) - 1) :] if by == "slice" else timesteps
 
     def refuse(*_):
         raise AssertionError("a tensor was read back")
@@ -791,6 +892,8 @@ STOCHASTIC = {  # (configuration, arguments of step)
     "EDMEulerScheduler": ({}, CHURN), "EulerAncestralDiscreteScheduler": ({}, {}), "LCMScheduler": ({}, {}),
     "TCDScheduler": ({}, {}), "DPMSolverMultistepScheduler": (SDE, {}), "EDMDPMSolverMultistepScheduler": (SDE, {}),
     "FlowMatchEulerDiscreteScheduler": ({"stochastic_sampling": True}, {}),
+    "FlowMatchHeunDiscreteScheduler": ({}, CHURN), "FlowMatchLCMScheduler": ({}, {}), "LTXEulerAncestralRFScheduler": ({}, {}),
+    "SCMScheduler": ({}, {}), "CMStochasticIterativeScheduler": ({}, {}), "ConsistencyDecoderScheduler": ({}, {}),
 }  # fmt: skip
 
 
@@ -800,10 +903,12 @@ def test_seeds_make_the_noise_of_the_step(name):
 
     def scheduler(kind=fused):
         made = getattr(kind, name)(**config)
-        made.set_timesteps(6)
+        made.set_timesteps(
+            **(EXAMPLES[name].steps if name.startswith(("SCM", "ConsistencyDecoder")) else {"num_inference_steps": 6})
+        )
         return made
 
-    (config, call), seeds, i = STOCHASTIC[name], [5, 2**63 + 1], 2
+    (config, call), seeds, i = STOCHASTIC[name], [5, 2**63 + 1], 0 if name == "ConsistencyDecoderScheduler" else 2
     x, f = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
 
     def go(ours, rows=slice(None), **more):
@@ -819,7 +924,7 @@ def test_seeds_make_the_noise_of_the_step(name):
     kept = scheduler()
     kept.seeds = seeds
     assert torch.equal(go(kept), together)
-    module = sys.modules[getattr(diffusers, name).__module__]
+    module = sys.modules[getattr(diffusers.schedulers, name).__module__]
     with pytest.MonkeyPatch.context() as patch:
         draws = iter(range(i + 1))
         patch.setattr(
@@ -828,7 +933,7 @@ def test_seeds_make_the_noise_of_the_step(name):
             lambda shape, **_: epskernels.normal(seeds, list(shape[1:]), draw=next(draws), stream=0),
         )
         torch.testing.assert_close(
-            go(scheduler(diffusers)), together, rtol=1e-5, atol=1e-4 if "Euler" in name else 1e-5
+            go(scheduler(diffusers.schedulers)), together, rtol=1e-5, atol=1e-4 if "Euler" in name else 1e-5
         )
     with pytest.raises(ValueError, match="generator, seeds: expected one of them, got both"):
         go(scheduler(), seeds=seeds, generator=torch.Generator())
@@ -873,7 +978,7 @@ def test_own_step_is_visible_and_scaled(name, why, eps_scaling, caplog):
     assert ours.path.startswith(f"diffusers: {said}")
     (record,) = (record for record in caplog.records if said in record.message)
     assert record.message.startswith(f"epskernels.diffusers.{name} runs diffusers' own step: {said}")
-    steps = (len(theirs.timesteps) + 1) // 2 if "Heun" in name else len(theirs.timesteps)
+    steps = (len(theirs.timesteps) + 1) // 2 if "Heun" in name else len(times(theirs))
     scale = textbook(case, theirs, np.full(steps, eps_scaling))
     torch.manual_seed(3)
     if eps_scaling == 1:
@@ -1172,7 +1277,7 @@ def test_forks_do_not_disturb_each_other(name):
         x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
         noise = torch.Generator().manual_seed(seed)
         call = {"generator": noise} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        for t in shared.timesteps:
+        for t in times(shared):
             x = scheduler.step(torch.tanh(x), t, x, return_dict=False, **call)[0]
         return x
 
@@ -1205,24 +1310,14 @@ def test_fuse_keeps_what_the_scheduler_carries(name):
     assert torch.equal(ours.timesteps, theirs.timesteps)
     again = fused.fuse(pipe).scheduler
     assert again.config.eps_scaling == 1.01 and again.seeds is None
-    if "Flow" in name:
+    if hasattr(theirs, "set_shift"):
         theirs.set_shift(4.0)
         assert fused.fused(theirs).shift == 4.0
 
 
-def test_fuse_refuses_what_it_does_not_know():
-    with pytest.raises(
-        TypeError, match="AmusedScheduler has no fused twin; known: DDIMScheduler, DDPMScheduler, DEISM"
-    ):
-        fused.fuse(Pipe(diffusers.AmusedScheduler(mask_token_id=3)))
+def test_fuse_refuses_what_is_no_scheduler():
     with pytest.raises(TypeError, match="pipe: expected a pipeline with a scheduler, or a scheduler, got int"):
         fused.fuse(3)
-
-    class Mine(diffusers.DDIMScheduler):
-        pass
-
-    with pytest.raises(TypeError, match="Mine has no fused twin"):
-        fused.fuse(Pipe(Mine()))
 
 
 def test_the_core_does_not_import_diffusers():
@@ -1375,10 +1470,11 @@ def test_copies_in_the_middle_of_a_trajectory_go_on(name, copied):
         call = {"generator": torch.Generator().manual_seed(i)} if takes_generator else {}
         return scheduler.step(f, scheduler.timesteps[i], x, return_dict=False, **call)[0]
 
-    for i in range(2):
+    calls = min(4, len(times(ours)))
+    for i in range(calls // 2):
         x = step(ours, i, x)
     twin, y = copied(ours), x
-    for i in range(2, 4):
+    for i in range(calls // 2, calls):
         x, y = step(ours, i, x), step(twin, i, y)
     assert torch.equal(x, y) and twin.path == "fused"
 
