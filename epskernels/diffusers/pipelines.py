@@ -22,6 +22,7 @@ from .flow import (
     MiniMaxH3Scheduler,
 )
 from .flow_stochastic import FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler
+from .helios import HeliosScheduler
 from .multistep import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
 from .plan import set_by_attribute
 from .scaled import scaled_class
@@ -39,7 +40,7 @@ FUSED = {
         HeunDiscreteScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler, LCMScheduler,
         TCDScheduler, UniPCMultistepScheduler,
         FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, FlowMapEulerDiscreteScheduler, LTXEulerAncestralRFScheduler,
-        MiniMaxH3Scheduler, SCMScheduler, CMStochasticIterativeScheduler, ConsistencyDecoderScheduler,
+        HeliosScheduler, MiniMaxH3Scheduler, SCMScheduler, CMStochasticIterativeScheduler, ConsistencyDecoderScheduler,
     )
 }  # fmt: skip
 if is_torchsde_available():
