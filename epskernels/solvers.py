@@ -484,7 +484,9 @@ def bh_weights(hh: Array, ratios: Sequence[Array], order: int, solver: str, corr
         return []
     if size == 1:
         return [0.5 * B]
-    r = np.stack([*ratios[: order - 1], np.ones_like(hh)], axis=-1)[:, :size]
+    r = np.stack([*ratios[: order - 1], np.ones_like(hh)], axis=-1)[:, :size].clip(
+        -1e30, 1e30
+    )  # after a step from alpha 0
     R = np.stack([r**k for k in range(size)], axis=1)
     b, phi, factorial = [], np.expm1(hh) / hh - 1, 1
     for k in range(1, size + 1):

@@ -190,7 +190,7 @@ class EDMDPMSolverMultistepScheduler(PreconditionedDPMSolver, diffusers.EDMDPMSo
         return self.dpm_step(model_output, timestep, sample, generator, None, return_dict, seeds)
 
 
-class UniPCMultistepScheduler(Multistep, diffusers.UniPCMultistepScheduler):
+class UniPC(Multistep):
     """x is what the predictor made; y carries the part of the corrected state that was known before the model's call."""
 
     _mixes = False
@@ -246,18 +246,24 @@ class UniPCMultistepScheduler(Multistep, diffusers.UniPCMultistepScheduler):
         if self.solver_p is not None:
             return "solver_p is another scheduler's step"
 
-    def step(self, model_output, timestep, sample, return_dict=True):
-        row = self._enter(model_output, timestep, sample)
-        if row.why is not None:
-            return self._own(row, model_output, timestep, sample, return_dict=return_dict)
+    def unipc_step(self, row, f, x):
+        """x', once the row is known."""
         m1, m2 = self._history(row)
         y = self.last_sample if self.lower_order_nums else None
-        x, m0, self.last_sample = self._step(row, model_output, sample, m1=m1, m2=m2, y=y, results=3)
+        next_x, m0, self.last_sample = self._step(row, f, x, m1=m1, m2=m2, y=y, results=3)
         self._keep(m0)
         self._step_index += 1
-        x = as_dtype_of(x, sample)
-        return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
+        return as_dtype_of(next_x, x)
 
     def _restart(self):
         super()._restart()
         self.last_sample = None
+
+
+class UniPCMultistepScheduler(UniPC, diffusers.UniPCMultistepScheduler):
+    def step(self, model_output, timestep, sample, return_dict=True):
+        row = self._enter(model_output, timestep, sample)
+        if row.why is not None:
+            return self._own(row, model_output, timestep, sample, return_dict=return_dict)
+        x = self.unipc_step(row, model_output, sample)
+        return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)

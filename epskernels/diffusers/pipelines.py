@@ -22,6 +22,7 @@ from .flow import (
     MiniMaxH3Scheduler,
 )
 from .flow_stochastic import FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler
+from .helios import HeliosScheduler
 from .linear_multistep import DEISMultistepScheduler, IPNDMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from .multistep import (
     DPMSolverMultistepInverseScheduler,
@@ -48,7 +49,7 @@ FUSED = {
         PNDMScheduler, LMSDiscreteScheduler, IPNDMScheduler, DEISMultistepScheduler,
         DPMSolverSinglestepScheduler, DPMSolverMultistepInverseScheduler,
         FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, FlowMapEulerDiscreteScheduler, LTXEulerAncestralRFScheduler,
-        MiniMaxH3Scheduler, SCMScheduler, CMStochasticIterativeScheduler, ConsistencyDecoderScheduler,
+        HeliosScheduler, MiniMaxH3Scheduler, SCMScheduler, CMStochasticIterativeScheduler, ConsistencyDecoderScheduler,
     )
 }  # fmt: skip
 if is_torchsde_available():

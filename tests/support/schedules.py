@@ -14,5 +14,7 @@ def set_steps(scheduler, steps):
     name = type(scheduler).__name__
     if name == "SCMScheduler":
         scheduler.set_timesteps(steps, intermediate_timesteps=None)
+    elif name == "HeliosScheduler":
+        scheduler.set_timesteps(steps, stage_index=1)
     else:
         scheduler.set_timesteps(steps + (name == "MiniMaxH3Scheduler"))  # which counts the ends of its steps
