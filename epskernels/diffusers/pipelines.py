@@ -10,10 +10,12 @@ from .. import scaling
 from .consistency import LCMScheduler, TCDScheduler
 from .flow import FlowMatchEulerDiscreteScheduler
 from .multistep import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
+from .parallel import DDIMParallelScheduler, DDPMParallelScheduler
 from .plan import set_by_attribute
 from .scheduler import Fused
 from .sigmas import EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
-from .timesteps import DDIMScheduler, DDPMScheduler
+from .timesteps import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, UnCLIPScheduler
+from .video import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 _log = logging.getLogger("epskernels")
 
@@ -24,6 +26,8 @@ FUSED = {
         DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler,
         HeunDiscreteScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler, LCMScheduler,
         TCDScheduler, UniPCMultistepScheduler,
+        DDIMInverseScheduler, DDIMParallelScheduler, DDPMParallelScheduler, UnCLIPScheduler, CogVideoXDDIMScheduler,
+        CogVideoXDPMScheduler,
     )
 }  # fmt: skip
 

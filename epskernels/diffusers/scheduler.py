@@ -56,7 +56,8 @@ class Fused:
         cls._theirs = parent
         cls.__module__ = __package__  # where users find it, and saved pipelines
         own = inspect.Parameter("eps_scaling", inspect.Parameter.KEYWORD_ONLY, default=1.0)
-        cls.__signature__ = inspect.Signature([*inspect.signature(parent).parameters.values(), own])
+        parameters = [*inspect.signature(parent).parameters.values(), own]
+        cls.__signature__ = inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))  # **kwargs last
 
         @functools.wraps(parent.set_timesteps)  # pipelines look at its signature
         def set_timesteps(self, *args, **kwargs):
@@ -190,7 +191,7 @@ class Fused:
             columns, draws = self._formula(options)
             alpha, sigma, d_x, d_f = self._model(options)
             scale = self._per_call(self._lambdas(alpha, sigma, d_x))
-            on_x = np.where(scale == 1, 0.0, (1 - d_x * alpha) / d_f * (1 - 1 / scale) / alpha)
+            on_x = np.where((scale == 1) | (d_f == 0), 0.0, (1 - d_x * alpha) / d_f * (1 - 1 / scale) / alpha)
             length = len(scale)
             levels = max(np.size(column) for column in columns.values()) // length
             columns = {name: np.broadcast_to(column, levels * length) + 0.0 for name, column in columns.items()}
@@ -373,7 +374,7 @@ class Fused:
             )
         if row.lambda_t != 1:
             f = self._scaled_output(f, x, row.lambda_t, row.to_x)
-        return self._theirs.step(self, f, timestep, x, **arguments)
+        return self._theirs.step(self, model_output=f, timestep=timestep, sample=x, **arguments)
 
     def _go_on(self, kind, why):
         """Raises RuntimeError where a trajectory would change between the fused step and diffusers' own."""

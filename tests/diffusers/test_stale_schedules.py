@@ -15,12 +15,17 @@ from epskernels import diffusers as fused
 from epskernels.diffusers import common
 from epskernels.diffusers.plan import SCHEDULES
 
+from ..support.schedulers import ALIKE, OF_ALPHAS
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
 ]
 SHAPE = (1, 3, 4, 4)
-NAMES = sorted(twin.__name__ for twin in fused.FUSED.values())
+NAMES = sorted(ALIKE)
+NOT_COUNTED = {
+    name for name in NAMES if not hasattr(ALIKE[name], "step_index")
+}  # a step is found by its timestep alone
 HALVES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -161,7 +166,7 @@ def test_numbers_written_in_any_way_are_seen(name, way, stepped):
             torch.manual_seed(9)
             scheduler.step(torch.ones(SHAPE), scheduler.timesteps[0], torch.ones(SHAPE), return_dict=False)
             scheduler.set_timesteps(8)
-        of_alphas = name.startswith(("DDPM", "DDIM", "LCM", "TCD"))
+        of_alphas = name.startswith(OF_ALPHAS)
         tensor = scheduler.alphas_cumprod if of_alphas else scheduler.sigmas
         before = tensor.clone()
         WAYS[way](tensor)
@@ -200,7 +205,7 @@ def test_two_timesteps_are_not_one(name):
     """A view that begins at a timestep's address is that timestep only where it has one element of its dtype."""
     for kind in (diffusers, fused):
         scheduler = made(kind, name)
-        if name not in ("DDPMScheduler", "DDIMScheduler"):
+        if name not in NOT_COUNTED:
             scheduler._step_index = None
         x = torch.ones(SHAPE)
         if name in ("LCMScheduler", "TCDScheduler", "UniPCMultistepScheduler") and kind is diffusers:
@@ -283,7 +288,8 @@ def test_lambda_of_timesteps_cut_off_is_that_of_their_step(name):
     scheduler = made(fused, name, {"eps_scaling": [1.0, *lambdas[1:]]})
     whole = scheduler.lambdas
     scheduler.timesteps = scheduler.timesteps[6:]
-    assert scheduler.lambdas == (whole[6:] if name.startswith(("DDPM", "DDIM", "LCM", "TCD")) else whole)
+    kept = whole[:2] if "Inverse" in name else whole[6:]
+    assert scheduler.lambdas == (kept if name.startswith(OF_ALPHAS) else whole)
     assert whole[1:] == tuple(lambdas[1:])
 
 
@@ -449,9 +455,7 @@ def test_a_step_before_set_timesteps(name):
         scheduler.step(x, scheduler.timesteps[0], x)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(set(NAMES) - {"DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler"})
-)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_COUNTED - {"LCMScheduler", "TCDScheduler"}))
 def test_one_call_too_many(name):
     scheduler = made(fused, name)
     n, x = len(scheduler.timesteps), torch.ones(SHAPE)

@@ -25,6 +25,7 @@ from epskernels import diffusers as fused
 from epskernels.diffusers import common
 
 from ..support import markdown_examples
+from ..support.schedulers import ALIKE
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -75,6 +76,7 @@ class Case:
     learned: bool = False
     generators: int = 0  # how many; 0: one for the batch
     own: str = ""  # why diffusers' own step runs
+    each: object = None  # (scheduler, i) -> arguments of step i
     begin: int = 0
 
     def theirs(self):
@@ -86,7 +88,7 @@ class Case:
     def _set(self, scheduler):
         if self.steps:
             scheduler.set_timesteps(**self.steps)
-        if self.begin:
+        if self.begin and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self.begin)
         return scheduler
 
@@ -132,7 +134,8 @@ def trajectory(case, scheduler, dtype, f, x=None, scale=lambda f, x, i: f):
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(x, t)
             output = scale(f(x.double(), i), x.double(), i).to(dtype)
-            x, *second = scheduler.step(output, t, x, return_dict=False, **call)
+            more = case.each(scheduler, i) if case.each else {}
+            x, *second = scheduler.step(output, t, x, return_dict=False, **call, **more)
             results.append([x.double(), *[s.double() for s in second]])
     return results
 
@@ -211,6 +214,50 @@ add(
 )  # fmt: skip
 
 V = {"prediction_type": "v_prediction"}
+TRAILING_ZERO_SNR = {**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+for name in ("DDPMParallel", "DDIMParallel"):
+    add(
+        name,
+        **configs(
+            **PREDICTIONS, trailing=SPACINGS["trailing"], unclipped={"clip_sample": False}, zero_snr=TRAILING_ZERO_SNR
+        ),
+    )
+add(
+    "DDPMParallel",
+    learned_range={"config": {"variance_type": "learned_range"}, "learned": True},
+    custom={"steps": {"timesteps": [900, 700, 300, 80, 10]}},
+)
+add(
+    "DDIMParallel",
+    eta={"call": {"eta": 0.7}},
+    clipped_output_eta={"call": {"use_clipped_model_output": True, "eta": 0.5}},
+)
+add("DDIMInverse", **configs(epsilon={}, v_prediction=V, trailing=SPACINGS["trailing"], **BETAS))
+add(
+    "DDIMInverse",
+    **configs(
+        sample={"prediction_type": "sample", "set_alpha_to_one": False}, unclipped={"clip_sample": False},
+        stable={**VP, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}, zero_snr=TRAILING_ZERO_SNR,
+    ),
+)  # fmt: skip
+
+
+def next_timestep(scheduler, i):
+    return {"prev_timestep": scheduler.timesteps[i + 1] if i + 1 < len(scheduler.timesteps) else None}
+
+
+add("UnCLIP", **configs(epsilon={}, sample=PREDICTIONS["sample"], clip_2={"clip_sample_range": 2.0}))
+add(
+    "UnCLIP",
+    next={"each": next_timestep, "generators": 2},
+    image_to_image={"config": {"clip_sample": False}, "each": next_timestep, "begin": 3},
+    learned_range={"config": {"variance_type": "learned_range"}, "learned": True, "each": next_timestep, "begin": 3},
+)
+add(
+    "CogVideoXDDIM",
+    **configs(**PREDICTIONS, **SPACINGS, **BETAS, zero_snr=TRAILING_ZERO_SNR, first={"set_alpha_to_one": False}),
+)
+
 EULER = {
     **configs(**PREDICTIONS, **SPACINGS, **BETAS, **SIGMAS),
     **configs(
@@ -354,7 +401,16 @@ add("TCD", deterministic={"call": {"eta": 0.0}, "steps": FOUR}, all_noise={"call
 add("LCM", timestep_scaling={"config": {"timestep_scaling": 1.0}, "steps": FOUR})
 
 THRESHOLD = {"thresholding": True, "sample_max_value": 1.1, "dynamic_thresholding_ratio": 0.9}
-for name in ("DDPM", "DDIM", "DPMSolverMultistep", "EDMDPMSolverMultistep", "LCM", "UniPCMultistep"):
+for name in (
+    "DDPM",
+    "DDIM",
+    "DDPMParallel",
+    "DDIMParallel",
+    "DPMSolverMultistep",
+    "EDMDPMSolverMultistep",
+    "LCM",
+    "UniPCMultistep",
+):
     add(name, thresholding={"config": THRESHOLD, "steps": FOUR if name == "LCM" else {"num_inference_steps": 12}})
 add(
     "DPMSolverMultistep",
@@ -371,7 +427,10 @@ add(
 def allowed(case, theirs):
     """Of the states and of the other result, given diffusers' own errors: both are draws, and other ones on another processor,
     whose tanh and sin differ."""
-    factors = [2.0 if "Multistep" in case.name else 1.25, 2.5][: len(theirs)]
+    states = (
+        2.5 if case.name == "UnCLIPScheduler" else 2.0 if "Multistep" in case.name else 1.25
+    )  # alpha 5e-5 at its start
+    factors = [states, 2.5][: len(theirs)]
     return np.array(factors) * theirs + FEW_ULP
 
 
@@ -398,7 +457,11 @@ def textbook(case, scheduler, lam):
     """(f, x, i) -> the network's output once its eps is divided by lambda[i]: eps, x_0 and the output again, by definition."""
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None or case.name in ("LCMScheduler", "TCDScheduler"):
-        abar = scheduler.alphas_cumprod.double()[scheduler.timesteps]
+        t = scheduler.timesteps
+        if case.name == "DDIMInverseScheduler":  # the level below, and the last number of lambda first
+            t, lam = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps, lam[::-1]
+        abar = scheduler.alphas_cumprod.double()[t.clamp(0, scheduler.config.num_train_timesteps - 1)]
+        abar = torch.where(t < 0, float(getattr(scheduler, "initial_alpha_cumprod", 1)), abar)
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
     elif hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigmas.double()[:-1])
@@ -452,6 +515,7 @@ SCALED = [
         "flow", "stochastic", "shift", "dpmsolver-midpoint-2", "dpmsolver++-midpoint-3", "sde-dpmsolver++-heun-2", "unclipped",
         "image_to_image", "own", "clipped", "plain", "bh1-3", "bh2-2", "eps-bh2-3",
     )
+    and name != "UnCLIP-epsilon"  # its start hides lambda
 ]  # fmt: skip
 
 
@@ -462,7 +526,7 @@ def test_lambda_is_the_textbook(name, kind):
     f, scheduler = network(case), case.theirs()
     steps = (len(scheduler.timesteps) + 1) // 2 if "Heun" in case.name else len(scheduler.timesteps)
     chosen, lam = SCALINGS[kind](steps)
-    if "Flow" in case.name or "use_flow_sigmas" in case.config:
+    if "Flow" in case.name or "use_flow_sigmas" in case.config or name == "UnCLIP-sample":
         lam[0] = 1.0  # x is noise alone
         chosen = lam.tolist() if kind == "array" else chosen
     scale = textbook(case, scheduler, lam)
@@ -516,10 +580,11 @@ def in_step(case, dtype):
         for scheduler in runs:
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(x, t)
+        more = [case.each(scheduler, i) if case.each else {} for scheduler in runs]
         with in_float64(exact, drawn):
-            expected = exact.step(output.double(), t, x.double(), return_dict=False, **calls[0])[0]
+            expected = exact.step(output.double(), t, x.double(), return_dict=False, **calls[0], **more[0])[0]
         for k in (1, 2):
-            result = runs[k].step(output, t, x, return_dict=False, **calls[k])[0]
+            result = runs[k].step(output, t, x, return_dict=False, **calls[k], **more[k])[0]
             assert result.dtype == dtype
             squares[k] += float((result.double() - expected).square().sum() / expected.square().sum())
         x = expected.to(dtype)
@@ -528,7 +593,16 @@ def in_step(case, dtype):
     return np.sqrt(squares)
 
 
-ROUNDS_MIDWAY = ("DDPM", "DDIM", "Heun", "EDMDPM", "LCM", "TCD", "UniPC")  # the others of diffusers compute in float32
+ROUNDS_MIDWAY = (
+    "DDPM",
+    "DDIM",
+    "UnCLIP",
+    "Heun",
+    "EDMDPM",
+    "LCM",
+    "TCD",
+    "UniPC",
+)  # the others of diffusers compute in float32
 STORES_HISTORY = ("DPMSolver", "EDMDPM", "UniPC", "Heun")  # m1, m2 and y, rounded where the state is
 
 
@@ -549,7 +623,7 @@ def test_half_precision_rounds_once(case, dtype):
 
 # ---- what a user does with a scheduler ----
 
-CLASSES = {twin.__name__: twin for twin in fused.FUSED.values()}
+CLASSES = ALIKE
 EXAMPLES = {name: next(case for case in CASES.values() if case.name == name) for name in CLASSES}
 classes = pytest.mark.parametrize("name", EXAMPLES)
 
@@ -609,7 +683,9 @@ def test_signatures_are_diffusers_own(name):
     """Pipelines look at them: nothing is missing, nothing has moved, and what is new has a name and a default."""
     classes = getattr(diffusers, name), CLASSES[name]
     for functions in (classes, [of.step for of in classes], [of.set_timesteps for of in classes]):
-        theirs, ours = (inspect.signature(function).parameters for function in functions)
+        theirs, ours = (dict(inspect.signature(function).parameters) for function in functions)
+        if (last := list(theirs)[-1]) == "kwargs":
+            assert theirs.pop(last).kind is ours.pop(last).kind
         assert list(ours)[: len(theirs)] == list(theirs)
         assert {key: p.default for key, p in ours.items() if key in theirs} == {
             key: p.default for key, p in theirs.items()
@@ -643,7 +719,9 @@ def test_layouts(name, layout):
 
 
 INTEGERS = {
-    name for name in EXAMPLES if name.startswith(("DDPM", "DDIM", "DPMSolver", "LCM", "TCD", "UniPC", "Heun", "EDMDPM"))
+    name
+    for name in EXAMPLES
+    if name.startswith(("DDPM", "DDIM", "UnCLIP", "CogVideoX", "DPMSolver", "LCM", "TCD", "UniPC", "Heun", "EDMDPM"))
 }
 
 
@@ -692,7 +770,8 @@ def test_the_loop_reads_no_tensor_back(name, by, monkeypatch):
 
 CHURN, SDE = {"s_churn": 5.0}, {"algorithm_type": "sde-dpmsolver++"}
 STOCHASTIC = {  # (configuration, arguments of step)
-    "DDPMScheduler": ({}, {}), "DDIMScheduler": ({}, {"eta": 1.0}), "EulerDiscreteScheduler": ({}, CHURN),
+    "DDPMScheduler": ({}, {}), "DDIMScheduler": ({}, {"eta": 1.0}), "DDPMParallelScheduler": ({}, {}),
+    "DDIMParallelScheduler": ({}, {"eta": 1.0}), "UnCLIPScheduler": ({}, {}), "EulerDiscreteScheduler": ({}, CHURN),
     "EDMEulerScheduler": ({}, CHURN), "EulerAncestralDiscreteScheduler": ({}, {}), "LCMScheduler": ({}, {}),
     "TCDScheduler": ({}, {}), "DPMSolverMultistepScheduler": (SDE, {}), "EDMDPMSolverMultistepScheduler": (SDE, {}),
     "FlowMatchEulerDiscreteScheduler": ({"stochastic_sampling": True}, {}),
