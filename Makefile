@@ -74,6 +74,7 @@ test-deep: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/project/sanitize.sh

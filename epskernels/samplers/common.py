@@ -1,42 +1,30 @@
-"""What all samplers share: the grid, lambda_t, the columns of one model call, and the table."""
+"""What all samplers share: the grid, lambda_t, the columns of the model calls, and the table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import solvers
-from ..scaling import as_scaling, lambdas, noise_alone, scale
+from ..scaling import EpsilonScaling, as_scaling, lambdas, noise_alone, scale
 from ..schedule import DiscreteSchedule, FlowSchedule, Grid, KarrasSchedule
+from ..solvers import Array
 from ..table import Table
 
+Schedule = DiscreteSchedule | KarrasSchedule | FlowSchedule | Grid
+Scaling = EpsilonScaling | float | Sequence[float] | np.ndarray | Mapping[str, Any] | str
+Columns = dict[str, Any]  # a table's columns and provenance by name: arrays, or one number for all rows
+Steps = NDArray[np.int64]  # the numbers of some steps
+Calls = tuple[Grid, Steps, Columns]  # where the network is asked, in which steps, and what their rows have of their own
 ANY_SCHEDULE = (DiscreteSchedule, KarrasSchedule, FlowSchedule)
 
 
-def denoiser(prediction, grid, lambda_t):
-    """(d_x, d_f) of m0 = d_x*x + d_f*f, with eps -> eps/lambda_t: x0' = (1 - 1/lambda_t)*x/alpha + x0/lambda_t.
-
-    Exact for every prediction, since x0' is linear in (x, f). The network's own variables are c_in times those of the path.
-    Not finite where alpha is 0 and lambda_t is not 1. Raises ValueError where epsilon is predicted at alpha = 0.
-    """
-    alpha, sigma = grid.alpha, grid.sigma
-    f_x0, f_eps = solvers.model_output(prediction, grid.c_in * alpha, grid.c_in * sigma)
-    nothing = solvers.determinant(f_x0, f_eps, alpha, sigma) == 0
-    if nothing.any():
-        row = int(np.flatnonzero(nothing)[0])
-        raise ValueError(
-            f"prediction: {prediction!r} says nothing of x_0 where alpha is {alpha[row]:g}, sigma {sigma[row]:g} (step {row})"
-        )
-    d_x, d_f = solvers.x0_of(f_x0, f_eps, alpha, sigma)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scaled_d_x, scaled_d_f = scale(d_x, d_f, alpha, lambda_t)
-    scaled = lambda_t != 1
-    return np.where(scaled, scaled_d_x, d_x), np.where(scaled, scaled_d_f, d_f), f_x0, f_eps
+# ---- arguments ----
 
 
-def lambdas_of(scaling, grid, prediction):
-    f_x0, _ = solvers.model_output(prediction, grid.alpha, grid.sigma)
-    return lambdas(as_scaling(scaling), noise_alone(grid.alpha, grid.sigma, f_x0), "scaling")
-
-
-def clip_value(clip):
+def clip_value(clip: float | None) -> float:
+    """The column clip: infinite for None. Raises ValueError for what is not above 0."""
     if clip is None:
         return np.inf
     if not isinstance(clip, (int, float)) or not clip > 0:
@@ -44,13 +32,28 @@ def clip_value(clip):
     return float(clip)
 
 
-def number(name, value, low=-np.inf):
+def number(name: str, value: Any, low: float = -np.inf) -> float:
+    """value as a float. Raises ValueError, naming the argument, for what is no finite number of at least `low`."""
     if not isinstance(value, (int, float, np.number)) or not (np.isfinite(value) and value >= low):
         raise ValueError(f"{name}: expected a finite value{f' >= {low:g}' if low > -np.inf else ''}, got {value!r}")
     return float(value)
 
 
-def grid_of(schedule, steps, allowed, grid_options):
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raises ValueError, naming the argument, for a value that is none of the choices."""
+    if value not in choices:
+        *most, last = map(repr, choices)
+        raise ValueError(f"{name}: expected {', '.join(most)} or {last}, got {value!r}")
+
+
+# ---- the grid ----
+
+
+def grid_of(schedule: Schedule, steps: Any, allowed: tuple[type, ...], grid_options: Mapping[str, Any]) -> Grid:
+    """The grid of so many steps; a Grid is taken as it is.
+
+    Raises TypeError for a schedule that is none of `allowed`, ValueError for a Grid with options or another length.
+    """
     if isinstance(schedule, Grid):
         if grid_options or steps != len(schedule):
             raise ValueError(
@@ -63,27 +66,15 @@ def grid_of(schedule, steps, allowed, grid_options):
     return schedule.grid(steps, **grid_options)
 
 
-def make_table(name, grid, columns, initial_sigma):
-    calls = len(columns["t"])
-    columns["draw"] = np.arange(calls)
-    return Table(columns, name=f"{name}[{calls}]", initial_sigma=initial_sigma, discrete=grid.discrete)
+def karras(schedule: Schedule) -> KarrasSchedule:
+    """The schedule of a method that asks the network between its points, or at raised levels. Raises TypeError for another
+    kind."""
+    if not isinstance(schedule, KarrasSchedule):
+        raise TypeError(f"schedule: expected a KarrasSchedule, got {type(schedule).__name__}")
+    return schedule
 
 
-def first_order_columns(schedule, steps, scaling, prediction, clip, guidance, allowed, grid_options):
-    """The grid and the columns of samplers with one model call per step."""
-    grid = grid_of(schedule, steps, allowed, grid_options)
-    lambda_t = lambdas_of(scaling, grid, prediction)
-    d_x, d_f, f_x0, f_eps = denoiser(prediction, grid, lambda_t)
-    columns = {
-        "t": grid.t, "c_in": grid.c_in, "lambda_t": lambda_t,
-        "alpha_in": grid.alpha, "sigma_in": grid.sigma, "alpha_out": grid.alpha_next, "sigma_out": grid.sigma_next,
-        "d_x": d_x, "d_f": d_f, "f_x0": f_x0, "f_eps": f_eps,
-        "clip": clip_value(clip), "g": number("guidance", guidance),
-    }  # fmt: skip
-    return grid, columns
-
-
-def in_space(grid, space):
+def in_space(grid: Grid, space: str) -> Grid:
     """The grid in another state's variables: "vp" as it is, "sigma" x/alpha = x_0 + (sigma/alpha)*eps (k-diffusion's; the
     network is still fed what it knows). Raises ValueError for another one, or alpha = 0 in "sigma"."""
     if space == "vp":
@@ -96,3 +87,151 @@ def in_space(grid, space):
         grid.t, np.ones(len(grid)), grid.sigma / grid.alpha, grid.c_in * grid.alpha,
         float(grid.initial_sigma / grid.alpha[0]), 1.0, float(grid.sigma_end / grid.alpha_end), grid.discrete,
     )  # fmt: skip
+
+
+def require_alpha(grid: Grid, name: str) -> None:
+    """Raises ValueError where the sampler `name` would divide by an alpha of 0."""
+    if (grid.alpha == 0).any():
+        raise ValueError(f"schedule: {name} needs alpha > 0 at every step")
+
+
+def points(grid: Grid, which: Any) -> Grid:
+    """Some points of a grid: a slice, or indices."""
+    return Grid(
+        grid.t[which], grid.alpha[which], grid.sigma[which], grid.c_in[which], grid.initial_sigma, discrete=grid.discrete
+    )  # fmt: skip
+
+
+# ---- lambda, and what the network's output says ----
+
+
+def denoiser(prediction: str, grid: Grid, lambda_t: Array) -> tuple[Array, Array, Array, Array]:
+    """(d_x, d_f, f_x0, f_eps), each (N,): m0 = d_x*x + d_f*f, with eps -> eps/lambda_t, and f = f_x0*x_0 + f_eps*eps.
+
+    x0' = (1 - 1/lambda_t)*x/alpha + x0/lambda_t, exact for every prediction, since x0' is linear in (x, f). The network's own
+    variables are c_in times those of the path. Not finite where alpha is 0 and lambda_t is not 1.
+    Raises ValueError where epsilon is predicted at alpha = 0.
+    """
+    alpha, sigma = grid.alpha, grid.sigma
+    f_x0, f_eps = _output(prediction, grid, "x_0")
+    d_x, d_f = solvers.x0_of(f_x0, f_eps, alpha, sigma)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scaled_d_x, scaled_d_f = scale(d_x, d_f, alpha, lambda_t)
+    scaled = lambda_t != 1
+    return np.where(scaled, scaled_d_x, d_x), np.where(scaled, scaled_d_f, d_f), f_x0, f_eps
+
+
+def noise_estimate(prediction: str, grid: Grid, lambda_t: Array) -> tuple[Array, Array, Array, Array]:
+    """(d_x, d_f, f_x0, f_eps), each (N,), of samplers that keep eps: m0 = d_x*x + d_f*f = eps/lambda_t.
+
+    Raises ValueError where x_0 is predicted at sigma = 0.
+    """
+    f_x0, f_eps = _output(prediction, grid, "eps")
+    e_x, e_f = solvers.eps_of(f_x0, f_eps, grid.alpha, grid.sigma)
+    return e_x / lambda_t, e_f / lambda_t, f_x0, f_eps
+
+
+def _output(prediction: str, grid: Grid, wanted: str) -> tuple[Array, Array]:
+    alpha, sigma = grid.alpha, grid.sigma
+    f_x0, f_eps = solvers.model_output(prediction, grid.c_in * alpha, grid.c_in * sigma)
+    nothing = solvers.determinant(f_x0, f_eps, alpha, sigma) == 0
+    if nothing.any():
+        row = int(np.flatnonzero(nothing)[0])
+        raise ValueError(
+            f"prediction: {prediction!r} says nothing of {wanted} where alpha is {alpha[row]:g}, sigma {sigma[row]:g} "
+            f"(step {row})"
+        )
+    return f_x0, f_eps
+
+
+def lambdas_of(scaling: Scaling, grid: Grid, prediction: str) -> Array:
+    """lambda_t of each step, (N,). Raises ValueError and TypeError as `scaling.lambdas` and `scaling.as_scaling`."""
+    f_x0, _ = solvers.model_output(prediction, grid.alpha, grid.sigma)
+    return lambdas(as_scaling(scaling), noise_alone(grid.alpha, grid.sigma, f_x0), "scaling")
+
+
+# ---- the columns of model calls, and the table ----
+
+
+def call(prediction: str, point: Grid, lambda_t: Array, keeps: str = "x_0") -> Columns:
+    """What the row of a model call has in every sampler, at the points where the network is asked.
+
+    keeps: what m0 is, and with it the history: an estimate of "x_0" or of "eps".
+    """
+    estimate = denoiser if keeps == "x_0" else noise_estimate
+    d_x, d_f, f_x0, f_eps = estimate(prediction, point, lambda_t)
+    return {
+        "t": point.t, "c_in": point.c_in, "lambda_t": lambda_t, "alpha_in": point.alpha, "sigma_in": point.sigma,
+        "d_x": d_x, "d_f": d_f, "f_x0": f_x0, "f_eps": f_eps,
+        "m_x0": np.full(len(point), float(keeps == "x_0")), "m_eps": np.full(len(point), float(keeps == "eps")),
+    }  # fmt: skip
+
+
+def one_call(
+    schedule: Schedule,
+    steps: Any,
+    scaling: Scaling,
+    prediction: str,
+    clip: float | None,
+    guidance: float,
+    grid_options: Mapping[str, Any],
+    *,
+    allowed: tuple[type, ...] = ANY_SCHEDULE,
+    space: str = "vp",
+    keeps: str = "x_0",
+) -> tuple[Grid, Columns]:
+    """The grid, and the columns of a sampler with one model call a step except for its weights.
+
+    The arguments are those of the samplers; allowed: the schedules that this one takes. Raises ValueError and TypeError naming
+    the argument.
+    """
+    grid = in_space(grid_of(schedule, steps, allowed, grid_options), space)
+    columns = call(prediction, grid, lambdas_of(scaling, grid, prediction), keeps)
+    columns |= {"alpha_out": grid.alpha_next, "sigma_out": grid.sigma_next}
+    columns |= {"clip": clip_value(clip), "g": number("guidance", guidance)}
+    return grid, columns
+
+
+def several_calls(
+    name: str,
+    grid: Grid,
+    calls: Sequence[Calls],
+    scaling: Scaling,
+    prediction: str,
+    clip: float | None,
+    guidance: float,
+    initial_sigma: float | None = None,
+    keeps: str = "x_0",
+) -> Table:
+    """The table of a method whose steps have several model calls.
+
+    grid: where the network is first asked in each step, and the end. calls: first calls of steps, then second ones, then third
+    ones. A row leads to the point of the row
+    after it; lambda_t of a step is that of all its calls. keeps: what m0 is, an estimate of "x_0" or of "eps". initial_sigma:
+    default the grid's.
+    """
+    lambda_t = lambdas_of(scaling, grid, prediction)
+    parts = [call(prediction, point, lambda_t[step], keeps) | own for point, step, own in calls]
+    order = np.argsort(np.concatenate([step for _, step, _ in calls]), kind="stable")
+    columns: Columns = {}
+    for key in dict.fromkeys(key for part in parts for key in part):
+        columns[key] = np.concatenate(
+            [np.broadcast_to(part.get(key, 0.0), len(point)) for part, (point, _, _) in zip(parts, calls, strict=True)]
+        )[order]
+    columns["alpha_out"] = np.append(columns["alpha_in"][1:], grid.alpha_end)
+    columns["sigma_out"] = np.append(columns["sigma_in"][1:], grid.sigma_end)
+    columns |= {"clip": clip_value(clip), "g": number("guidance", guidance)}
+    return make_table(name, grid, columns, initial_sigma)
+
+
+def noise_columns(noise: Array, S_noise: float = 1.0) -> Columns:
+    """The columns of noise of that standard deviation, (N,), times S_noise, which sigma_out does not count."""
+    return {"c_noise": S_noise * noise, "excess": (S_noise**2 - 1) * noise**2}
+
+
+def make_table(name: str, grid: Grid, columns: Columns, initial_sigma: float | None = None) -> Table:
+    """The table, each row with a noise of its own. initial_sigma: default the grid's."""
+    calls = len(columns["t"])
+    columns["draw"] = np.arange(calls)
+    sigma = grid.initial_sigma if initial_sigma is None else initial_sigma
+    return Table(columns, name=f"{name}[{calls}]", initial_sigma=float(sigma), discrete=grid.discrete)

@@ -1,76 +1,108 @@
-"""Samplers of distilled networks: lcm, tcd."""
+"""Samplers of distilled networks: consistency, lcm, tcd."""
+
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import solvers
 from ..schedule import DiscreteSchedule
-from .common import first_order_columns, make_table, number
+from ..table import Table
+from .common import Scaling, Schedule, karras, make_table, number, one_call
 
 
-def _consistency_timesteps(schedule, steps, original_steps):
-    """The timesteps on which LCM and TCD were distilled, thinned out: (original_steps,) evenly spaced, then `steps` of them."""
+def consistency(
+    schedule: Schedule,
+    steps: Any,
+    *,
+    scaling: Scaling = 1.0,
+    prediction: str = "sample",
+    clip: float | None = None,
+    guidance: float = 1.0,
+) -> Table:
+    """Multistep consistency sampling (arXiv 2303.01469, alg. 1): x_s = m0 + sqrt(sigma_s^2 - sigma_min^2)*z, at last m0 itself.
+
+    schedule: a KarrasSchedule; the last of its levels is sigma_min. steps: noise levels, one model call each. The network is
+    the consistency function f(x; sigma), its boundary condition inside: prediction "sample". scaling: of eps = (x - f)/sigma,
+    which the paper does not have. clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
+    """
+    grid, columns = one_call(karras(schedule), steps, scaling, prediction, clip, guidance, {})
+    noise = solvers.rest(grid.sigma_next, np.minimum(grid.sigma[-1], grid.sigma_next))
+    columns |= {"c_m0": np.ones(len(grid)), "c_noise": noise, "excess": noise**2 - grid.sigma_next**2}
+    return make_table("consistency", grid, columns)
+
+
+def _distilled(schedule: Schedule, steps: Any, original_steps: int) -> tuple[DiscreteSchedule, NDArray[np.int64]]:
+    """The schedule, and of the original_steps evenly spaced timesteps on which LCM and TCD were distilled `steps`.
+
+    Raises TypeError for another schedule, ValueError for counts that do not fit.
+    """
     if not isinstance(schedule, DiscreteSchedule):
         raise TypeError(f"schedule: expected a DiscreteSchedule, got {type(schedule).__name__}")
     if np.ndim(steps) == 1:
-        return schedule.timesteps(steps)
+        return schedule, schedule.timesteps(steps)
     T = len(schedule)
     if not 1 <= steps <= original_steps <= T:
         raise ValueError(f"steps: expected 1 <= steps <= original_steps <= {T}, got {steps}, {original_steps}")
     distilled = (np.arange(1, original_steps + 1) * (T // original_steps) - 1)[::-1]
-    return distilled[np.floor(np.linspace(0, original_steps, steps, endpoint=False)).astype(np.int64)]
+    return schedule, distilled[np.floor(np.linspace(0, original_steps, steps, endpoint=False)).astype(np.int64)]
 
 
 def lcm(
-    schedule,
-    steps,
+    schedule: Schedule,
+    steps: Any,
     *,
-    scaling=1.0,
-    prediction="epsilon",
-    clip=None,
-    guidance=1.0,
-    original_steps=50,
-    timestep_scaling=10.0,
-    sigma_data=0.5,
-):
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    guidance: float = 1.0,
+    original_steps: int = 50,
+    timestep_scaling: float = 10.0,
+    sigma_data: float = 0.5,
+) -> Table:
     """Latent consistency models' multistep sampling (arXiv 2310.04378, alg. 3): x_s = alpha_s*x_0' + sigma_s*z.
 
     x_0' = c_skip*x + c_out*m0, the boundary condition at timestep_scaling*t; the last step is x_0' itself.
-    steps: a count, taken from the original_steps of the distillation, or timesteps. The other arguments as in ddpm.
+    schedule: a DiscreteSchedule. steps: a count, taken from the original_steps of the distillation, or timesteps. scaling,
+    prediction, clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
     """
-    t = _consistency_timesteps(schedule, steps, original_steps)
-    grid, columns = first_order_columns(schedule, t, scaling, prediction, clip, guidance, (DiscreteSchedule,), {})
+    model, t = _distilled(schedule, steps, original_steps)
+    grid, columns = one_call(model, t, scaling, prediction, clip, guidance, {}, allowed=(DiscreteSchedule,))
     c_skip, c_out = solvers.boundary(timestep_scaling * grid.t, sigma_data)
     columns["c_x"], columns["c_m0"] = grid.alpha_next * c_skip, grid.alpha_next * c_out
     columns["c_noise"] = grid.sigma_next
     # The boundary condition moves the mean, and leaves some of x's noise in.
     columns["alpha_out"] = grid.alpha_next * (c_skip * grid.alpha + c_out)
     columns["excess"] = (columns["c_x"] * grid.sigma) ** 2
-    return make_table("lcm", grid, columns, grid.initial_sigma)
+    return make_table("lcm", grid, columns)
 
 
 def tcd(
-    schedule,
-    steps,
+    schedule: Schedule,
+    steps: Any,
     *,
-    scaling=1.0,
-    prediction="epsilon",
-    clip=None,
-    guidance=1.0,
-    gamma=0.3,
-    original_steps=50,
-):
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    guidance: float = 1.0,
+    gamma: float = 0.3,
+    original_steps: int = 50,
+) -> Table:
     """Trajectory consistency distillation's sampling (arXiv 2402.19159, alg. 4): to floor((1 - gamma)*s), then noise up to s.
 
-    gamma: 0 deterministic (diffusers' eta). The last step ends at timestep 0. The other arguments as in lcm.
+    gamma: 0 deterministic (diffusers' eta). The last step ends at timestep 0. schedule: a DiscreteSchedule. steps: a count,
+    taken from the original_steps of the distillation, or timesteps. scaling, prediction, clip, guidance: as in ddpm. Raises
+    ValueError or TypeError naming the argument.
     """
     gamma = number("gamma", gamma, 0)
     if gamma > 1:
         raise ValueError(f"gamma: expected a value in [0, 1], got {gamma}")
-    t = _consistency_timesteps(schedule, steps, original_steps)
-    grid = schedule.grid(t, final="first")
-    grid, columns = first_order_columns(grid, len(grid), scaling, prediction, clip, guidance, (DiscreteSchedule,), {})
+    model, t = _distilled(schedule, steps, original_steps)
+    grid, columns = one_call(
+        model, t, scaling, prediction, clip, guidance, {"final": "first"}, allowed=(DiscreteSchedule,)
+    )
     s = np.append(np.floor((1 - gamma) * t[1:]), 0).astype(np.int64)
-    down = grid.alpha_next / schedule.alpha[s] * schedule.sigma[s]
+    down = grid.alpha_next / model.alpha[s] * model.sigma[s]
     columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, down)
     columns["c_noise"] = solvers.rest(grid.sigma_next, down) * (np.append(t[1:], 0) > s)
-    return make_table("tcd", grid, columns, grid.initial_sigma)
+    return make_table("tcd", grid, columns)

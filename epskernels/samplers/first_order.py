@@ -1,24 +1,29 @@
-"""One model call in a step, no history: ddpm, dit, ddim, euler, euler_ancestral, flow_euler."""
+"""One model call in a step, no history: ddpm, dit, ddim, ddim_inverse, euler, euler_ancestral, flow_euler."""
+
+from typing import Any
 
 import numpy as np
 
 from .. import solvers
-from ..schedule import DiscreteSchedule, FlowSchedule, linear
-from ..table import COLUMNS, PROVENANCE, Table
-from .common import ANY_SCHEDULE, first_order_columns, grid_of, in_space, make_table, number
+from ..schedule import DiscreteSchedule, FlowSchedule, Grid, linear
+from ..spec import COLUMNS
+from ..table import PROVENANCE, Table
+from .common import Scaling, Schedule, call, grid_of, lambdas_of, make_table, noise_columns, number, one_call
+
+_TRAINED = (DiscreteSchedule, FlowSchedule)
 
 
 def ddpm(
-    schedule,
-    steps,
+    schedule: Schedule,
+    steps: Any,
     *,
-    scaling=1.0,
-    prediction="epsilon",
-    variance="fixed_small",
-    clip=1.0,
-    guidance=1.0,
-    **grid_options,
-):
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    variance: str = "fixed_small",
+    clip: float | None = 1.0,
+    guidance: float = 1.0,
+    **grid_options: Any,
+) -> Table:
     """Ancestral sampling (DDPM, arXiv 2006.11239, eq. 6-7), and ADM's p_sample with learned variance; ADM-ES.
 
     schedule: a DiscreteSchedule (its betas are respaced to `steps` as ADM does), FlowSchedule, or a Grid. steps: a count,
@@ -30,9 +35,7 @@ def ddpm(
     guidance: the scale g of fhat = u + g*(f - u). A classifier's gradient, where given to the step, shifts the mean by the
     variance times it (ADM's condition_mean). Raises ValueError naming the argument.
     """
-    grid, columns = first_order_columns(
-        schedule, steps, scaling, prediction, clip, guidance, (DiscreteSchedule, FlowSchedule), grid_options
-    )
+    grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, allowed=_TRAINED)
     alpha_ts, variance_ts = solvers.chain(grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next)
     columns["c_x"], columns["c_m0"], small = solvers.posterior(
         alpha_ts, variance_ts, grid.sigma, grid.alpha_next, grid.sigma_next
@@ -57,10 +60,18 @@ def ddpm(
         columns["excess"] = small * (inside - 1)
     else:
         raise ValueError(f"variance: expected 'fixed_small', 'fixed_large' or 'learned_range', got {variance!r}")
-    return make_table("ddpm", grid, columns, grid.initial_sigma)
+    return make_table("ddpm", grid, columns)
 
 
-def dit(steps=250, *, scaling=1.0, guidance=4.0, guided_channels=3, T=1000, **options):
+def dit(
+    steps: Any = 250,
+    *,
+    scaling: Scaling = 1.0,
+    guidance: float = 4.0,
+    guided_channels: int = 3,
+    T: int = 1000,
+    **options: Any,
+) -> Table:
     """DiT's own sampling (arXiv 2212.09748): ddpm on linear betas, respaced as ADM's, learned variance, latents not clamped.
 
     steps: a count, or ADM's section counts. guidance: the scale of classifier-free guidance, of as many leading channels as
@@ -74,29 +85,27 @@ def dit(steps=250, *, scaling=1.0, guidance=4.0, guided_channels=3, T=1000, **op
 
 
 def ddim(
-    schedule,
-    steps,
+    schedule: Schedule,
+    steps: Any,
     *,
-    scaling=1.0,
-    prediction="epsilon",
-    eta=0.0,
-    direction="scaled",
-    clip=None,
-    guidance=1.0,
-    **grid_options,
-):
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    eta: float = 0.0,
+    direction: str = "scaled",
+    clip: float | None = None,
+    guidance: float = 1.0,
+    **grid_options: Any,
+) -> Table:
     """DDIM (arXiv 2010.02502, eq. 12), with Epsilon Scaling in either of its two published forms; on a FlowSchedule, Euler.
 
-    eta: 0 deterministic, 1 the posterior's variance. direction: "scaled", where the noise direction is derived again from
-    the scaled and clamped x_0 (ADM-ES, DDIM-ES), or "unscaled", where it is the model's own eps (LDM-ES); lambda does not
-    transfer between the two. A classifier's gradient shifts eps by -sigma_t times it after clamping (ADM's condition_score);
-    not where alpha is 0, and not in the unscaled form. A step ends at the next timestep (diffusers': T//n below its own, which is
-    another with "linspace", and with "trailing" where n does not divide T). The other arguments as in ddpm. Raises ValueError
-    naming the argument.
+    eta: 0 deterministic, 1 the posterior's variance. direction: "scaled", where the noise direction is derived again from the
+    scaled and clamped x_0 (ADM-ES, DDIM-ES), or "unscaled", where it is the model's own eps (LDM-ES); lambda does not transfer
+    between the two. A classifier's gradient shifts eps by -sigma_t times it after clamping (ADM's condition_score); not where
+    alpha is 0, and not in the unscaled form. A step ends at the next timestep (diffusers': T//n below its own, which is another
+    with "linspace", and with "trailing" where n does not divide T). The other arguments as in ddpm. Raises ValueError naming
+    the argument.
     """
-    grid, columns = first_order_columns(
-        schedule, steps, scaling, prediction, clip, guidance, (DiscreteSchedule, FlowSchedule), grid_options
-    )
+    grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, allowed=_TRAINED)
     at, after = (grid.alpha, grid.sigma), (grid.alpha_next, grid.sigma_next)
     _, _, variance = solvers.posterior(*solvers.chain(*at, *after), grid.sigma, *after)
     eta = number("eta", eta, 0)
@@ -115,71 +124,108 @@ def ddim(
         columns["c_x"], columns["c_f"], columns["c_m0"] = towards * e_x, towards * e_f, grid.alpha_next
     else:
         raise ValueError(f"direction: expected 'scaled' or 'unscaled', got {direction!r}")
-    return make_table("ddim", grid, columns, grid.initial_sigma)
+    return make_table("ddim", grid, columns)
+
+
+def ddim_inverse(
+    schedule: Schedule,
+    steps: Any,
+    *,
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    guidance: float = 1.0,
+    **grid_options: Any,
+) -> Table:
+    """DDIM from the clean end up (arXiv 2010.02502, section 4.3): the latent from which ddim leads to a given image.
+
+    The state to start from is the image: pass it to `sample` as start=; its noise level, initial_sigma, is 0 unless the grid
+    ends elsewhere. Each call is asked at the state that it finds, and told the t of the state that it leads to, as diffusers'
+    DDIMInverseScheduler does it: nothing was trained at sigma = 0. schedule: a DiscreteSchedule, FlowSchedule or Grid, the
+    noisiest first as for ddim, whose grid is walked backwards. scaling: eps/lambda_t, lambda_t that of ddim's step between the
+    same points. prediction: not "sample", which says nothing of eps at sigma = 0. x_0 is not held: its m0 is eps. Raises
+    ValueError or TypeError naming the argument.
+    """
+    grid = grid_of(schedule, steps, _TRAINED, grid_options)
+    ends = Grid(
+        grid.t[::-1], grid.alpha_next[::-1], grid.sigma_next[::-1], grid.c_in[::-1], float(grid.sigma_end),
+        float(grid.alpha[0]), float(grid.sigma[0]), grid.discrete,
+    )  # fmt: skip
+    columns = call(prediction, ends, lambdas_of(scaling, grid, prediction)[::-1], keeps="eps")
+    columns |= {"alpha_out": ends.alpha_next, "sigma_out": ends.sigma_next, "g": number("guidance", guidance)}
+    columns["c_x"] = ends.alpha_next / ends.alpha
+    columns["c_m0"] = ends.sigma_next - columns["c_x"] * ends.sigma
+    return make_table("ddim_inverse", ends, columns)
 
 
 def euler(
-    schedule, steps, *, scaling=1.0, prediction="epsilon", clip=None, guidance=1.0, space="sigma", **grid_options
-):
+    schedule: Schedule,
+    steps: Any,
+    *,
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    guidance: float = 1.0,
+    space: str = "sigma",
+    **grid_options: Any,
+) -> Table:
     """Euler's method for the probability flow: ddim's update (eta = 0), in either state.
 
-    schedule: any of the three, or a Grid. space: "sigma", the state x_0 + (sigma/alpha)*eps of k-diffusion, of which the network
-    is fed alpha times; or "vp", the state that the network was trained on. The same trajectory, but for that factor.
-    The other arguments as in ddpm. Raises ValueError: "sigma" where alpha is 0.
+    schedule: any of the three, or a Grid. space: "sigma", the state x_0 + (sigma/alpha)*eps of k-diffusion, of which the
+    network is fed alpha times; or "vp", the state that the network was trained on. The same trajectory, but for that factor.
+    scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming the argument: "sigma" where alpha is
+    0.
     """
-    allowed = ANY_SCHEDULE
-    grid = in_space(grid_of(schedule, steps, allowed, grid_options), space)
-    grid, columns = first_order_columns(grid, len(grid), scaling, prediction, clip, guidance, allowed, {})
+    grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next)
-    return make_table("euler", grid, columns, grid.initial_sigma)
+    return make_table("euler", grid, columns)
 
 
 def euler_ancestral(
-    schedule,
-    steps,
+    schedule: Schedule,
+    steps: Any,
     *,
-    scaling=1.0,
-    prediction="epsilon",
-    clip=None,
-    guidance=1.0,
-    eta=1.0,
-    S_noise=1.0,
-    space="sigma",
-    **grid_options,
-):
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    clip: float | None = None,
+    guidance: float = 1.0,
+    eta: float = 1.0,
+    S_noise: float = 1.0,
+    space: str = "sigma",
+    **grid_options: Any,
+) -> Table:
     """Euler down to sigma_down, then noise up to sigma_s (k-diffusion's euler_ancestral); eta = 1 is the posterior's variance.
 
-    With r = sigma/alpha: up = min(r_s, eta*sqrt(r_s^2*(r_t^2 - r_s^2)/r_t^2)), down^2 = r_s^2 - up^2. Arguments as in euler.
+    With r = sigma/alpha: up = min(r_s, eta*sqrt(r_s^2*(r_t^2 - r_s^2)/r_t^2)), down^2 = r_s^2 - up^2. schedule: any of the
+    three, or a Grid. eta: 0 is euler. S_noise scales the noise. space: "sigma", k-diffusion's state x_0 + (sigma/alpha)*eps, or
+    "vp", the network's own. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming the
+    argument.
     """
     eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
-    allowed = ANY_SCHEDULE
-    grid = in_space(grid_of(schedule, steps, allowed, grid_options), space)
-    grid, columns = first_order_columns(grid, len(grid), scaling, prediction, clip, guidance, allowed, {})
+    grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     down, up = solvers.ancestral(grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next, eta)
     columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, down)
-    columns["c_noise"], columns["excess"] = S_noise * up, (S_noise**2 - 1) * up**2
-    return make_table("euler_ancestral", grid, columns, grid.initial_sigma)
+    return make_table("euler_ancestral", grid, columns | noise_columns(up, S_noise))
 
 
 def flow_euler(
-    schedule,
-    steps,
+    schedule: Schedule,
+    steps: Any,
     *,
-    scaling=1.0,
-    prediction="flow",
-    clip=None,
-    guidance=1.0,
-    stochastic=False,
-    **grid_options,
-):
+    scaling: Scaling = 1.0,
+    prediction: str = "flow",
+    clip: float | None = None,
+    guidance: float = 1.0,
+    stochastic: bool = False,
+    **grid_options: Any,
+) -> Table:
     """Rectified flow's sampler: Euler on x_t = (1 - sigma)*x_0 + sigma*eps, or, stochastic, m0 with fresh noise in each step.
 
     schedule: a FlowSchedule, or a Grid. The other arguments as in ddpm. Raises ValueError naming the argument.
     """
-    grid, columns = first_order_columns(
-        schedule, steps, scaling, prediction, clip, guidance, (FlowSchedule,), grid_options
+    grid, columns = one_call(
+        schedule, steps, scaling, prediction, clip, guidance, grid_options, allowed=(FlowSchedule,)
     )
     keep = np.zeros(len(grid)) if stochastic else grid.sigma_next
     columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, keep)
     columns["c_noise"] = solvers.rest(grid.sigma_next, keep)
-    return make_table("flow_euler", grid, columns, grid.initial_sigma)
+    return make_table("flow_euler", grid, columns)

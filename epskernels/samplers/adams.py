@@ -1,0 +1,251 @@
+"""One model call in a step, with the estimates of eps of earlier ones: plms, lms, ipndm, ipndm_v, deis, gradient_estimation.
+
+x/alpha has slope eps in r = sigma/alpha, and a step integrates a polynomial through the last slopes. m0 is eps here, and so are
+m1 and m2: estimates of x_0 do not tell the eps of earlier calls, since the states of those calls are gone. The fourth eps
+travels as y, which each row hands on (k_m2 = 1). For the same reason x_0 cannot be held to a range: none of these has `clip`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import solvers
+from ..schedule import Grid
+from ..solvers import Array
+from ..table import Table
+from .common import (
+    ANY_SCHEDULE,
+    Scaling,
+    Schedule,
+    grid_of,
+    in_space,
+    make_table,
+    number,
+    one_call,
+    one_of,
+    points,
+    require_alpha,
+    several_calls,
+)  # fmt: skip
+
+
+def _grid(name: str, schedule: Schedule, steps: Any, space: str, grid_options: Mapping[str, Any]) -> tuple[Grid, Array]:
+    """The grid, and r = sigma/alpha of its calls and of the end, (N + 1,)."""
+    grid = in_space(grid_of(schedule, steps, ANY_SCHEDULE, grid_options), space)
+    require_alpha(grid, name)
+    return grid, np.append(grid.sigma, grid.sigma_end) / np.append(grid.alpha, grid.alpha_end)
+
+
+def _orders(grid: Grid, order: int, first_order_to_0: bool) -> NDArray[np.integer]:
+    """The order of each step: as many estimates as there are, at most `order`; 1 to sigma = 0 if asked for."""
+    one_of("order", order, (1, 2, 3, 4))
+    orders = np.minimum(order, np.arange(len(grid)) + 1)
+    return np.where((grid.sigma_next == 0) & first_order_to_0, 1, orders)
+
+
+def _by_call(weights: Array) -> Array:
+    """The weights of the four newest estimates, (4, N), as those of each call's estimate in each row, (N, N)."""
+    by_call, i = np.zeros((weights.shape[1],) * 2), np.arange(weights.shape[1])
+    for age, column in enumerate(weights):
+        by_call[i[age:], i[age:] - age] = column[age:]
+    return by_call
+
+
+def _table(
+    name: str,
+    grid: Grid,
+    weights: Array,
+    scaling: Scaling,
+    prediction: str,
+    guidance: float,
+    misses: Array | float = 0.0,
+) -> Table:
+    """The table of x' = alpha'*(x/alpha + the weights, (4, N), of the four newest estimates of eps).
+
+    misses: by how much the weights of a step, (N,), add up to more than the step of sigma/alpha.
+    """
+    grid, columns = one_call(grid, len(grid), scaling, prediction, None, guidance, {}, keeps="eps")
+    columns["c_x"] = grid.alpha_next / grid.alpha
+    columns["excess"] = (grid.sigma_next + grid.alpha_next * misses) ** 2 - grid.sigma_next**2
+    return make_table(name, grid, columns | solvers.delay_line(_by_call(grid.alpha_next * weights)))
+
+
+def lms(
+    schedule: Schedule,
+    steps: Any,
+    *,
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    guidance: float = 1.0,
+    order: int = 4,
+    space: str = "vp",
+    **grid_options: Any,
+) -> Table:
+    """Linear multistep in r = sigma/alpha (k-diffusion's lms): Adams and Bashforth's method for steps of any length.
+
+    order: 1 to 4, of the last step too; the first steps are of orders 1, 2, 3. schedule: any of the three, or a Grid, with
+    alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the history. space: "vp", the network's own state, or
+    "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    """
+    grid, r = _grid("lms", schedule, steps, space, grid_options)
+    weights = solvers.adams(r, r, _orders(grid, order, False))
+    return _table("lms", grid, weights, scaling, prediction, guidance)
+
+
+def ipndm(
+    schedule: Schedule,
+    steps: Any,
+    *,
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    guidance: float = 1.0,
+    order: int = 4,
+    space: str = "vp",
+    **grid_options: Any,
+) -> Table:
+    """IPNDM (arXiv 2204.13902, section 4): Adams and Bashforth's weights of equal steps, such as (55, -59, 37, -9)/24.
+
+    order: 1 to 4; the first steps are of orders 1, 2, 3, a step to sigma = 0 of order 1. schedule: any of the three, or a Grid,
+    with alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the history. space: "vp", the network's own state,
+    or "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    """
+    grid, r = _grid("ipndm", schedule, steps, space, grid_options)
+    weights = solvers.adams(r, np.arange(len(grid) + 1.0), _orders(grid, order, True))
+    return _table("ipndm", grid, weights, scaling, prediction, guidance)
+
+
+def ipndm_v(
+    schedule: Schedule,
+    steps: Any,
+    *,
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    guidance: float = 1.0,
+    order: int = 4,
+    weights: str = "published",
+    space: str = "vp",
+    **grid_options: Any,
+) -> Table:
+    """IPNDM for steps of any length (zju-pi's diff-sampler; ComfyUI's ipndm_v).
+
+    weights: "published", those of its code, which from order three on are Adams and Bashforth's on equal steps alone, and in
+    order four do not even add up to the step (`excess` says by how much the noise then misses sigma); "exact", Adams and
+    Bashforth's: lms, but with a step of order 1 to sigma = 0. order: 1 to 4; the first steps are of orders 1, 2, 3. schedule:
+    any of the three, or a Grid, with alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the history. space:
+    "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises
+    ValueError naming the argument.
+    """
+    one_of("weights", weights, ("published", "exact"))
+    grid, r = _grid("ipndm_v", schedule, steps, space, grid_options)
+    orders = _orders(grid, order, True)
+    made = solvers.published_adams(r, orders) if weights == "published" else solvers.adams(r, r, orders)
+    misses = made.sum(0) - np.diff(r)
+    return _table("ipndm_v", grid, made, scaling, prediction, guidance, misses)
+
+
+def deis(
+    schedule: Schedule,
+    steps: Any,
+    *,
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    guidance: float = 1.0,
+    order: int = 3,
+    variable: str = "time",
+    beta_d: float = 19.9,
+    beta_min: float = 0.1,
+    space: str = "vp",
+    **grid_options: Any,
+) -> Table:
+    """DEIS (arXiv 2204.13902, eq. 14 and 15): eps is a polynomial in a variable of the path, and integrated exactly.
+
+    variable: "time", tAB-DEIS, t of the variance preserving SDE beta(t) = beta_min + beta_d*t with the same sigma/alpha;
+    "log_rho", log(sigma/alpha), diffusers' choice; "rho", rhoAB-DEIS, sigma/alpha. order: 1 to 4; the first steps are of orders
+    1, 2, 3, a step to sigma = 0 of order 1. schedule: any of the three, or a Grid, with alpha > 0 at every step. scaling:
+    lambda_t of eps/lambda_t, kept in the history. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps.
+    prediction, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    """
+    one_of("variable", variable, ("time", "log_rho", "rho"))
+    beta_d, beta_min = number("beta_d", beta_d, 0), number("beta_min", beta_min, 0)
+    if beta_d == 0:
+        raise ValueError("beta_d: expected a value above 0, got 0")
+    grid, r = _grid("deis", schedule, steps, space, grid_options)
+    variables: dict[str, Callable[[Array], Array] | None] = {
+        "time": lambda r: solvers.vp_time(r, beta_d, beta_min), "log_rho": np.log, "rho": None,
+    }  # fmt: skip
+    u_of = variables[variable]
+    with np.errstate(divide="ignore"):
+        u = r if u_of is None else u_of(r)
+    weights = solvers.adams(r, u, _orders(grid, order, True), u_of)
+    return _table("deis", grid, weights, scaling, prediction, guidance)
+
+
+def gradient_estimation(
+    schedule: Schedule,
+    steps: Any,
+    *,
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    guidance: float = 1.0,
+    gamma: float = 2.0,
+    space: str = "vp",
+    **grid_options: Any,
+) -> Table:
+    """Gradient estimation (Permenter and Yuan, arXiv 2306.04848, alg. 2): Euler's step with gamma*eps + (1 - gamma)*(eps
+    before).
+
+    gamma: 1 is euler. The first step and one to sigma = 0 are Euler's. schedule: any of the three, or a Grid, with alpha > 0 at
+    every step. scaling: lambda_t of eps/lambda_t, kept in the history. space: "vp", the network's own state, or "sigma", x_0 +
+    (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    """
+    gamma = number("gamma", gamma)
+    grid, r = _grid("gradient_estimation", schedule, steps, space, grid_options)
+    more = np.where(_orders(grid, 2, True) == 2, gamma - 1, 0.0)
+    zero = np.zeros(len(grid))
+    weights = np.diff(r) * np.array([1 + more, -more, zero, zero])
+    return _table("gradient_estimation", grid, weights, scaling, prediction, guidance)
+
+
+def plms(
+    schedule: Schedule,
+    steps: Any,
+    *,
+    scaling: Scaling = 1.0,
+    prediction: str = "epsilon",
+    guidance: float = 1.0,
+    space: str = "vp",
+    **grid_options: Any,
+) -> Table:
+    """PLMS (PNDM, arXiv 2202.09778, eq. 12; latent diffusion's): IPNDM's weights, and a first step of two calls; steps + 1 in
+    all.
+
+    The first step goes again by the mean of eps at its two ends, which the history does not keep; the other steps are of orders
+    2, 3 and 4, the last too. lambda_t of the first step is that of both its calls. schedule: any of the three, or a Grid, with
+    alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the history. space: "vp", the network's own state, or
+    "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    """
+    grid, r = _grid("plms", schedule, steps, space, grid_options)
+    n = len(grid)
+    weights = solvers.adams(r, np.arange(n + 1.0), _orders(grid, 4, False))
+    if n == 1:
+        step_of_call, second = np.array([0]), np.array([], dtype=np.int64)
+    else:
+        step_of_call, second = np.insert(np.arange(n), 1, 0), np.array([1])
+    kept = np.setdiff1d(np.arange(len(step_of_call)), second)  # the call of each step that the history keeps
+    by_call = np.zeros((len(step_of_call),) * 2)
+    by_call[np.ix_(kept, kept)] = _by_call(grid.alpha_next * weights)
+    by_call[second, second] = (grid.alpha_next * np.diff(r))[: len(second)] / 2
+    by_call[second, 0] = -by_call[second, second]
+    columns = solvers.delay_line(by_call)
+    columns["c_x"] = np.ones(len(step_of_call))
+    columns["c_x"][kept] = grid.alpha_next / grid.alpha
+    return several_calls(
+        "plms", grid,
+        [
+            (grid, np.arange(n), {key: column[kept] for key, column in columns.items()}),
+            (points(grid, second), np.zeros_like(second), {key: column[second] for key, column in columns.items()}),
+        ],
+        scaling, prediction, None, guidance, keeps="eps",
+    )  # fmt: skip
