@@ -70,9 +70,9 @@ class Fused:
 
         cls.set_timesteps = set_timesteps
 
-    def __init__(self, *args, eps_scaling=1.0, **kwargs):
+    def __init__(self, *args, eps_scaling=1.0, **theirs):
         eps_scaling = scaling.as_json(eps_scaling, "eps_scaling")
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **theirs)
         self._adopt(eps_scaling)
 
     @staticmethod
@@ -181,6 +181,8 @@ class Fused:
             if tensor is not None and tensor.is_inference() and tensor.device.type != "cpu":  # without a version
                 with torch.inference_mode(False):
                     setattr(self, name, tensor.clone())
+        if self.timesteps is None:
+            raise ValueError("set_timesteps: expected a call of it first")
         self._read_config()
         seen = self._seen = Seen(self)
         seen.schedule = SCHEDULES.get(seen.key(self), lambda: Schedule(self.timesteps.tolist(), self._input_scale()))
@@ -358,8 +360,8 @@ class Fused:
             made = (made[0].to(dtype), *made[1:]) if results > 1 else made.to(dtype)
         return made
 
-    def _own(self, row, f, timestep, x, seeds=None, **arguments):
-        """diffusers' own step, on the output scaled by lambda: f/lambda plus its share of x_0 times x."""
+    def _own(self, row, f, timestep, x, seeds=None, method="step", **arguments):
+        """diffusers' own step, or another of its methods, on the scaled output: f/lambda plus its share of x_0 times x."""
         if (seeds is not None or (self._seeds is not None and arguments.get("generator") is None)) and row.draws:
             raise ValueError(f"seeds: diffusers' own step takes a generator, and it runs here: {row.why}")
         if not self._mixes:
@@ -374,7 +376,7 @@ class Fused:
             )
         if row.lambda_t != 1:
             f = self._scaled_output(f, x, row.lambda_t, row.to_x)
-        return self._theirs.step(self, model_output=f, timestep=timestep, sample=x, **arguments)
+        return getattr(self._theirs, method)(self, f, timestep=timestep, sample=x, **arguments)
 
     def _go_on(self, kind, why):
         """Raises RuntimeError where a trajectory would change between the fused step and diffusers' own."""

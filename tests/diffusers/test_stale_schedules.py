@@ -366,7 +366,9 @@ def test_unipc_refuses_a_last_step_without_a_limit_before_the_model_is_called(or
 # ---- dtypes ----
 
 PREDICTIONS_THAT_ARE_NONE = {
-    ("EDMEulerScheduler", "sample"), ("EDMDPMSolverMultistepScheduler", "sample"), ("EulerAncestralDiscreteScheduler", "sample")
+    ("EDMEulerScheduler", "sample"), ("EDMDPMSolverMultistepScheduler", "sample"), ("EulerAncestralDiscreteScheduler", "sample"),
+    ("UnCLIPScheduler", "v_prediction"), ("KDPM2DiscreteScheduler", "sample"), ("KDPM2AncestralDiscreteScheduler", "sample"),
+    ("DPMSolverSDEScheduler", "sample"),
 }  # fmt: skip
 
 

@@ -1195,9 +1195,7 @@ def test_fuse_keeps_what_the_scheduler_carries(name):
 
 
 def test_fuse_refuses_what_it_does_not_know():
-    with pytest.raises(
-        TypeError, match="PNDMScheduler has no fused twin; known: DDIMScheduler, DDPMScheduler, DPMSolver"
-    ):
+    with pytest.raises(TypeError, match="PNDMScheduler has no fused twin; known: .*DDIMScheduler, .*DPMSolver"):
         fused.fuse(Pipe(diffusers.PNDMScheduler()))
     with pytest.raises(TypeError, match="pipe: expected a pipeline with a scheduler, or a scheduler, got int"):
         fused.fuse(3)
