@@ -5,16 +5,20 @@ import logging
 
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
+from diffusers.utils import is_torchsde_available
 
 from .. import scaling
 from .consistency import LCMScheduler, TCDScheduler
+from .continuous import DDPMWuerstchenScheduler, ScoreSdeVeScheduler
 from .flow import FlowMatchEulerDiscreteScheduler
+from .inpainting import RePaintScheduler
 from .multistep import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
 from .parallel import DDIMParallelScheduler, DDPMParallelScheduler
 from .plan import set_by_attribute
 from .scheduler import Fused
 from .sigmas import EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from .timesteps import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, UnCLIPScheduler
+from .two_calls import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
 from .video import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 _log = logging.getLogger("epskernels")
@@ -27,9 +31,14 @@ FUSED = {
         HeunDiscreteScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler, LCMScheduler,
         TCDScheduler, UniPCMultistepScheduler,
         DDIMInverseScheduler, DDIMParallelScheduler, DDPMParallelScheduler, UnCLIPScheduler, CogVideoXDDIMScheduler,
-        CogVideoXDPMScheduler,
+        CogVideoXDPMScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler,
+        DDPMWuerstchenScheduler, RePaintScheduler, ScoreSdeVeScheduler,
     )
 }  # fmt: skip
+if is_torchsde_available():
+    from .two_calls import DPMSolverSDEScheduler
+
+    FUSED[DPMSolverSDEScheduler._theirs] = DPMSolverSDEScheduler
 
 
 def fused(scheduler, eps_scaling=None):

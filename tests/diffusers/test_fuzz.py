@@ -17,7 +17,7 @@ from epskernels import diffusers as fused
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array:DeprecationWarning"),
 ]
 SHAPE = (2, 3, 4, 4)
 PATH = {

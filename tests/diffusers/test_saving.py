@@ -18,7 +18,7 @@ from epskernels import models, scaling
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array:DeprecationWarning"),
 ]
 ROOT = pathlib.Path(epskernels.__file__).parents[1]
 NAMES = sorted(twin.__name__ for twin in fused.FUSED.values())

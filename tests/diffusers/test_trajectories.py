@@ -30,7 +30,7 @@ from ..support.schedulers import ALIKE
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # diffusers of itself: its deprecated solvers, its numpy arrays of tensors
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array:DeprecationWarning"),
 ]
 SHAPE = (2, 3, 5, 7)
 FEW_ULP = 3e-7  # five units in the last place
@@ -357,6 +357,11 @@ add(
     begin={"begin": 4},
 )
 
+for name in ("KDPM2Discrete", "KDPM2AncestralDiscrete"):
+    add(name, **configs(**ANCESTRAL, **SIGMAS, offset={"timestep_spacing": "leading", "steps_offset": 1}))
+    add(name, stable={"config": {**VP, "steps_offset": 1}, "generators": 2 * ("Ancestral" in name)}, begin={"begin": 4})
+    add(name, one={"steps": {"num_inference_steps": 1}})
+
 UNIPC = {
     f"{'' if predict_x0 else 'eps-'}{solver}-{order}": {
         "solver_type": solver, "solver_order": order, "predict_x0": predict_x0,
@@ -452,6 +457,8 @@ def test_float32_is_as_close_as_diffusers(case):
 
 # ---- Epsilon Scaling ----
 
+TWO_CALLS = "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"
+
 
 def textbook(case, scheduler, lam):
     """(f, x, i) -> the network's output once its eps is divided by lambda[i]: eps, x_0 and the output again, by definition."""
@@ -466,12 +473,17 @@ def textbook(case, scheduler, lam):
     elif hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigmas.double()[:-1])
         alpha = alpha * torch.ones_like(sigma)
+    elif case.name.startswith("KDPM2"):
+        i = torch.arange(len(scheduler.timesteps))
+        second = scheduler.sigmas_interpol[i - int("Ancestral" in case.name)]
+        sigma = torch.where(i % 2 == 1, second, sigmas[i]).double()
+        alpha = torch.ones_like(sigma)
     else:
         sigma = sigmas.double()[:-1]
         alpha = 1 - sigma if "Flow" in case.name else torch.ones_like(sigma)
     data = getattr(scheduler.config, "sigma_data", None)
     kind = getattr(scheduler.config, "prediction_type", "flow_prediction")
-    second = case.name == "HeunDiscreteScheduler"
+    second = case.name in TWO_CALLS
 
     def scale(f, x, i):
         a, s = float(alpha[i]), float(sigma[i])
@@ -524,7 +536,7 @@ SCALED = [
 def test_lambda_is_the_textbook(name, kind):
     case = CASES[name]
     f, scheduler = network(case), case.theirs()
-    steps = (len(scheduler.timesteps) + 1) // 2 if "Heun" in case.name else len(scheduler.timesteps)
+    steps = (len(scheduler.timesteps) + 1) // 2 if case.name in TWO_CALLS else len(scheduler.timesteps)
     chosen, lam = SCALINGS[kind](steps)
     if "Flow" in case.name or "use_flow_sigmas" in case.config or name == "UnCLIP-sample":
         lam[0] = 1.0  # x is noise alone
@@ -729,6 +741,7 @@ INTEGERS = {
 @pytest.mark.parametrize("begin", [0, 3])
 def test_timesteps_of_any_kind_find_the_same_step(name, begin):
     case, results = EXAMPLES[name], []
+    begin += begin % 2 if name.startswith("KDPM2") else 0  # a first half
     kinds = {
         "view": lambda t: t, "copy": lambda t: t.clone(), "slice": lambda t: t[None],
         "number": lambda t: t.item() if name in INTEGERS else t, "0-d array": lambda t: t.numpy() if name in INTEGERS else t,
@@ -772,7 +785,8 @@ CHURN, SDE = {"s_churn": 5.0}, {"algorithm_type": "sde-dpmsolver++"}
 STOCHASTIC = {  # (configuration, arguments of step)
     "DDPMScheduler": ({}, {}), "DDIMScheduler": ({}, {"eta": 1.0}), "DDPMParallelScheduler": ({}, {}),
     "DDIMParallelScheduler": ({}, {"eta": 1.0}), "UnCLIPScheduler": ({}, {}), "EulerDiscreteScheduler": ({}, CHURN),
-    "EDMEulerScheduler": ({}, CHURN), "EulerAncestralDiscreteScheduler": ({}, {}), "LCMScheduler": ({}, {}),
+    "EDMEulerScheduler": ({}, CHURN), "EulerAncestralDiscreteScheduler": ({}, {}), "KDPM2AncestralDiscreteScheduler": ({}, {}),
+    "LCMScheduler": ({}, {}),
     "TCDScheduler": ({}, {}), "DPMSolverMultistepScheduler": (SDE, {}), "EDMDPMSolverMultistepScheduler": (SDE, {}),
     "FlowMatchEulerDiscreteScheduler": ({"stochastic_sampling": True}, {}),
 }  # fmt: skip
@@ -805,7 +819,7 @@ def test_seeds_make_the_noise_of_the_step(name):
     assert torch.equal(go(kept), together)
     module = sys.modules[getattr(diffusers, name).__module__]
     with pytest.MonkeyPatch.context() as patch:
-        draws = iter(range(i + 1))
+        draws = iter(range(1, i + 1, 2) if name in TWO_CALLS else range(i + 1))  # the second calls draw there
         patch.setattr(
             module,
             "randn_tensor",
@@ -817,7 +831,8 @@ def test_seeds_make_the_noise_of_the_step(name):
     with pytest.raises(ValueError, match="generator, seeds: expected one of them, got both"):
         go(scheduler(), seeds=seeds, generator=torch.Generator())
     with pytest.raises(ValueError, match="seeds: diffusers' own step takes a generator, and it runs here: of dtypes"):
-        scheduler().step(f.double(), scheduler().timesteps[0], x.double(), **call, seeds=seeds)
+        t = scheduler().timesteps[int(name in TWO_CALLS)]
+        scheduler().step(f.double(), t, x.double(), **call, seeds=seeds)
 
 
 def test_generators_draw_on_in_step_with_diffusers():
@@ -857,7 +872,7 @@ def test_own_step_is_visible_and_scaled(name, why, eps_scaling, caplog):
     assert ours.path.startswith(f"diffusers: {said}")
     (record,) = (record for record in caplog.records if said in record.message)
     assert record.message.startswith(f"epskernels.diffusers.{name} runs diffusers' own step: {said}")
-    steps = (len(theirs.timesteps) + 1) // 2 if "Heun" in name else len(theirs.timesteps)
+    steps = (len(theirs.timesteps) + 1) // 2 if name in TWO_CALLS else len(theirs.timesteps)
     scale = textbook(case, theirs, np.full(steps, eps_scaling))
     torch.manual_seed(3)
     if eps_scaling == 1:
