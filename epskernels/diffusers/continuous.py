@@ -17,7 +17,6 @@ class DDPMWuerstchenScheduler(OnTimesteps, diffusers.DDPMWuerstchenScheduler):
     _options = (FLOAT32,)
     _tensors = "timesteps", "s", "_init_alpha_cumprod"
     _reads = ("scaler",)
-    timesteps = None
 
     def _length(self):
         return len(self.timesteps) - 1
@@ -68,7 +67,7 @@ class DDPMWuerstchenScheduler(OnTimesteps, diffusers.DDPMWuerstchenScheduler):
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         f, x = model_output, sample
-        if self.timesteps is None or timestep.dim() != 1:
+        if timestep.dim() != 1:
             return self._theirs.step(self, f, timestep, x, generator, return_dict)  # which raises
         row = self._enter(f, timestep, x, (timestep.dtype,))
         if row.why is not None:

@@ -181,7 +181,7 @@ class Fused:
             if tensor is not None and tensor.is_inference() and tensor.device.type != "cpu":  # without a version
                 with torch.inference_mode(False):
                     setattr(self, name, tensor.clone())
-        if self.timesteps is None:
+        if self.__dict__.get("timesteps") is None:
             raise ValueError("set_timesteps: expected a call of it first")
         self._read_config()
         seen = self._seen = Seen(self)

@@ -15,6 +15,8 @@ import torch
 
 from epskernels import diffusers as fused
 
+from ..support.schedulers import OF_ALPHAS
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array:DeprecationWarning"),
@@ -39,6 +41,12 @@ OPTIONS = {
     },
     "EulerAncestralDiscreteScheduler": {**PATH, **TWO, **ZERO_SNR},
     "HeunDiscreteScheduler": {**PATH, **THREE, "use_karras_sigmas": [False, True]},
+    "KDPM2DiscreteScheduler": {**PATH, **TWO, "use_karras_sigmas": [False, True]},
+    "KDPM2AncestralDiscreteScheduler": {**PATH, **TWO, "use_karras_sigmas": [False, True]},
+    "DDPMParallelScheduler": {**PATH, **THREE, **CLIP, **ZERO_SNR, "variance_type": ["fixed_small", "fixed_large"]},
+    "DDIMParallelScheduler": {**PATH, **THREE, **CLIP, **ZERO_SNR, "set_alpha_to_one": [True, False]},
+    "DDIMInverseScheduler": {**PATH, **THREE, **ZERO_SNR, "clip_sample": [True, False], "set_alpha_to_one": [True, False]},
+    "CogVideoXDDIMScheduler": {**PATH, **THREE, **ZERO_SNR, "set_alpha_to_one": [True, False]},
     "DPMSolverMultistepScheduler": {
         **PATH, **THREE, **SOLVER, "algorithm_type": ["dpmsolver++", "sde-dpmsolver++"], "solver_type": ["midpoint", "heun"],
         "lower_order_final": [True, False], "euler_at_final": [False, True], "thresholding": [False, False, True],
@@ -59,7 +67,6 @@ OPTIONS = {
         "invert_sigmas": [False, True], "shift_terminal": [None, 0.1],
     },
 }  # fmt: skip
-OF_ALPHAS = ("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler")
 STARTED_STEPS_GO_ON = ("UniPCMultistepScheduler", "HeunDiscreteScheduler")  # with the numbers that they began with
 BY_ATTRIBUTE = {
     "prediction_type",
@@ -98,7 +105,10 @@ class Plan:
                 setattr(scheduler.config, key, value)
             else:
                 scheduler.register_to_config(**{key: value})
-        tensor, factor = scheduler.alphas_cumprod if self.name in OF_ALPHAS else scheduler.sigmas, 0.9 + 0.1 * amount
+        tensor, factor = (
+            scheduler.alphas_cumprod if self.name.startswith(OF_ALPHAS) else scheduler.sigmas,
+            0.9 + 0.1 * amount,
+        )
         if event == ".data":
             tensor.data.mul_(factor)
         elif event == ".numpy()":
@@ -127,7 +137,7 @@ class Plan:
         draw, call = torch.Generator().manual_seed(self.seed), {}
         if "generator" in scheduler.step.__code__.co_varnames:
             call["generator"] = torch.Generator().manual_seed(self.seed + 1)
-        if self.name in ("DDIMScheduler", "TCDScheduler"):
+        if self.name in ("DDIMScheduler", "DDIMParallelScheduler", "TCDScheduler"):
             call["eta"] = self.eta
         x, states = 2 * torch.randn(SHAPE, generator=draw).to(of_x), []
         for i in range(first, len(scheduler.timesteps)):

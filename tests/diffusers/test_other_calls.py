@@ -1,5 +1,7 @@
 """Schedulers whose step takes other arguments than (model_output, timestep, sample): whole trajectories beside diffusers' own."""
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -248,3 +250,33 @@ def test_batch_step_no_noise_is_checked():
         scheduler.batch_step_no_noise(x, torch.tensor([5, 7]), x)
     with pytest.raises(ValueError, match="eta: expected 0, since no noise is added, got 0.5"):
         scheduler.batch_step_no_noise(x, torch.tensor([5, 7]), x, eta=0.5)
+
+
+@every
+def test_saved_fused_and_unfused(label, tmp_path):
+    name = CASES[label][0]
+    pipe = fused.fuse(made(diffusers, label), eps_scaling=1.01)
+    assert type(pipe) is getattr(fused, name)
+    pipe.save_pretrained(tmp_path)
+    assert getattr(fused, name).from_pretrained(tmp_path).config.eps_scaling == 1.01
+    plain = fused.unfuse(pipe)
+    assert type(plain) is getattr(diffusers, name) and "eps_scaling" not in plain.config
+    assert_close(trajectory(label, plain, count=2), trajectory(label, made(diffusers, label), count=2), 0)
+
+
+@every
+def test_copies_in_the_middle_of_a_trajectory(label):
+    scheduler = made(fused, label)
+    trajectory(label, scheduler, count=2)
+    assert type(copy.deepcopy(scheduler)) is type(scheduler)
+
+
+@pytest.mark.parametrize("label", ["Wuerstchen", "CogVideoXDPM-epsilon"])
+def test_a_step_before_set_timesteps(label):
+    name, config, go, _ = CASES[label]
+    scheduler, x = getattr(fused, name)(**config), torch.ones(SHAPE)
+    with pytest.raises(ValueError, match="^set_timesteps: expected a call of it"):
+        if label == "Wuerstchen":
+            scheduler.step(x, torch.ones(2), x)
+        else:
+            go(scheduler, x, 0, x, None, {})
