@@ -15,6 +15,7 @@ from .consistency import (
     SCMScheduler,
     TCDScheduler,
 )
+from .continuous import DDPMWuerstchenScheduler, ScoreSdeVeScheduler
 from .flow import (
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -23,6 +24,7 @@ from .flow import (
 )
 from .flow_stochastic import FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler
 from .helios import HeliosScheduler
+from .inpainting import RePaintScheduler
 from .linear_multistep import DEISMultistepScheduler, IPNDMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from .multistep import (
     DPMSolverMultistepInverseScheduler,
@@ -30,12 +32,15 @@ from .multistep import (
     EDMDPMSolverMultistepScheduler,
     UniPCMultistepScheduler,
 )
+from .parallel import DDIMParallelScheduler, DDPMParallelScheduler
 from .plan import set_by_attribute
 from .scaled import scaled_class
 from .scheduler import Configured
 from .sigmas import EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from .singlestep import DPMSolverSinglestepScheduler
-from .timesteps import DDIMScheduler, DDPMScheduler
+from .timesteps import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, UnCLIPScheduler
+from .two_calls import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
+from .video import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 _log = logging.getLogger("epskernels")
 
@@ -50,12 +55,18 @@ FUSED = {
         DPMSolverSinglestepScheduler, DPMSolverMultistepInverseScheduler,
         FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, FlowMapEulerDiscreteScheduler, LTXEulerAncestralRFScheduler,
         HeliosScheduler, MiniMaxH3Scheduler, SCMScheduler, CMStochasticIterativeScheduler, ConsistencyDecoderScheduler,
+        DDIMInverseScheduler, DDIMParallelScheduler, DDPMParallelScheduler, UnCLIPScheduler, CogVideoXDDIMScheduler,
+        CogVideoXDPMScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler,
+        DDPMWuerstchenScheduler, RePaintScheduler, ScoreSdeVeScheduler,
     )
 }  # fmt: skip
 if is_torchsde_available():
     from .brownian import CosineDPMSolverMultistepScheduler
 
     FUSED[CosineDPMSolverMultistepScheduler._theirs] = CosineDPMSolverMultistepScheduler
+    from .two_calls import DPMSolverSDEScheduler
+
+    FUSED[DPMSolverSDEScheduler._theirs] = DPMSolverSDEScheduler
 
 
 def fused(scheduler, eps_scaling=None):

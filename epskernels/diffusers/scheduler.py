@@ -104,7 +104,8 @@ class Fused(Configured):
         cls._theirs = parent
         cls.__module__ = __package__  # where users find it, and saved pipelines
         own = inspect.Parameter("eps_scaling", inspect.Parameter.KEYWORD_ONLY, default=1.0)
-        cls.__signature__ = inspect.Signature([*inspect.signature(parent).parameters.values(), own])
+        parameters = [*inspect.signature(parent).parameters.values(), own]
+        cls.__signature__ = inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))  # **kwargs last
 
         @functools.wraps(parent.set_timesteps)  # pipelines look at its signature
         def set_timesteps(self, *args, **kwargs):
@@ -186,7 +187,7 @@ class Fused(Configured):
             if tensor is not None and tensor.is_inference() and tensor.device.type != "cpu":  # without a version
                 with torch.inference_mode(False):
                     setattr(self, name, tensor.clone())
-        if self.timesteps is None:
+        if self.__dict__.get("timesteps") is None:
             raise ValueError("set_timesteps: expected a call of it first")
         self._read_config()
         seen = self._seen = Seen(self)
@@ -198,7 +199,7 @@ class Fused(Configured):
             columns, draws = self._formula(options)
             alpha, sigma, d_x, d_f = self._model(options)
             scale = self._per_call(self._lambdas(alpha, sigma, d_x))
-            on_x = np.where(scale == 1, 0.0, (1 - d_x * alpha) / d_f * (1 - 1 / scale) / alpha)
+            on_x = np.where((scale == 1) | (d_f == 0), 0.0, (1 - d_x * alpha) / d_f * (1 - 1 / scale) / alpha)
             length = len(scale)
             levels = max(np.size(column) for column in columns.values()) // length
             columns = {name: np.broadcast_to(column, levels * length) + 0.0 for name, column in columns.items()}
@@ -381,7 +382,7 @@ class Fused(Configured):
             )
         if row.lambda_t != 1:
             f = self._scaled_output(f, x, row.lambda_t, row.to_x)
-        return getattr(self._theirs, method)(self, f, timestep, x, **arguments)
+        return getattr(self._theirs, method)(self, f, timestep=timestep, sample=x, **arguments)
 
     def _go_on(self, kind, why):
         """Raises RuntimeError where a trajectory would change between the fused step and diffusers' own."""

@@ -1,4 +1,4 @@
-"""On alphas_cumprod at the timesteps: DDPM, DDIM."""
+"""On alphas_cumprod at the timesteps: DDPM, UnCLIP, DDIM, DDIMInverse."""
 
 import diffusers
 import numpy as np
@@ -6,7 +6,7 @@ from diffusers import schedulers as theirs
 from torch import Tensor
 
 from .. import solvers
-from .common import as_float64, clip_of, eps_of, x0_of
+from .common import as_float64, clip_of, eps_of, output_of, x0_of
 from .scheduler import FLOAT32, Fused
 
 
@@ -41,28 +41,59 @@ class OnAlphas(Fused):
             return a / b
         return (a.astype(np.float32) / b.astype(np.float32)).astype(np.float64)
 
+    def _level(self):
+        """alphas_cumprod of the state that each call of the model is given."""
+        return self._abar(self._t())
+
     def _model(self, options):
-        abar = self._abar(self._t())
+        abar = self._level()
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
         return alpha, sigma, *x0_of(self.config.prediction_type, alpha, sigma)
 
 
-class _OnTimesteps(OnAlphas):
+class OnTimesteps(OnAlphas):
+    """A step is found by its timestep alone: none is counted."""
+
     def _row(self, plan, timestep):
         i = self._seen.place(timestep) if isinstance(timestep, Tensor) else None
         return self._place(timestep) if i is None else i
 
 
-class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
+# ---- the posterior of x' given x and x_0 ----
+
+
+class Posterior(OnTimesteps):
     _configured = None
 
     def _read_config(self):
         super()._read_config()
         self._configured = self.config.variance_type
 
+    def _posterior(self, row, f, timestep, x, generator, return_dict, seeds, **more):
+        v, kind = None, self.variance_type
+        if kind != self._configured and row.why is None:
+            row = row.refused("variance_type is not its configuration's")
+        if row.why is not None:
+            return self._own(row, f, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
+        if (kind == "learned" or kind == "learned_range") and f.shape[1] == 2 * x.shape[1]:
+            f, v = f.split(x.shape[1], dim=1)
+        noise, seeds = self._noise(row, f, generator, seeds)
+        if v is not None and kind == "learned":  # its root scales the noise before the launch
+            noise, seeds = self._drawn(noise, seeds, x, row.step), None
+            noise, v = None if noise is None else v.sqrt() * noise, None
+        results = self._step(row, f, x, noise, seeds, v=v)
+        return self._output_class(*results) if return_dict else results
+
+
+class DDPM(Posterior):
+    """DDPMScheduler, whichever class of diffusers it stands for."""
+
+    def _abar_next(self, t):
+        return self._abar(np.append(t[1:], -1))
+
     def _formula(self, options):
         t = self._t()
-        abar, abar_prev = self._abar(t), self._abar(np.append(t[1:], -1))
+        abar, abar_prev = self._abar(t), self._abar_next(t)
         ratio = self._ratio(abar, abar_prev)
         beta, sigma = 1 - ratio, np.sqrt(1 - abar)
         d_x, d_f = self._model(options)[2:]
@@ -82,37 +113,76 @@ class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
-        f, x, v, kind = model_output, sample, None, self.variance_type
-        row = self._enter(f, timestep, x)
-        if kind != self._configured and row.why is None:
-            row = row.refused("variance_type is not its configuration's")
-        if row.why is not None:
-            return self._own(row, f, timestep, x, seeds, generator=generator, return_dict=return_dict)
-        if (kind == "learned" or kind == "learned_range") and f.shape[1] == 2 * x.shape[1]:
-            f, v = f.split(x.shape[1], dim=1)
-        noise, seeds = self._noise(row, f, generator, seeds)
-        if v is not None and kind == "learned":  # its root scales the noise before the launch
-            noise, seeds = self._drawn(noise, seeds, x, row.step), None
-            noise, v = None if noise is None else v.sqrt() * noise, None
-        results = self._step(row, f, x, noise, seeds, v=v)
-        return theirs.scheduling_ddpm.DDPMSchedulerOutput(*results) if return_dict else results
+        row = self._enter(model_output, timestep, sample)
+        return self._posterior(row, model_output, timestep, sample, generator, return_dict, seeds)
 
 
-class DDIMScheduler(_OnTimesteps, diffusers.DDIMScheduler):
+class DDPMScheduler(DDPM, diffusers.DDPMScheduler):
+    _output_class = theirs.scheduling_ddpm.DDPMSchedulerOutput
+
+
+class UnCLIPScheduler(Posterior, diffusers.UnCLIPScheduler):
+    _output_class = theirs.scheduling_unclip.UnCLIPSchedulerOutput
+    _options = (False,)
+    _tensors = "timesteps", "alphas_cumprod", "alphas", "betas"
+
+    def _formula(self, options):
+        """options: whether a step goes to the schedule's next timestep, not to the one below."""
+        t = self._t()
+        prev = np.append(t[1:], t[-1] - 1) if options[0] else t - 1
+        abar, abar_prev = self._abar(t), self._abar(prev)
+        alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+        output_of(self.config.prediction_type, alpha, sigma, ("epsilon", "sample"))  # the others raise
+        near = prev == t - 1
+        ratio = np.where(near, as_float64(self.alphas)[t], self._ratio(abar, abar_prev))
+        beta = np.where(near, as_float64(self.betas)[t], 1 - ratio)
+        c_x, c_m0, small = solvers.posterior(np.sqrt(ratio), beta, sigma, np.sqrt(abar_prev), np.sqrt(1 - abar_prev))
+        d_x, d_f = self._model(options)[2:]
+        columns = {"d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "t": t, "c_m0": c_m0, "c_x": c_x}
+        if self.config.variance_type == "learned_range":
+            columns |= {"logvar_min": np.log(small), "logvar_max": np.log(beta), "c_noise": 1.0}
+        else:
+            columns["c_noise"] = np.sqrt(np.maximum(small, 1e-20))
+        for name in set(columns) & {"logvar_min", "logvar_max", "c_noise"}:
+            columns[name] = np.where(t > 0, columns[name], 0.0)
+        return columns, t > 0
+
+    def step(self, model_output, timestep, sample, prev_timestep=None, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        row = self._enter(model_output, timestep, sample, (prev_timestep is not None,))
+        if row.why is None and prev_timestep is not None and self._place(prev_timestep) != row.step + 1:
+            row = row.refused(f"prev_timestep {prev_timestep} is not the schedule's next")
+        return self._posterior(
+            row, model_output, timestep, sample, generator, return_dict, seeds, prev_timestep=prev_timestep
+        )
+
+
+# ---- by how much of x's noise is kept ----
+
+
+class DDIM(OnTimesteps):
+    """DDIMScheduler, whichever class of diffusers it stands for."""
+
     _options = (0.0, False)
     _tensors = "timesteps", "alphas_cumprod", "final_alpha_cumprod"
     _needs_steps = True
 
+    def _apart(self):
+        """How far apart the timesteps are, to diffusers' step."""
+        return self.config.num_train_timesteps // (self.num_inference_steps or 1)
+
+    def _abar_next(self, t):
+        return self._abar(t - self._apart(), self.final_alpha_cumprod)
+
     def _formula(self, options):
-        eta, clipped = options
+        eta, clipped = options[:2]
         t = self._t()
-        prev = t - self.config.num_train_timesteps // (self.num_inference_steps or 1)
-        abar, abar_prev = self._abar(t), self._abar(prev, self.final_alpha_cumprod)
+        abar, abar_prev = self._level(), self._abar_next(t)
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
         d_x, d_f = self._model(options)[2:]
         ratio, alpha_next, sigma_next = self._ratio(abar, abar_prev), np.sqrt(abar_prev), np.sqrt(1 - abar_prev)
         _, _, variance = solvers.posterior(np.sqrt(ratio), 1 - ratio, sigma, alpha_next, sigma_next)
-        std = eta * np.sqrt(variance)
+        std = eta * np.sqrt(variance) if eta else np.zeros(len(t))
         towards = np.sqrt(sigma_next**2 - std**2)  # NaN for an eta that is too large, as in diffusers
         columns = {"d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "c_noise": std, "t": t}
         if clipped:  # eps from x_0 as clamped
@@ -151,4 +221,41 @@ class DDIMScheduler(_OnTimesteps, diffusers.DDIMScheduler):
         x, m0 = self._step(row, model_output, sample, noise, seeds)
         if not return_dict:
             return x, m0
-        return theirs.scheduling_ddim.DDIMSchedulerOutput(prev_sample=x, pred_original_sample=m0)
+        return self._output_class(prev_sample=x, pred_original_sample=m0)
+
+
+class DDIMScheduler(DDIM, diffusers.DDIMScheduler):
+    _output_class = theirs.scheduling_ddim.DDIMSchedulerOutput
+
+
+class DDIMInverseScheduler(DDIM, diffusers.DDIMInverseScheduler):
+    """From the cleanest state to the noisiest; lambda's first number is the last step's all the same."""
+
+    _output_class = theirs.scheduling_ddim_inverse.DDIMSchedulerOutput
+    _tensors = "timesteps", "alphas_cumprod", "initial_alpha_cumprod"
+
+    def _level(self):
+        t, last = self._t(), self.config.num_train_timesteps - 1
+        return self._abar(np.minimum(t - self._apart(), last), self.initial_alpha_cumprod)
+
+    def _abar_next(self, t):
+        return self._abar(t)
+
+    def _lambdas(self, alpha, sigma, d_x):
+        return super()._lambdas(alpha, np.maximum(sigma, 1e-30), d_x)  # eps counts where x is x_0 alone too
+
+    def _lambda_steps(self, rows):
+        at, steps = super()._lambda_steps(rows)
+        return steps - 1 - at[::-1], steps
+
+    def _per_step(self, values):
+        return values[::-1]
+
+    _per_call = _per_step
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        row = self._enter(model_output, timestep, sample, self._options)
+        if row.why is not None:
+            return self._own(row, model_output, timestep, sample, return_dict=return_dict)
+        x, m0 = self._step(row, model_output, sample)
+        return self._output_class(prev_sample=x, pred_original_sample=m0) if return_dict else (x, m0)

@@ -15,9 +15,11 @@ import torch
 
 from epskernels import diffusers as fused
 
+from ..support.schedulers import OF_ALPHAS
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array:DeprecationWarning"),
 ]
 SHAPE = (2, 3, 4, 4)
 PATH = {
@@ -39,6 +41,12 @@ OPTIONS = {
     },
     "EulerAncestralDiscreteScheduler": {**PATH, **TWO, **ZERO_SNR},
     "HeunDiscreteScheduler": {**PATH, **THREE, "use_karras_sigmas": [False, True]},
+    "KDPM2DiscreteScheduler": {**PATH, **TWO, "use_karras_sigmas": [False, True]},
+    "KDPM2AncestralDiscreteScheduler": {**PATH, **TWO, "use_karras_sigmas": [False, True]},
+    "DDPMParallelScheduler": {**PATH, **THREE, **CLIP, **ZERO_SNR, "variance_type": ["fixed_small", "fixed_large"]},
+    "DDIMParallelScheduler": {**PATH, **THREE, **CLIP, **ZERO_SNR, "set_alpha_to_one": [True, False]},
+    "DDIMInverseScheduler": {**PATH, **THREE, **ZERO_SNR, "clip_sample": [True, False], "set_alpha_to_one": [True, False]},
+    "CogVideoXDDIMScheduler": {**PATH, **THREE, **ZERO_SNR, "set_alpha_to_one": [True, False]},
     "DPMSolverMultistepScheduler": {
         **PATH, **THREE, **SOLVER, "algorithm_type": ["dpmsolver++", "sde-dpmsolver++"], "solver_type": ["midpoint", "heun"],
         "lower_order_final": [True, False], "euler_at_final": [False, True], "thresholding": [False, False, True],
@@ -69,7 +77,6 @@ MORE_OPTIONS = {  # of the seeds from 2000 on
     "MiniMaxH3Scheduler": {"shift": [3.0, 12.0]},
     "CMStochasticIterativeScheduler": {"clip_denoised": [True, False], "s_noise": [1.0, 1.1]},
 }  # fmt: skip
-OF_ALPHAS = ("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler")
 STARTED_STEPS_GO_ON = (
     "UniPCMultistepScheduler",
     "HeunDiscreteScheduler",
@@ -113,7 +120,10 @@ class Plan:
                 setattr(scheduler.config, key, value)
             else:
                 scheduler.register_to_config(**{key: value})
-        tensor, factor = scheduler.alphas_cumprod if self.name in OF_ALPHAS else scheduler.sigmas, 0.9 + 0.1 * amount
+        tensor, factor = (
+            scheduler.alphas_cumprod if self.name.startswith(OF_ALPHAS) else scheduler.sigmas,
+            0.9 + 0.1 * amount,
+        )
         if event == ".data":
             tensor.data.mul_(factor)
         elif event == ".numpy()":
@@ -142,7 +152,7 @@ class Plan:
         draw, call = torch.Generator().manual_seed(self.seed), {}
         if "generator" in scheduler.step.__code__.co_varnames:
             call["generator"] = torch.Generator().manual_seed(self.seed + 1)
-        if self.name in ("DDIMScheduler", "TCDScheduler"):
+        if self.name in ("DDIMScheduler", "DDIMParallelScheduler", "TCDScheduler"):
             call["eta"] = self.eta
         x, states = 2 * torch.randn(SHAPE, generator=draw).to(of_x), []
         for i in range(first, len(scheduler.timesteps)):

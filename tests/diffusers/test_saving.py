@@ -20,7 +20,7 @@ from ..support.schedules import ONE_SCHEDULE, set_steps
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array:DeprecationWarning"),
 ]
 ROOT = pathlib.Path(epskernels.__file__).parents[1]
 NAMES = sorted({twin.__name__ for twin in fused.FUSED.values()} - {*ONE_SCHEDULE})

@@ -26,12 +26,13 @@ from epskernels import diffusers as fused
 from epskernels.diffusers import common
 
 from ..support import markdown_examples
+from ..support.schedulers import ALIKE
 from ..support.schedules import OF_MOTIONS, times
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # diffusers of itself: its deprecated solvers, its numpy arrays of tensors
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array:DeprecationWarning"),
 ]
 SHAPE = (2, 3, 5, 7)
 FEW_ULP = 3e-7  # five units in the last place
@@ -82,6 +83,7 @@ class Case:
     learned: bool = False
     generators: int = 0  # how many; 0: one for the batch
     own: str = ""  # why diffusers' own step runs
+    each: object = None  # (scheduler, i) -> arguments of step i
     begin: int = 0
     calls: int | None = None  # of the model, where there are more timesteps
 
@@ -140,7 +142,8 @@ def trajectory(case, scheduler, dtype, f, x=None, scale=lambda f, x, i: f):
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(x, t)
             output = scale(f(x.double(), i), x.double(), i).to(dtype)
-            x, *second = scheduler.step(output, t, x, return_dict=False, **call)
+            more = case.each(scheduler, i) if case.each else {}
+            x, *second = scheduler.step(output, t, x, return_dict=False, **call, **more)
             if case.name == "HeliosScheduler":  # whose last_sample is another
                 second = []
             results.append([x.double(), *[s.double() for s in second]])
@@ -221,6 +224,50 @@ add(
 )  # fmt: skip
 
 V = {"prediction_type": "v_prediction"}
+TRAILING_ZERO_SNR = {**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+for name in ("DDPMParallel", "DDIMParallel"):
+    add(
+        name,
+        **configs(
+            **PREDICTIONS, trailing=SPACINGS["trailing"], unclipped={"clip_sample": False}, zero_snr=TRAILING_ZERO_SNR
+        ),
+    )
+add(
+    "DDPMParallel",
+    learned_range={"config": {"variance_type": "learned_range"}, "learned": True},
+    custom={"steps": {"timesteps": [900, 700, 300, 80, 10]}},
+)
+add(
+    "DDIMParallel",
+    eta={"call": {"eta": 0.7}},
+    clipped_output_eta={"call": {"use_clipped_model_output": True, "eta": 0.5}},
+)
+add("DDIMInverse", **configs(epsilon={}, v_prediction=V, trailing=SPACINGS["trailing"], **BETAS))
+add(
+    "DDIMInverse",
+    **configs(
+        sample={"prediction_type": "sample", "set_alpha_to_one": False}, unclipped={"clip_sample": False},
+        stable={**VP, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}, zero_snr=TRAILING_ZERO_SNR,
+    ),
+)  # fmt: skip
+
+
+def next_timestep(scheduler, i):
+    return {"prev_timestep": scheduler.timesteps[i + 1] if i + 1 < len(scheduler.timesteps) else None}
+
+
+add("UnCLIP", **configs(epsilon={}, sample=PREDICTIONS["sample"], clip_2={"clip_sample_range": 2.0}))
+add(
+    "UnCLIP",
+    next={"each": next_timestep, "generators": 2},
+    image_to_image={"config": {"clip_sample": False}, "each": next_timestep, "begin": 3},
+    learned_range={"config": {"variance_type": "learned_range"}, "learned": True, "each": next_timestep, "begin": 3},
+)
+add(
+    "CogVideoXDDIM",
+    **configs(**PREDICTIONS, **SPACINGS, **BETAS, zero_snr=TRAILING_ZERO_SNR, first={"set_alpha_to_one": False}),
+)
+
 EULER = {
     **configs(**PREDICTIONS, **SPACINGS, **BETAS, **SIGMAS),
     **configs(
@@ -319,6 +366,11 @@ add(
     timesteps={"steps": {"timesteps": [999, 700, 300, 80, 10]}},
     begin={"begin": 4},
 )
+
+for name in ("KDPM2Discrete", "KDPM2AncestralDiscrete"):
+    add(name, **configs(**ANCESTRAL, **SIGMAS, offset={"timestep_spacing": "leading", "steps_offset": 1}))
+    add(name, stable={"config": {**VP, "steps_offset": 1}, "generators": 2 * ("Ancestral" in name)}, begin={"begin": 4})
+    add(name, one={"steps": {"num_inference_steps": 1}})
 
 UNIPC = {
     f"{'' if predict_x0 else 'eps-'}{solver}-{order}": {
@@ -512,6 +564,8 @@ THRESHOLD = {"thresholding": True, "sample_max_value": 1.1, "dynamic_thresholdin
 for name in (
     "DDPM",
     "DDIM",
+    "DDPMParallel",
+    "DDIMParallel",
     "DPMSolverMultistep",
     "EDMDPMSolverMultistep",
     "LCM",
@@ -536,7 +590,8 @@ def allowed(case, theirs):
     """Of the states and of the other result, given diffusers' own errors: both are draws, and other ones on another processor,
     whose tanh and sin differ."""
     several = any(kind in case.name for kind in ("Multistep", "PNDM", "Helios"))
-    factors = [2.0 if several else 1.25, 2.5][: len(theirs)]
+    states = 2.5 if case.name == "UnCLIPScheduler" else 2.0 if several else 1.25  # UnCLIP: alpha 5e-5 at its start
+    factors = [states, 2.5][: len(theirs)]
     return np.array(factors) * theirs + FEW_ULP
 
 
@@ -558,10 +613,12 @@ def test_float32_is_as_close_as_diffusers(case):
 
 # ---- Epsilon Scaling ----
 
+TWO_CALLS = "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"
+
 
 def step_of(case, i):
     """Of which step call i is."""
-    if "HeunDiscrete" in case.name:
+    if "HeunDiscrete" in case.name or case.name.startswith("KDPM2"):
         return i // 2
     if case.name == "PNDMScheduler":
         if case.config.get("skip_prk_steps"):
@@ -584,11 +641,20 @@ def textbook(case, scheduler, lam):
         alpha = scheduler.sqrt_alphas_cumprod.double()[scheduler.timesteps]
         sigma = (1 - alpha**2).sqrt()
     elif sigmas is None or case.name in ("LCMScheduler", "TCDScheduler"):
-        abar = scheduler.alphas_cumprod.double()[scheduler.timesteps]
+        t = scheduler.timesteps
+        if case.name == "DDIMInverseScheduler":  # the level below, and the last number of lambda first
+            t, lam = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps, lam[::-1]
+        abar = scheduler.alphas_cumprod.double()[t.clamp(0, scheduler.config.num_train_timesteps - 1)]
+        abar = torch.where(t < 0, float(getattr(scheduler, "initial_alpha_cumprod", 1)), abar)
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
     elif hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigmas.double()[:-1])
         alpha = alpha * torch.ones_like(sigma)
+    elif case.name.startswith("KDPM2"):
+        i = torch.arange(len(scheduler.timesteps))
+        second = scheduler.sigmas_interpol[i - int("Ancestral" in case.name)]
+        sigma = torch.where(i % 2 == 1, second, sigmas[i]).double()
+        alpha = torch.ones_like(sigma)
     else:
         sigma = sigmas.double()[:-1]
         alpha = 1 - sigma if case.name.startswith(FLOWS) else torch.ones_like(sigma)
@@ -651,6 +717,7 @@ SCALED = [
         "flow", "stochastic", "shift", "dpmsolver-midpoint-2", "dpmsolver++-midpoint-3", "sde-dpmsolver++-heun-2", "unclipped",
         "image_to_image", "own", "clipped", "plain", "prk", "prk_v", "order_3", "bh1-3", "bh2-2", "eps-bh2-3",
     )
+    and name != "UnCLIP-epsilon"  # its start hides lambda
 ]  # fmt: skip
 
 
@@ -661,7 +728,7 @@ def test_lambda_is_the_textbook(name, kind):
     f, scheduler = network(case), case.theirs()
     chosen, lam = SCALINGS[kind](step_of(case, len(times(scheduler)) - 1) + 1)
     flow = case.config.get("use_flow_sigmas", "Helios" in case.name)
-    if flow or case.name.startswith((*FLOWS, "SCM", "IPNDM")):
+    if flow or name == "UnCLIP-sample" or case.name.startswith((*FLOWS, "SCM", "IPNDM")):
         lam[0] = 1.0  # x is noise alone
         chosen = lam.tolist() if kind == "array" else chosen
     scale = textbook(case, scheduler, lam)
@@ -721,10 +788,11 @@ def in_step(case, dtype):
         for scheduler in runs:
             if hasattr(scheduler, "scale_model_input"):
                 scheduler.scale_model_input(x, t)
+        more = [case.each(scheduler, i) if case.each else {} for scheduler in runs]
         with in_float64(exact, drawn):
-            expected = exact.step(output.double(), t, x.double(), return_dict=False, **calls[0])[0]
+            expected = exact.step(output.double(), t, x.double(), return_dict=False, **calls[0], **more[0])[0]
         for k in (1, 2):
-            result = runs[k].step(output, t, x, return_dict=False, **calls[k])[0]
+            result = runs[k].step(output, t, x, return_dict=False, **calls[k], **more[k])[0]
             assert result.dtype == (torch.float32 if case.name == "SCMScheduler" else dtype)  # as its noise
             squares[k] += float((result.double() - expected).square().sum() / expected.square().sum())
         x = expected.to(dtype)
@@ -733,7 +801,16 @@ def in_step(case, dtype):
     return np.sqrt(squares)
 
 
-ROUNDS_MIDWAY = ("DDPM", "DDIM", "Heun", "EDMDPM", "LCM", "TCD", "UniPC")  # the others of diffusers compute in float32
+ROUNDS_MIDWAY = (
+    "DDPM",
+    "DDIM",
+    "UnCLIP",
+    "Heun",
+    "EDMDPM",
+    "LCM",
+    "TCD",
+    "UniPC",
+)  # the others of diffusers compute in float32
 # m1, m2 and y, rounded where the state is
 STORES_HISTORY = ("DPMSolver", "EDMDPM", "UniPC", "Heun", "Helios", "Cosine", "PNDM", "LMS", "IPNDM", "DEIS")
 
@@ -757,7 +834,7 @@ def test_half_precision_rounds_once(case, dtype):
 
 # ---- what a user does with a scheduler ----
 
-CLASSES = {twin.__name__: twin for twin in fused.FUSED.values()}
+CLASSES = ALIKE
 EXAMPLES = {name: next(case for case in CASES.values() if case.name == name) for name in CLASSES}
 classes = pytest.mark.parametrize("name", EXAMPLES)
 
@@ -818,7 +895,9 @@ def test_signatures_are_diffusers_own(name):
     """Pipelines look at them: nothing is missing, nothing has moved, and what is new has a name and a default."""
     classes = getattr(diffusers.schedulers, name), CLASSES[name]
     for functions in (classes, [of.step for of in classes], [of.set_timesteps for of in classes]):
-        theirs, ours = (inspect.signature(function).parameters for function in functions)
+        theirs, ours = (dict(inspect.signature(function).parameters) for function in functions)
+        if (last := list(theirs)[-1]) == "kwargs":
+            assert theirs.pop(last).kind is ours.pop(last).kind
         assert list(ours)[: len(theirs)] == list(theirs)
         assert {key: p.default for key, p in ours.items() if key in theirs} == {
             key: p.default for key, p in theirs.items()
@@ -854,7 +933,9 @@ def test_layouts(name, layout):
 INTEGERS = {
     name
     for name in EXAMPLES
-    if name.startswith(("DDPM", "DDIM", "DPMSolver", "LCM", "TCD", "UniPC", "Heun", "EDMDPM", "Helios"))
+    if name.startswith(
+        ("DDPM", "DDIM", "UnCLIP", "CogVideoX", "DPMSolver", "LCM", "TCD", "UniPC", "Heun", "EDMDPM", "Helios")
+    )
 }
 
 
@@ -862,6 +943,7 @@ INTEGERS = {
 @pytest.mark.parametrize("begin", [0, 3])
 def test_timesteps_of_any_kind_find_the_same_step(name, begin):
     case, results = EXAMPLES[name], []
+    begin += begin % 2 if name.startswith("KDPM2") else 0  # a first half
     kinds = {
         "view": lambda t: t, "copy": lambda t: t.clone(), "slice": lambda t: t[None],
         "number": lambda t: t.item() if name in INTEGERS else t, "0-d array": lambda t: t.numpy() if name in INTEGERS else t,
@@ -905,8 +987,10 @@ def test_the_loop_reads_no_tensor_back(name, by, monkeypatch):
 
 CHURN, SDE = {"s_churn": 5.0}, {"algorithm_type": "sde-dpmsolver++"}
 STOCHASTIC = {  # (configuration, arguments of step)
-    "DDPMScheduler": ({}, {}), "DDIMScheduler": ({}, {"eta": 1.0}), "EulerDiscreteScheduler": ({}, CHURN),
-    "EDMEulerScheduler": ({}, CHURN), "EulerAncestralDiscreteScheduler": ({}, {}), "LCMScheduler": ({}, {}),
+    "DDPMScheduler": ({}, {}), "DDIMScheduler": ({}, {"eta": 1.0}), "DDPMParallelScheduler": ({}, {}),
+    "DDIMParallelScheduler": ({}, {"eta": 1.0}), "UnCLIPScheduler": ({}, {}), "EulerDiscreteScheduler": ({}, CHURN),
+    "EDMEulerScheduler": ({}, CHURN), "EulerAncestralDiscreteScheduler": ({}, {}), "KDPM2AncestralDiscreteScheduler": ({}, {}),
+    "LCMScheduler": ({}, {}),
     "TCDScheduler": ({}, {}), "DPMSolverMultistepScheduler": (SDE, {}), "EDMDPMSolverMultistepScheduler": (SDE, {}),
     "FlowMatchEulerDiscreteScheduler": ({"stochastic_sampling": True}, {}),
     "FlowMatchHeunDiscreteScheduler": ({}, CHURN), "FlowMatchLCMScheduler": ({}, {}), "LTXEulerAncestralRFScheduler": ({}, {}),
@@ -943,7 +1027,7 @@ def test_seeds_make_the_noise_of_the_step(name):
     assert torch.equal(go(kept), together)
     module = sys.modules[getattr(diffusers.schedulers, name).__module__]
     with pytest.MonkeyPatch.context() as patch:
-        draws = iter(range(i + 1))
+        draws = iter(range(1, i + 1, 2) if name in TWO_CALLS else range(i + 1))  # the second calls draw there
         patch.setattr(
             module,
             "randn_tensor",
@@ -955,7 +1039,8 @@ def test_seeds_make_the_noise_of_the_step(name):
     with pytest.raises(ValueError, match="generator, seeds: expected one of them, got both"):
         go(scheduler(), seeds=seeds, generator=torch.Generator())
     with pytest.raises(ValueError, match="seeds: diffusers' own step takes a generator, and it runs here: of dtypes"):
-        scheduler().step(f.double(), scheduler().timesteps[0], x.double(), **call, seeds=seeds)
+        t = scheduler().timesteps[int(name in TWO_CALLS)]
+        scheduler().step(f.double(), t, x.double(), **call, seeds=seeds)
 
 
 def test_generators_draw_on_in_step_with_diffusers():
@@ -997,7 +1082,7 @@ def test_own_step_is_visible_and_scaled(name, why, eps_scaling, caplog):
     assert ours.path.startswith(f"diffusers: {said}")
     (record,) = (record for record in caplog.records if said in record.message)
     assert record.message.startswith(f"epskernels.diffusers.{name} runs diffusers' own step: {said}")
-    steps = (len(theirs.timesteps) + 1) // 2 if "Heun" in name else len(times(theirs))
+    steps = step_of(EXAMPLES[name], len(times(theirs)) - 1) + 1
     scale = textbook(case, theirs, np.full(steps, eps_scaling))
     torch.manual_seed(3)
     if eps_scaling == 1:

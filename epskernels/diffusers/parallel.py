@@ -1,0 +1,99 @@
+"""DDPM and DDIM for ParaDiGMS (arXiv 2305.16317), where a batch's samples are at timesteps of their own."""
+
+import copy
+import dataclasses
+
+import diffusers
+import numpy as np
+from diffusers import schedulers as theirs
+
+from .. import scaling
+from ..table import COLUMNS
+from .common import say
+from .scheduler import FLOAT32, Fused
+from .timesteps import DDIM, DDPM
+
+BATCH = "batch"
+
+
+class _Parallel:
+    """The rows of a batch: one for each training timestep, so that timesteps are indices, and none is read back.
+
+    As in diffusers, a row's next timestep is a constant number below, whatever the spacing; alphas_cumprod is 1 below 0.
+    Between the schedule's timesteps lambda is interpolated.
+    """
+
+    _dense = None  # lambda of each training timestep, in the twin that makes the rows of a batch
+
+    def _scaled_formula(self, options):
+        if BATCH not in options:
+            return super()._scaled_formula(options)
+        twin, t = copy.copy(self), np.asarray(self._host())
+        of_steps, order = (
+            np.array(self._plan(options[:-1], self.timesteps.device).lambda_t),
+            np.argsort(t, kind="stable"),
+        )
+        twin._dense = np.interp(np.arange(self.config.num_train_timesteps), t[order], of_steps[order])
+        columns, _, scale, on_x = Fused._scaled_formula(twin, options)
+        for name in ("c_noise", "logvar_min", "logvar_max"):
+            columns.pop(name, None)
+        if not all(np.isfinite(column).all() for name, column in columns.items() if name != "clip"):
+            columns["c_x"] = columns["c_x"] * np.nan  # all rows or none
+        return columns, False, scale, on_x
+
+    def _t(self):
+        return super()._t() if self._dense is None else np.arange(len(self._dense))
+
+    def _abar_next(self, t):
+        if self._dense is None:
+            return super()._abar_next(t)
+        trained = self.config.num_train_timesteps
+        return self._abar(t - trained // (self.num_inference_steps or trained))
+
+    def _lambdas(self, alpha, sigma, d_x):
+        if self._dense is None:
+            return super()._lambdas(alpha, sigma, d_x)
+        alone = scaling.noise_alone(alpha, sigma, ~(np.abs(d_x * alpha - 1) < 1e-9))
+        return np.where(alone | (sigma == 0), 1.0, self._dense)
+
+    def _row(self, plan, timestep):
+        return 0 if timestep is None else super()._row(plan, timestep)
+
+    def _batch(self, f, timesteps, x, options, **arguments):
+        row = self._enter(f, None, x, (*options, BATCH))
+        plan = self._seen.last[2]
+        at = timesteps.reshape(-1).to(f.device)
+        if f.shape[1] == 2 * x.shape[1] and getattr(self, "variance_type", None) in ("learned", "learned_range"):
+            f = f[:, : x.shape[1]]
+        each = (-1, *[1] * (x.dim() - 1))
+        if row.why is not None:
+            if self.config.eps_scaling != 1:
+                lambda_t, to_x = ([getattr(row, name) for row in plan.rows] for name in ("lambda_t", "to_x"))
+                lambda_t, to_x = (x.new_tensor(values)[at].view(each) for values in (lambda_t, to_x))
+                f = self._scaled_output(f, x, lambda_t, to_x)
+            self.path = f"diffusers: {row.why}"
+            say(self, f"runs diffusers' own step: {row.why}")
+            return self._theirs.batch_step_no_noise(self, f, timesteps, x, **arguments)
+        index = at if at.numel() > 1 else at[0]
+        d_x, d_f = (plan.table[at, COLUMNS.index(name)].view(each) if row.thresholds else 0 for name in ("d_x", "d_f"))
+        row = dataclasses.replace(row, index=index, d_x=d_x, d_f=d_f)
+        return self._step(row, f, x.to(FLOAT32), results=1)  # diffusers' numbers of a sample are float32 tensors
+
+
+class DDPMParallelScheduler(_Parallel, DDPM, diffusers.DDPMParallelScheduler):
+    _output_class = theirs.scheduling_ddpm_parallel.DDPMParallelSchedulerOutput
+
+    def batch_step_no_noise(self, model_output, timesteps, sample):
+        """diffusers' step without its noise, of samples at timesteps of their own, (B,): one launch."""
+        return self._batch(model_output, timesteps, sample, ())
+
+
+class DDIMParallelScheduler(_Parallel, DDIM, diffusers.DDIMParallelScheduler):
+    _output_class = theirs.scheduling_ddim_parallel.DDIMParallelSchedulerOutput
+
+    def batch_step_no_noise(self, model_output, timesteps, sample, eta=0.0, use_clipped_model_output=False):
+        """diffusers' step without noise, of samples at timesteps of their own, (B,): one launch."""
+        if eta != 0:
+            raise ValueError(f"eta: expected 0, since no noise is added, got {eta}")
+        clipped = bool(use_clipped_model_output)
+        return self._batch(model_output, timesteps, sample, (0.0, clipped), use_clipped_model_output=clipped)

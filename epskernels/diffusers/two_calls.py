@@ -1,0 +1,164 @@
+"""Two model calls a step, x = x_0 + sigma*eps: KDPM2, KDPM2Ancestral, and DPMSolverSDE where torchsde is installed."""
+
+import diffusers
+import numpy as np
+from diffusers import schedulers as theirs
+from diffusers.utils import is_torchsde_available
+
+from .. import solvers
+from .common import as_float64, widest
+from .sigmas import OnSigmas
+
+
+class TwoCalls(OnSigmas):
+    """Two rows a step, one for the last. The second goes on from the state that the first was given, `sample`."""
+
+    def _ends(self):
+        """Of each step, (N,): sigma where it begins, sigma of its second call, and what else `_two_rows` takes."""
+        raise NotImplementedError
+
+    def _two_rows(self, begin, middle, *more):
+        """The columns of the first calls and of the second ones."""
+        raise NotImplementedError
+
+    def _formula(self, options):
+        if self.config.prediction_type == "sample":
+            raise NotImplementedError(f"prediction_type: 'sample' is not one of {type(self).__name__}'s")
+        first, second = self._two_rows(*self._ends(), *options)
+        none = np.zeros(len(self._ends()[0]))
+        columns = {name: self._interleaved(first.get(name, none), second.get(name, none)) for name in {*first, *second}}
+        level = self._sigmas()[0]
+        d_x, d_f = self._output(level)
+        return columns | {"d_x": d_x, "d_f": d_f, "t": level}, self._draws()
+
+    def _draws(self):
+        return False
+
+    def _interleaved(self, first, second):
+        return np.stack([first, second], axis=1).reshape(-1)[:-1]
+
+    def _length(self):
+        return 2 * len(self._ends()[0]) - 1
+
+    def _sigmas(self):
+        return self._interleaved(*self._ends()[:2]), None
+
+    def _input_scale(self):
+        return (1 / np.sqrt(np.append(self._sigmas()[0], 0.0) ** 2 + 1)).tolist()
+
+    def _per_call(self, lambda_t):
+        return np.repeat(lambda_t, 2)[:-1]
+
+    def _per_step(self, values):
+        return values[::2]
+
+    def _two_calls(self, row, f, x, return_dict, noise=None, seeds=None):
+        x, first = widest(f, x), self.state_in_first_order
+        if first and row.step % 2:
+            raise ValueError(f"step: expected the first half of a step first, got its second, at sigma {row.t:g}")
+        next_x, m0 = self._step(row, f, x, noise, seeds, y=None if first else self.sample)
+        self.sample = x if first else None
+        return self._result(next_x, m0, return_dict)
+
+    def _restart(self):
+        super()._restart()
+        self.sample = None
+
+
+def by_slope_between(begin, middle, end):
+    """The rows of Euler to the middle, then of the whole step by the slope there (k-diffusion's dpm_2)."""
+    first = dict(zip(("c_x", "c_m0"), solvers.first_order(1.0, begin, 1.0, middle), strict=True))
+    c_x, c_m0 = solvers.first_order(1.0, middle, 1.0, middle + end - begin)
+    return first, {"c_y": np.ones(len(begin)), "c_x": c_x - 1, "c_m0": c_m0}
+
+
+class KDPM2DiscreteScheduler(TwoCalls, diffusers.KDPM2DiscreteScheduler):
+    _output_class = theirs.scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput
+    _tensors = "timesteps", "sigmas", "sigmas_interpol"
+
+    def _ends(self):
+        sigmas, between = as_float64(self.sigmas), as_float64(self.sigmas_interpol)
+        return sigmas[:-2:2], between[1:-1:2], sigmas[1:-1:2]
+
+    def _two_rows(self, begin, middle, end):
+        return by_slope_between(begin, middle, end)
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        row = self._enter(model_output, timestep, sample)
+        if row.why is not None:
+            return self._own(row, model_output, timestep, sample, return_dict=return_dict)
+        return self._two_calls(row, model_output, sample, return_dict)
+
+
+class KDPM2AncestralDiscreteScheduler(TwoCalls, diffusers.KDPM2AncestralDiscreteScheduler):
+    _output_class = theirs.scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput
+    _tensors = "timesteps", "sigmas", "sigmas_interpol", "sigmas_down", "sigmas_up"
+
+    def _ends(self):
+        return tuple(as_float64(getattr(self, name))[:-2:2] for name in self._tensors[1:])
+
+    def _two_rows(self, begin, middle, down, up):
+        first, second = by_slope_between(begin, middle, down)
+        return first, second | {"c_noise": up}
+
+    def _draws(self):
+        return np.arange(self._length()) % 2 == 1
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+        """diffusers' step; seeds: (B,), for noise made in the kernel."""
+        row = self._enter(model_output, timestep, sample)
+        if row.why is not None:
+            return self._own(row, model_output, timestep, sample, seeds, generator=generator, return_dict=return_dict)
+        noise, seeds = self._noise(row, model_output, generator, seeds)
+        return self._two_calls(row, model_output, sample, return_dict, noise, seeds)
+
+
+if is_torchsde_available():
+    Tree = theirs.scheduling_dpmsolver_sde.BrownianTreeNoiseSampler
+
+    class DPMSolverSDEScheduler(TwoCalls, diffusers.DPMSolverSDEScheduler):
+        """Without seeds, the noise is a Brownian tree's, diffusers' own. With them, each call's is its own."""
+
+        _output_class = theirs.scheduling_dpmsolver_sde.DPMSolverSDESchedulerOutput
+        _options = (1.0,)
+
+        def _ends(self):
+            sigmas = as_float64(self.sigmas)
+            return sigmas[::2], np.sqrt(sigmas[::2] * sigmas[1::2]), sigmas[1::2]
+
+        def _two_rows(self, begin, middle, end, s_noise):
+            rows = solvers.two_noises(begin, middle, end, 1.0, 0.5)
+            kept = ("c_x", "c_y", "c_m0", "c_noise")
+            return [{k: v * s_noise if k == "c_noise" else v for k, v in row.items() if k in kept} for row in rows]
+
+        def _draws(self):
+            return self._interleaved(self._ends()[2] > 0, np.ones(len(self._ends()[2]), dtype=bool))
+
+        def _tree_noise(self, i, x):
+            """The tree's noise of call i, at the times that diffusers computes, in float32."""
+            if self.noise_sampler is None:
+                self.noise_sampler = Tree(
+                    x, self.sigmas[self.sigmas > 0].min().item(), self.sigmas.max().item(), self.noise_sampler_seed
+                )
+            t, t_next = self.sigmas[i - i % 2 : i - i % 2 + 2].log().neg()
+            t_next = t_next if i % 2 else t + (t_next - t) * 0.5
+            return self.noise_sampler(t.neg().exp(), t_next.neg().exp())
+
+        def step(self, model_output, timestep, sample, return_dict=True, s_noise=1.0, *, seeds=None):
+            """diffusers' step; seeds: (B,), for noise made in the kernel, in place of the tree's."""
+            row = self._enter(model_output, timestep, sample, (float(s_noise),))
+            if row.why is not None:
+                return self._own(row, model_output, timestep, sample, seeds, return_dict=return_dict, s_noise=s_noise)
+            by_tree = row.draws and seeds is None and self._seeds is None
+            given = self._tree_noise(row.step, sample) if by_tree else None
+            noise, seeds = self._noise(row, sample, None, seeds, given)
+            result = self._two_calls(row, model_output, sample, return_dict, noise, seeds)
+            if row.step + 1 == self._seen.length:
+                self.sample = None  # as diffusers ends
+            rows, goes_on = self._seen.last[2].rows, self.sample is not None
+            self.mid_point_sigma = rows[row.step + 1].t if goes_on else None
+            return result
+
+        def _restart(self):
+            super()._restart()
+            self.mid_point_sigma = self.noise_sampler = None

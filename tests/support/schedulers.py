@@ -1,0 +1,23 @@
+"""Which schedulers a test may call alike: step(model_output, timestep, sample), with one timestep for the batch."""
+
+import inspect
+
+from epskernels import diffusers as fused
+
+_COMMON = ["self", "model_output", "timestep", "sample"]
+_TIMESTEP_OF_EACH_SAMPLE = "DDPMWuerstchenScheduler"
+OF_ALPHAS = ("DDPM", "DDIM", "UnCLIP", "CogVideoX", "LCM", "TCD", "PNDM")  # whose rows are made of alphas_cumprod
+
+
+def _called_alike(twin):
+    if not hasattr(twin, "step"):
+        return False
+    parameters = inspect.signature(twin.step).parameters.items()
+    return [name for name, p in parameters if p.default is p.empty] == _COMMON
+
+
+ALIKE = {
+    twin.__name__: twin
+    for twin in fused.FUSED.values()
+    if _called_alike(twin) and twin.__name__ != _TIMESTEP_OF_EACH_SAMPLE
+}
