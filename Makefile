@@ -12,7 +12,7 @@ NVCC := $(shell for nvcc in $(CUDACXX) nvcc $(CUDA_HOME:=/bin/nvcc) /usr/local/c
 EPSKERNELS_CUDA ?= $(if $(NVCC),1,auto)
 # Of the tests.
 WORKERS ?= 2
-CHECKED := $(addprefix tests/,ops/test_bad_input.py ops/test_step_bits.py ops/test_guidance.py diffusers/test_shorter_way.py \
+CHECKED := $(addprefix tests/,ops/test_bad_input.py ops/test_step_bits.py ops/test_guidance.py diffusers/test_calls.py \
 	diffusers/test_stale_schedules.py project/test_pairwise.py $(foreach test,table schedule scaling oracles k_diffusion,samplers/test_$(test).py))
 # The digits of `make sample`.
 SEEDS ?= 0-63
@@ -34,8 +34,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/spec.py $(wildcard csrc/*)
 
-.PHONY: build sample check test test-deep lint sanitize gpu-check bench bench-full bench-diffusers bench-dispatch bench-compare report \
-	quality quality-report quality-quick train clean another-torch
+.PHONY: build sample check test test-deep lint mutants sanitize gpu-check bench bench-full bench-diffusers bench-dispatch \
+	bench-compare report quality quality-report quality-quick train clean another-torch
 
 build: $(READY)
 
@@ -74,6 +74,11 @@ test-deep: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Plants faults and asks which test notices: MUTANTS="--resume", "--only REGEX" (python -m tests.mutants --help).
+mutants: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --jobs $(WORKERS) $(MUTANTS)
 
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/project/sanitize.sh

@@ -1,4 +1,4 @@
-// Tensors as the kernels see them: plain pointers, no torch.
+// Tensors as the kernels see them: raw pointers, no torch.
 #pragma once
 
 #include <cstdint>

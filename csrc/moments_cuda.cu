@@ -84,9 +84,9 @@ __global__ void __launch_bounds__(THREADS) tiles_kernel(const MomentsParameters 
       good = valid_count(row.guided_channels);
     }
     if (!good) row.g = NAN, row.guided_channels = 0.0f;
-    const int64_t here = row.g != 1.0f ? guided_numel(row, a.sample_numel, a.channel_numel) - begin - lane() : 0;
+    const int64_t guided_left = row.g != 1.0f ? guided_numel(row, a.sample_numel, a.channel_numel) - begin - lane() : 0;
 #pragma unroll
-    for (int k = 0; k < OF_LANE; ++k) f[k] = guided_value(row.g, f[k], u[k], k * WARP < here ? ~0u : 0u);
+    for (int k = 0; k < OF_LANE; ++k) f[k] = guided_value(row.g, f[k], u[k], k * WARP < guided_left ? ~0u : 0u);
     store_sums(f, target + 2 * p.tiles, p.tiles);
   }
 }

@@ -25,7 +25,7 @@ static_assert(TILE % 64 == 0);
 
 void widen_tile_float16(const uint16_t* source, float* tile, int64_t count) {
   int64_t i = 0;
-#if defined(__AVX512F__)  // the masked forms, since GCC 12 warns of the plain ones
+#if defined(__AVX512F__)  // the masked forms, since GCC 12 warns of those without a mask
   for (; i + 16 <= count; i += 16)
     _mm512_storeu_ps(tile + i, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i))));
 #endif
@@ -112,7 +112,7 @@ typedef uint32_t NarrowWords __attribute__((vector_size(4 * LANES)));
 
 inline Words multiply(Words a, Words b) {
 #if defined(__AVX512F__)
-  return (Words)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // plain _mm512_mul_epu32 warns in GCC 12
+  return (Words)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // _mm512_mul_epu32 warns in GCC 12
 #elif defined(__AVX2__)
   return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)

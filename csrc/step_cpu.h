@@ -1,4 +1,4 @@
-// The CPU kernel's interface: plain pointers, no torch. step_cpu.cpp is compiled once per instruction set.
+// The CPU kernel's interface: raw pointers, no torch. step_cpu.cpp is compiled once per instruction set.
 #pragma once
 
 #include "batch.h"

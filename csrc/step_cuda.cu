@@ -188,8 +188,8 @@ struct Shape {
   static constexpr int UNIT = X == Dtype::float32 && F == Dtype::float32 ? 4 : 8;  // 16 bytes of the narrower tensor
   // Noise is bound by instructions: in large tensors each thread spreads its own over 16 elements, small ones are spread over many
   // threads. The rest is bound by memory.
-  static constexpr bool noisy = !everything && (tensors & TERM_NOISE);
-  static constexpr int UNITS = noisy ? (large ? 16 / UNIT : 1) : one_width && (UNIT == 4 || !everything) ? 2 : 1;
+  static constexpr bool uses_noise = !everything && (tensors & TERM_NOISE);
+  static constexpr int UNITS = uses_noise ? (large ? 16 / UNIT : 1) : one_width && (UNIT == 4 || !everything) ? 2 : 1;
   static constexpr int64_t TILE = int64_t{THREADS} * UNIT * UNITS;  // elements of a block
 };
 

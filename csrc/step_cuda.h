@@ -1,4 +1,4 @@
-// The CUDA kernel's interface: plain pointers, no torch, no CUDA headers.
+// The CUDA kernel's interface: raw pointers, no torch, no CUDA headers.
 #pragma once
 
 #include "batch.h"

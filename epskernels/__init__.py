@@ -2,6 +2,8 @@
 every backend. See README.md and docs/architecture.md."""
 
 import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from . import diffusers, samplers, scaling, schedule
 from .graphed import GraphedSampler
@@ -21,9 +23,11 @@ __all__ = [
 # Imported at first use: they are there without an import of their own, and what they need is read by those who use them. Of
 # `diffusers`, which a saved pipeline must find among what is imported, that is so of its names.
 _AT_FIRST_USE = ("calibrate", "exposure", "images", "k_diffusion", "models", "quality")
+if TYPE_CHECKING:
+    from . import calibrate, exposure, images, k_diffusion, models, quality  # noqa: F401
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> ModuleType:
     if name in _AT_FIRST_USE:
         try:
             return importlib.import_module(f"{__name__}.{name}")  # and so an attribute: this is not asked again
@@ -32,5 +36,5 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
-    return sorted({*globals(), *_AT_FIRST_USE})
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_AT_FIRST_USE} - {"TYPE_CHECKING", "ModuleType", "importlib"})

@@ -7,21 +7,29 @@ import logging
 import os
 import pathlib
 import sys
+from types import ModuleType
 
 import torch
 
-BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+from .typing import Backend
+
+__all__ = [
+    "BACKENDS", "cmake_dir", "cuda_targets", "environment_faults", "extension", "interprets_triton", "library", "load_kernels",
+    "why_missing",
+]  # fmt: skip
+
+BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "cuda", "triton", "reference")
 _FOLDER = pathlib.Path(__file__).parent
 _NOTES = {"cpu": _FOLDER / "not_built.txt", "cuda": _FOLDER / "not_built_cuda.txt"}
 _LIBRARY = _FOLDER / "libepskernels.so"
 _CUDA_LIBRARY = _FOLDER / "libepskernels_cuda.so"
 _MEND = "install {}, then the package again: pip install --force-reinstall --no-deps ..."
 _log = logging.getLogger("epskernels")
-_extension = None
-_why = {}
+_extension: ModuleType | None = None
+_why: dict[str, str] = {}
 
 
-def load_kernels():
+def load_kernels() -> None:
     """Load the kernels, whose registration comes with them; the schemas must exist by then.
 
     _C brings the CPU kernel. The CUDA kernel is loaded where torch was built with CUDA. EPSKERNELS_CPU_CAPABILITY forces an
@@ -49,7 +57,7 @@ def load_kernels():
         _log.debug("%s kernel: %s", backend, _why.get(backend, "loaded"))
 
 
-def _because(backend, error, tool):
+def _because(backend: str, error: Exception, tool: str) -> str:
     """(why a part is missing); and the mend."""
     note = _NOTES[backend] if _NOTES[backend].exists() else _NOTES["cpu"]
     if note.exists():
@@ -66,7 +74,7 @@ def _because(backend, error, tool):
     return f"({why}); {mend}build it there: `make build` or pip install --editable ."
 
 
-def library():
+def library() -> pathlib.Path:
     """Path of libepskernels.so: the ops, with their schemas, for a program without Python to link to, or to load with dlopen.
 
     A Python process has no need of it. Raises RuntimeError where it was not built, saying why.
@@ -76,7 +84,7 @@ def library():
     return _LIBRARY
 
 
-def cmake_dir():
+def cmake_dir() -> pathlib.Path:
     """Folder for CMake's -Depskernels_DIR: find_package(epskernels) gives the target epskernels::epskernels.
 
     Raises as `library` does.
@@ -84,17 +92,19 @@ def cmake_dir():
     return library().parent / "cmake"
 
 
-def extension():
+def extension() -> ModuleType | None:
     """epskernels._C, or None."""
     return _extension
 
 
-def environment_faults():
+def environment_faults() -> list[str]:
     """What is wrong with the variables EPSKERNELS_*, a line each, such as "EPSKERNELS_LOG: expected one of ('debug',), got 'x'".
 
     An empty variable is one that is not set. The public functions raise these lines as RuntimeError; an import does not.
     """
-    expected = {"EPSKERNELS_BACKEND": BACKENDS, "EPSKERNELS_LOG": ("debug",), "EPSKERNELS_CHECK_ROWS": ("0", "1")}
+    expected: dict[str, tuple[str, ...]] = {
+        "EPSKERNELS_BACKEND": BACKENDS, "EPSKERNELS_LOG": ("debug",), "EPSKERNELS_CHECK_ROWS": ("0", "1"),
+    }  # fmt: skip
     if _extension:
         expected["EPSKERNELS_CPU_CAPABILITY"] = tuple(_extension.cpu_capabilities())
     given = {name: os.environ[name] for name in expected if os.environ.get(name)}
@@ -106,23 +116,23 @@ def environment_faults():
     return faults
 
 
-def cuda_targets():
+def cuda_targets() -> str | None:
     """What the CUDA kernel was compiled for, such as "CUDA 13.0: sm_80, sm_90, compute_90"; None without one."""
     note = _FOLDER / "built_cuda.txt"
     return note.read_text().strip() if _CUDA_LIBRARY.exists() and note.exists() else None
 
 
 @functools.cache
-def _no_gpu():
+def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "no GPU is available to torch"
 
 
-def interprets_triton():
+def interprets_triton() -> bool:
     """Whether triton runs its kernels in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_missing(backend="cpu"):
+def why_missing(backend: str = "cpu") -> str | None:
     """None where the backend, "cpu", "cuda" or "triton", can run; else the reason, and the mend where there is one."""
     if backend != "triton":
         return _why.get(backend) or (_no_gpu() if backend == "cuda" else None)

@@ -14,17 +14,26 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import scaling
-from .exposure import batches, epsilon_norm, figures, noised, save_figure
+from .exposure import Images, batches, epsilon_norm, figures, noised, save_figure
 from .files import check_writable, read_object, reading, write_whole
 from .ops import as_seeds, normal
+from .table import Table
 from .trajectory import Trajectory
+from .typing import Array, FilePath, ModelCall, Outputs, SeedsLike, Shape
 
+__all__ = ["FITS", "Fit", "Found", "Learned", "Matched", "fit", "learn", "match_norms", "search", "steps_of"]
+
+Sampler = Callable[[scaling.EpsilonScaling], Table]
 FITS = {"constant": 0, "linear": 1, "quadratic": 2}
 
 
@@ -36,40 +45,42 @@ class Fit:
     """A polynomial in i, the step counted from the cleanest: coefficients, the highest power first; r2: its goodness R^2, NaN
     where all values are the same; skip: the cleanest steps that were left out."""
 
-    coefficients: tuple
+    coefficients: tuple[float, ...]
     r2: float
     skip: int
 
-    def __call__(self, i):
-        return np.polyval(self.coefficients, i)
+    def __call__(self, i: ArrayLike) -> Array:
+        return np.polyval(np.asarray(self.coefficients), np.asarray(i, dtype=np.float64))
 
     @property
-    def derivative(self):
+    def derivative(self) -> tuple[float, ...]:
         """Coefficients of its derivative: of the norm gap's quadratic, the line that the paper takes lambda's slope from."""
-        return tuple(np.polyder(self.coefficients).tolist())
+        return tuple(np.polyder(np.asarray(self.coefficients)).tolist())
 
     @property
-    def scaling(self):
+    def scaling(self) -> scaling.EpsilonScaling:
         """As lambda_i."""
         if len(self.coefficients) == 1:
             return scaling.constant(*self.coefficients)
-        make = {2: scaling.linear, 3: scaling.quadratic}[len(self.coefficients)]
+        make: Callable[..., scaling.EpsilonScaling] = (
+            scaling.linear if len(self.coefficients) == 2 else scaling.quadratic
+        )
         return make(*self.coefficients, origin="cleanest")
 
 
-def fit(values, kind, skip=0):
+def fit(values: ArrayLike, kind: str, skip: int = 0) -> Fit:
     """Least squares through values (steps,), the noisiest first: a Fit. kind: "constant", "linear" or "quadratic".
 
     skip: how many of the cleanest steps to leave out; the paper leaves out 5. Raises ValueError naming the argument.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not np.isfinite(values).all():
-        raise ValueError(f"values: expected (steps,) finite numbers, got shape {values.shape}: {values}")
+    lambda_t = np.asarray(values, dtype=np.float64)
+    if lambda_t.ndim != 1 or not np.isfinite(lambda_t).all():
+        raise ValueError(f"values: expected (steps,) finite numbers, got shape {lambda_t.shape}: {lambda_t}")
     if kind not in FITS:
         raise ValueError(f"kind: expected one of {tuple(FITS)}, got {kind!r}")
-    if not 0 <= skip < len(values) - FITS[kind]:
-        raise ValueError(f"skip: expected 0 to {len(values) - FITS[kind] - 1} for {len(values)} steps, got {skip}")
-    i, y = np.arange(len(values))[skip:], values[::-1][skip:]
+    if not 0 <= skip < len(lambda_t) - FITS[kind]:
+        raise ValueError(f"skip: expected 0 to {len(lambda_t) - FITS[kind] - 1} for {len(lambda_t)} steps, got {skip}")
+    i, y = np.arange(len(lambda_t))[skip:], lambda_t[::-1][skip:]
     coefficients = np.polyfit(i, y, FITS[kind])
     total = ((y - y.mean()) ** 2).sum()
     r2 = 1 - ((y - np.polyval(coefficients, i)) ** 2).sum() / total if total > 0 else math.nan
@@ -89,17 +100,17 @@ class Matched:
 
     sampler: str
     images: int
-    lambda_t: np.ndarray
-    standard_error: np.ndarray
-    norm_training: np.ndarray
-    norm_sampling: np.ndarray
+    lambda_t: Array
+    standard_error: Array
+    norm_training: Array
+    norm_sampling: Array
 
     @property
-    def skip(self):
+    def skip(self) -> int:
         """How many of the cleanest steps are left out where nothing else is said: a quarter, as the paper leaves out 5 of 20."""
         return len(self.lambda_t) // 4
 
-    def scaling(self, kind="array", skip=None):
+    def scaling(self, kind: str = "array", skip: int | None = None) -> scaling.EpsilonScaling:
         """lambda_t itself, or the fit of that kind to it.
 
         skip: the cleanest steps whose ratio is not used, where it tells more of x_0 than of the noise: the fit leaves them out,
@@ -113,13 +124,13 @@ class Matched:
         kept = np.arange(len(self.lambda_t)) < len(self.lambda_t) - skip
         return scaling.array(np.where(kept, self.lambda_t, 1), origin="noisiest")
 
-    def plot(self, path, kind=None, skip=None):
+    def plot(self, path: FilePath, kind: str | None = None, skip: int | None = None) -> None:
         """lambda_t with two standard errors, and the fit."""
         skip = self.skip if skip is None else skip
         figure, (axis,) = figures(1)
         i = np.arange(len(self.lambda_t))
         axis.errorbar(i, self.lambda_t, 2 * self.standard_error, fmt="o", markersize=3, capsize=2, label="matched")
-        if kind not in (None, "array"):
+        if kind is not None and kind != "array":
             line = fit(self.lambda_t, kind, skip)
             axis.plot(i, line(i[::-1]), label=f"{kind}, R^2 {line.r2:.3f}")
         axis.axhline(1, color="black", linewidth=0.8)
@@ -129,14 +140,14 @@ class Matched:
         save_figure(figure, path)
 
 
-def steps_of(sampler):
+def steps_of(sampler: Sampler) -> tuple[Table, NDArray[np.int64]]:
     """(table without scaling, the step of each row): rows that share a step share its lambda_t.
 
     sampler: a function of a scaling that returns the Table. Raises ValueError where the table does not carry its lambda_t.
     """
-    asked = []
+    asked: list[int] = []
 
-    def ones(i):
+    def ones(i: NDArray[np.int64]) -> Array:
         asked.append(len(i))
         return np.ones(len(i))
 
@@ -155,12 +166,26 @@ def steps_of(sampler):
     return table, np.arange(len(table)) // calls
 
 
-def _noise_alone(table):
+def _noise_alone(table: Table) -> NDArray[np.bool_]:
     return scaling.noise_alone(table["alpha_in"], table["sigma_in"], table["f_x0"])
 
 
+def _norms(table: Table, i: int, calls: Iterable[tuple[Tensor, Outputs]]) -> Array:
+    """||eps_theta|| of all samples at row i. calls: of each batch x, and f, u and v of the model's output for it."""
+    return torch.cat([epsilon_norm(table, i, x, output) for x, output in calls]).cpu().numpy()
+
+
 @torch.no_grad()
-def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, progress=False):
+def match_norms(
+    model: ModelCall,
+    sampler: Sampler,
+    images: Images,
+    *,
+    feedback: bool = False,
+    seed: int = 0,
+    batch: int = 64,
+    progress: bool = False,
+) -> Matched:
     """lambda_t of each step such that eps_theta/lambda_t has the norm that it has in training: a Matched.
 
     In one run, of two model calls per image and row. It begins at the images, noised to the sampler's first t, and compares each
@@ -192,14 +217,9 @@ def match_norms(model, sampler, images, *, feedback=False, seed=0, batch=64, pro
         n = step_of_row[i]
         outputs = [run.call(model, i) for run in runs]
         if i == 0 or step_of_row[i - 1] != n:
-            sampling_norms = [epsilon_norm(table, i, run.x, output) for run, output in zip(runs, outputs, strict=True)]
-            training_norms = []
-            for x_0, s in zip(data, seeds, strict=True):
-                exact = Trajectory(table, noised(table, i, x_0, s))
-                training_norms.append(epsilon_norm(table, i, exact.x, exact.call(model, i)))
-            training_norms, sampling_norms = (
-                torch.cat(norms).cpu().numpy() for norms in (training_norms, sampling_norms)
-            )
+            exact = (Trajectory(table, noised(table, i, x_0, s)) for x_0, s in zip(data, seeds, strict=True))
+            training_norms = _norms(table, i, ((state.x, state.call(model, i)) for state in exact))
+            sampling_norms = _norms(table, i, zip((run.x for run in runs), outputs, strict=True))
             training[n], sampling[n] = training_norms.mean(), sampling_norms.mean()
             if not (np.isfinite(training[n]) and np.isfinite(sampling[n]) and training[n] > 0 and sampling[n] > 0):
                 raise ValueError(f"model: norms of eps at step {n} are {sampling[n]} sampling, {training[n]} training")
@@ -225,10 +245,19 @@ class Found:
     scaling: scaling.EpsilonScaling
     score: float
     baseline: float
-    trials: tuple
+    trials: tuple[tuple[float, float, float], ...]
 
 
-def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=False):
+def search(
+    score: Callable[[scaling.EpsilonScaling], float],
+    bounds: Sequence[float] | Sequence[Sequence[float]],
+    *,
+    steps: int | None = None,
+    trials: int = 8,
+    cache: FilePath | None = None,
+    key: object = "",
+    progress: bool = False,
+) -> Found:
     """The lambda that makes a score smallest, in a handful of trials: a Found. No scaling is always one of them.
 
     score: a function of an EpsilonScaling that returns a number, small where it is good; the same for the same scaling: fix its
@@ -239,22 +268,24 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
     Raises ValueError naming the argument, also where no trial has a finite score, ImportError without scipy.
     """
     optimize = _scipy_optimize()
-    bounds = _checked_bounds(bounds)
-    linear = bounds.ndim == 2
-    if linear and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 2):
-        raise ValueError(f"steps: expected an integer of at least 2, to search (k, b), got {steps!r}")
+    limits = _checked_bounds(bounds)
+    linear, last = limits.ndim == 2, 0
+    if linear:
+        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 2:
+            raise ValueError(f"steps: expected an integer of at least 2, to search (k, b), got {steps!r}")
+        last = int(steps) - 1
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 2:
         raise ValueError(f"trials: expected an integer of at least 2, got {trials!r}")
-    known = _Trials(cache, {"format": scaling.FORMAT, "key": str(key), "steps": int(steps) if linear else None})
+    known = _Trials(cache, {"format": scaling.FORMAT, "key": str(key), "steps": last + 1 if linear else None})
     bar = tqdm(total=trials, desc="search", disable=not progress)
 
     class Enough(Exception):
         """All trials are made."""
 
-    made = {}
+    made: dict[tuple[float, float], float] = {}
 
-    def value(k, middle):
-        b = round(float(middle - k * (steps - 1) / 2 if linear else middle), 7)
+    def value(k: float, middle: float) -> float:
+        b = round(float(middle - k * last / 2), 7)
         k = round(float(k), 7)
         if (k, b) not in made:
             if len(made) == trials:
@@ -267,29 +298,29 @@ def search(score, bounds, *, steps=None, trials=8, cache=None, key="", progress=
         worst = max((each for each in made.values() if math.isfinite(each)), default=0.0)
         return worst + abs(worst) + 1  # the optimisers reckon with the numbers
 
-    def as_lambda(k, b):
+    def as_lambda(k: float, b: float) -> scaling.EpsilonScaling:
         return scaling.linear(k, b, origin="cleanest") if linear else scaling.constant(b)
 
     value(0.0, 1.0)
     with contextlib.suppress(Enough):
         if linear:
-            low, high = bounds.T
+            low, high = limits.T
             centre = (low + high) / 2
             simplex = np.array([centre, [high[0], centre[1]], [centre[0], high[1]]])
             options = {"maxfev": 100 * trials, "initial_simplex": simplex, "xatol": 0, "fatol": 0}
-            optimize.minimize(lambda p: value(*p), centre, method="Nelder-Mead", bounds=bounds, options=options)
+            optimize.minimize(lambda p: value(*p), centre, method="Nelder-Mead", bounds=limits, options=options)
         else:
             options = {"maxiter": trials, "xatol": 1e-6}
-            optimize.minimize_scalar(lambda b: value(0.0, b), bounds=tuple(bounds), method="bounded", options=options)
+            optimize.minimize_scalar(lambda b: value(0.0, b), bounds=tuple(limits), method="bounded", options=options)
     bar.close()
-    best = min(made, key=made.get)
+    best = min(made, key=made.__getitem__)
     if not math.isfinite(made[best]):
         raise ValueError(f"score: expected a finite number from at least one trial, got none from {len(made)}")
     found = tuple((*at, each) for at, each in made.items())
     return Found(as_lambda(*best), made[best], made[0.0, 1.0], found)
 
 
-def _scipy_optimize():
+def _scipy_optimize() -> Any:
     try:
         from scipy import optimize
     except ImportError as error:
@@ -297,27 +328,25 @@ def _scipy_optimize():
     return optimize
 
 
-def _checked_bounds(bounds):
+def _checked_bounds(bounds: ArrayLike) -> Array:
     """float64 (2,) or (2, 2). Raises ValueError naming `bounds`."""
-    bounds = np.asarray(bounds, dtype=np.float64)
-    if bounds.shape not in ((2,), (2, 2)) or not (
-        np.isfinite(bounds).all() and (bounds[..., 0] < bounds[..., 1]).all()
-    ):
-        raise ValueError(f"bounds: expected (low, high) or two of them, low < high, got {bounds.tolist()}")
-    return bounds
+    found = np.asarray(bounds, dtype=np.float64)
+    if found.shape not in ((2,), (2, 2)) or not (np.isfinite(found).all() and (found[..., 0] < found[..., 1]).all()):
+        raise ValueError(f"bounds: expected (low, high) or two of them, low < high, got {found.tolist()}")
+    return found
 
 
 class _Trials:
     """The scores in a JSON file, by (k, b)."""
 
-    def __init__(self, path, settings):
+    def __init__(self, path: FilePath | None, settings: dict[str, Any]):
         self.path, self.saved = None if path is None else pathlib.Path(path), settings | {"trials": []}
         if self.path is not None:
             check_writable(self.path)
         if self.path is not None and self.path.exists():
-            expected = "cache: expected what search has saved"
-            saved = read_object(self.path, expected)
-            with reading(self.path, expected):
+            what = "cache: expected what search has saved"
+            saved = read_object(self.path, what)
+            with reading(self.path, what):
                 saved["trials"] = list(saved["trials"])
                 _by_scaling(saved["trials"])
             for name, expected in settings.items():
@@ -326,7 +355,7 @@ class _Trials:
             self.saved = saved
         self.scores = _by_scaling(self.saved["trials"])
 
-    def score(self, k, b, make):
+    def score(self, k: float, b: float, make: Callable[[], float]) -> float:
         if (k, b) not in self.scores:
             score = float(make())
             self.saved["trials"].append({"k": k, "b": b, "score": score if math.isfinite(score) else None})
@@ -337,7 +366,7 @@ class _Trials:
         return self.scores[k, b]
 
 
-def _by_scaling(trials):
+def _by_scaling(trials: Iterable[dict[str, Any]]) -> dict[tuple[float, float], float]:
     return {(float(t["k"]), float(t["b"])): math.inf if t["score"] is None else float(t["score"]) for t in trials}
 
 
@@ -349,10 +378,21 @@ class Learned:
     """What `learn` found: the scaling of the smallest loss, and the loss of each round, the first without scaling."""
 
     scaling: scaling.EpsilonScaling
-    losses: tuple
+    losses: tuple[float, ...]
 
 
-def learn(model, sampler, loss, seeds, shape, *, form="array", rounds=30, rate=3e-3, progress=False):
+def learn(
+    model: ModelCall,
+    sampler: Sampler,
+    loss: Callable[[Tensor], Tensor],
+    seeds: SeedsLike,
+    shape: Shape,
+    *,
+    form: str = "array",
+    rounds: int = 30,
+    rate: float = 3e-3,
+    progress: bool = False,
+) -> Learned:
     """The lambda_t that Adam finds for a loss of the samples, by the gradient through every step and model call: a Learned.
 
     model: as in `sample`, differentiable in x. sampler: as in `match_norms`. loss: a function of the samples (B, *shape) that
@@ -378,10 +418,11 @@ def learn(model, sampler, loss, seeds, shape, *, form="array", rounds=30, rate=3
     seeds = as_seeds(seeds, device)
     weights = torch.zeros(basis.shape[1], dtype=torch.float64, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=rate)
-    losses, best = [], None
+    losses: list[float] = []
+    best = np.ones(steps)
     of_row = torch.from_numpy(step_of_row).to(device)
-    alone = np.isin(step_of_row, step_of_row[_noise_alone(table)])  # with the second call of such a step
-    alone = torch.from_numpy(alone).to(device)
+    # Where x is noise alone, with the second call of such a step.
+    alone = torch.from_numpy(np.isin(step_of_row, step_of_row[_noise_alone(table)])).to(device)
     for _ in tqdm(range(rounds), desc=f"{table.name}, gradient", disable=not progress):
         lambda_t = 1 + basis @ weights
         rows = table.scaled_rows(torch.where(alone, 1.0, lambda_t[of_row]))
@@ -393,7 +434,7 @@ def learn(model, sampler, loss, seeds, shape, *, form="array", rounds=30, rate=3
             raise ValueError(
                 f"loss: expected a finite number, got {value.item()} in round {len(losses)}; rate is {rate}"
             )
-        if best is None or value.item() < min(losses):
+        if not losses or value.item() < min(losses):
             best = lambda_t.detach().cpu().numpy()
         losses.append(value.item())
         optimizer.zero_grad()

@@ -15,17 +15,30 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .files import check_writable, read_object, reading, write_whole
 from .ops import moments, normal
-from .table import check_one_sampler, denoising_rows
+from .table import Table, check_one_sampler, denoising_rows
 from .trajectory import Trajectory
+from .typing import Array, Device, FilePath, ModelCall, Outputs
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "PARTS", "Exposure", "Moments", "batches", "closed_form", "epsilon_norm", "figures", "measure", "noised", "save_figure",
+]  # fmt: skip
+
+Images = Iterable[Any]  # of images, or of tuples that begin with one; a DataLoader of batches of them
 FORMAT = 1
 PARTS = ("training", "chain", "samples")
 STREAM_DATA = 2  # of the generator: the noise that is added to real images
@@ -42,12 +55,12 @@ class Moments:
     Chan, Golub, LeVeque, "Updating formulae", 1979; with batches of one it is Welford's.
     """
 
-    def __init__(self, rows, shape, device="cpu"):
+    def __init__(self, rows: int, shape: tuple[int, ...], device: Device = "cpu"):
         self.count = np.zeros(rows, np.int64)
         self.mean = torch.zeros(rows, *shape, dtype=torch.float64, device=device)
         self.squares = torch.zeros_like(self.mean)
 
-    def add(self, row, values):
+    def add(self, row: int, values: Tensor) -> None:
         """values: (B, *shape) of row `row`."""
         values = values.double()
         mean = values.mean(0)
@@ -58,7 +71,7 @@ class Moments:
         self.count[row] = total
 
     @property
-    def variance(self):
+    def variance(self) -> Tensor:
         """Unbiased; NaN below two values."""
         count = torch.from_numpy(self.count).to(self.mean).reshape(-1, *[1] * (self.mean.dim() - 1))
         return torch.where(count > 1, self.squares / (count - 1).clamp(min=1), math.nan)
@@ -67,7 +80,9 @@ class Moments:
 # ---- the closed form ----
 
 
-def closed_form(table, error, covariance=0.0, noise=None):
+def closed_form(
+    table: Table, error: Array | float, covariance: Array | float = 0.0, noise: Array | float | None = None
+) -> Array:
     """Variance of x' - alpha_out*x_0 after one step from x = alpha_in*x_0 + sigma_in*eps: (R,) float64.
 
         (c_x*sigma + ...)^2 + g^2*e^2 + 2*(c_x*sigma + ...)*g*cov + c_noise^2*s^2
@@ -116,22 +131,22 @@ class Exposure:
     sampler: str
     images: int
     seed: int
-    rows: dict
+    rows: dict[str, Array]
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Array:
         rows = self.__dict__.get("rows", {})
         if name in rows:
             return rows[name]
         raise AttributeError(f"Exposure has no {name!r}, expected one of {sorted(rows)}")
 
     @property
-    def norm_gap(self):
+    def norm_gap(self) -> Array:
         """DeltaN(t): of the samples where they were measured, else of the chain from real images."""
         sampled = np.where(np.isnan(self.norm_samples), self.norm_chain, self.norm_samples)
         return sampled / self.norm_training
 
     @property
-    def norm_gap_se(self):
+    def norm_gap_se(self) -> Array:
         """Its standard error, as if the two sides were independent."""
         of_samples = ~np.isnan(self.norm_samples)
         sampled = np.where(of_samples, self.norm_samples, self.norm_chain)
@@ -139,19 +154,19 @@ class Exposure:
         return self.norm_gap * np.hypot(error / sampled, self.norm_training_se / self.norm_training)
 
     @property
-    def delta_chain(self):
+    def delta_chain(self) -> Array:
         """delta_t by the authors' procedure, of the state after each row."""
         return (self.std_chain - self.sigma_out) ** 2
 
     @property
-    def delta_single(self):
+    def delta_single(self) -> Array:
         """delta_t after one step from a state that is exact."""
         return (self.std_single - self.sigma_out) ** 2
 
-    def save(self, path):
+    def save(self, path: FilePath) -> None:
         """To JSON: numbers that read back as they were, null for NaN, "inf" and "-inf" for infinities."""
 
-        def as_json(x):
+        def as_json(x: float) -> float | str | None:
             return x if math.isfinite(x) else None if math.isnan(x) else str(x)
 
         rows = {name: [as_json(x) for x in values.tolist()] for name, values in self.rows.items()}
@@ -160,7 +175,7 @@ class Exposure:
         write_whole(pathlib.Path(path), lambda file: file.write(text.encode()))
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: FilePath) -> "Exposure":
         """Raises ValueError that names the file, where it is of another format, or damaged."""
         expected = f"expected an Exposure of format {FORMAT}"
         saved = read_object(path, expected)
@@ -173,7 +188,7 @@ class Exposure:
                 raise ValueError("its rows are not all of one length")
             return cls(str(saved["sampler"]), int(saved["images"]), int(saved["seed"]), rows)
 
-    def plot(self, path):
+    def plot(self, path: FilePath) -> None:
         """DeltaN(t), delta_t, and the variance after one step beside the closed form. By the file's suffix: .png, .svg, .pdf."""
         figure, axes = figures(3)
         i = np.arange(len(self.t))
@@ -201,7 +216,7 @@ class Exposure:
         save_figure(figure, path)
 
 
-def save_figure(figure, path):
+def save_figure(figure: "Figure", path: FilePath) -> None:
     """By the path's suffix, or as .png, whole or not at all."""
     path = pathlib.Path(path)
     path = path if path.suffix else path.with_name(f"{path.name}.png")
@@ -209,14 +224,14 @@ def save_figure(figure, path):
     write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
 
 
-def figures(columns):
+def figures(columns: int) -> "tuple[Figure, list[Axes]]":
     """A figure with that many axes beside each other. Raises ImportError, saying what to install."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no display, no global state
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install matplotlib", name="matplotlib") from error
     figure = Figure(figsize=(4.6 * columns, 3.6))
-    return figure, np.atleast_1d(figure.subplots(1, columns))
+    return figure, list(np.atleast_1d(figure.subplots(1, columns)))
 
 
 # ---- measuring ----
@@ -224,18 +239,18 @@ def figures(columns):
 
 @torch.no_grad()
 def measure(
-    model,
-    table,
-    images,
+    model: ModelCall,
+    table: Table,
+    images: Images,
     *,
-    seed=0,
-    batch=64,
-    parts=PARTS,
-    state=None,
-    save_every=30.0,
-    key="",
-    progress=False,
-):
+    seed: int = 0,
+    batch: int = 64,
+    parts: Collection[str] = PARTS,
+    state: FilePath | None = None,
+    save_every: float = 30.0,
+    key: object = "",
+    progress: bool = False,
+) -> Exposure:
     """The exposure bias of a model under a sampler: an Exposure.
 
     model: (x, t) -> f, as in `sample`. table: one sampler's, on the device to work on; its lambda_t is what is measured with.
@@ -257,9 +272,12 @@ def measure(
         "format": FORMAT, "sampler": table.name, "rows": _sha256(table.rows.cpu().numpy()), "seed": int(seed),
         "batch": batch, "parts": sorted(parts), "key": str(key),
     }  # fmt: skip
-    checkpoint, run, digest = _Checkpoint(state, settings, save_every), None, ""
-    counted = hasattr(images, "__len__") and not isinstance(images, DataLoader)  # which counts batches
-    bar = tqdm(total=len(images) if counted else None, desc=table.name, disable=not progress)
+    checkpoint, digest = _Checkpoint(state, settings, save_every), ""
+    run: _Run | None = None
+    batched = isinstance(images, DataLoader)  # whose length counts batches
+    bar = tqdm(
+        total=len(images) if isinstance(images, Sized) and not batched else None, desc=table.name, disable=not progress
+    )
     for x_0 in batches(images, batch):
         digest_before, digest = digest, hashlib.sha256((digest + _sha256(x_0.numpy())).encode()).hexdigest()
         if run is None:
@@ -283,14 +301,14 @@ def measure(
     return run.result()
 
 
-def _sha256(array):
+def _sha256(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def batches(images, batch):
+def batches(images: Images, batch: int) -> Iterator[Tensor]:
     """Float32 tensors (B, *shape) of an iterable of images, or a DataLoader. Raises ValueError naming `images`."""
     of_batches = isinstance(images, DataLoader) and images.batch_sampler is not None
-    found = map(_tensor, images)
+    found: Iterator[Tensor] = map(_tensor, images)
     found = itertools.chain.from_iterable(found) if of_batches else found
     while chunk := list(itertools.islice(found, batch)):
         for image in chunk:
@@ -301,7 +319,7 @@ def batches(images, batch):
         yield torch.stack(chunk).float().cpu()
 
 
-def _tensor(image):
+def _tensor(image: Any) -> Tensor:
     """Of an image or a batch of them, or the first of a tuple."""
     image = image[0] if isinstance(image, (tuple, list)) and len(image) else image
     try:
@@ -315,45 +333,46 @@ def _tensor(image):
 class _Checkpoint:
     """The file of `measure`'s state, where there is one: what it held, which images it has seen, and when to write it again."""
 
-    def __init__(self, path, settings, save_every):
+    def __init__(self, path: FilePath | None, settings: dict[str, Any], save_every: float):
         self.path, self.settings, self.save_every = path, settings, save_every
-        self.saved, self.last_save = None, time.monotonic()
+        self.saved: dict[str, np.ndarray] | None = None
+        self.last_save = time.monotonic()
         if path is not None:
             check_writable(path)
             if pathlib.Path(path).exists():
                 self.saved = _load_state(path, settings)
         self.images_to_skip = 0 if self.saved is None else int(self.saved["images"])
 
-    def has_seen(self, count, digest):
+    def has_seen(self, count: int, digest: str) -> bool:
         """Whether the next `count` images are in the file already. digest: of all images so far, these included.
 
         Raises ValueError where the file was begun with other images.
         """
-        if self.images_to_skip <= 0:
+        if self.saved is None or self.images_to_skip <= 0:
             return False
         self.images_to_skip -= count
         if self.images_to_skip < 0 or (self.images_to_skip == 0 and digest != str(self.saved["digest"])):
             raise ValueError(f"images: {self.path} was begun with others")
         return True
 
-    def check_end(self):
+    def check_end(self) -> None:
         """Raises ValueError where the images have ended before those that the file has seen."""
-        if self.images_to_skip > 0:
+        if self.saved is not None and self.images_to_skip > 0:
             raise ValueError(f"images: expected at least the {int(self.saved['images'])} that {self.path} has seen")
 
     @property
-    def is_due(self):
+    def is_due(self) -> bool:
         return time.monotonic() - self.last_save >= self.save_every
 
-    def save(self, run, digest):
+    def save(self, run: "_Run", digest: str) -> None:
         """digest: of all images that the run has added."""
         if self.path is not None:
-            arrays = run.arrays() | {"settings": json.dumps(self.settings), "digest": digest}
+            arrays: dict[str, Any] = {**run.arrays(), "settings": json.dumps(self.settings), "digest": digest}
             write_whole(pathlib.Path(self.path), lambda file: np.savez(file, **arrays))
             self.last_save = time.monotonic()
 
 
-def _load_state(path, settings):
+def _load_state(path: FilePath, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
     with reading(path, "state: damaged, or of something else: expected what measure has saved"):
         with np.load(path) as file:
             saved = dict(file)
@@ -367,13 +386,13 @@ def _load_state(path, settings):
     return saved
 
 
-def noised(table, i, x_0, seeds):
+def noised(table: Table, i: int, x_0: Tensor, seeds: Tensor) -> Tensor:
     """Real images (B, *shape) as the model sees them in training at row i, on the table's device; seeds: of the noise."""
     eps = normal(seeds, x_0.shape[1:], stream=STREAM_DATA)
     return table["alpha_in"][i] * x_0.to(table.device) + table["sigma_in"][i] * eps
 
 
-def epsilon_norm(table, i, x, output):
+def epsilon_norm(table: Table, i: int, x: Tensor, output: Outputs) -> Tensor:
     """||eps_theta|| of each sample at row i, before lambda_t, after guidance: float64 (B,)."""
     f, u, _ = output
     alpha, sigma, f_x0, f_eps = (table[name][i] for name in ("alpha_in", "sigma_in", "f_x0", "f_eps"))
@@ -388,7 +407,7 @@ def epsilon_norm(table, i, x, output):
 class _Run:
     """The statistics of all rows and parts, and how a batch is added to them."""
 
-    def __init__(self, model, table, shape, parts, seed):
+    def __init__(self, model: ModelCall, table: Table, shape: tuple[int, ...], parts: Collection[str], seed: int):
         self.model, self.table, self.shape, self.parts, self.seed = model, table, shape, parts, seed
         self.images, rows = 0, len(table)
         self.pixels = {name: Moments(rows, shape, table.device) for name in _PIXELS}
@@ -396,19 +415,19 @@ class _Run:
         # A second state has no training value: one step from an exact x is then m0 alone.
         self.rows = denoising_rows(table.rows) if table.second_state else table.rows
 
-    def _all(self):
+    def _all(self) -> dict[str, Moments]:
         return {f"pixels_{name}": m for name, m in self.pixels.items()} | {
             f"scalars_{name}": m for name, m in self.scalars.items()
         }
 
-    def arrays(self):
-        arrays = {"images": np.int64(self.images)}
+    def arrays(self) -> dict[str, Any]:
+        arrays: dict[str, Any] = {"images": np.int64(self.images)}
         for name, kept in self._all().items():
             arrays |= {f"{name}_count": kept.count, f"{name}_mean": kept.mean.cpu().numpy()}
             arrays[f"{name}_squares"] = kept.squares.cpu().numpy()
         return arrays
 
-    def restore(self, arrays):
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         for name, expected in self.arrays().items():
             found = arrays.get(name)
             if found is None or found.dtype != expected.dtype or found.ndim != expected.ndim:
@@ -421,7 +440,7 @@ class _Run:
             kept.mean = torch.from_numpy(arrays[f"{name}_mean"]).to(kept.mean.device)
             kept.squares = torch.from_numpy(arrays[f"{name}_squares"]).to(kept.mean.device)
 
-    def add(self, x_0):
+    def add(self, x_0: Tensor) -> None:
         first = self.seed + self.images
         seeds = torch.arange(first, first + len(x_0), device=x_0.device)
         eps = normal(seeds, self.shape, stream=STREAM_DATA)
@@ -434,7 +453,7 @@ class _Run:
             self._chain("samples", self.table.initial_sigma * normal(seeds, self.shape), seeds)
         self.images += len(x_0)
 
-    def _training(self, x_0, eps, seeds):
+    def _training(self, x_0: Tensor, eps: Tensor, seeds: Tensor) -> None:
         """Every row from an exact state, all of an image with the same noise; history is then the m0 of the rows before."""
         table, elements = self.table, x_0[0].numel()
         exact = Trajectory(table, x_0, rows=self.rows, second_state=False)
@@ -442,6 +461,7 @@ class _Run:
             x = exact.x = table["alpha_in"][i] * x_0 + table["sigma_in"][i] * eps
             output = exact.call(self.model, i)
             m0 = exact.step(i, *output, seeds=seeds)
+            assert m0 is not None  # it was asked for
             if not table.keeps_x0:  # m0 is eps
                 m0 = (x - table["sigma_in"][i] * m0) / table["alpha_in"][i]
             error = m0 - x_0
@@ -454,7 +474,7 @@ class _Run:
             if self.rows is table.rows:
                 self.pixels["single"].add(i, exact.x.double() - table["alpha_out"][i] * x_0.double())
 
-    def _chain(self, part, x, seeds, x_0=None):
+    def _chain(self, part: str, x: Tensor, seeds: Tensor, x_0: Tensor | None = None) -> None:
         table, chain = self.table, Trajectory(self.table, x, rows=self.table.rows)
         for i in range(len(table)):
             output = chain.call(self.model, i)
@@ -464,7 +484,7 @@ class _Run:
             if x_0 is not None:
                 self.pixels["chain"].add(i, chain.x.double() - table["alpha_out"][i] * x_0.double())
 
-    def _noise(self, i, v, elements, seeds):
+    def _noise(self, i: int, v: Tensor | None, elements: int, seeds: Tensor) -> Tensor:
         """s^2, the mean over each sample of the learned variance; 1 without."""
         low, high = self.table["logvar_min"][i], self.table["logvar_max"][i]
         if v is None or (low == 0 and high == 0):
@@ -472,7 +492,7 @@ class _Run:
         fraction = (v.float() + 1) / 2
         return moments((fraction * high + (1 - fraction) * low).exp())[:, 0] / elements
 
-    def result(self):
+    def result(self) -> Exposure:
         table, nan = self.table, np.full(len(self.table), np.nan)
         names = ("t", "lambda_t", "alpha_in", "sigma_in", "alpha_out", "sigma_out")
         rows = {name: table[name].copy() for name in names}
@@ -485,7 +505,7 @@ class _Run:
         for part in PARTS:
             rows |= {f"norm_{part}": means[part, "norm"], f"norm_{part}_se": errors[part, "norm"]}
 
-        def of_pixels(name, reduce):
+        def of_pixels(name: str, reduce: Callable[[Tensor], Tensor]) -> Array:
             kept = self.pixels[name]
             values = reduce(kept.variance).flatten(1).mean(1).cpu().numpy()
             return np.where(kept.count > 1, values, np.nan)

@@ -14,12 +14,18 @@ import os
 import pathlib
 import re
 import socket
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from .typing import FilePath
+
+__all__ = ["check_writable", "read_object", "reading", "remove_leftovers", "write_new", "write_whole"]
 
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
-def reading(path, expected):
+def reading(path: FilePath, expected: str) -> Iterator[None]:
     """Around the parsing of a file: whatever that raises is a ValueError "`expected` in `path`: why".
 
     numpy, zipfile and Pillow raise nearly anything for a damaged file, such as SyntaxError, AttributeError, MemoryError, or an
@@ -37,7 +43,7 @@ def reading(path, expected):
         raise ValueError(f"{expected} in {path}: {said or type(error).__name__}") from error
 
 
-def read_object(path, expected):
+def read_object(path: FilePath, expected: str) -> dict[str, Any]:
     """The JSON object that a file holds. Raises ValueError that says what was expected of it, OSError."""
     with reading(path, expected):
         found = json.loads(pathlib.Path(path).read_bytes())
@@ -46,7 +52,7 @@ def read_object(path, expected):
         return found
 
 
-def write_whole(path, write, *, clean=True):
+def write_whole(path: FilePath, write: Callable[[IO[bytes]], object], *, clean: bool = True) -> None:
     """write(file), whole or not at all, whatever interrupts, the power included. A link is written through.
 
     clean: also remove what killed processes left of this file, for which its folder is listed.
@@ -59,7 +65,7 @@ def write_whole(path, write, *, clean=True):
             remove_leftovers(path.parent, lambda name: name == path.name)
 
 
-def write_new(path, write):
+def write_new(path: FilePath, write: Callable[[IO[bytes]], object]) -> bool:
     """As `write_whole`; but where the path is there already nothing is written. Returns whether this call has made it.
 
     Of any number of processes that try at once, one makes it.
@@ -82,7 +88,7 @@ def write_new(path, write):
 
 
 @contextlib.contextmanager
-def _written(path, write):
+def _written(path: pathlib.Path, write: Callable[[IO[bytes]], object]) -> Iterator[pathlib.Path]:
     """A temporary file beside the path, written and on the disk; gone at the end."""
     temporary = _temporary(path)
     try:
@@ -98,18 +104,18 @@ def _written(path, write):
             temporary.unlink(missing_ok=True)
 
 
-def _temporary(path):
+def _temporary(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
-def _named(error, path):
+def _named(error: OSError, path: FilePath) -> OSError:
     """The error, of the path: what write and read raise names none, and a temporary file's name tells nobody anything."""
     if error.errno is None:
         return OSError(f"{path}: {error}")
     return OSError(error.errno, error.strerror, str(path))
 
 
-def check_writable(path):
+def check_writable(path: FilePath) -> None:
     """Raises OSError where `write_whole` would: it begins to. Makes the folder, and removes what killed processes left of it."""
     path = pathlib.Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +125,7 @@ def check_writable(path):
         remove_leftovers(path.parent, lambda name: name == path.name)
 
 
-def remove_leftovers(directory, is_ours):
+def remove_leftovers(directory: FilePath, is_ours: Callable[[str], object]) -> None:
     """Removes temporary files that processes of this host began for the files whose name `is_ours`, and were killed over."""
     ours = re.compile(rf"(.+)\.{re.escape(socket.gethostname())}\.([0-9]{{1,9}})\.tmp")
     for path in pathlib.Path(directory).iterdir():
@@ -129,7 +135,7 @@ def remove_leftovers(directory, is_ours):
                 path.unlink()
 
 
-def _alive(pid):
+def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

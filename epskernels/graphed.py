@@ -7,13 +7,18 @@ so that nothing stands between a model call and the next but the step. Without C
 import contextlib
 import threading
 import warnings
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from .ops import DTYPES, as_seeds, normal
 from .sample import check_callables
-from .table import check_one_sampler
+from .table import Table, check_one_sampler
 from .trajectory import Trajectory, f_and_u, outputs
+from .typing import Device, ModelCall, SeedsLike, Shape
+
+__all__ = ["GraphedSampler"]
 
 
 class GraphedSampler:
@@ -35,16 +40,16 @@ class GraphedSampler:
 
     def __init__(
         self,
-        model,
-        table,
-        batch,
-        shape,
+        model: ModelCall,
+        table: Table,
+        batch: int,
+        shape: Shape,
         *,
-        dtype=torch.float32,
-        model_dtype=None,
-        doubled=False,
-        whole=True,
-        device=None,
+        dtype: torch.dtype = torch.float32,
+        model_dtype: torch.dtype | None = None,
+        doubled: bool = False,
+        whole: bool = True,
+        device: Device | None = None,
     ):
         check_one_sampler(table)
         check_callables(model=model)
@@ -66,7 +71,8 @@ class GraphedSampler:
         self._x = torch.zeros(batch, *shape, dtype=dtype, device=device)
         self._run = Trajectory(table, self._x, rows=table.rows, in_place=True)
         self._model_input = torch.zeros(copies * batch, *shape, dtype=model_dtype or dtype, device=device)
-        self._lock, self._graph = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._graph: torch.cuda.CUDAGraph | None = None
         self.why_not = None if device.type == "cuda" else f"the table is on {device}, and CUDA graphs need a GPU"
         if self.why_not:
             warnings.warn(
@@ -76,11 +82,12 @@ class GraphedSampler:
             self._capture()
 
     @property
-    def graphed(self):
+    def graphed(self) -> bool:
+        """Whether a CUDA graph is replayed."""
         return self._graph is not None
 
     @torch.no_grad()
-    def __call__(self, seeds):
+    def __call__(self, seeds: SeedsLike) -> Tensor:
         """Samples (B, *shape), one for each seed: int64 (B,), or a list or range of integers. ValueError for another number."""
         seeds = as_seeds(seeds, self.table.device)
         if len(seeds) != len(self._x):
@@ -96,7 +103,7 @@ class GraphedSampler:
             return self._x.clone()
 
     @contextlib.contextmanager
-    def _in_turn(self):
+    def _in_turn(self) -> Iterator[None]:
         """All calls write the same tensors: each waits for the one before, the host by a lock, the call's stream by an event."""
         with self._lock:
             if self._graph is None:
@@ -111,7 +118,7 @@ class GraphedSampler:
 
     # ---- what is captured ----
 
-    def _begin(self):
+    def _begin(self) -> None:
         """The initial latent, and the model's first input."""
         x = self.table.initial_sigma * normal(self._seeds, self._x.shape[1:])
         self._x.copy_(x)
@@ -120,7 +127,7 @@ class GraphedSampler:
         for half in self._model_input.split(len(self._x)):
             half.copy_(first)
 
-    def _row(self, index, t):
+    def _row(self, index: Tensor, t: Tensor) -> None:
         """One model call and one step, in place."""
         output = self.model(self._model_input, t)
         if self.doubled:
@@ -128,30 +135,27 @@ class GraphedSampler:
             if beside is not None or len(both) != len(self._model_input):
                 got = "a pair" if beside is not None else tuple(both.shape)
                 raise ValueError(f"model: expected it to return (2B, ...), u and f in one, as doubled says, got {got}")
-            u, f = both.chunk(2)
-            f, _, v = outputs(f, self._x, self.table)
-            u = outputs(u, self._x, self.table)[0]
-        else:
-            f, u, v = outputs(output, self._x, self.table)
+            unconditional, conditional = both.chunk(2)
+            output = conditional, unconditional
+        f, u, v = outputs(output, self._x, self.table)
         self._run.step(index, f, u, v, seeds=self._seeds, model_input=self._model_input)
 
-    def _loop(self):
+    def _loop(self) -> None:
         self._begin()
         for i, index in enumerate(self.table.row_index):
             self._row(index, self._timestep_rows[i])
 
-    def _next_row(self):
-        before = self._run.m
+    def _next_row(self) -> None:
+        history = self._run.m
         self._row(self._index, self._timesteps.index_select(0, self._index.reshape(1))[0])
-        for tensor, value in zip(before, [m.clone() for m in self._run.m] if len(before) > 1 else (), strict=False):
+        for tensor, value in zip(history, [m.clone() for m in self._run.m] if len(history) > 1 else (), strict=False):
             tensor.copy_(value)  # the tensors of a graph cannot change places, but their contents can
-        self._run.m = before
+        self._run.m = history
         self._index.add_(1)
 
     @torch.no_grad()
-    def _capture(self):
-        def run():
-            return self._loop() if self.whole else self._next_row()
+    def _capture(self) -> None:
+        run = self._loop if self.whole else self._next_row
 
         with torch.cuda.device(self.table.device):
             stream = torch.cuda.Stream()  # libraries make workspaces, and the model its mistakes, before the capture

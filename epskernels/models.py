@@ -2,12 +2,20 @@
 
 import dataclasses
 import pathlib
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from . import schedule
 from .files import read_object
+from .typing import Device, FilePath, ModelCall
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+__all__ = ["DIGITS", "Model", "load"]
 
 DIGITS = pathlib.Path(__file__).with_name("digits")  # ships with the package: see its README.md
 
@@ -20,21 +28,22 @@ class Model:
     final: where ddim's last step ends. shape: of one sample. classes: how many, 0 for an unconditional network.
     """
 
-    network: torch.nn.Module
+    network: "UNet2DModel"
     schedule: schedule.DiscreteSchedule
     prediction: str
     variance: str
     clip: float | None
-    grid: dict
+    grid: dict[str, Any]
     final: str
-    shape: tuple
+    shape: tuple[int, ...]
     classes: int
 
     @property
-    def learned_variance(self):
+    def learned_variance(self) -> bool:
+        """Whether the second half of its output's channels is v."""
         return self.variance == "learned_range"
 
-    def callable(self, label=None, guidance=1.0):
+    def callable(self, label: int | None = None, guidance: float = 1.0) -> ModelCall:
         """The network as sample() calls it. label: a class; with guidance other than 1 its last class is the empty one.
 
         Raises ValueError for a label or a guidance that the network cannot use.
@@ -46,7 +55,7 @@ class Model:
         if label is None or not 0 <= label < self.classes:
             raise ValueError(f"class: expected a class in [0, {self.classes}), got {label}")
 
-        def conditional(x, t):
+        def conditional(x: Tensor, t: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             labels = torch.full((len(x),), label, device=x.device)
             if guidance == 1:
                 return self.network(self._cast(x), t, class_labels=labels, return_dict=False)[0]
@@ -54,15 +63,16 @@ class Model:
             output = self.network(self._cast(x).repeat(2, 1, 1, 1), t.repeat(2), class_labels=both, return_dict=False)[
                 0
             ]
-            return tuple(output.chunk(2))
+            f, u = output.chunk(2)
+            return f, u
 
         return conditional
 
-    def _cast(self, x):
+    def _cast(self, x: Tensor) -> Tensor:
         return x.to(self.network.dtype)
 
 
-def load(directory=DIGITS, device="cpu"):
+def load(directory: FilePath = DIGITS, device: Device = "cpu") -> Model:
     """The UNet2DModel and the schedule of betas of a diffusers pipeline directory (unet/, scheduler/).
 
     Of the scheduler's configuration all is heeded that says what the network has learned, and where the samplers ddpm, ddim,
@@ -80,10 +90,11 @@ def load(directory=DIGITS, device="cpu"):
     try:
         network = diffusers.UNet2DModel.from_pretrained(directory / "unet").eval().requires_grad_(False).to(device)
         named = said.get("_class_name", "DDPMScheduler")
-        kind = getattr(diffusers, str(named), None)
+        kind: Any = getattr(diffusers, str(named), None)
         if lacks := getattr(kind, "_backends", None):  # diffusers' stand-in for a class
             raise ValueError(f"model: {named} of {directory} needs {', '.join(lacks)}: pip install {' '.join(lacks)}")
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+        if not is_scheduler:
             raise ValueError(f"model: expected a scheduler of diffusers in {directory}, got {named!r}")
         scheduler = kind.from_pretrained(directory / "scheduler")
     # What diffusers raises for a configuration that makes no sense: of a schedule of betas, of numbers that are none.
@@ -113,14 +124,14 @@ def load(directory=DIGITS, device="cpu"):
     )
 
 
-def _config(directory, part):
+def _config(directory: pathlib.Path, part: str) -> dict[str, Any]:
     path = directory / part
     if not path.exists():
         raise FileNotFoundError(f"model: expected {part} in {directory}, the directory of a diffusers pipeline")
     return read_object(path, "model: expected a configuration of diffusers")
 
 
-def _variance(config, unet):
+def _variance(config: Any, unet: Any) -> str:
     """What ddpm takes where nothing else is said."""
     kind = config.get("variance_type") or "fixed_small"
     if unet.out_channels == unet.in_channels:
@@ -132,7 +143,7 @@ def _variance(config, unet):
     return "learned_range"
 
 
-def _betas(config, scheduler):
+def _betas(config: Any, scheduler: Any) -> schedule.DiscreteSchedule:
     """The schedule in float64, from its formula where the configuration names one."""
     T, name = config.num_train_timesteps, config.get("beta_schedule")
     if config.get("trained_betas") is None and name in ("linear", "scaled_linear", "squaredcos_cap_v2"):

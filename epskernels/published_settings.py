@@ -5,6 +5,8 @@ import dataclasses
 from . import scaling
 from .scaling import EpsilonScaling
 
+__all__ = ["SETTINGS", "Published", "published", "published_setting"]
+
 # FIDs: baseline, then with Epsilon Scaling.
 _ADM_DATASETS = ("CIFAR-10", "LSUN tower 64", "FFHQ 128", "ImageNet 64", "ImageNet 128")
 _ADM_UNIFORM = {
@@ -35,10 +37,12 @@ class Published:
     fid_scaled: float | None
 
 
-def _settings():
+def _settings() -> dict[tuple[str, str, int, str], Published]:
     settings = {}
 
-    def add(key, lambda_t, baseline, scaled):
+    def add(
+        key: tuple[str, str, int, str], lambda_t: EpsilonScaling, baseline: float | None, scaled: float | None
+    ) -> None:
         source = "published for " + ", ".join(str(part) for part in key)
         _, _, calls, kind = key
         steps = (calls + 1) // 2 if kind == "heun" else calls  # of Heun's, the last has one call
@@ -60,7 +64,7 @@ def _settings():
 SETTINGS = _settings()
 
 
-def published_setting(system, dataset, steps, kind=None):
+def published_setting(system: str, dataset: str, steps: int, kind: str | None = None) -> Published:
     """The Published setting of `published`, with its FIDs."""
     if kind is None:
         kind = "heun" if system == "EDM" else "uniform"
@@ -71,7 +75,7 @@ def published_setting(system, dataset, steps, kind=None):
     return SETTINGS[key]
 
 
-def published(system, dataset, steps, kind=None):
+def published(system: str, dataset: str, steps: int, kind: str | None = None) -> EpsilonScaling:
     """The lambda that the authors report (arXiv 2308.15321; for DDIM, the README of their code).
 
     system: "ADM", "EDM" or "DDIM". dataset: as the paper names it. steps: T' respaced steps; for EDM the NFE.

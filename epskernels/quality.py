@@ -10,9 +10,19 @@ Inception-FID and cannot be compared with published ones; `inception_fid` is, wh
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .typing import Array, Device, FilePath
+
+__all__ = [
+    "WEIGHTS", "DigitFeatures", "Estimate", "compare", "digit_features", "frechet", "inception_fid", "precision_recall",
+]  # fmt: skip
 
 WEIGHTS = pathlib.Path(__file__).with_name("digits") / "classifier.npz"
 
@@ -26,7 +36,7 @@ class DigitFeatures(torch.nn.Module):
     A classifier of digits alone learns not to see noise, which samplers leave. examples/train_classifier.py trains it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.body = torch.nn.Sequential(
             torch.nn.Conv2d(1, 24, 5, stride=2, padding=2), torch.nn.SiLU(),
@@ -36,16 +46,19 @@ class DigitFeatures(torch.nn.Module):
         )  # fmt: skip
         self.digit, self.noise = torch.nn.Linear(64, 10), torch.nn.Linear(64, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The features and both logits."""
         features = self.body(x)
         return features, self.digit(features), self.noise(features)
 
-    def save(self, path):
+    def save(self, path: FilePath) -> None:
         """As float16, to halve the file."""
-        np.savez(path, **{name: value.numpy().astype(np.float16) for name, value in self.state_dict().items()})
+        arrays: dict[str, Any] = {name: value.numpy().astype(np.float16) for name, value in self.state_dict().items()}
+        np.savez(path, **arrays)
 
     @classmethod
-    def load(cls, path=WEIGHTS):
+    def load(cls, path: FilePath = WEIGHTS) -> "DigitFeatures":
+        """The network that `save` wrote; default: the one that ships with the package."""
         network = cls().eval().requires_grad_(False)
         with np.load(path) as file:
             network.load_state_dict({name: torch.from_numpy(file[name].astype(np.float32)) for name in file})
@@ -53,47 +66,45 @@ class DigitFeatures(torch.nn.Module):
 
 
 @torch.no_grad()
-def digit_features(images, batch=500):
+def digit_features(images: np.ndarray | Tensor, batch: int = 500) -> Array:
     """Features of digits (N, 1, 28, 28), an array or a tensor, held to [-1, 1]: float64 (N, 64). Raises ValueError for others."""
-    images = torch.as_tensor(images)
-    if images.dim() != 4 or images.shape[1:] != (1, 28, 28) or not images.is_floating_point():
-        raise ValueError(f"images: expected floats (N, 1, 28, 28), got {images.dtype} {tuple(images.shape)}")
+    found = torch.as_tensor(images)
+    if found.dim() != 4 or found.shape[1:] != (1, 28, 28) or not found.is_floating_point():
+        raise ValueError(f"images: expected floats (N, 1, 28, 28), got {found.dtype} {tuple(found.shape)}")
     network = DigitFeatures.load()
-    return torch.cat([network(part.float().cpu().clamp(-1, 1))[0] for part in images.split(batch)]).double().numpy()
+    return torch.cat([network(part.float().cpu().clamp(-1, 1))[0] for part in found.split(batch)]).double().numpy()
 
 
 # ---- distances ----
 
 
-def _checked(features, name):
-    features = np.asarray(features, dtype=np.float64)
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"{name}: expected features (N, D) of at least two images, got shape {features.shape}")
-    if not np.isfinite(features).all():
-        raise ValueError(
-            f"{name}: expected finite features, got {np.count_nonzero(~np.isfinite(features))} that are not"
-        )
-    return features
+def _checked(features: ArrayLike, name: str) -> Array:
+    found = np.asarray(features, dtype=np.float64)
+    if found.ndim != 2 or len(found) < 2:
+        raise ValueError(f"{name}: expected features (N, D) of at least two images, got shape {found.shape}")
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name}: expected finite features, got {np.count_nonzero(~np.isfinite(found))} that are not")
+    return found
 
 
-def frechet(real, samples):
+def frechet(real: ArrayLike, samples: ArrayLike) -> float:
     """The Fréchet distance between Gaussians of the features' means and covariances. real, samples: (N, D), (M, D).
 
     It is biased upward, by less the more samples there are: compare only the same numbers of them.
     Raises ValueError naming the argument.
     """
-    real, samples = _pair(real, samples)
-    return _distance(_gaussian(real, None), _gaussian(samples, None))
+    of_real, of_samples = _pair(real, samples)
+    return _distance(_gaussian(of_real, None), _gaussian(of_samples, None))
 
 
-def _pair(real, samples):
-    real, samples = _checked(real, "real"), _checked(samples, "samples")
-    if real.shape[1] != samples.shape[1]:
-        raise ValueError(f"samples: expected {real.shape[1]} features, as real has, got {samples.shape[1]}")
-    return real, samples
+def _pair(real: ArrayLike, samples: ArrayLike) -> tuple[Array, Array]:
+    of_real, of_samples = _checked(real, "real"), _checked(samples, "samples")
+    if of_real.shape[1] != of_samples.shape[1]:
+        raise ValueError(f"samples: expected {of_real.shape[1]} features, as real has, got {of_samples.shape[1]}")
+    return of_real, of_samples
 
 
-def _gaussian(features, counts):
+def _gaussian(features: Array, counts: Array | None) -> tuple[Array, Array]:
     """Mean and covariance of the features, each taken counts times."""
     n = len(features)
     if counts is None:
@@ -103,7 +114,7 @@ def _gaussian(features, counts):
     return mean, (centred * counts[:, None]).T @ centred / (n - 1)
 
 
-def _distance(a, b):
+def _distance(a: tuple[Array, Array], b: tuple[Array, Array]) -> float:
     # sqrt(S_a*S_b) has the eigenvalues of the symmetric sqrt(S_a)*S_b*sqrt(S_a).
     values, vectors = np.linalg.eigh(a[1])
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -111,18 +122,17 @@ def _distance(a, b):
     return float(((a[0] - b[0]) ** 2).sum() + np.trace(a[1]) + np.trace(b[1]) - 2 * between)
 
 
-def precision_recall(real, samples, k=3):
+def precision_recall(real: ArrayLike, samples: ArrayLike, k: int = 3) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(precision, recall) as indicators: of each sample, whether it is within reach of a real image, bool (M,), and the reverse
     (N,); their means are the two numbers. k: which neighbour's distance is the reach. Raises ValueError naming the argument."""
-    real, samples = _pair(real, samples)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < min(len(real), len(samples)):
-        raise ValueError(f"k: expected an integer in [1, {min(len(real), len(samples))}), got {k!r}")
-    real, samples = torch.from_numpy(real), torch.from_numpy(samples)
-    return _within(samples, real, k), _within(real, samples, k)
+    of_real, of_samples = map(torch.from_numpy, _pair(real, samples))
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k < min(len(of_real), len(of_samples)):
+        raise ValueError(f"k: expected an integer in [1, {min(len(of_real), len(of_samples))}), got {k!r}")
+    return _within(of_samples, of_real, k), _within(of_real, of_samples, k)
 
 
-def _within(points, others, k, batch=1000):
-    def distances(a):
+def _within(points: Tensor, others: Tensor, k: int, batch: int = 1000) -> NDArray[np.bool_]:
+    def distances(a: Tensor) -> Tensor:
         return torch.cdist(a, others, compute_mode="donot_use_mm_for_euclid_dist")
 
     reach = torch.cat([distances(part).kthvalue(k + 1).values for part in others.split(batch)])  # the first is itself
@@ -140,17 +150,24 @@ class Estimate:
     low: float
     high: float
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-def _interval(value, resampled, level):
+def _interval(value: float, resampled: Array, level: float) -> Estimate:
     # Sets drawn with repetition are farther apart than sets without: that shift is no part of the spread.
     low, high = np.quantile(resampled - np.mean(resampled), [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(value), float(value + low), float(value + high))
 
 
-def compare(real, sets, k=3, resamples=200, level=0.95, seed=0):
+def compare(
+    real: ArrayLike,
+    sets: Mapping[str, ArrayLike],
+    k: int | None = 3,
+    resamples: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, dict[str, Estimate]]:
     """Fréchet distance, precision and recall of several sets of samples, and their differences from the first.
 
     sets: features by name, (M, D) each; where sample m of all sets has the same seed, the differences' intervals gain by it.
@@ -164,7 +181,8 @@ def compare(real, sets, k=3, resamples=200, level=0.95, seed=0):
     if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 20 or not 0 < level < 1:
         raise ValueError(f"resamples, level: expected at least 20, and a level in (0, 1), got {resamples!r}, {level!r}")
     pairs = {name: _pair(real, features) for name, features in sets.items()}
-    values, draws = {}, {}
+    values: dict[str, dict[str, float]] = {}
+    draws: dict[str, dict[str, Array]] = {}
     for name, (real_, samples) in pairs.items():
         rng, values[name], draws[name] = np.random.default_rng(seed), {}, {}
         inside = dict(zip(("precision", "recall"), precision_recall(real_, samples, k), strict=True)) if k else {}
@@ -178,7 +196,8 @@ def compare(real, sets, k=3, resamples=200, level=0.95, seed=0):
             for measure, is_in in inside.items():
                 counts = of_samples if measure == "precision" else of_real
                 draws[name][measure][r] = counts @ is_in / len(is_in)
-    first, result = next(iter(sets)), {}
+    first = next(iter(sets))
+    result: dict[str, dict[str, Estimate]] = {}
     for name in sets:
         result[name] = {m: _interval(values[name][m], draws[name][m], level) for m in values[name]}
         for m in values[name]:
@@ -190,7 +209,9 @@ def compare(real, sets, k=3, resamples=200, level=0.95, seed=0):
 # ---- Inception-FID, for those who have its weights ----
 
 
-def inception_fid(real, samples, weights=None, device="cpu"):
+def inception_fid(
+    real: np.ndarray | Tensor, samples: np.ndarray | Tensor, weights: FilePath | None = None, device: Device = "cpu"
+) -> float:
     """The standard FID between images (N, C, H, W) in [-1, 1], C 1 or 3, by torch-fidelity.
 
     weights: the file of its InceptionV3; default: where torch-fidelity keeps it, or downloads it to.
@@ -205,7 +226,7 @@ def inception_fid(real, samples, weights=None, device="cpu"):
     inputs = [_Bytes(images, name) for images, name in ((real, "real"), (samples, "samples"))]
     if weights is not None and not pathlib.Path(weights).is_file():
         raise ValueError(f"weights: expected the file of torch-fidelity's InceptionV3, got {weights}")
-    options = {"fid": True, "verbose": False, "cuda": torch.device(device).type == "cuda"}
+    options: dict[str, Any] = {"fid": True, "verbose": False, "cuda": torch.device(device).type == "cuda"}
     if weights is not None:
         options["feature_extractor_weights_path"] = str(weights)
     try:
@@ -217,18 +238,18 @@ def inception_fid(real, samples, weights=None, device="cpu"):
     return float(found["frechet_inception_distance"])
 
 
-class _Bytes(torch.utils.data.Dataset):
+class _Bytes(torch.utils.data.Dataset[Tensor]):
     """Images in [-1, 1] as torch-fidelity takes them: uint8 (3, H, W)."""
 
-    def __init__(self, images, name):
-        images = torch.as_tensor(images)
-        if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
-            raise ValueError(f"{name}: expected floats (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        self.images = images
+    def __init__(self, images: np.ndarray | Tensor, name: str):
+        self.images = torch.as_tensor(images)
+        shape, dtype = tuple(self.images.shape), self.images.dtype
+        if len(shape) != 4 or shape[1] not in (1, 3) or not dtype.is_floating_point:
+            raise ValueError(f"{name}: expected floats (N, 1 or 3, H, W), got {dtype} {shape}")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Tensor:
         image = (self.images[i].float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         return image.expand(3, -1, -1)

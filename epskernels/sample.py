@@ -1,31 +1,36 @@
 """The sampling loop: one model call and one step per row of a table, which knows no sampler by name; and PFGM++'s prior."""
 
 import math
+from collections.abc import Callable
 from numbers import Real
 
 import torch
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from tqdm.auto import tqdm
 
 from .ops import DTYPES, as_seeds, normal
-from .table import check_one_sampler, describe
+from .table import Table, check_one_sampler, describe
 from .trajectory import Trajectory, outputs
+from .typing import Device, ModelCall, SeedsLike, Shape
+
+__all__ = ["check_callables", "pfgmpp_prior", "sample"]
 
 
 @torch.no_grad()
 def sample(
-    model,
-    table,
-    seeds,
-    shape,
+    model: ModelCall,
+    table: Table,
+    seeds: SeedsLike,
+    shape: Shape,
     *,
-    dtype=torch.float32,
-    device=None,
-    start=None,
-    cond_fn=None,
-    progress=False,
-    callback=None,
-):
+    dtype: torch.dtype = torch.float32,
+    device: Device | None = None,
+    start: Tensor | None = None,
+    cond_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    progress: bool = False,
+    callback: Callable[[int, Tensor, Tensor], object] | None = None,
+) -> Tensor:
     """Samples (B, *shape) from a table, one for each seed; a seed gives the same noise in any batch, on any device.
 
     model: any callable (x, t) -> f, or -> (f, u) for guidance, u the unconditional output; what has f as `.sample`, as
@@ -67,25 +72,25 @@ def sample(
         f, u, v = outputs(model(x if c_in == 1 else c_in * x, t), x, table)
         grad = None if cond_fn is None else _gradient(cond_fn(x, t)).to(dtype)
         m0 = trajectory.step(i, f, u, v, grad=grad, seeds=seeds, returns_m0=callback is not None)
-        if callback is not None:
+        if callback is not None and m0 is not None:
             callback(i, trajectory.x, m0)
     return trajectory.x
 
 
-def check_callables(**functions):
+def check_callables(**functions: object) -> None:
     """Raises TypeError for what cannot be called; all but model may be None."""
     for name, function in functions.items():
         if not callable(function) and (function is not None or name == "model"):
             raise TypeError(f"{name}: expected a callable, got {describe(function)}")
 
 
-def _gradient(value):
+def _gradient(value: object) -> Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"cond_fn: expected it to return a tensor, as x, got {describe(value)}")
     return value
 
 
-def pfgmpp_prior(seeds, shape, sigma_max, D, *, device=None):
+def pfgmpp_prior(seeds: SeedsLike, shape: Shape, sigma_max: float, D: int, *, device: Device | None = None) -> Tensor:
     """PFGM++'s prior (arXiv 2302.04265, eq. 5): samples (B, *shape), float32, to pass as sample(..., start=).
 
     Its radius is sigma_max*sqrt(D)*sqrt(b/(1 - b)), b ~ Beta(N/2, D/2), N the elements of a sample, its direction uniform. That
@@ -95,7 +100,8 @@ def pfgmpp_prior(seeds, shape, sigma_max, D, *, device=None):
         raise ValueError(f"D: expected an integer of at least 1, got {D!r}")
     if not (isinstance(sigma_max, Real) and 0 < sigma_max < math.inf):
         raise ValueError(f"sigma_max: expected a finite value above 0, got {describe(sigma_max)}")
-    seeds = as_seeds(seeds, device or getattr(seeds, "device", "cpu"))
+    by_default: Device = getattr(seeds, "device", "cpu")
+    seeds = as_seeds(seeds, device or by_default)
     z = normal(seeds, shape).double()
     chi2 = normal(seeds, (int(D),), draw=1).double().square().sum(1)
     factor = (sigma_max * (D / chi2).sqrt()).reshape(-1, *[1] * len(shape))

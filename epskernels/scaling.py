@@ -11,12 +11,21 @@ import logging
 import numbers
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from .files import read_object, reading, write_whole
+from .typing import Array, FilePath, Floats
+
+__all__ = [
+    "EpsilonScaling", "ScalingLike", "array", "as_json", "as_scaling", "constant", "exponential", "lambdas", "linear", "load",
+    "noise_alone", "quadratic", "scale",
+]  # fmt: skip
 
 _log = logging.getLogger("epskernels")
 ORIGINS = ("cleanest", "noisiest")
@@ -33,18 +42,18 @@ class EpsilonScaling:
     the function here that made it and its arguments, for JSON; None for a formula of one's own. Two with one spec are equal.
     """
 
-    formula: object
+    formula: Callable[[NDArray[np.int64]], ArrayLike]
     origin: str
     label: str
     source: str = ""
-    spec: dict | None = dataclasses.field(default=None, repr=False)
+    spec: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
     steps: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.origin not in ORIGINS:
             raise ValueError(f"origin: expected 'cleanest' or 'noisiest' for the step i = 0, got {self.origin!r}")
 
-    def values(self, steps):
+    def values(self, steps: int) -> Array:
         """(steps,) float64, the noisiest step first. Raises ValueError where lambda is not finite or not above 0."""
         if self.steps not in (None, steps):
             _say(
@@ -63,7 +72,7 @@ class EpsilonScaling:
             )
         return lambdas.copy()
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """What JSON can hold of it, and `as_scaling` takes: {"kind": "linear", "k": , ...}, with its source and steps.
 
         Raises ValueError for a formula that is not one of this module's.
@@ -73,7 +82,7 @@ class EpsilonScaling:
         about = {"source": self.source, "steps": self.steps}
         return self.spec | {key: value for key, value in about.items() if value}
 
-    def save(self, path, **notes):
+    def save(self, path: FilePath, **notes: Any) -> None:
         """To JSON, for `load`. notes: kept beside it, such as the sampler and the steps that it was fitted for.
 
         Raises ValueError for a formula that is not one of this module's.
@@ -81,33 +90,33 @@ class EpsilonScaling:
         text = json.dumps({"format": FORMAT, **self.to_dict(), "notes": notes}, indent=1, allow_nan=False) + "\n"
         write_whole(pathlib.Path(path), lambda file: file.write(text.encode()))
 
-    def _identity(self):
+    def _identity(self) -> tuple[object, ...]:
         made = self.formula if self.spec is None else json.dumps(self.spec, sort_keys=True)
         return made, self.origin, self.source, self.steps
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return self._identity() == other._identity() if isinstance(other, EpsilonScaling) else NotImplemented
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self._identity())
 
-    def __reduce__(self):
+    def __reduce__(self) -> str | tuple[Any, ...]:
         if self.spec is None:
             return super().__reduce__()  # pickled where the formula can be
         return _from_dict, (self.to_dict(),)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"EpsilonScaling({self.label}{', ' + self.source if self.source else ''})"
 
 
-def _number(name, value):
+def _number(name: str, value: float) -> float:
     value = float(value)
     if not np.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return value
 
 
-def constant(b):
+def constant(b: float) -> EpsilonScaling:
     """lambda_i = b: the paper's uniform schedule. b = 1 is no scaling."""
     b = _number("b", b)
     if b <= 0:
@@ -116,7 +125,7 @@ def constant(b):
     return EpsilonScaling(lambda i: np.full(i.shape, b), "noisiest", f"constant {b:g}", spec=spec)
 
 
-def linear(k, b, *, origin):
+def linear(k: float, b: float, *, origin: str) -> EpsilonScaling:
     """lambda_i = k*i + b, the paper's linear schedule.
 
     origin: where i = 0 is, "cleanest" as in ADM-ES, "noisiest" as in the authors' DDIM code.
@@ -126,7 +135,7 @@ def linear(k, b, *, origin):
     return EpsilonScaling(lambda i: k * i + b, origin, f"linear k={k:g} b={b:g} from the {origin}", spec=spec)
 
 
-def quadratic(a, k, b, *, origin):
+def quadratic(a: float, k: float, b: float, *, origin: str) -> EpsilonScaling:
     """lambda_i = a*i^2 + k*i + b."""
     a, k, b = _number("a", a), _number("k", k), _number("b", b)
     spec = {"kind": "quadratic", "a": a, "k": k, "b": b, "origin": origin}
@@ -134,7 +143,7 @@ def quadratic(a, k, b, *, origin):
     return EpsilonScaling(lambda i: a * i**2 + k * i + b, origin, label, spec=spec)
 
 
-def exponential(k, b, *, origin):
+def exponential(k: float, b: float, *, origin: str) -> EpsilonScaling:
     """lambda_i = b*exp(k*i)."""
     k, b = _number("k", k), _number("b", b)
     spec = {"kind": "exponential", "k": k, "b": b, "origin": origin}
@@ -142,27 +151,33 @@ def exponential(k, b, *, origin):
     return EpsilonScaling(lambda i: b * np.exp(k * i), origin, label, spec=spec)
 
 
-def array(values, *, origin):
+def array(values: ArrayLike, *, origin: str) -> EpsilonScaling:
     """lambda_i = values[i]; the sampler must have exactly as many steps, else ValueError."""
-    values = np.array(values, dtype=np.float64)
-    if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"values: expected shape (steps,), got {values.shape}")
+    lambdas = np.array(values, dtype=np.float64)
+    if lambdas.ndim != 1 or lambdas.size == 0:
+        raise ValueError(f"values: expected shape (steps,), got {lambdas.shape}")
 
-    def formula(i):
-        if len(i) != len(values):
-            raise ValueError(f"lambda: expected one value for each of {len(i)} steps, got {len(values)}")
-        return values
+    def formula(i: NDArray[np.int64]) -> Array:
+        if len(i) != len(lambdas):
+            raise ValueError(f"lambda: expected one value for each of {len(i)} steps, got {len(lambdas)}")
+        return lambdas
 
-    spec = {"kind": "array", "values": values.tolist(), "origin": origin}
-    scaling = EpsilonScaling(formula, origin, f"array of {len(values)} from the {origin}", spec=spec)
-    scaling.values(len(values))
+    spec = {"kind": "array", "values": lambdas.tolist(), "origin": origin}
+    scaling = EpsilonScaling(formula, origin, f"array of {len(lambdas)} from the {origin}", spec=spec)
+    scaling.values(len(lambdas))
     return scaling
 
 
-_KINDS = {function.__name__: function for function in (constant, linear, quadratic, exponential, array)}
+_KINDS: dict[str, Callable[..., EpsilonScaling]] = {
+    function.__name__: function for function in (constant, linear, quadratic, exponential, array)
+}
+# What as_scaling takes.
+ScalingLike = (
+    EpsilonScaling | float | Sequence[float] | np.ndarray | Tensor | Mapping[str, Any] | str | os.PathLike[str]
+)
 
 
-def _from_dict(saved):
+def _from_dict(saved: Mapping[str, Any]) -> EpsilonScaling:
     """The EpsilonScaling of `to_dict`."""
     arguments = {key: value for key, value in saved.items() if key not in ("kind", "source", "steps")}
     if saved["kind"] not in _KINDS:
@@ -174,7 +189,7 @@ def _from_dict(saved):
     return dataclasses.replace(made, source=str(saved.get("source", "")), steps=steps)
 
 
-def load(path):
+def load(path: FilePath) -> tuple[EpsilonScaling, dict[str, Any]]:
     """The EpsilonScaling of a JSON file, and the notes beside it. Raises ValueError, naming the file, for anything else."""
     path, expected = pathlib.Path(path), f"expected a scaling saved by EpsilonScaling.save, format {FORMAT},"
     saved = read_object(path, expected)
@@ -186,7 +201,7 @@ def load(path):
         return _from_dict({"steps": notes.get("steps")} | about), notes
 
 
-def as_scaling(value, name="scaling"):
+def as_scaling(value: ScalingLike, name: str = "scaling") -> EpsilonScaling:
     """The EpsilonScaling that a value names: the one grammar for lambda, of samplers, schedulers, k_diffusion and files.
 
     value: an EpsilonScaling; a number, for every step; (steps,) numbers, a sequence, array or tensor, the noisiest step first;
@@ -208,7 +223,7 @@ def as_scaling(value, name="scaling"):
             value = value.detach().cpu().numpy() if value.dtype is not torch.bfloat16 else value.tolist()
         found = _numbers(value)
         if found is not None:
-            return constant(found) if found.ndim == 0 else array(found, origin="noisiest")
+            return constant(float(found)) if found.ndim == 0 else array(found, origin="noisiest")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{name}: expected a file saved by EpsilonScaling.save, and there is no {value}"
@@ -226,7 +241,7 @@ def as_scaling(value, name="scaling"):
     )
 
 
-def as_json(value, name="scaling"):
+def as_json(value: ScalingLike, name: str = "scaling") -> float | list[float] | str | dict[str, Any]:
     """What JSON can hold of a value that as_scaling takes, and reads back: a number, list, string or dict.
 
     A file is stored by what it holds, not by its path. Raises as as_scaling, and ValueError for a formula of one's own.
@@ -241,10 +256,11 @@ def as_json(value, name="scaling"):
             return made.to_dict()
         except ValueError as error:
             raise ValueError(f"{name}: {str(error).removeprefix('scaling: ')}") from None
-    return made.spec["b"] if made.spec["kind"] == "constant" else made.spec["values"]
+    saved = made.to_dict()
+    return saved["b"] if saved["kind"] == "constant" else saved["values"]
 
 
-def _numbers(value):
+def _numbers(value: object) -> np.ndarray | None:
     """A number, or an array of them; None for what is neither."""
     if isinstance(value, (bool, np.bool_)):
         return None
@@ -254,7 +270,7 @@ def _numbers(value):
     return found if found.dtype.kind in "iuf" else None
 
 
-def _named(text):
+def _named(text: str) -> EpsilonScaling:
     """The published setting of "SYSTEM/DATASET/STEPS" or with "/KIND"."""
     parts = [part.strip() for part in text.strip().rstrip("/").split("/")]
     if len(parts) not in (3, 4) or not parts[2].isdigit():
@@ -269,7 +285,7 @@ def _named(text):
         raise ValueError(error.args[0]) from None
 
 
-def _from_mapping(value):
+def _from_mapping(value: Mapping[str, Any]) -> EpsilonScaling:
     if "kind" in value:
         return _from_dict(value)
     if not {"b"} <= set(value) <= {"k", "b", "origin"}:
@@ -279,7 +295,11 @@ def _from_mapping(value):
     return linear(value.get("k", 0.0), value["b"], origin=value.get("origin", "cleanest"))
 
 
-def noise_alone(alpha, sigma, f_x0):
+@overload
+def noise_alone(alpha: Tensor, sigma: Tensor, f_x0: Tensor | float) -> Tensor: ...
+@overload
+def noise_alone(alpha: Array | float, sigma: Array, f_x0: np.ndarray | float) -> NDArray[np.bool_]: ...
+def noise_alone(alpha: Any, sigma: Any, f_x0: Any) -> Any:
     """Whether so little of x = alpha*x_0 + sigma*eps is x_0 that lambda would say what x_0 is, and not the network.
 
     f_x0: the share of x_0 in the network's output. Where it is 0 the network predicts eps itself, its own errors are divided by
@@ -288,7 +308,12 @@ def noise_alone(alpha, sigma, f_x0):
     return (alpha < NOISE_ALONE * sigma) & (f_x0 != 0)
 
 
-def lambdas(scaling, alone, name="lambda", say=None):
+def lambdas(
+    scaling: EpsilonScaling,
+    alone: NDArray[np.bool_],
+    name: str = "lambda",
+    say: Callable[[str], object] | None = None,
+) -> Array:
     """(steps,) lambda of each step, the noisiest first; 1 where x is noise `alone`, (steps,) bool: only that has a meaning there.
 
     A formula gives 1 there, as `say` is told, by default the log, once; an array must.
@@ -309,11 +334,11 @@ def lambdas(scaling, alone, name="lambda", say=None):
 
 
 @functools.lru_cache(maxsize=256)
-def _say(message):
+def _say(message: str) -> None:
     _log.warning("%s", message)
 
 
-def scale(d_x, d_f, alpha, lambda_t):
+def scale(d_x: Floats, d_f: Floats, alpha: Floats, lambda_t: Floats) -> tuple[Floats, Floats]:
     """(d_x, d_f) of m0 = d_x*x + d_f*f with eps -> eps/lambda_t: x0' = (1 - 1/lambda_t)*x/alpha + x0/lambda_t. For arrays or
     tensors."""
     return d_x / lambda_t + (1 - 1 / lambda_t) / alpha, d_f / lambda_t

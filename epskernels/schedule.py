@@ -9,6 +9,14 @@ import math
 import reprlib
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .typing import Array, Steps
+
+__all__ = [
+    "DiscreteSchedule", "FlowSchedule", "Grid", "KarrasSchedule", "cosine", "from_betas", "karras_sigmas", "linear",
+    "scaled_linear",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,34 +27,36 @@ class Grid:
     initial_sigma: standard deviation of the latent to start from.
     """
 
-    t: np.ndarray
-    alpha: np.ndarray
-    sigma: np.ndarray
-    c_in: np.ndarray
+    t: Array
+    alpha: Array
+    sigma: Array
+    c_in: Array
     initial_sigma: float
     alpha_end: float = 1.0
     sigma_end: float = 0.0
     discrete: bool = True
 
     @property
-    def alpha_next(self):
+    def alpha_next(self) -> Array:
+        """alpha where each step ends: float64 (N,)."""
         return np.append(self.alpha[1:], self.alpha_end)
 
     @property
-    def sigma_next(self):
+    def sigma_next(self) -> Array:
+        """sigma where each step ends: float64 (N,)."""
         return np.append(self.sigma[1:], self.sigma_end)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.t)
 
 
-def _readonly(values):
-    values = np.array(values, dtype=np.float64)
-    values.setflags(write=False)
-    return values
+def _readonly(values: ArrayLike) -> Array:
+    copy = np.array(values, dtype=np.float64)
+    copy.setflags(write=False)
+    return copy
 
 
-def _positive_int(name, value):
+def _positive_int(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
     return int(value)
@@ -61,7 +71,7 @@ class DiscreteSchedule:
     betas: (T,) in [0, 1], the first above 0. Raises ValueError for others. Source: Ho et al., arXiv 2006.11239, eq. 4.
     """
 
-    def __init__(self, betas, name="betas"):
+    def __init__(self, betas: ArrayLike, name: str = "betas"):
         betas = _readonly(betas)
         if betas.ndim != 1 or betas.size == 0:
             raise ValueError(f"betas: expected shape (T,) with T >= 1, got {betas.shape}")
@@ -74,19 +84,19 @@ class DiscreteSchedule:
         self.abar = _readonly(np.cumprod(1 - betas))
         self.alpha, self.sigma = _readonly(np.sqrt(self.abar)), _readonly(np.sqrt(1 - self.abar))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.betas)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"DiscreteSchedule({self.name}, T={len(self)})"
 
-    def zero_terminal_snr(self):
+    def zero_terminal_snr(self) -> "DiscreteSchedule":
         """The schedule shifted and scaled so that alpha is 0 at the last timestep (Lin et al., arXiv 2305.08891, alg. 1)."""
         alpha = (self.alpha - self.alpha[-1]) * self.alpha[0] / (self.alpha[0] - self.alpha[-1])
         abar = alpha**2
         return DiscreteSchedule(1 - np.append(abar[0], abar[1:] / abar[:-1]), f"{self.name}, zero terminal SNR")
 
-    def timesteps(self, steps, spacing="leading", steps_offset=0):
+    def timesteps(self, steps: Steps, spacing: str = "leading", steps_offset: int = 0) -> NDArray[np.int64]:
         """The timesteps of `steps` model calls, the noisiest first: int64 (N,).
 
         steps: a count, spaced by `spacing` ("leading", "trailing" or "linspace", as in diffusers; steps_offset is added to
@@ -94,6 +104,7 @@ class DiscreteSchedule:
         timesteps themselves, strictly decreasing. Raises ValueError for anything else.
         """
         T = len(self)
+        t: np.ndarray
         if isinstance(steps, str):
             t = _section_timesteps(T, steps)[::-1]
         elif np.ndim(steps) == 1:
@@ -121,7 +132,7 @@ class DiscreteSchedule:
             )
         return t
 
-    def grid(self, steps, spacing="leading", steps_offset=0, final="clean"):
+    def grid(self, steps: Steps, spacing: str = "leading", steps_offset: int = 0, final: str = "clean") -> Grid:
         """The grid of those timesteps. final: where the last step ends, "clean" (alpha 1) or "first" (timestep 0: LDM, and
         diffusers' set_alpha_to_one=False)."""
         t = self.timesteps(steps, spacing, steps_offset)
@@ -131,20 +142,20 @@ class DiscreteSchedule:
         return Grid(t.astype(np.float64), self.alpha[t], self.sigma[t], np.ones(len(t)), 1.0, *end)
 
 
-def linear(T=1000, beta_start=1e-4, beta_end=0.02):
+def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> DiscreteSchedule:
     """Betas rising linearly (DDPM, ADM's "linear" at T = 1000)."""
     return DiscreteSchedule(np.linspace(beta_start, beta_end, _positive_int("T", T)), "linear")
 
 
-def scaled_linear(T=1000, beta_start=0.00085, beta_end=0.012):
+def scaled_linear(T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> DiscreteSchedule:
     """Square roots of betas rising linearly (latent diffusion)."""
     return DiscreteSchedule(np.linspace(beta_start**0.5, beta_end**0.5, _positive_int("T", T)) ** 2, "scaled_linear")
 
 
-def cosine(T=1000, max_beta=0.999):
+def cosine(T: int = 1000, max_beta: float = 0.999) -> DiscreteSchedule:
     """diffusers' squaredcos_cap_v2 (Nichol and Dhariwal, arXiv 2102.09672, eq. 17, s = 0.008)."""
 
-    def abar(u):
+    def abar(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
     T = _positive_int("T", T)
@@ -153,12 +164,12 @@ def cosine(T=1000, max_beta=0.999):
     return DiscreteSchedule([min(1 - abar((i + 1) / T) / abar(i / T), max_beta) for i in range(T)], "cosine")
 
 
-def from_betas(betas):
+def from_betas(betas: ArrayLike) -> DiscreteSchedule:
     """Any betas, (T,) in [0, 1]."""
     return DiscreteSchedule(betas)
 
 
-def _section_timesteps(T, counts):
+def _section_timesteps(T: int, counts: str) -> NDArray[np.int64]:
     """ADM's respacing: T cut into equal sections, each with its own count, evenly spaced and rounded; ascending."""
     if counts.startswith("ddim"):
         wanted, *more = _parse_counts(counts[4:], counts)
@@ -169,21 +180,22 @@ def _section_timesteps(T, counts):
                 return np.arange(0, T, stride)
         raise ValueError(f"steps: no integer stride through T = {T} gives {wanted} timesteps ({counts!r})")
     sections = _parse_counts(counts, counts)
-    chosen, start = [], 0
+    chosen: list[int] = []
+    start = 0
     for i, count in enumerate(sections):
         size = T // len(sections) + (1 if i < T % len(sections) else 0)
         if count > size:
             raise ValueError(f"steps: section {i} of {counts!r} has {size} timesteps, expected at least {count}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        distance = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
             chosen.append(start + round(position))
-            position += stride  # a running sum, as in ADM: its rounding decides the ties
+            position += distance  # a running sum, as in ADM: its rounding decides the ties
         start += size
     return np.array(chosen)
 
 
-def _parse_counts(text, whole):
+def _parse_counts(text: str, whole: str) -> list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
@@ -196,7 +208,7 @@ def _parse_counts(text, whole):
 # ---- EDM noise levels ----
 
 
-def karras_sigmas(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Array:
     """(steps,) noise levels from sigma_max down to sigma_min (Karras et al., arXiv 2206.00364, eq. 5)."""
     n = _positive_int("steps", steps)
     if not 0 < sigma_min < sigma_max < math.inf:
@@ -217,7 +229,13 @@ class KarrasSchedule:
     Raises ValueError for noise levels outside of those.
     """
 
-    def __init__(self, sigma_min=None, sigma_max=None, rho=7.0, model=None):
+    def __init__(
+        self,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        rho: float = 7.0,
+        model: DiscreteSchedule | None = None,
+    ):
         if model is not None and not isinstance(model, DiscreteSchedule):
             raise TypeError(f"model: expected a DiscreteSchedule, got {type(model).__name__}")
         if model is not None and model.abar[-1] == 0:
@@ -228,14 +246,14 @@ class KarrasSchedule:
         self.sigma_max = float(min(80.0, self._ratios[-1]) if sigma_max is None else sigma_max)
         self.grid(2)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"KarrasSchedule({self.sigma_min:.4g}..{self.sigma_max:.4g}, rho={self.rho})"
 
-    def grid(self, steps):
+    def grid(self, steps: int) -> Grid:
         """The grid of `steps` noise levels."""
         return self.grid_at(karras_sigmas(steps, self.sigma_min, self.sigma_max, self.rho))
 
-    def grid_at(self, sigma):
+    def grid_at(self, sigma: ArrayLike) -> Grid:
         """The grid of given noise levels, (N,) decreasing."""
         sigma = np.asarray(sigma, dtype=np.float64)
         if sigma.ndim != 1 or sigma.size == 0 or not (np.isfinite(sigma) & (sigma > 0)).all():
@@ -256,15 +274,15 @@ class FlowSchedule:
     Source: Esser et al., arXiv 2403.03206, eq. 23.
     """
 
-    def __init__(self, shift=1.0, T=1000):
+    def __init__(self, shift: float = 1.0, T: int = 1000):
         if not 0 < shift < math.inf:
             raise ValueError(f"shift: expected a value above 0, got {shift}")
         self.shift, self.T = shift, _positive_int("T", T)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"FlowSchedule(shift={self.shift}, T={self.T})"
 
-    def grid(self, steps):
+    def grid(self, steps: int) -> Grid:
         """The grid of `steps` evenly spaced s, from 1 to 1/steps."""
         s = np.linspace(1, 0, _positive_int("steps", steps) + 1)[:-1]
         sigma = self.shift * s / (1 + (self.shift - 1) * s)

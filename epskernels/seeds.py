@@ -2,8 +2,13 @@
 
 import hashlib
 import itertools
+from collections.abc import Iterator, Sequence
+from typing import overload
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["Seeds", "parse"]
 
 _BLOCK = 2**16
 
@@ -11,16 +16,20 @@ _BLOCK = 2**16
 class Seeds:
     """The integers of some ranges, in their order. seeds[i] is an int, seeds[i:j] an array uint64 (n,), np.array(seeds) all."""
 
-    def __init__(self, ranges):
+    def __init__(self, ranges: Sequence[range]):
         self.ranges, self._length = tuple(ranges), sum(each.stop - each.start for each in ranges)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._length
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return itertools.chain.from_iterable(self.ranges)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> NDArray[np.uint64]: ...
+    def __getitem__(self, index: int | slice) -> int | NDArray[np.uint64]:
         if not isinstance(index, slice):
             return int(self[index : index + 1 or None][0])
         first, last, step = index.indices(len(self))
@@ -33,10 +42,10 @@ class Seeds:
             first, last = first - len(each), last - len(each)
         return np.concatenate(parts)
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or np.uint64, copy=False)
 
-    def digest(self):
+    def digest(self) -> str:
         """SHA-256 of their list as JSON, without making it."""
         digest = hashlib.sha256()
         for first in range(0, len(self), _BLOCK):
@@ -46,7 +55,7 @@ class Seeds:
         return digest.hexdigest()
 
 
-def parse(text):
+def parse(text: str) -> Seeds:
     """The Seeds of text such as "0-63" or "1,2,5-9". Raises ValueError that says what was expected."""
     ranges = []
     for part in text.split(","):

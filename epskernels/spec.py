@@ -48,7 +48,7 @@ STREAM_STEP, STREAM_INITIAL = 0, 1
 MOMENTS_TILE = 1024  # elements that `moments` adds first
 
 
-def _polynomial(coefficients):
+def _polynomial(coefficients: dict[int, str]) -> dict[int, float]:
     return {power: float.fromhex(digits) for power, digits in coefficients.items()}
 
 
@@ -97,10 +97,12 @@ SCHEMAS = (
 )
 
 
-def cpp_header():
+def cpp_header() -> str:
     """All of this as C++. Coefficients are named by their powers: LOG_8, ..., LOG_1; STEP_REQUIRED(DO) is DO(x) DO(f) ..."""
     terms = ", ".join(f"TERM_{name} = {bit}" for name, bit in TERMS.items())
-    floats = {f"{name}_{power}": value for name, of_power in POLYNOMIALS.items() for power, value in of_power.items()}
+    floats = {
+        f"{name}_{power}": value for name, polynomial in POLYNOMIALS.items() for power, value in polynomial.items()
+    }
     floats |= SCALARS
     schemas = ",\n".join(f'  R"({schema})"' for schema in SCHEMAS)
     return f"""// Printed by epskernels/spec.py, which says what is what.

@@ -10,14 +10,20 @@ the constructor checks them, so a table that breaks them cannot exist. So do k_x
 second state that the row before it wrote. A wrong split between c_m0 and c_m1 passes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from .scaling import noise_alone, scale
 from .spec import COLUMNS, SECOND_STATE
+from .typing import Array, Device
+
+__all__ = ["COLUMNS", "PROVENANCE", "Table", "check_one_sampler", "concat", "denoising_rows", "describe"]
 
 # Where a row comes from: the path's two ends, lambda_t, what the model's output is made of, the variance that the sampler adds on
 # purpose beyond sigma_out^2 (fixed_large, S_noise), what the second state is made of, before and after, and what m0 estimates.
@@ -25,11 +31,11 @@ PROVENANCE = (
     "alpha_in", "sigma_in", "alpha_out", "sigma_out", "lambda_t", "f_x0", "f_eps", "excess",
     "y_x0", "y_eps", "y_out_x0", "y_out_eps", "m_x0", "m_eps",
 )  # fmt: skip
-DEFAULTS = {"clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0, "m_x0": 1.0}
+DEFAULTS: dict[str, float] = {"clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0, "m_x0": 1.0}
 _TOLERANCE = 1e-9
 
 
-def describe(value):
+def describe(value: object) -> str:
     """What came in the place of something else, in short: for messages."""
     if isinstance(value, str):
         return repr(value)
@@ -39,14 +45,17 @@ def describe(value):
     return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.") + length
 
 
-_TRAITS = {}
+Part = tuple[str, int, int, float]  # of a concatenated table: name, first row, rows, initial_sigma
+_TRAITS: dict[str, Callable[["Table"], Any]] = {}
+if TYPE_CHECKING:  # what it is to its readers
+    _trait = property
+else:
 
-
-def _trait(function):
-    """A property worked out once, in the constructor: torch.compile then sees a plain value, and guards on that."""
-    name = function.__name__
-    _TRAITS[name] = function
-    return property(lambda self: self._traits[name], doc=function.__doc__)
+    def _trait(function):
+        """A property worked out once, in the constructor: torch.compile then sees a number, and guards on that."""
+        name = function.__name__
+        _TRAITS[name] = function
+        return property(lambda self: self._traits[name], doc=function.__doc__)
 
 
 class Table:
@@ -67,9 +76,26 @@ class Table:
     """
 
     __slots__ = ("_values", "_unscaled", "_traits", "rows", "index", "row_index", "parts", "discrete", "__weakref__")
+    rows: Tensor
+    index: Tensor
+    row_index: tuple[Tensor, ...]
+    parts: tuple[Part, ...]
+    discrete: bool
+    _values: dict[str, Array]
+    _unscaled: Tensor | None
+    _traits: dict[str, Any]
     __iter__ = None  # a table is read by column: Python would try the rows' numbers
 
-    def __init__(self, values, *, name="table", initial_sigma=1.0, discrete=False, parts=None, device="cpu"):
+    def __init__(
+        self,
+        values: Mapping[str, ArrayLike],
+        *,
+        name: str = "table",
+        initial_sigma: float = 1.0,
+        discrete: bool = False,
+        parts: Sequence[Part] | None = None,
+        device: Device = "cpu",
+    ):
         if not isinstance(values, Mapping):
             raise TypeError(f"values: expected a mapping of columns, got {type(values).__name__}")
         if unknown := set(values) - set(COLUMNS) - set(PROVENANCE):
@@ -111,78 +137,82 @@ class Table:
             object.__setattr__(self, attribute, value)
         object.__setattr__(self, "_traits", {name: function(self) for name, function in _TRAITS.items()})
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Table is immutable: cannot set {name}")
 
-    def __delattr__(self, name):
+    def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a Table is immutable: cannot delete {name}")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._values, self.discrete, self.parts, self.device)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, column):
+    def __getitem__(self, column: str) -> Array:
         """A column or provenance as a read-only float64 array of R values."""
         if column not in self._values:
             raise KeyError(f"{column!r}: expected one of {COLUMNS + PROVENANCE}")
         return self._values[column]
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
+        """Where the rows are."""
         return self.rows.device
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """What repr shows; of a concatenated table, the names of its parts."""
         return " + ".join(part[0] for part in self.parts)
 
     @property
-    def initial_sigma(self):
+    def initial_sigma(self) -> float:
         """Standard deviation of the initial latent of the first part."""
         return self.parts[0][3]
 
     @_trait
-    def calls(self):
+    def calls(self) -> tuple[tuple[float, float], ...]:
         """What each model call is fed: a tuple of R pairs (t, c_in), t an int where it is discrete."""
         t = self["t"].astype(np.int64) if self.discrete else self["t"]
         return tuple(zip(t.tolist(), self["c_in"].tolist(), strict=True))
 
     @_trait
-    def history(self):
+    def history(self) -> int:
         """How many earlier m0 the rows read: 0, 1 or 2."""
         second = self["c_m2"].any() or self["k_m2"].any()
         return 2 if second else 1 if self["c_m1"].any() or self["k_m1"].any() else 0
 
     @_trait
-    def keeps_x0(self):
+    def keeps_x0(self) -> bool:
         """m0 is an estimate of x_0, as a rule; in linear multistep methods it is one of eps."""
         return bool((self["m_x0"] == 1).all() and not self["m_eps"].any())
 
     @_trait
-    def second_state(self):
+    def second_state(self) -> bool:
         """Some row writes, or reads, the second state y."""
         return any(self[key].any() for key in ("c_y", *SECOND_STATE))
 
     @_trait
-    def needs_noise(self):
+    def needs_noise(self) -> bool:
+        """Some row adds noise."""
         return bool(self["c_noise"].any())
 
     @_trait
-    def learned_variance(self):
+    def learned_variance(self) -> bool:
+        """Some row needs v, the second half of the model's channels."""
         return bool(self["logvar_min"].any() or self["logvar_max"].any())
 
     @_trait
-    def guided(self):
+    def guided(self) -> bool:
         """Some row has g != 1, and so needs the unconditional output u."""
         return bool((self["g"] != 1).any())
 
     @_trait
-    def takes_grad(self):
+    def takes_grad(self) -> bool:
         """Some row can shift its mean by a classifier's gradient."""
         return bool(self["c_grad"].any())
 
-    def scaled_rows(self, lambda_t):
+    def scaled_rows(self, lambda_t: Tensor) -> Tensor:
         """The rows with another lambda_t, differentiable in it: float32 (R, columns), to pass in the table's place.
 
         lambda_t: float32 or float64, () or (R,), a value for each row (edm_heun has two rows in a step), on the table's
@@ -213,13 +243,13 @@ class Table:
             columns[i] = torch.where(alone != 0, columns[i], column.float())
         return torch.stack(columns, 1)
 
-    def to(self, device):
+    def to(self, device: Device) -> "Table":
         """The same table with its rows on `device`."""
         if torch.device(device) == self.device:
             return self
         return Table(self._values, discrete=self.discrete, parts=self.parts, device=device)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         shown = ["t", "lambda_t", "d_x", "d_f", "c_x", "c_m0"]
         shown += [key for key in ("c_f", "c_m1", "c_m2", "c_y", "c_noise", "c_grad", *SECOND_STATE) if self[key].any()]
         head = "  row" + "".join(f"{key:>12}" for key in shown)
@@ -230,7 +260,7 @@ class Table:
         return "\n".join([title, head, *lines])
 
 
-def check_one_sampler(table):
+def check_one_sampler(table: Table) -> None:
     """Raises TypeError for what is no Table, ValueError for a table of several, concatenated."""
     if not isinstance(table, Table):
         raise TypeError(f"table: expected a Table, such as samplers.ddim(schedule, steps) makes, got {describe(table)}")
@@ -238,7 +268,7 @@ def check_one_sampler(table):
         raise ValueError(f"table: expected one sampler's, got {len(table.parts)} concatenated: {table.name}")
 
 
-def denoising_rows(rows):
+def denoising_rows(rows: Tensor) -> Tensor:
     """Rows that make m0 alone: whatever history, noise or second state `rows` ask for, these do not."""
     denoising = torch.zeros_like(rows)
     parts = (("d_x", "g"), ("guided_channels", "guided_channels"))
@@ -248,11 +278,11 @@ def denoising_rows(rows):
     return denoising
 
 
-def _restore(values, discrete, parts, device):
+def _restore(values: Mapping[str, Array], discrete: bool, parts: Sequence[Part], device: torch.device) -> Table:
     return Table(values, discrete=discrete, parts=parts, device=device)
 
 
-def concat(tables):
+def concat(tables: Iterable[Table]) -> Table:
     """One table with the rows of all, in order: row i of table k is row parts[...] first + i of the result.
 
     A batch may then mix samplers, each sample with its own row index. Raises ValueError: no table, different devices, or
@@ -271,14 +301,15 @@ def concat(tables):
     if len({table.discrete for table in tables}) > 1:
         raise ValueError("tables: expected all with discrete timesteps or all with noise levels, got both")
     values = {key: np.concatenate([table[key] for table in tables]) for key in COLUMNS + PROVENANCE}
-    parts, first = [], 0
+    parts: list[Part] = []
+    first = 0
     for table in tables:
         parts += [(name, first + start, length, sigma) for name, start, length, sigma in table.parts]
         first += len(table)
     return Table(values, discrete=tables[0].discrete, parts=parts, device=tables[0].device)
 
 
-def _unscaled(columns):
+def _unscaled(columns: Mapping[str, Array]) -> Tensor | None:
     """d_x and d_f for lambda_t = 1, alpha_in/m_x0, and whether x is noise alone: float64 (4, R); None where lambda_t does not
     lead from them to the columns."""
     names = ("alpha_in", "sigma_in", "f_x0", "f_eps", "m_x0", "m_eps")
@@ -294,10 +325,10 @@ def _unscaled(columns):
     return torch.from_numpy(np.stack([d_x, d_f, x_0_by, noise_alone(alpha, sigma, f_x0)]))
 
 
-def _check(columns, parts):
+def _check(columns: Mapping[str, Array], parts: Sequence[Part]) -> None:
     names = "+".join(part[0] for part in parts)
 
-    def refuse(key, bad, expected):
+    def refuse(key: str, bad: NDArray[np.bool_], expected: str) -> None:
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise ValueError(f"{key}: expected {expected}, got {columns[key][row]} in row {row} of {names}")
@@ -333,20 +364,22 @@ def _check(columns, parts):
         refuse(key, first & (c[key] != 0), "0 in a sampler's first row: no row before it has written y")
     reads = (c["c_y"] != 0) | (c["k_y"] != 0)
     for key in ("x0", "eps"):
-        before = np.append(0.0, c[f"y_out_{key}"][:-1])
-        _agree("second state", np.where(reads, c[f"y_{key}"], 0), np.where(reads, before, 0), 1 + np.abs(before), names)
+        written = np.append(0.0, c[f"y_out_{key}"][:-1])  # by the row before
+        _agree(
+            "second state", np.where(reads, c[f"y_{key}"], 0), np.where(reads, written, 0), 1 + np.abs(written), names
+        )
 
 
-def _kept(columns, letter, of):
+def _kept(columns: Mapping[str, Array], letter: str, of: str) -> list[Array]:
     """What m0, m1 and m2 bring of x_0 or eps."""
     return [columns[f"{letter}_{m}"] * columns[of] for m in ("m0", "m1", "m2")]
 
 
-def _agree_sum(what, terms, expected, names):
-    _agree(what, sum(terms), expected, 1 + sum(np.abs(term) for term in terms), names)
+def _agree_sum(what: str, terms: Sequence[Array], expected: Array, names: str) -> None:
+    _agree(what, np.sum(terms, axis=0), expected, 1 + np.sum(np.abs(terms), axis=0), names)
 
 
-def _agree(what, got, expected, scale, names):
+def _agree(what: str, got: Array, expected: Array, scale: Array, names: str) -> None:
     bad = np.flatnonzero(~(np.abs(got - expected) <= _TOLERANCE * scale))
     if bad.size:
         row = int(bad[0])

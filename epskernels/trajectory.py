@@ -1,9 +1,15 @@
 """A sampler's state between two model calls, and the one place where it moves on: x, the estimates of the calls before, y."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .ops import step
-from .table import describe
+from .table import Table, describe
+from .typing import Index, ModelCall, Outputs
+
+__all__ = ["Trajectory", "f_and_u", "outputs"]
 
 
 class Trajectory:
@@ -14,20 +20,40 @@ class Trajectory:
     may be set between steps.
     """
 
-    def __init__(self, table, x, *, rows=None, in_place=False, second_state=None):
-        self.table, self.x, self.rows, self.in_place = table, x, table if rows is None else rows, in_place
+    def __init__(
+        self,
+        table: Table,
+        x: Tensor,
+        *,
+        rows: Table | Tensor | None = None,
+        in_place: bool = False,
+        second_state: bool | None = None,
+    ):
+        self.table, self.x, self.in_place = table, x, in_place
+        self.rows: Table | Tensor = table if rows is None else rows
         self.second_state = table.second_state if second_state is None else second_state
         self.m = [torch.zeros_like(x) for _ in range(table.history)] if in_place else []
         self.y = torch.zeros_like(x) if in_place and self.second_state else None
 
-    def call(self, model, i):
+    def call(self, model: ModelCall, i: int) -> Outputs:
         """f, u and v of row i's model call; u and v are None where there are none. Raises as `outputs`."""
         kind = torch.int64 if self.table.discrete else torch.float32
         t = torch.full((len(self.x),), self.table["t"][i], dtype=kind, device=self.x.device)
         c_in = self.table.calls[i][1]
         return outputs(model(self.x if c_in == 1 else c_in * self.x, t), self.x, self.table)
 
-    def step(self, i, f, u=None, v=None, *, seeds=None, returns_m0=True, model_input=None, **inputs):
+    def step(
+        self,
+        i: Index,
+        f: Tensor,
+        u: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        seeds: Tensor | None = None,
+        returns_m0: bool = True,
+        model_input: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor | None:
         """Applies row i, and returns m0; None where neither the caller nor the table asks for it, or where it is in place.
 
         i: an integer, or the op's index. seeds: of the noise, for tables that have some. model_input: in place, as in `step`.
@@ -38,7 +64,7 @@ class Trajectory:
         m0 = None
         if self.in_place:
             m0 = self.m[-1] if self.m else None  # over the oldest, which is read for the last time
-            outs = {"out": self.x, "m0": m0, "y_out": self.y, "model_input": model_input}
+            outs: dict[str, Any] = {"out": self.x, "m0": m0, "y_out": self.y, "model_input": model_input}
             step(self.x, f, self.rows, i, **inputs, y=self.y, **outs)
         elif self.second_state:
             self.x, m0, self.y = step(self.x, f, self.rows, i, **inputs, y=self.y, return_y=True)
@@ -46,11 +72,12 @@ class Trajectory:
             self.x, m0 = step(self.x, f, self.rows, i, **inputs, return_m0=True)
         else:
             self.x = step(self.x, f, self.rows, i, **inputs)
-        self.m = [m0, *self.m][: self.table.history]
+        if m0 is not None:
+            self.m = [m0, *self.m][: self.table.history]
         return m0
 
 
-def f_and_u(output):
+def f_and_u(output: Any) -> tuple[Tensor, Tensor | None]:
     """f, and u or None, of what a model returned: a tensor, a pair of them, or what has the tensor as `.sample`.
 
     Raises TypeError for anything else.
@@ -64,7 +91,7 @@ def f_and_u(output):
     )
 
 
-def outputs(output, x, table):
+def outputs(output: Any, x: Tensor, table: Table) -> Outputs:
     """f, u and v of what the model returned for the state x; u and v are None where there are none.
 
     Raises TypeError for an output that is no such thing, ValueError for one without the variance that the table needs.

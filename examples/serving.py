@@ -21,13 +21,16 @@ import copy
 import dataclasses
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import epskernels
 from epskernels.table import COLUMNS
 from epskernels.trajectory import f_and_u
+from epskernels.typing import Backend, Device, ModelOutput, Shape
 
 T, C_IN = COLUMNS.index("t"), COLUMNS.index("c_in")
 
@@ -47,21 +50,23 @@ class Request:
 
     table: epskernels.Table
     seed: int
-    condition: Mapping = dataclasses.field(default_factory=dict)
-    shape: tuple | None = None
+    condition: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shape: Shape | None = None
 
 
 class _Job:
     """A request on its way: its future, its rows, and, while it runs, its slot and the tick after which it is done."""
 
-    def __init__(self, request, condition):
-        self.request, self.condition, self.future = request, condition, concurrent.futures.Future()
+    def __init__(self, request: Request, condition: dict[str, Tensor]):
+        self.request, self.condition = request, condition
+        self.future: concurrent.futures.Future[Tensor] = concurrent.futures.Future()
         self.rows = request.table.rows.cpu()
         self.key = self.rows.numpy().tobytes()
-        self.slot = self.end = None
+        self.slot: int | None = None
+        self.end = 0
         self.resolved = False
 
-    def resolve(self, result):
+    def resolve(self, result: Tensor | Exception | None) -> None:
         """Once, by the worker: a sample or an exception, where it was not cancelled."""
         if self.resolved:
             return
@@ -70,16 +75,20 @@ class _Job:
             return
         if isinstance(result, Exception):
             self.future.set_exception(_of_one_request(result))
-        else:
+        elif result is not None:
             self.future.set_result(result)
 
 
-def _of_one_request(error):
+def _of_one_request(error: Exception) -> Exception:
     """A copy of its own: whoever raises it lengthens its traceback. RuntimeError in the place of what futures take for a sign."""
-    mine = None
+    mine: Exception | None = None
     with contextlib.suppress(Exception):  # a constructor that takes other arguments
         mine = copy.copy(error)
-    if type(mine) is not type(error) or isinstance(error, (StopIteration, concurrent.futures.CancelledError)):
+    if (
+        mine is None
+        or type(mine) is not type(error)
+        or isinstance(error, (StopIteration, concurrent.futures.CancelledError))
+    ):
         mine = RuntimeError(f"{type(error).__name__}: {error}")
         mine.__cause__ = error
     return mine.with_traceback(error.__traceback__)
@@ -88,11 +97,11 @@ def _of_one_request(error):
 class Rows:
     """The rows of all tables in use, in one device buffer; equal tables lie there once, and leave with their last user."""
 
-    def __init__(self, capacity, device):
+    def __init__(self, capacity: int, device: Device):
         self.buffer = torch.zeros(capacity, len(COLUMNS), dtype=torch.float32, device=device)
-        self._spans = {}  # by the rows' bytes: [first, end, users]
+        self._spans: dict[bytes, list[int]] = {}  # by the rows' bytes: [first, end, users]
 
-    def find(self, key, length):
+    def find(self, key: bytes, length: int) -> int | None:
         """Where the rows are or can be put: the first of them, or None where no gap is long enough."""
         if key in self._spans:
             return self._spans[key][0]
@@ -103,15 +112,16 @@ class Rows:
             first = end
         return first if len(self.buffer) - first >= length else None
 
-    def put(self, key, rows):
+    def put(self, key: bytes, rows: Tensor) -> int:
         first = self.find(key, len(rows))
+        assert first is not None  # what does not fit waits: Batch.fits
         if key not in self._spans:
             self.buffer[first : first + len(rows)].copy_(rows)
             self._spans[key] = [first, first + len(rows), 0]
         self._spans[key][2] += 1
         return first
 
-    def drop(self, key):
+    def drop(self, key: bytes) -> None:
         self._spans[key][2] -= 1
         if self._spans[key][2] == 0:
             del self._spans[key]
@@ -131,20 +141,20 @@ class Batch:
 
     def __init__(
         self,
-        model,
-        shape,
+        model: Callable[..., ModelOutput],
+        shape: Shape,
         *,
-        slots=16,
-        max_rows=1024,
-        conditions=None,
-        guided=False,
-        learned_variance=False,
-        history=1,
-        second_state=False,
-        padded=False,
-        dtype=torch.float32,
-        device="cpu",
-        backend=None,
+        slots: int = 16,
+        max_rows: int = 1024,
+        conditions: Mapping[str, Any] | None = None,
+        guided: bool = False,
+        learned_variance: bool = False,
+        history: int = 1,
+        second_state: bool = False,
+        padded: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: Device = "cpu",
+        backend: Backend | None = None,
     ):
         self.model, self.shape, self.slots, self.padded, self.backend = model, tuple(shape), slots, padded, backend
         self.guided, self.learned_variance = guided, learned_variance
@@ -156,11 +166,12 @@ class Batch:
         # Never initialised: a table's first rows do not read them.
         self.history = [torch.empty_like(self.x) for _ in range(history)]
         self.y = [torch.empty_like(self.x)] if second_state else []
-        self.jobs, self.ticks = [], 0  # job i runs in slot i
-        self._ends = collections.defaultdict(list)  # by tick, the jobs that are done after it
+        self.jobs: list[_Job] = []  # job i runs in slot i
+        self.ticks = 0
+        self._ends: dict[int, list[_Job]] = collections.defaultdict(list)  # by tick, the jobs that are done after it
         self._members_changed()
 
-    def check(self, request):
+    def check(self, request: Request) -> dict[str, Tensor]:
         """The request's conditions as tensors; ValueError where this batch can never run it."""
         if not isinstance(request, Request):
             raise ValueError(f"request: expected a Request, got {request!r}")
@@ -197,11 +208,11 @@ class Batch:
             condition[name] = value.to(default.dtype, copy=True)
         return condition
 
-    def fits(self, job):
+    def fits(self, job: _Job) -> bool:
         return len(self.jobs) < self.slots and self.rows.find(job.key, len(job.rows)) is not None
 
     @torch.no_grad()
-    def join(self, job):
+    def join(self, job: _Job) -> None:
         """Into the first idle slot, at the job's first row."""
         slot, table = len(self.jobs), job.request.table
         seeds = epskernels.as_seeds([job.request.seed], self.x.device)
@@ -216,8 +227,9 @@ class Batch:
         self._members_changed()
 
     @torch.no_grad()
-    def leave(self, job):
+    def leave(self, job: _Job) -> None:
         """The last slot moves into the job's, so that the active ones are always the first."""
+        assert job.slot is not None  # it runs
         last = self.jobs.pop()
         if last is not job:
             for tensor in (self.x, self.index, self.seeds, *self.history, *self.y, *self.conditions.values()):
@@ -231,14 +243,14 @@ class Batch:
         job.slot = None
         self._members_changed()
 
-    def _members_changed(self):
+    def _members_changed(self) -> None:
         tables = [job.request.table for job in self.jobs]
         self._depth = max((table.history for table in tables), default=0)
         self._second_state = any(table.second_state for table in tables)
         self._scales_input = any((table["c_in"] != 1).any() for table in tables)
 
     @torch.no_grad()
-    def tick(self):
+    def tick(self) -> list[tuple[_Job, Tensor]]:
         """One model call and one step; [(job, sample)] of those that are done by it, which have left."""
         called = self.slots if self.padded else len(self.jobs)
         output = self.model(*self.model_input(called), **{n: buffer[:called] for n, buffer in self.conditions.items()})
@@ -249,21 +261,27 @@ class Batch:
         if len(f) != called or (self.learned_variance and v is None):
             twice = ", twice the channels of x" if self.learned_variance else ""
             raise ValueError(f"model: expected {called} samples{twice}, got {tuple(f.shape)}")
-        self.step(*(None if a is None else a[: len(self.jobs)] for a in (f, v, u)))
+        count = len(self.jobs)
+        self.step(f[:count], None if v is None else v[:count], None if u is None else u[:count])
         self.ticks += 1
         done = [(job, self.x[job.slot].clone()) for job in self._ends.get(self.ticks, ())]
         for job, _ in done:
             self.leave(job)
         return done
 
-    def model_input(self, called):
+    def model_input(self, called: int) -> tuple[Tensor, Tensor]:
         """x and t of the model call."""
         index, x = self.index[:called], self.x[:called]
         if self._scales_input:
             x = (self.rows.buffer[index, C_IN].reshape(-1, *[1] * len(self.shape)) * x).to(x.dtype)
         return x, self.rows.buffer[index, T]
 
-    def step(self, f, v, u):
+    def step(self, f: Tensor, v: Tensor | None, u: Tensor | None) -> None:
+        """One launch, in place, on the active slots.
+
+        Not by epskernels.trajectory.Trajectory, which moves the history of one table: here requests that join and leave change
+        how much of it is read and how many slots take part, so that every tick would have to cut its tensors and put them back.
+        """
         count = len(self.jobs)
         x, index = self.x[:count], self.index[:count]
         u, v = None if u is None else _halves(u, self.shape)[0], v if self.learned_variance else None
@@ -277,9 +295,12 @@ class Batch:
         index += 1
 
 
-def _halves(f, shape):
+def _halves(f: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """f and v of the model's output; v is None where it has the channels of x."""
-    return f.chunk(2, dim=1) if f.dim() > 1 and f.shape[1] == 2 * shape[0] else (f, None)
+    if f.dim() < 2 or f.shape[1] != 2 * shape[0]:
+        return f, None
+    f, v = f.chunk(2, dim=1)
+    return f, v
 
 
 class Engine:
@@ -290,18 +311,18 @@ class Engine:
     cancels it where the block raises.
     """
 
-    def __init__(self, batch, *, queue=64):
+    def __init__(self, batch: Batch, *, queue: int = 64):
         self.batch, self.queue = batch, queue
         self._changed = threading.Condition()
-        self._waiting = collections.deque()
-        self._open = set()  # all jobs whose futures are not resolved
-        self._cancelled = []
+        self._waiting: collections.deque[_Job] = collections.deque()
+        self._open: set[_Job] = set()  # all jobs whose futures are not resolved
+        self._cancelled: list[_Job] = []
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="epskernels-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close, cancel=True)  # a thread inside torch must not see the interpreter go
 
-    def submit(self, request, timeout=0):
+    def submit(self, request: Request, timeout: float | None = 0) -> "concurrent.futures.Future[Tensor]":
         """A concurrent.futures.Future of the sample, on the batch's device.
 
         timeout: seconds to wait for room in the queue, None for ever. Raises ValueError for what the engine cannot run, Full,
@@ -322,11 +343,11 @@ class Engine:
         job.future.add_done_callback(functools.partial(self._resolved, job))
         return job.future
 
-    async def generate(self, request):
+    async def generate(self, request: Request) -> Tensor:
         """`submit` for asyncio: cancelling the task cancels the request."""
         return await asyncio.wrap_future(self.submit(request))
 
-    def close(self, cancel=False):
+    def close(self, cancel: bool = False) -> None:
         """Takes no more requests, serves what it has, or cancels it, and ends the thread."""
         atexit.unregister(self.close)
         with self._changed:
@@ -338,13 +359,13 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def __enter__(self):
+    def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(cancel=kind is not None)
 
-    def _resolved(self, job, future):
+    def _resolved(self, job: _Job, future: "concurrent.futures.Future[Tensor]") -> None:
         with self._changed:
             self._open.discard(job)
             if future.cancelled():
@@ -355,7 +376,8 @@ class Engine:
 
     # ---- the worker thread ----
 
-    def _run(self):
+    def _run(self) -> None:
+        done: Sequence[tuple[_Job, Tensor | Exception]]
         try:
             while self._wait():
                 try:
@@ -375,7 +397,7 @@ class Engine:
             for job in unfinished:
                 job.resolve(Closed("engine: its thread has ended"))
 
-    def _wait(self):
+    def _wait(self) -> bool:
         """Until there is something to do; False at the end. Cancelled jobs have left then."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self.batch.jobs or self._cancelled or self._closing)
@@ -387,7 +409,7 @@ class Engine:
         with self._changed:
             return bool(self._waiting or self.batch.jobs or not self._closing)
 
-    def _admit(self):
+    def _admit(self) -> None:
         while True:
             with self._changed:
                 if not self._waiting or not self.batch.fits(self._waiting[0]):
@@ -400,7 +422,7 @@ class Engine:
                 job.resolve(error)
 
 
-def main():
+def main() -> None:
     from epskernels import models, samplers, schedule
 
     digits = models.load()

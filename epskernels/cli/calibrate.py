@@ -14,8 +14,8 @@ from ..models import Model
 from ..sample import sample
 from ..scaling import EpsilonScaling, constant
 from ..table import Table
+from ..typing import ModelCall
 from .common import (
-    ModelCall,
     UsageError,
     add_sampler_arguments,
     fitted_for,

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from .. import models, samplers, schedule
 from ..files import check_writable
 from ..scaling import EpsilonScaling
 from ..table import Table
+from ..typing import ModelCall
 
-ModelCall = Callable[[torch.Tensor, torch.Tensor], Any]
 # Samplers that do not go from noise to an image with the networks of UNet2DModel pipelines.
 _FOR_OTHERS = {"flow_euler", "pfgmpp", "consistency", "ddim_inverse"}
 

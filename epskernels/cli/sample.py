@@ -258,7 +258,7 @@ def _sample_into_directory(
         run.write(name, chunk, sampling(name, run.seeds_of(chunk)).float().numpy())
     counts = ranks.gather((len(own), sampling.model_seconds, sampling.seconds))
     run.clean()
-    if ranks.rank > 0:
+    if counts is None:  # this is not rank 0
         return
     made, model_seconds, seconds = (sum(values) for values in zip(*counts, strict=True))
     chunks, by = len(run) * len(run.names), " ".join(str(count) for count, *_ in counts)

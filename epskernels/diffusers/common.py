@@ -23,13 +23,18 @@ def say_of(name, message):
     _log.warning("epskernels.diffusers.%s %s", name, message)
 
 
-def draw_noise(f, generator, dtype):
-    """diffusers' randn_tensor of f's shape; what that comes to where one generator draws where f is, without its overhead."""
+def draw_noise(f, generator, dtype=None):
+    """diffusers' randn_tensor of f's shape, in `dtype`, default f's.
+
+    Where one generator draws where f is, it is what that comes to, without its overhead.
+    """
     if generator is None or (isinstance(generator, torch.Generator) and generator.device.type == f.device.type):
-        if dtype is f.dtype and f.is_contiguous():  # naming what f has anyway takes as long as making the tensor
+        if (
+            dtype is None or dtype is f.dtype
+        ) and f.is_contiguous():  # naming what f has anyway takes as long as making it
             return torch.randn_like(f) if generator is None else torch.empty_like(f).normal_(generator=generator)
         return torch.empty_like(f, dtype=dtype, memory_format=torch.contiguous_format).normal_(generator=generator)
-    return randn_tensor(f.shape, generator=generator, device=f.device, dtype=dtype)
+    return randn_tensor(f.shape, generator=generator, device=f.device, dtype=dtype or f.dtype)
 
 
 def as_float64(values):
@@ -71,7 +76,10 @@ def x0_of(prediction, alpha, sigma):
 
 
 def eps_of(prediction, alpha, sigma):
-    """(e_x, e_f) of eps on a variance-preserving path."""
+    """(e_x, e_f) of eps on a variance-preserving path; a flow's from its x_0, on any path."""
+    if prediction == "flow_prediction":
+        d_x, d_f = x0_of(prediction, alpha, sigma)
+        return (1 - alpha * d_x) / sigma, -alpha * d_f / sigma
     return positive_zeros(solvers.eps_of(*output_of(prediction, alpha, sigma), alpha, sigma))
 
 

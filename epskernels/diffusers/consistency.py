@@ -18,17 +18,17 @@ class _Consistency(OnAlphas):
         if self._step_index is None:
             self._init_step_index(timestep)
         i = self._step_index  # beyond where timesteps were cut, diffusers goes on by the timestep that it is given
-        return (i, i) if i < self._seen.length else (None, None)
+        return i if i < self._seen.length else None
 
     def _consistency(self, options, f, timestep, x, generator, return_dict, seeds, **more):
-        plan, i, _, why = entered = self._enter(options, f, timestep, x)
-        if why is None and self._place(timestep) != i:
-            *_, why = entered = (plan, i, i, f"timestep {timestep} is not that of step {i}")
-        if why is not None:
-            return self._own(entered, f, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
+        row = self._enter(f, timestep, x, options)
+        if row.why is None and self._place(timestep) != row.step:
+            row = row.refused(f"timestep {timestep} is not that of step {row.step}")
+        if row.why is not None:
+            return self._own(row, f, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
         x = widest(f, x)
-        noise = self._noise(plan, i, f, generator, seeds, dtype=x.dtype)
-        x, _, y = self._step(plan, i, f, x, **noise, results=3)
+        noise, seeds = self._noise(row, f, generator, seeds, dtype=x.dtype)
+        x, _, y = self._step(row, f, x, noise, seeds, results=3)
         self._step_index += 1
         return self._output_class(x, y) if return_dict else (x, y)
 

@@ -1,9 +1,12 @@
 """Rectified flow: FlowMatchEuler."""
 
+import dataclasses
+
 import diffusers
 import numpy as np
 import torch
 from diffusers import schedulers as theirs
+from torch import Tensor
 
 from .. import scaling
 from ..ops import step
@@ -49,33 +52,31 @@ class FlowMatchEulerDiscreteScheduler(Fused, diffusers.FlowMatchEulerDiscreteSch
         seeds=None,
     ):
         """diffusers' step, which ignores the four s_ too; seeds: (B,), for noise made in the kernel."""
-        f, x = model_output, None
-        # diffusers draws in float32, whatever the model's dtype.
-        if per_token_timesteps is None:
-            x = self._plain(f, timestep, sample, generator, seeds, 1, FLOAT32)
-        if x is None:
+        f = model_output
+        if type(timestep) is not Tensor or timestep.dtype is not FLOAT32:
             refuse_integers(self, timestep)
-            plan, i, _, why = entered = self._enter((), f, timestep, sample)
-            if why is not None:
-                return self._own(
-                    entered, f, timestep, sample, seeds, generator=generator, per_token_timesteps=per_token_timesteps,
-                    return_dict=return_dict,
-                )  # fmt: skip
-            x = widest(f, sample)
-            per_token = per_token_timesteps is not None  # some may have noise to come in the schedule's last step
-            noise = self._noise(
-                plan, i, f, generator, seeds, dtype=torch.float32, uses_noise=True if per_token else None
-            )
-            if per_token:
-                x = self._per_token(plan, i, f, x.float(), per_token_timesteps, self._as_tensor(noise, x, i))
-            else:
-                x = self._step(plan, i, f, x, f.dtype, **noise, results=1)
+        row = self._enter(f, timestep, sample)
+        if row.why is not None:
+            return self._own(
+                row, f, timestep, sample, seeds, generator=generator, per_token_timesteps=per_token_timesteps,
+                return_dict=return_dict,
+            )  # fmt: skip
+        if per_token_timesteps is not None:  # some tokens may have noise to come in the schedule's last step
+            row = dataclasses.replace(row, uses_noise=row.draws)
+        # diffusers draws in float32, whatever the model's dtype.
+        noise = None
+        if row.draws or seeds is not None:
+            noise, seeds = self._noise(row, f, generator, seeds, dtype=FLOAT32)
+        if per_token_timesteps is None:
+            x = self._step(row, f, sample, noise, seeds, like_f=True, results=1)
+        else:
+            x = self._per_token(row, f, widest(f, sample).float(), per_token_timesteps, noise, seeds)
         self._step_index += 1
         if not return_dict:
             return (x,)
         return theirs.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x)
 
-    def _per_token(self, plan, i, f, x, timesteps, noise):
+    def _per_token(self, row, f, x, timesteps, noise, seeds):
         """Each token with a level of its own, (B, N) timesteps: one launch with a row for each token, made on the device."""
         try:
             timesteps = timesteps.expand(x.shape[:2] if x.dim() == 3 else None)
@@ -93,8 +94,8 @@ class FlowMatchEulerDiscreteScheduler(Fused, diffusers.FlowMatchEulerDiscreteSch
             if name in columns:
                 columns[name].fill_(value)
         at, steps = self._lambda_steps(self._length())
-        lambda_t = float(scaling.as_scaling(self.config.eps_scaling, "eps_scaling").values(steps)[at[i]])
-        if lambda_t != 1 and not self._interpolates(plan.columns["t"]):
+        lambda_t = float(scaling.as_scaling(self.config.eps_scaling, "eps_scaling").values(steps)[at[row.step]])
+        if lambda_t != 1 and not self._interpolates(as_float64(self.sigmas)[:-1]):
             raise ValueError(
                 f"eps_scaling: expected 1 with per_token_timesteps and sigmas inverted or above 1, got {lambda_t:g}"
             )
@@ -109,7 +110,8 @@ class FlowMatchEulerDiscreteScheduler(Fused, diffusers.FlowMatchEulerDiscreteSch
         else:
             columns["c_x"].copy_(1 + (sigma - below) * to_x)
             columns["c_f"].copy_((sigma - below) * on_f)
-        noise = dict([("noise", z.flatten(0, 1)) for z in noise])
-        self.path = self._ran = "fused"
+        noise = self._drawn(noise, seeds, x, row.step)
+        noise = {} if noise is None else {"noise": noise.flatten(0, 1)}
+        self.path = "fused"
         index = torch.arange(sigma.numel(), device=x.device)
         return step(x.flatten(0, 1), f.flatten(0, 1), rows.flatten(0, 1), index, **noise).unflatten(0, sigma.shape)

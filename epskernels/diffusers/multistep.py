@@ -6,22 +6,22 @@ import torch
 from diffusers import schedulers as theirs
 
 from .. import solvers
-from .common import as_dtype_of, as_float64, eps_of, widest, x0_of
+from .common import as_dtype_of, as_float64, eps_of, x0_of
 from .scheduler import Fused
 from .sigmas import OnSigmas, Preconditioned
 
 
-class _Multistep(Fused):
+class Multistep(Fused):
     """The rows of a step at position i with L calls before it, at most solver_order: row L*N + i."""
 
     _needs_steps = True
 
     def _row(self, plan, timestep):
-        _, i = super()._row(plan, timestep)
-        row = self.lower_order_nums * self._seen.length + i
-        if row >= len(plan.index):  # of more calls than the order, which was lowered
-            row = len(plan.index) - self._seen.length + i
-        return row, i
+        i = super()._row(plan, timestep)
+        number, most = self.lower_order_nums * self._seen.length + i, len(plan.rows)
+        return (
+            number if number < most else most - self._seen.length + i
+        )  # of more calls than the order, which was lowered
 
     def _levels(self):
         """The alphas and sigmas of the schedule, (N + 1,), and the steps' lengths in log SNR, (N,), in float64."""
@@ -57,19 +57,16 @@ class _Multistep(Fused):
         self.model_outputs = [*self.model_outputs[1:], m0]
         self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
 
-    def _history(self, plan, row, x):
-        count = plan.history[row]
-        if count == 0:
-            return {}
-        m1 = as_dtype_of(self.model_outputs[-1], x)
-        return {"m1": m1} if count == 1 else {"m1": m1, "m2": as_dtype_of(self.model_outputs[-2], x)}
+    def _history(self, row):
+        """(m1, m2), as many as the row reads."""
+        return self.model_outputs[-1] if row.history else None, self.model_outputs[-2] if row.history > 1 else None
 
     def _restart(self):
         super()._restart()
         self.model_outputs, self.lower_order_nums = [None] * self.config.solver_order, 0
 
 
-class _DPMSolver(_Multistep):
+class _DPMSolver(Multistep):
     def _formula(self, options):
         config, n = self.config, self._length()
         alpha, sigma, h = self._levels()
@@ -110,26 +107,29 @@ class _DPMSolver(_Multistep):
             order = min(config.solver_order, before + 1)
             yield np.where(last, 1, np.where(last_but_one, min(order, 2), order))
 
+    _leading, _keeps_output = None, False
+
+    def _refuses(self):
+        if self.config.thresholding and not self._thresholds:
+            return "dynamic thresholding of a solver that integrates eps"
+
     def _read_config(self):
         config, by_x0 = self.config, self.config.algorithm_type.endswith("++")
         learned = getattr(config, "variance_type", None) in ("learned", "learned_range")
         self._leading = 3 if learned and config.prediction_type == "epsilon" else None  # channels, as diffusers has it
-        self._thresholds, self._bends_eps = config.thresholding and by_x0, config.thresholding and not by_x0
+        self._thresholds = config.thresholding and by_x0
         self._keeps_output = config.prediction_type == (
             "sample" if by_x0 else "epsilon"
-        )  # whose dtype is then the state's
+        )  # its dtype is then the state's
 
     def _dpm(self, f, timestep, x, generator, noise_dtype, return_dict, seeds, **more):
-        plan, row, i, why = entered = self._enter((), f, timestep, x)
-        whole, f = f, f if self._leading is None else f[:, : self._leading]
-        if why is None and self._bends_eps:
-            *_, why = entered = (plan, row, i, "dynamic thresholding of a solver that integrates eps")
-        if why is not None:
-            return self._own(entered, whole, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
-        x = widest(f, x)
-        noise = self._noise(plan, row, f, generator, seeds, more.get("variance_noise"), noise_dtype)
-        dtype = f.dtype if self._keeps_output else x.dtype
-        x, m0 = self._step(plan, row, f, x, dtype, **self._history(plan, row, x), **noise)
+        row = self._enter(f, timestep, x)
+        if row.why is not None:
+            return self._own(row, f, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
+        if self._leading is not None:
+            f = f[:, : self._leading]
+        noise, seeds = self._noise(row, f, generator, seeds, more.get("variance_noise"), noise_dtype)
+        x, m0 = self._step(row, f, x, noise, seeds, *self._history(row), like_f=self._keeps_output)
         self._keep(m0)
         self._step_index += 1
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
@@ -166,7 +166,7 @@ class EDMDPMSolverMultistepScheduler(Preconditioned, _DPMSolver, diffusers.EDMDP
         return self._dpm(model_output, timestep, sample, generator, None, return_dict, seeds)
 
 
-class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
+class UniPCMultistepScheduler(Multistep, diffusers.UniPCMultistepScheduler):
     """x is what the predictor made; y carries the part of the corrected state that was known before the model's call."""
 
     _mixes = False
@@ -211,23 +211,24 @@ class UniPCMultistepScheduler(_Multistep, diffusers.UniPCMultistepScheduler):
     def _check_last_steps(self, plan):
         n = self._length()
         row = min(n - 1, self.config.solver_order) * n + n - 1
-        if not (plan.finite[row] or self.solver_p):
+        if plan.rows[row].why is not None and self.solver_p is None:
             raise ValueError(
                 f"set_timesteps: expected a last step that has a limit, and one to sigma {float(self.sigmas[-1]):g} with "
                 f"lower_order_final={self.config.lower_order_final} of solver_order {self.config.solver_order} has none: set "
                 "lower_order_final=True"
             )
 
+    def _refuses(self):
+        if self.solver_p is not None:
+            return "solver_p is another scheduler's step"
+
     def step(self, model_output, timestep, sample, return_dict=True):
-        f = model_output
-        plan, row, i, why = entered = self._enter((), f, timestep, sample)
-        if why is None and self.solver_p is not None:
-            *_, why = entered = (plan, row, i, "solver_p is another scheduler's step")
-        if why is not None:
-            return self._own(entered, f, timestep, sample, return_dict=return_dict)
-        x = widest(f, sample)
-        corrected = {"y": as_dtype_of(self.last_sample, x)} if self.lower_order_nums else {}
-        x, m0, self.last_sample = self._step(plan, row, f, x, **self._history(plan, row, x), **corrected, results=3)
+        row = self._enter(model_output, timestep, sample)
+        if row.why is not None:
+            return self._own(row, model_output, timestep, sample, return_dict=return_dict)
+        m1, m2 = self._history(row)
+        y = self.last_sample if self.lower_order_nums else None
+        x, m0, self.last_sample = self._step(row, model_output, sample, m1=m1, m2=m2, y=y, results=3)
         self._keep(m0)
         self._step_index += 1
         x = as_dtype_of(x, sample)

@@ -9,6 +9,7 @@ from diffusers.configuration_utils import FrozenDict
 from .. import scaling
 from .consistency import LCMScheduler, TCDScheduler
 from .flow import FlowMatchEulerDiscreteScheduler
+from .linear_multistep import DEISMultistepScheduler, IPNDMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from .multistep import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
 from .plan import set_by_attribute
 from .scheduler import Fused
@@ -24,6 +25,7 @@ FUSED = {
         DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler,
         HeunDiscreteScheduler, FlowMatchEulerDiscreteScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler, LCMScheduler,
         TCDScheduler, UniPCMultistepScheduler,
+        PNDMScheduler, LMSDiscreteScheduler, IPNDMScheduler, DEISMultistepScheduler,
     )
 }  # fmt: skip
 
@@ -67,12 +69,6 @@ def fuse(pipe, eps_scaling=None, seeds=None):
     return pipe
 
 
-_OWN_ATTRIBUTES = (
-    "_seen", "_seeds", "_ran", "path", "_scheduled", "_surplus", "_thresholds", "_leading", "_bends_eps", "_before",
-    "_configured", "_keeps_output",
-)  # fmt: skip
-
-
 def unfuse(pipe):
     """Puts diffusers' own class back into a pipeline, and returns it; of a scheduler, returns diffusers'.
 
@@ -85,7 +81,8 @@ def unfuse(pipe):
     if not isinstance(pipe, Fused):
         return pipe
     result = pipe._theirs.__new__(pipe._theirs)
-    result.__dict__.update({k: v for k, v in copy.deepcopy(pipe.__dict__).items() if k not in _OWN_ATTRIBUTES})
+    ours = set().union(*(vars(cls) for cls in type(pipe).__mro__ if cls.__module__.startswith(__package__)))
+    result.__dict__.update({k: v for k, v in copy.deepcopy(pipe.__dict__).items() if k not in ours})
     config = {k: v for k, v in pipe.config.items() if k != "eps_scaling"}
     if "_use_default_values" in config:
         config["_use_default_values"] = [name for name in config["_use_default_values"] if name != "eps_scaling"]

@@ -1,6 +1,6 @@
 """What a scheduler's steps are made of: the rows of a schedule, on a device, and whether the schedule is still that.
 
-Plan             the rows
+Row, Plan        the rows
 Schedule         what follows from a schedule's numbers; schedules of equal numbers share one
 Seen             a scheduler's schedule and configuration, as they were when its rows were made
 Configuration    which counts its changes
@@ -8,6 +8,7 @@ Configuration    which counts its changes
 
 import collections
 import copy
+import dataclasses
 import threading
 import types
 
@@ -19,64 +20,92 @@ from torch.compiler import is_dynamo_compiling
 from ..table import COLUMNS, DEFAULTS
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+    """What a step needs to know of its row of coefficients, and of its place in the schedule.
+
+    step: which step, as lambda counts them; None where the schedule has no such timestep. table, index: what the op takes.
+    why: what keeps the row from being applied, so that diffusers' own step runs; None where nothing does. draws: whether the step
+    draws noise; uses_noise: whether it is used. churn_std: the standard deviation of what raises x before the launch. history:
+    how many earlier m0 it reads. thresholds: whether m0 is thresholded. d_x, d_f, t: those columns. lambda_t, to_x: the scaled
+    output is f/lambda_t + to_x*x.
+    """
+
+    step: int | None = None
+    table: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    why: str | None = None
+    draws: bool = True
+    uses_noise: bool = True
+    churn_std: float = 0.0
+    history: int = 0
+    thresholds: bool = False
+    d_x: float = 1.0
+    d_f: float = 0.0
+    t: float = 0.0
+    lambda_t: float = 1.0
+    to_x: float = 0.0
+
+    def refused(self, why: str) -> "Row":
+        """The same row where something else keeps it from being applied."""
+        return dataclasses.replace(self, why=why)
+
+
 class Plan:
     """One row of coefficients for each model call of a trajectory, on one device. Nothing changes it: requests may share it.
 
-    columns: float64, by name, (R,). rows: float32 (R, len(COLUMNS)). index: R scalar tensors.
-    Of each row: draws, whether the step draws noise; uses_noise, whether it is used; churn_std, the standard deviation of what
-    raises x before it; history, how many earlier m0 it reads; finite, whether it can be applied, as where diffusers' numbers are
-    finite; plain, its index where it reads nothing but x, f and the noise that the step draws, else None.
-    Of each step: lambda_t; to_x, where the scaled output is f/lambda_t + to_x*x.
+    columns: float64, by name, (R,). table: float32 (R, len(COLUMNS)). rows: R of Row. lambda_t: of each step.
     """
 
-    __slots__ = (
-        "columns", "rows", "index", "draws", "uses_noise", "churn_std", "history", "finite", "plain", "lambda_t", "to_x",
-    )  # fmt: skip
+    __slots__ = ("columns", "table", "rows", "lambda_t")
 
-    def __init__(self, columns, draws, lambda_t, to_x, device):
+    def __init__(self, columns, draws, lambda_t, to_x, device, why=None, thresholds=False):
         columns = dict(columns)
         churn_std = columns.pop("churn_std", 0.0)
-        length = max(np.size(column) for column in columns.values())
+        length, steps = max(np.size(column) for column in columns.values()), len(lambda_t)
         stacked = np.empty((length, len(COLUMNS)))
         if unknown := set(columns) - set(COLUMNS):
             raise ValueError(f"columns: unknown {sorted(unknown)}")
         for j, name in enumerate(COLUMNS):
             stacked[:, j] = columns.get(name, DEFAULTS.get(name, 0.0))
         with np.errstate(over="ignore"):
-            rows = stacked.astype(np.float32)
+            rounded = stacked.astype(np.float32)
         may_be_infinite = [COLUMNS.index(name) for name in COLUMNS if DEFAULTS.get(name) == np.inf]
-        finite = np.isfinite(np.delete(rows, may_be_infinite, axis=1)).all(axis=1)
-        rows[~finite] = 0.0
+        finite = np.isfinite(np.delete(rounded, may_be_infinite, axis=1)).all(axis=1)
+        rounded[~finite] = 0.0
         values = {name: np.ascontiguousarray(stacked[:, j]) for j, name in enumerate(COLUMNS)}
         for column in values.values():
             column.setflags(write=False)
         reads = [(values[f"c_{m}"] != 0) | (values[f"k_{m}"] != 0) for m in ("m1", "m2")]
         churn_std = np.broadcast_to(churn_std, (length,))
-        uses_noise = ((values["c_noise"] != 0) | (churn_std != 0)) & finite
-        draws, index = np.broadcast_to(draws, (length,)), torch.arange(length, device=device).unbind()
-        plain = finite & (churn_std == 0) & (draws == uses_noise)
-        for name in ("c_m1", "c_m2", "k_m1", "k_m2", "c_y", "k_y", "logvar_min", "logvar_max"):
-            plain &= values[name] == 0
-        for attribute, value in (
-            ("columns", types.MappingProxyType(values)),
-            ("rows", torch.from_numpy(rows).to(device)),
-            ("index", index),
-            ("draws", tuple(draws.tolist())),
-            ("uses_noise", tuple(uses_noise.tolist())),
-            ("churn_std", tuple(churn_std.tolist())),
-            ("history", tuple(np.where(reads[1], 2, reads[0]).tolist())),
-            ("finite", tuple(finite.tolist())),
-            ("plain", tuple(i if alone else None for i, alone in zip(index, plain.tolist(), strict=True))),
-            ("lambda_t", tuple(lambda_t.tolist())),
-            ("to_x", tuple(to_x.tolist())),
-        ):
-            object.__setattr__(self, attribute, value)
+        of_row = {
+            "draws": np.broadcast_to(draws, (length,)),
+            "uses_noise": ((values["c_noise"] != 0) | (churn_std != 0)) & finite,
+            "churn_std": churn_std,
+            "history": np.where(reads[1], 2, reads[0]),
+            "d_x": values["d_x"],
+            "d_f": values["d_f"],
+            "t": values["t"],
+            "lambda_t": np.resize(lambda_t, length),
+            "to_x": np.resize(to_x, length),
+        }
+        of_row, table = {name: array.tolist() for name, array in of_row.items()}, torch.from_numpy(rounded).to(device)
+        rows = []
+        for r, index in enumerate(torch.arange(length, device=device).unbind()):
+            i = r % steps
+            reason = why or (None if finite[r] else f"the coefficients of step {i} are not finite")
+            each = {name: array[r] for name, array in of_row.items()}
+            rows.append(Row(i, table, index, reason, thresholds=thresholds, **each))
+        object.__setattr__(self, "columns", types.MappingProxyType(values))
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "rows", tuple(rows))
+        object.__setattr__(self, "lambda_t", tuple(lambda_t.tolist()))
 
     def __setattr__(self, name, value):
         raise AttributeError(f"a Plan is immutable: cannot set {name}")
 
     def __len__(self):
-        return len(self.index)
+        return len(self.rows)
 
 
 class Recent:
@@ -162,34 +191,33 @@ class Seen:
     """
 
     __slots__ = (
-        "timesteps", "sigmas", "alphas_cumprod", "config", "changes", "count", "memory", "others", "schedule", "length", "most",
-        "at", "dtype", "device", "last",
+        "config", "changes", "count", "on_host", "on_device", "others", "schedule", "length", "most", "at", "dtype", "device",
+        "device_index", "last",
     )  # fmt: skip
 
     def __init__(self, scheduler):
         held = scheduler.__dict__
-        self.timesteps, self.sigmas, self.alphas_cumprod = (
-            held.get(n) for n in ("timesteps", "sigmas", "alphas_cumprod")
-        )
         self.config, self.count = held["_internal_dict"], held.get("num_inference_steps")
-        self.changes, self.memory = self.config._changes, []
-        # What most schedulers do not have: (object, or None for the scheduler, attribute, its value).
-        self.others = [(None, name) for name in scheduler._reads]
-        if isinstance(self.config.eps_scaling, (list, dict)):  # which may be written into
-            self.others.append((self.config, "eps_scaling"))
+        self.changes = self.config._changes
+        self.on_host, self.on_device = [], []
         for name in scheduler._tensors:
             if (tensor := held.get(name)) is None:
                 continue
             if tensor.device.type != "cpu":
-                self.others.append((tensor, "_version"))
+                self.on_device.append((name, tensor, tensor._version))
                 continue
             alias = tensor.detach()  # keeps the memory where the tensor is given another
             alias = alias.view(torch.int16) if alias.dtype is torch.bfloat16 else alias
             read = alias.numpy().tobytes
-            self.memory.append((tensor, tensor.data_ptr(), read, read()))
-        self.others = [(of, name, _kept(_value(of, scheduler, name))) for of, name in self.others]
-        self.length, self.most, timesteps = scheduler._length(), scheduler._most_steps(), self.timesteps
-        self.dtype, self.device, self.last = timesteps.dtype, timesteps.device, (None, None, None)
+            self.on_host.append((name, tensor, tensor.data_ptr, tensor.data_ptr(), read, read()))
+        # What most schedulers do not have: (object, or None for the scheduler, attribute, its value).
+        others = [(None, name) for name in scheduler._reads]
+        if isinstance(self.config.eps_scaling, (list, dict)):  # which may be written into
+            others.append((self.config, "eps_scaling"))
+        self.others = [(of, name, _kept(_value(of, scheduler, name))) for of, name in others]
+        self.length, self.most, timesteps = scheduler._length(), scheduler._most_steps(), held["timesteps"]
+        self.dtype, self.device, self.device_index = timesteps.dtype, timesteps.device, timesteps.get_device()
+        self.last = None, None, None
         apart = timesteps.stride(0) * timesteps.element_size()
         self.at = {timesteps.data_ptr() + i * apart: i for i in reversed(range(len(timesteps)))}
 
@@ -197,22 +225,24 @@ class Seen:
         """Whether the scheduler's schedule, configuration and what else its rows are made of are still those."""
         held, config = scheduler.__dict__, self.config
         if (
-            held["timesteps"] is not self.timesteps
-            or held.get("sigmas") is not self.sigmas
-            or held["_internal_dict"] is not config
+            held["_internal_dict"] is not config
             or config._changes != self.changes
             or held.get("num_inference_steps") != self.count
         ):
             return False
-        if is_dynamo_compiling():  # alphas_cumprod may be on another device by now, and memory cannot be looked at
-            return True
+        if is_dynamo_compiling():  # memory cannot be looked at, and alphas_cumprod may be on another device by now
+            kept = [*self.on_host, *self.on_device]
+            return all(held[name] is tensor or name == "alphas_cumprod" for name, tensor, *_ in kept)
+        for name, tensor, data_ptr, address, read, content in self.on_host:
+            if held[name] is not tensor or data_ptr() != address or read() != content:
+                return False
+        for name, tensor, version in self.on_device:
+            if held[name] is not tensor or tensor._version != version:
+                return False
         for of, name, value in self.others:
             if _value(of, scheduler, name) != value:
                 return False
-        for tensor, address, read, content in self.memory:
-            if tensor.data_ptr() != address or read() != content:
-                return False
-        return held.get("alphas_cumprod") is self.alphas_cumprod
+        return True
 
     def key(self, scheduler):
         """What schedules are kept by."""
@@ -224,7 +254,12 @@ class Seen:
     def place(self, timestep):
         """The index of a timestep that is a view into the schedule's, without reading it; None for any other."""
         i = self.at.get(timestep.data_ptr())
-        if i is None or timestep.numel() != 1 or timestep.dtype is not self.dtype or timestep.device != self.device:
+        if (
+            i is None
+            or timestep.dtype is not self.dtype
+            or timestep.numel() != 1
+            or timestep.get_device() != self.device_index
+        ):
             return None
         return i
 

@@ -21,8 +21,8 @@ from .. import scaling
 from ..guidance import quantile_of_sizes
 from ..ops import as_seeds, normal, step_results
 from ..spec import STREAM_STEP
-from .common import draw_noise, say
-from .plan import SCHEDULES, Configuration, Plan, Schedule, Seen, set_by_attribute
+from .common import as_dtype_of, draw_noise, say, widest
+from .plan import SCHEDULES, Configuration, Plan, Row, Schedule, Seen, set_by_attribute
 
 _log = logging.getLogger("epskernels")
 FLOAT32 = torch.float32
@@ -33,35 +33,32 @@ class Fused:
     """What all schedulers here share; the class after it in the order of inheritance is diffusers' own.
 
     path: how the last step ran, "fused" or "diffusers: <why>". seeds: a sample's seed each, or None; steps then make their noise
-    in the kernel unless a generator is given. eps_scaling: lambda, as scaling.as_scaling takes it; may be set. lambdas: lambda of
-    each step.
+    in the kernel unless a generator is given.
+    eps_scaling: lambda, as scaling.as_scaling takes it; may be set. lambdas: lambda of each step.
     """
 
-    _counts = True  # the steps; else each call finds its row by its timestep
     _mixes = True  # a trajectory may go on with diffusers' own step, since its history is the same
     _needs_steps = False  # set_timesteps has to come before step
     _options = ()  # the arguments of step that change the rows, with their defaults
     _tensors = "timesteps", "sigmas"  # what the rows are made of,
     _reads = ()  # and of which other attributes
-    _seen = _seeds = _ran = path = sigmas = None
-    _scheduled, _surplus = (), 0  # the timesteps that set_timesteps made, and how many rows it made beyond them
+    # A scheduler's own: its numbers as last seen, its seeds, how the last step ran (`_ran` where it must not change), the
+    # timesteps that set_timesteps made, how many rows it made beyond them, and whether x_0 is thresholded.
+    path = _seen = _seeds = _ran = None
+    _scheduled, _surplus, _thresholds = (), 0, False
 
     def __init_subclass__(cls):
         parent = cls.__bases__[-1]
         if parent is Fused or parent.__name__ != cls.__name__:
-            return  # a mixin
-        parameters = inspect.signature(parent.__init__).parameters
+            if "__init__" in vars(cls):  # a user's own subclass
+                cls.__signature__ = inspect.signature(functools.partial(cls.__init__, None))
+            return
+        cls._theirs = parent
+        cls.__module__ = __package__  # where users find it, and saved pipelines
         own = inspect.Parameter("eps_scaling", inspect.Parameter.KEYWORD_ONLY, default=1.0)
+        cls.__signature__ = inspect.Signature([*inspect.signature(parent).parameters.values(), own])
 
-        @functools.wraps(parent.__init__)
-        def __init__(self, *args, eps_scaling=1.0, **kwargs):
-            eps_scaling = scaling.as_json(eps_scaling, "eps_scaling")
-            parent.__init__(self, *args, **kwargs)
-            self._adopt(eps_scaling)
-
-        __init__.__signature__ = inspect.Signature([*parameters.values(), own])
-
-        @functools.wraps(parent.set_timesteps)
+        @functools.wraps(parent.set_timesteps)  # pipelines look at its signature
         def set_timesteps(self, *args, **kwargs):
             parent.set_timesteps(self, *args, **kwargs)
             self._seen = self._ran = None
@@ -70,9 +67,21 @@ class Fused:
             if "eps_scaling" in self.config:  # not while diffusers' own constructor runs
                 self._check_last_steps(self._plan(self._options, self.timesteps.device))
 
-        cls.__init__, cls.set_timesteps = __init__, set_timesteps
-        cls._theirs = parent
-        cls.__module__ = __package__  # where users find it, and saved pipelines
+        cls.set_timesteps = set_timesteps
+
+    def __init__(self, *args, eps_scaling=1.0, **theirs):
+        eps_scaling = scaling.as_json(eps_scaling, "eps_scaling")
+        super().__init__(*args, **theirs)
+        self._adopt(eps_scaling)
+
+    @staticmethod
+    def _get_init_keys(input_class):
+        """What diffusers takes from a configuration for the constructor: its own class's arguments, and eps_scaling."""
+        own = next(c for c in input_class.__mro__ if "__init__" in vars(c) and c is not Fused)
+        return {
+            *inspect.signature(own.__init__).parameters,
+            *(["eps_scaling"] if issubclass(input_class, Fused) else []),
+        }
 
     def register_to_config(self, **kwargs):
         super().register_to_config(**kwargs)  # which forgets what was set by attribute
@@ -144,37 +153,38 @@ class Fused:
         return lambda_t
 
     def _plan(self, options, device):
-        seen = self._refresh()
-        before, where, plan = seen.last
-        if before == options and where == device:
+        """The Plan of the schedule and the configuration as they are now."""
+        seen = self._seen
+        if seen is None or not seen.is_of(self):
+            seen = self._look()
+        planned_options, planned_device, plan = seen.last
+        if planned_options == options and planned_device == device:
             return plan
 
         def make():
             with torch.inference_mode(False):  # what is kept serves calls with gradients too
-                return Plan(*self._scaled_formula(options), device)
+                return Plan(*self._scaled_formula(options), device, self._refuses(), self._thresholds)
 
         plan = seen.schedule.plans.get((options, device), make)
         seen.last = options, device, plan
         return plan
 
-    def _refresh(self):
-        """The schedule and the configuration as they are now."""
-        seen = self._seen
-        if seen is None or not seen.is_of(self):
-            if type(self._internal_dict) is not Configuration:  # a pipeline may put a FrozenDict there
-                by_attribute = set_by_attribute(self._internal_dict)
-                self._internal_dict = Configuration(self._internal_dict)
-                self._internal_dict.__dict__.update(by_attribute)
-            for name in self._tensors:
-                tensor = self.__dict__.get(name)
-                if tensor is not None and tensor.is_inference() and tensor.device.type != "cpu":  # without a version
-                    with torch.inference_mode(False):
-                        setattr(self, name, tensor.clone())
-            self._read_config()
-            seen = self._seen = Seen(self)
-            seen.schedule = SCHEDULES.get(
-                seen.key(self), lambda: Schedule(self.timesteps.tolist(), self._input_scale())
-            )
+    def _look(self):
+        """The schedule and the configuration as they are now, looked at anew: a Seen."""
+        if type(self._internal_dict) is not Configuration:  # a pipeline may put a FrozenDict there
+            by_attribute = set_by_attribute(self._internal_dict)
+            self._internal_dict = Configuration(self._internal_dict)
+            self._internal_dict.__dict__.update(by_attribute)
+        for name in self._tensors:
+            tensor = self.__dict__.get(name)
+            if tensor is not None and tensor.is_inference() and tensor.device.type != "cpu":  # without a version
+                with torch.inference_mode(False):
+                    setattr(self, name, tensor.clone())
+        if self.timesteps is None:
+            raise ValueError("set_timesteps: expected a call of it first")
+        self._read_config()
+        seen = self._seen = Seen(self)
+        seen.schedule = SCHEDULES.get(seen.key(self), lambda: Schedule(self.timesteps.tolist(), self._input_scale()))
         return seen
 
     def _scaled_formula(self, options):
@@ -198,6 +208,9 @@ class Fused:
                 columns["c_x"] = columns["c_x"] + m0 * columns["d_x"]
                 columns["c_f"] = columns["c_f"] + m0 * columns["d_f"]
         return columns, draws, scale, on_x
+
+    def _refuses(self):
+        """Why no row of this configuration can be one launch, or None."""
 
     def _check_last_steps(self, plan):
         """Raises ValueError where a trajectory would end at a step that has no numbers, after all its model calls."""
@@ -233,7 +246,7 @@ class Fused:
             self._step_index = same[1 if len(same) > 1 else 0]
 
     def _row(self, plan, timestep):
-        """The row of this call and its step, or None for both where the schedule does not have the timestep."""
+        """Which of the plan's rows this call applies, or None where the schedule does not have the timestep."""
         if self._step_index is None:
             self._init_step_index(timestep)
         i, most = self._step_index, self._seen.most
@@ -241,7 +254,7 @@ class Fused:
             raise IndexError(
                 f"step: expected at most {most} calls after set_timesteps, or a begin index below, got step {i}"
             )
-        return i, i
+        return i
 
     def _most_steps(self):
         return self._length()
@@ -275,99 +288,102 @@ class Fused:
                 setattr(self, name, None)
         self._ran = self.path = self._seeds = None
 
-    def _enter(self, options, f, timestep, x):
-        """(plan, row, step, why): what this call applies, and why it cannot, or None."""
-        why = None
+    def _enter(self, f, timestep, x, options=()):
+        """The Row that this call applies; its `why` says what keeps it from being one launch, then diffusers' own step runs."""
         if self._needs_steps and self.num_inference_steps is None:
             raise ValueError("set_timesteps: expected a call of it before step")
-        if not (isinstance(x, torch.Tensor) and isinstance(f, torch.Tensor)):
+        why = None
+        if not (isinstance(x, Tensor) and isinstance(f, Tensor)):
             why = f"sample and model_output are {type(x).__name__} and {type(f).__name__}, not tensors"
         elif x.dtype not in _DTYPES or f.dtype not in _DTYPES:
             why = f"of dtypes {x.dtype} and {f.dtype}"
         elif is_grad_enabled() and (x.requires_grad or f.requires_grad):
             why = "gradients are asked for, and its operations have them"
-        plan = self._plan(options, self.timesteps.device if why else x.device)
-        row, i = self._row(plan, timestep)
-        if why is None:
-            if row is None:
-                why = f"timestep {timestep} is not one of the schedule's"
-            elif not plan.finite[row]:
-                why = f"the coefficients of step {i} are not finite"
-        return plan, row, i, why
-
-    def _plain(self, f, timestep, x, generator, seeds, results, noise_dtype=None):
-        """What _enter, _noise and _step come to in a plain call, after one look: its results; None leaves the call to them.
-
-        Plain: the schedule and device planned for last, a timestep of the schedule's own, x and f of one dtype, no gradient or
-        thresholding, a row that reads nothing else but the noise that the scheduler draws or makes from its own seeds. On small
-        latents those three take longer than the op. For schedulers that have no options and may change paths (_mixes).
-        """
         seen = self._seen
-        if (
-            seen is None
-            or not seen.is_of(self)
-            or type(x) is not Tensor
-            or type(f) is not Tensor
-            or type(timestep) is not Tensor
-            or seeds is not None
-            or self._thresholds
-        ):
-            return None
-        _, device, plan = seen.last
-        dtype = x.dtype
-        if dtype is not f.dtype or dtype not in _DTYPES or x.device != device:
-            return None
-        if is_grad_enabled() and (x.requires_grad or f.requires_grad):
-            return None
-        if not self._counts:
-            row = seen.place(timestep)
-        elif timestep.dtype is FLOAT32:
-            if self._step_index is None:
-                self._init_step_index(timestep)
-            row = self._step_index
-        else:
-            return None
-        if row is None or row >= seen.length or (index := plan.plain[row]) is None:
-            return None
-        if draws := plan.draws[row]:
-            if generator is None and (seeds := self._seeds) is not None:
-                if seeds.device != device:
-                    return None
-            elif noise_dtype is None or noise_dtype is dtype:
-                noise = draw_noise(f, generator, dtype)
-            else:
-                return None
-        self.path = self._ran = "fused"
-        if not draws:
-            return step_results(results, plain=True)(x, f, plan.rows, index)
-        if seeds is not None:
-            return step_results(results)(x, f, plan.rows, index, seeds=seeds)
-        return step_results(results)(x, f, plan.rows, index, noise=noise)
+        if seen is None or not seen.is_of(self):
+            seen = self._look()
+        device = seen.device if why else x.device
+        of_options, on_device, plan = seen.last
+        if of_options != options or on_device != device:
+            plan = self._plan(options, device)
+        number = self._row(plan, timestep)
+        row = Row(why=f"timestep {timestep} is not one of the schedule's") if number is None else plan.rows[number]
+        return row if why is None else row.refused(why)
 
-    def _own(self, entered, f, timestep, x, seeds=None, **arguments):
-        """diffusers' own step, on the output scaled by lambda: f/lambda plus its share of x_0 times x."""
-        plan, row, i, why = entered
-        if (seeds is not None or (self._seeds is not None and arguments.get("generator") is None)) and (
-            row is None or plan.draws[row]
-        ):
-            raise ValueError(f"seeds: diffusers' own step takes a generator, and it runs here: {why}")
-        if not self._mixes and self._ran == "fused":
-            raise RuntimeError(
-                f"{type(self).__name__}: cannot go on with diffusers' own step within a trajectory: {why}"
-            )
-        self._ran, self.path = "own", f"diffusers: {why}"
-        say(self, f"runs diffusers' own step: {why}")
-        if i is not None:
-            lambda_t, to_x = plan.lambda_t[i], plan.to_x[i]
-            if to_x and plan.churn_std[row]:
-                raise ValueError(
-                    f"eps_scaling: diffusers' own step adds churn after the scaling, and it runs here: {why}"
-                )
-            if lambda_t != 1:
-                f = self._scaled_output(f, x, lambda_t, to_x)
-        elif self.config.eps_scaling != 1:
+    def _noise(self, row, f, generator, seeds, given=None, dtype=None):
+        """(noise, seeds) for the step, one or both None: diffusers' own draw from the generator, or the kernel's from seeds."""
+        if generator is not None and seeds is not None:
+            raise ValueError("generator, seeds: expected one of them, got both")
+        if not row.draws:
+            return None, None
+        if given is None and generator is None and (seeds is not None or self._seeds is not None):
+            if seeds is not None:
+                seeds = as_seeds(seeds, f.device)
+            else:
+                seeds = self._seeds
+                if seeds.device != f.device:
+                    seeds = self._seeds = seeds.to(f.device)
+            return None, seeds if row.uses_noise else None
+        noise = draw_noise(f, generator, dtype) if given is None else given.to(f.device)
+        return noise if row.uses_noise else None, None
+
+    def _step(self, row, f, x, noise=None, seeds=None, m1=None, m2=None, y=None, v=None, like_f=False, results=2):
+        """One launch: the first `results` of x', m0, y'; x' of f's dtype if like_f, otherwise of the one that holds x and f.
+
+        Noise of more digits than x widens x.
+        """
+        if not self._mixes:
+            self._go_on("fused", self.path)
+        self.path = "fused"
+        dtype = computed = x.dtype
+        if computed is not f.dtype:
+            x = widest(f, x)
+            computed = x.dtype
+            dtype = f.dtype if like_f else computed
+        if noise is not None and noise.dtype is not computed:
+            computed = torch.promote_types(computed, noise.dtype)
+            m1, m2, y = as_dtype_of(m1, x), as_dtype_of(m2, x), as_dtype_of(y, x)  # the history is of the state's dtype
+            x, noise = x.to(computed), noise.to(computed)
+        if row.thresholds or m1 is not None or y is not None or v is not None:
+            threshold = self._threshold(row, f, x) if row.thresholds else None
+            m1, m2, y = as_dtype_of(m1, x), as_dtype_of(m2, x), as_dtype_of(y, x)
+            more = m1, m2, v, None, noise, seeds, y, None, threshold
+            made = step_results(results)(x, f, row.table, row.index, None, *more)
+        elif noise is not None:
+            made = step_results(results)(x, f, row.table, row.index, noise=noise)
+        elif seeds is not None:
+            made = step_results(results)(x, f, row.table, row.index, seeds=seeds)
+        else:
+            made = step_results(results, True)(x, f, row.table, row.index)
+        if dtype is not computed:
+            made = (made[0].to(dtype), *made[1:]) if results > 1 else made.to(dtype)
+        return made
+
+    def _own(self, row, f, timestep, x, seeds=None, method="step", **arguments):
+        """diffusers' own step, or another of its methods, on the scaled output: f/lambda plus its share of x_0 times x."""
+        if (seeds is not None or (self._seeds is not None and arguments.get("generator") is None)) and row.draws:
+            raise ValueError(f"seeds: diffusers' own step takes a generator, and it runs here: {row.why}")
+        if not self._mixes:
+            self._go_on("diffusers' own", row.why)
+        self.path = f"diffusers: {row.why}"
+        say(self, f"runs diffusers' own step: {row.why}")
+        if row.step is None and self.config.eps_scaling != 1:
             raise ValueError(f"timestep: {timestep} is not one of the schedule's, so that it has no lambda")
-        return self._theirs.step(self, f, timestep, x, **arguments)
+        if row.to_x and row.churn_std:
+            raise ValueError(
+                f"eps_scaling: diffusers' own step adds churn after the scaling, and it runs here: {row.why}"
+            )
+        if row.lambda_t != 1:
+            f = self._scaled_output(f, x, row.lambda_t, row.to_x)
+        return getattr(self._theirs, method)(self, f, timestep, x, **arguments)
+
+    def _go_on(self, kind, why):
+        """Raises RuntimeError where a trajectory would change between the fused step and diffusers' own."""
+        if self._ran not in (None, kind):
+            raise RuntimeError(
+                f"{type(self).__name__}: cannot go on with {'the ' * (kind == 'fused')}{kind} step within a trajectory: {why}"
+            )
+        self._ran = kind
 
     def _scaled_output(self, f, x, lambda_t, to_x):
         if f.shape == x.shape:
@@ -375,54 +391,12 @@ class Fused:
         own, v = f.split([x.shape[1], f.shape[1] - x.shape[1]], dim=1)  # learned variance
         return torch.cat([own / lambda_t + to_x * x, v], dim=1)
 
-    def _noise(self, plan, row, f, generator, seeds, given=None, dtype=None, uses_noise=None):
-        """{"noise": ...} or {"seeds": ...} for the step: diffusers' own draw from the generator, or the kernel's from seeds.
+    def _drawn(self, noise, seeds, x, i):
+        """The noise of step i as a tensor, from seeds too; None where there is none."""
+        return noise if seeds is None else normal(seeds, list(x.shape[1:]), draw=i, stream=STREAM_STEP)
 
-        uses_noise: whether the step uses it, where the row does not say.
-        """
-        if generator is not None and seeds is not None:
-            raise ValueError("generator, seeds: expected one of them, got both")
-        if not plan.draws[row]:
-            return {}
-        uses_noise = plan.uses_noise[row] if uses_noise is None else uses_noise
-        if given is None and generator is None:
-            if seeds is None and self._seeds is not None:
-                seeds = self._seeds = self._seeds.to(f.device)
-            if seeds is not None:
-                return {"seeds": as_seeds(seeds, f.device)} if uses_noise else {}
-        noise = draw_noise(f, generator, dtype or f.dtype) if given is None else given.to(f.device)
-        return {"noise": noise} if uses_noise else {}
-
-    def _as_tensor(self, noise, x, i):
-        """[the noise of step i] where it comes from seeds too, or []."""
-        if "seeds" in noise:
-            return [normal(noise["seeds"], list(x.shape[1:]), draw=i, stream=STREAM_STEP)]
-        return list(noise.values())
-
-    def _threshold(self, plan, row, f, x):
+    def _threshold(self, row, f, x):
         """Dynamic thresholding's (B,), as diffusers takes it (arXiv 2205.11487): a quantile of |x_0| in each sample."""
-        x0 = plan.columns["d_x"][row] * x.float() + plan.columns["d_f"][row] * f.float()
+        x0 = row.d_x * x.float() + row.d_f * f.float()
         s = quantile_of_sizes(x0.abs(), self.config.dynamic_thresholding_ratio)
         return s.clamp(min=1, max=self.config.sample_max_value)
-
-    def _step(self, plan, row, f, x, dtype=None, m1=None, m2=None, v=None, noise=None, seeds=None, y=None, results=2):
-        """One launch: the first `results` of x', m0, y'; x' in `dtype`, default x's. Noise of more digits than x widens x."""
-        if not self._mixes and self._ran == "own":
-            raise RuntimeError(
-                f"{type(self).__name__}: cannot go on with the fused step within a trajectory: {self.path}"
-            )
-        self.path = self._ran = "fused"
-        dtype = dtype or x.dtype
-        if noise is not None and noise.dtype is not x.dtype:
-            wide = torch.promote_types(x.dtype, noise.dtype)
-            x, noise, m1, m2, y = (None if a is None else a.to(wide) for a in (x, noise, m1, m2, y))
-        threshold = self._threshold(plan, row, f, x) if self._thresholds else None
-        inputs = x, f, plan.rows, plan.index[row]
-        if noise is not None or seeds is not None or y is not None or v is not None or threshold is not None:
-            inputs += None, m1, m2, v, None, noise, seeds, y, None, threshold
-        elif m1 is not None:
-            inputs += None, m1, m2
-        made = step_results(results, len(inputs) == 4)(*inputs)
-        if x.dtype is not dtype:
-            made = (made[0].to(dtype), *made[1:]) if results > 1 else made.to(dtype)
-        return made

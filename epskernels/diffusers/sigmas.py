@@ -6,10 +6,11 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import schedulers as theirs
+from torch import Tensor
 
 from .. import solvers
-from .common import as_dtype_of, as_float64, clip_of, output_of, positive_zeros, refuse_integers, say, widest
-from .scheduler import Fused
+from .common import as_float64, clip_of, output_of, positive_zeros, refuse_integers, say, widest
+from .scheduler import FLOAT32, Fused
 
 
 class OnSigmas(Fused):
@@ -26,7 +27,10 @@ class OnSigmas(Fused):
     def scale_model_input(self, sample, timestep):
         if self._step_index is None:
             self._init_step_index(timestep)
-        scales, i = self._refresh().schedule.input_scale, self._step_index
+        seen = self._seen
+        if seen is None or not seen.is_of(self):
+            seen = self._look()
+        scales, i = seen.schedule.input_scale, self._step_index
         if i >= len(scales):
             raise IndexError(f"scale_model_input: expected a step below {len(scales)}, the schedule's, got step {i}")
         self.is_scale_input_called = True
@@ -49,7 +53,7 @@ class OnSigmas(Fused):
         return self._output_class(prev_sample=x, pred_original_sample=m0) if return_dict else (x, m0)
 
 
-def _warn_of_unscaled_input(scheduler):
+def warn_of_unscaled_input(scheduler):
     say(scheduler, "expects scale_model_input to be called on what the model is given, before step, and it was not")
 
 
@@ -76,23 +80,26 @@ class _Euler(OnSigmas):
         return {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_m0": c_m0, "churn_std": churn_std, "t": sigma}, churn_std > 0
 
     def _euler(self, f, timestep, x, churn, s_noise, generator, return_dict, seeds, **more):
-        refuse_integers(self, timestep)
+        if type(timestep) is not Tensor or timestep.dtype is not FLOAT32:
+            refuse_integers(self, timestep)
         if not self.is_scale_input_called:
-            _warn_of_unscaled_input(self)
-        plan, i, _, why = entered = self._enter(tuple(float(bound) for bound in churn.values()), f, timestep, x)
+            warn_of_unscaled_input(self)
+        s_churn, s_tmin, s_tmax = churn.values()
+        row = self._enter(f, timestep, x, (float(s_churn), float(s_tmin), float(s_tmax)))
         if more.get("pred_original_sample") is not None:
-            *_, why = entered = (plan, i, i, "pred_original_sample is given")
+            row = row.refused("pred_original_sample is given")
             if self.config.eps_scaling != 1:
                 raise ValueError("pred_original_sample: expected None, since it has its own lambda, got a tensor")
-        if why is not None:
+        if row.why is not None:
             return self._own(
-                entered, f, timestep, x, seeds, **churn, s_noise=s_noise, generator=generator, return_dict=return_dict,
+                row, f, timestep, x, seeds, **churn, s_noise=s_noise, generator=generator, return_dict=return_dict,
                 **more,
             )  # fmt: skip
-        x = widest(f, x)
-        for noise in self._as_tensor(self._noise(plan, i, f, generator, seeds), x, i):
-            x = torch.add(x.float(), noise, alpha=plan.churn_std[i] * s_noise)
-        x, m0 = self._step(plan, i, f, x, f.dtype)
+        if row.draws or seeds is not None:
+            noise = self._drawn(*self._noise(row, f, generator, seeds), x, row.step)
+            if noise is not None:
+                x = torch.add(x.float(), noise, alpha=row.churn_std * s_noise)
+        x, m0 = self._step(row, f, x, like_f=True)
         return self._result(x, m0, return_dict)
 
 
@@ -172,15 +179,15 @@ class EulerAncestralDiscreteScheduler(OnSigmas, diffusers.EulerAncestralDiscrete
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
-        refuse_integers(self, timestep)
+        if type(timestep) is not Tensor or timestep.dtype is not FLOAT32:
+            refuse_integers(self, timestep)
         if not self.is_scale_input_called:
-            _warn_of_unscaled_input(self)
+            warn_of_unscaled_input(self)
         f = model_output
-        plan, i, _, why = entered = self._enter((), f, timestep, sample)
-        if why is not None:
-            return self._own(entered, f, timestep, sample, seeds, generator=generator, return_dict=return_dict)
-        x = widest(f, sample)
-        x, m0 = self._step(plan, i, f, x, f.dtype, **self._noise(plan, i, f, generator, seeds))
+        row = self._enter(f, timestep, sample)
+        if row.why is not None:
+            return self._own(row, f, timestep, sample, seeds, generator=generator, return_dict=return_dict)
+        x, m0 = self._step(row, f, sample, *self._noise(row, f, generator, seeds), like_f=True)
         return self._result(x, m0, return_dict)
 
 
@@ -189,7 +196,7 @@ class HeunDiscreteScheduler(OnSigmas, diffusers.HeunDiscreteScheduler):
 
     _output_class = theirs.scheduling_heun_discrete.HeunDiscreteSchedulerOutput
     _mixes = False
-    _before = None
+    _first_m0 = None
 
     def _per_call(self, lambda_t):
         return np.repeat(lambda_t, 2)[: self._length()]
@@ -210,22 +217,19 @@ class HeunDiscreteScheduler(OnSigmas, diffusers.HeunDiscreteScheduler):
         return columns, False
 
     def step(self, model_output, timestep, sample, return_dict=True):
-        f = model_output
-        plan, i, _, why = entered = self._enter((), f, timestep, sample)
-        if why is not None:
-            return self._own(entered, f, timestep, sample, return_dict=return_dict)
-        x, inputs = widest(f, sample), {}
-        if not self.state_in_first_order:
-            inputs = {"y": as_dtype_of(self.sample, x), "m1": as_dtype_of(self._before, x)}
-        elif i % 2:
+        row = self._enter(model_output, timestep, sample)
+        if row.why is not None:
+            return self._own(row, model_output, timestep, sample, return_dict=return_dict)
+        x, first = widest(model_output, sample), self.state_in_first_order
+        if first and row.step % 2:
             raise ValueError(f"timestep: {timestep} begins at the second half of a step, whose first half did not run")
-        next_x, m0 = self._step(plan, i, f, x, **inputs)
-        if inputs:
-            self.prev_derivative = self.dt = self.sample = self._before = None
-        else:  # dt is what state_in_first_order looks at
-            self.dt, self.sample, self._before = plan.columns["t"][i], x, m0
+        next_x, m0 = self._step(row, model_output, x, m1=self._first_m0, y=None if first else self.sample)
+        if first:  # dt is what state_in_first_order looks at
+            self.dt, self.sample, self._first_m0 = row.t, x, m0
+        else:
+            self.prev_derivative = self.dt = self.sample = self._first_m0 = None
         return self._result(next_x, m0, return_dict)
 
     def _restart(self):
         super()._restart()
-        self.prev_derivative = self.dt = self.sample = self._before = None
+        self.prev_derivative = self.dt = self.sample = self._first_m0 = None

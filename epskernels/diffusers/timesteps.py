@@ -3,9 +3,10 @@
 import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
+from torch import Tensor
 
 from .. import solvers
-from .common import as_float64, clip_of, eps_of, widest, x0_of
+from .common import as_float64, clip_of, eps_of, x0_of
 from .scheduler import FLOAT32, Fused
 
 
@@ -47,13 +48,14 @@ class OnAlphas(Fused):
 
 
 class _OnTimesteps(OnAlphas):
-    _counts = False
-
     def _row(self, plan, timestep):
-        return (self._place(timestep),) * 2
+        i = self._seen.place(timestep) if isinstance(timestep, Tensor) else None
+        return self._place(timestep) if i is None else i
 
 
 class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
+    _configured = None
+
     def _read_config(self):
         super()._read_config()
         self._configured = self.config.variance_type
@@ -80,24 +82,19 @@ class DDPMScheduler(_OnTimesteps, diffusers.DDPMScheduler):
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
-        f, x, v = model_output, sample, None
-        learned = self.variance_type in ("learned", "learned_range")
-        results = None
-        if not learned and self.variance_type == self._configured:
-            results = self._plain(f, timestep, x, generator, seeds, 2)
-        if results is None:
-            plan, i, _, why = entered = self._enter((), f, timestep, x)
-            if why is None and self.variance_type != self._configured:
-                *_, why = entered = (plan, i, i, "variance_type is not its configuration's")
-            if why is not None:
-                return self._own(entered, f, timestep, x, seeds, generator=generator, return_dict=return_dict)
-            if learned and f.shape[1] == 2 * x.shape[1]:
-                f, v = f.split(x.shape[1], dim=1)
-            x = widest(f, x)
-            noise = self._noise(plan, i, f, generator, seeds)
-            if v is not None and self.variance_type == "learned":  # its root scales the noise before the launch
-                noise, v = [("noise", v.sqrt() * z) for z in self._as_tensor(noise, x, i)], None
-            results = self._step(plan, i, f, x, v=v, **dict(noise))
+        f, x, v, kind = model_output, sample, None, self.variance_type
+        row = self._enter(f, timestep, x)
+        if kind != self._configured and row.why is None:
+            row = row.refused("variance_type is not its configuration's")
+        if row.why is not None:
+            return self._own(row, f, timestep, x, seeds, generator=generator, return_dict=return_dict)
+        if (kind == "learned" or kind == "learned_range") and f.shape[1] == 2 * x.shape[1]:
+            f, v = f.split(x.shape[1], dim=1)
+        noise, seeds = self._noise(row, f, generator, seeds)
+        if v is not None and kind == "learned":  # its root scales the noise before the launch
+            noise, seeds = self._drawn(noise, seeds, x, row.step), None
+            noise, v = None if noise is None else v.sqrt() * noise, None
+        results = self._step(row, f, x, noise, seeds, v=v)
         return theirs.scheduling_ddpm.DDPMSchedulerOutput(*results) if return_dict else results
 
 
@@ -140,17 +137,18 @@ class DDIMScheduler(_OnTimesteps, diffusers.DDIMScheduler):
     ):
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         options = (float(eta), bool(use_clipped_model_output))
-        plan, i, _, why = entered = self._enter(options, model_output, timestep, sample)
-        if why is not None:
+        row = self._enter(model_output, timestep, sample, options)
+        if row.why is not None:
             return self._own(
-                entered, model_output, timestep, sample, seeds, eta=eta, use_clipped_model_output=use_clipped_model_output,
+                row, model_output, timestep, sample, seeds, eta=eta, use_clipped_model_output=use_clipped_model_output,
                 generator=generator, variance_noise=variance_noise, return_dict=return_dict,
             )  # fmt: skip
         if eta > 0 and variance_noise is not None and generator is not None:
             raise ValueError("generator, variance_noise: expected one of them, got both")
-        x = widest(model_output, sample)
-        noise = self._noise(plan, i, model_output, generator, seeds, variance_noise)
-        x, m0 = self._step(plan, i, model_output, x, **noise)
+        noise = None
+        if row.draws or seeds is not None:
+            noise, seeds = self._noise(row, model_output, generator, seeds, variance_noise)
+        x, m0 = self._step(row, model_output, sample, noise, seeds)
         if not return_dict:
             return x, m0
         return theirs.scheduling_ddim.DDIMSchedulerOutput(prev_sample=x, pred_original_sample=m0)

@@ -2,15 +2,18 @@
 
 import functools
 import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
-from torch import is_grad_enabled
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ..spec import COLUMNS, INPUTS, OUTPUTS, REQUIRED, STREAM_INITIAL
 from ..table import Table, describe
+from ..typing import Backend, Device, Index, SeedsLike, Shape
 from . import backends
 from .backends import DISPATCHED, chosen, chosen_name, log_call
 from .checks import dtype_name, fail, shape_of
@@ -31,7 +34,7 @@ _EXPECTED = {
 }
 
 
-def _explain(error, table, tensors, required=REQUIRED):
+def _explain(error: Exception, table: object, tensors: Mapping[str, Any], required: Sequence[str] = REQUIRED) -> None:
     """Raises what torch, or the op, said in other words than the caller's; returns where `error` says it all."""
     said = str(error)
     if "epskernels: could not allocate" in said and "out of memory" in said:
@@ -47,7 +50,7 @@ def _explain(error, table, tensors, required=REQUIRED):
         fail(f"table: expected one {devices}: Table.to(device) makes it")
 
 
-def _explain_normal(shape, dtype, draw, stream):
+def _explain_normal(shape: Iterable[object], dtype: object, draw: object, stream: object) -> None:
     for name, value in (*(("shape", size) for size in shape), ("draw", draw), ("stream", stream)):
         if not isinstance(value, (int, np.integer, torch.SymInt)) or not -(2**63) <= value < 2**63:
             expected = "integers as sizes" if name == "shape" else "an integer in [0, 2^32)"
@@ -56,11 +59,11 @@ def _explain_normal(shape, dtype, draw, stream):
         fail(f"dtype: expected float32, float16 or bfloat16 of torch, got {describe(dtype)}")
 
 
-def _by_name(inputs, outputs):
+def _by_name(inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(INPUTS + OUTPUTS, (*inputs, *outputs), strict=True))
 
 
-def rows_and_index(table, index, like):
+def rows_and_index(table: Any, index: Any, like: object) -> tuple[Any, Any]:
     """The tensors that the ops take, for a Table or its rows, and an int or a tensor; a new one lies where `like` does."""
     rows = table
     if isinstance(table, Table):
@@ -75,9 +78,45 @@ def rows_and_index(table, index, like):
     return rows, index
 
 
-def step(x, f, table, index, *, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, y=None, rescale=None,
-         threshold=None, out=None, m0=None, y_out=None, model_input=None, return_m0=False, return_y=False,
-         backend=None):  # fmt: skip
+class StepInputs(TypedDict, total=False):
+    """The optional inputs of `step`, its outputs where they are given, and its backend."""
+
+    u: Tensor | None
+    m1: Tensor | None
+    m2: Tensor | None
+    v: Tensor | None
+    grad: Tensor | None
+    noise: Tensor | None
+    seeds: Tensor | None
+    y: Tensor | None
+    rescale: Tensor | None
+    threshold: Tensor | None
+    out: Tensor | None
+    m0: Tensor | None
+    y_out: Tensor | None
+    model_input: Tensor | None
+    backend: Backend | None
+
+
+@overload
+def step(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, return_m0: Literal[False] = ...,
+         return_y: Literal[False] = ..., **inputs: Unpack[StepInputs]) -> Tensor: ...  # fmt: skip
+@overload
+def step(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, return_m0: bool = ...,
+         return_y: Literal[True], **inputs: Unpack[StepInputs]) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+@overload
+def step(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, return_m0: Literal[True],
+         return_y: Literal[False] = ..., **inputs: Unpack[StepInputs]) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def step(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, return_m0: bool = ...,
+         return_y: bool = ..., **inputs: Unpack[StepInputs]) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
+def step(
+    x: Tensor, f: Tensor, table: Table | Tensor, index: Index, *, u: Tensor | None = None, m1: Tensor | None = None,
+    m2: Tensor | None = None, v: Tensor | None = None, grad: Tensor | None = None, noise: Tensor | None = None,
+    seeds: Tensor | None = None, y: Tensor | None = None, rescale: Tensor | None = None, threshold: Tensor | None = None,
+    out: Tensor | None = None, m0: Tensor | None = None, y_out: Tensor | None = None, model_input: Tensor | None = None,
+    return_m0: bool = False, return_y: bool = False, backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """One model call's update: apply row `index` of `table` to the state x and the model's raw output f.
 
     x: (B, ...), float32, float16 or bfloat16. f: the model's output, x's shape, any of the three dtypes.
@@ -102,7 +141,7 @@ def step(x, f, table, index, *, u=None, m1=None, m2=None, v=None, grad=None, noi
     CPU.
     """
     rows, index = rows_and_index(table, index, x)
-    inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
+    inputs: tuple[Any, ...] = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
     outputs = (out, m0, y_out, model_input)
     functions = chosen(x, backend) if backends.open_choices or backend is not None else DISPATCHED
     if not is_dynamo_compiling() and is_logged(DEBUG) and not is_compiling():
@@ -125,7 +164,13 @@ def step(x, f, table, index, *, u=None, m1=None, m2=None, v=None, grad=None, noi
         raise
 
 
-def _step_into(functions, inputs, outputs, return_m0, return_y):
+def _step_into(
+    functions: backends.Functions,
+    inputs: tuple[Any, ...],
+    outputs: tuple[Tensor | None, ...],
+    return_m0: bool,
+    return_y: bool,
+) -> Any:
     """Writes to the outputs that are given; makes those that are returned besides."""
     x = inputs[0]
     out, m0, y_out, model_input = outputs
@@ -144,18 +189,18 @@ def _step_into(functions, inputs, outputs, return_m0, return_y):
     return (out, m0, y_out) if return_y else (out, m0) if return_m0 else out
 
 
-def _step_results(results, x, f, rows, index, *others, **named):
-    more = {"return_m0": results == 2, "return_y": results == 3}
+def _step_results(results: int, x: Tensor, f: Tensor, rows: Tensor, index: Tensor, *others: Any, **named: Any) -> Any:
+    more: dict[str, Any] = {"return_m0": results == 2, "return_y": results == 3}
     return step(x, f, rows, index, **dict(zip(INPUTS[4:], others, strict=False)), **named, **more)
 
 
-_BY_RESULTS = {1: DISPATCHED.step, 2: DISPATCHED.step_m0, 3: DISPATCHED.step_y}
+_BY_RESULTS: dict[int, Any] = {1: DISPATCHED.step, 2: DISPATCHED.step_m0, 3: DISPATCHED.step_y}
 # What OpOverload.__call__ calls.
 _WITHOUT_PYTHON = {results: op._op for results, op in _BY_RESULTS.items()}
 _STEP_PLAIN = torch.ops.epskernels.step_plain.default._op
 
 
-def step_results(results, plain=False):
+def step_results(results: int, plain: bool = False) -> Callable[..., Any]:
     """`step` for callers that count microseconds: a function that returns the first `results` of (x', m0, y').
 
     It takes the inputs in the order of spec.INPUTS, as many as are given, or by name; rows and index are tensors. plain: x, f,
@@ -170,7 +215,14 @@ def step_results(results, plain=False):
     return _STEP_PLAIN if plain and results == 1 else _WITHOUT_PYTHON[results]
 
 
-def moments(f, u=None, table=None, index=None, *, backend=None):
+def moments(
+    f: Tensor,
+    u: Tensor | None = None,
+    table: Table | Tensor | None = None,
+    index: Index | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
     """Sums over each sample, float64 (B, 2): of f and of f^2; with u, (B, 4): of the guided output fhat and fhat^2 too.
 
     f: (B, ...), float32, float16 or bfloat16. u: as f; table (or its rows) and index as in `step`: fhat = u + g*(f - u), in
@@ -198,7 +250,7 @@ def moments(f, u=None, table=None, index=None, *, backend=None):
         raise
 
 
-def as_seeds(seeds, device="cpu"):
+def as_seeds(seeds: SeedsLike, device: Device = "cpu") -> Tensor:
     """Seeds as an int64 tensor (B,) on `device`: from an int64 tensor, or a list or range of integers in [0, 2^64).
 
     The 64 bits are the generator's key: 2^64 - 1 and -1 are the same seed. Raises ValueError for anything else.
@@ -218,7 +270,16 @@ def as_seeds(seeds, device="cpu"):
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def normal(seeds, shape, *, dtype=torch.float32, draw=0, stream=STREAM_INITIAL, device=None, backend=None):
+def normal(
+    seeds: SeedsLike,
+    shape: Shape,
+    *,
+    dtype: torch.dtype = torch.float32,
+    draw: int = 0,
+    stream: int = STREAM_INITIAL,
+    device: Device | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
     """Standard normals (B, *shape) from the package's generator: sample b depends on seeds[b] alone.
 
     seeds: int64 (B,), or a list or range of integers. shape: of one sample. dtype: float32, float16 or bfloat16, rounded once
@@ -226,7 +287,8 @@ def normal(seeds, shape, *, dtype=torch.float32, draw=0, stream=STREAM_INITIAL, 
     The same on every backend and device (Philox4x32-10, Salmon et al., SC 2011; Box-Muller).
     Raises RuntimeError, ValueError for the seeds.
     """
-    seeds = as_seeds(seeds, device or getattr(seeds, "device", "cpu"))
+    by_default: Device = getattr(seeds, "device", "cpu")
+    seeds = as_seeds(seeds, device or by_default)
     if not isinstance(shape, (tuple, list)):
         fail(f"shape: expected a list or tuple of sizes, got {shape!r}")
     functions = chosen(seeds, backend)

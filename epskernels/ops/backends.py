@@ -5,12 +5,15 @@ import contextvars
 import os
 import threading
 import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.compiler import is_compiling
 
 from .. import build
 from ..build import BACKENDS
+from ..typing import Backend
 from .checks import ELEMENTWISE, fail
 from .log import log
 from .reference_backend import REFERENCE
@@ -20,29 +23,29 @@ from .registration import stand_ins, triton_functions
 class Functions(typing.NamedTuple):
     """What the public functions call."""
 
-    step: typing.Callable
-    step_m0: typing.Callable
-    step_y: typing.Callable
-    step_out: typing.Callable
-    moments: typing.Callable
-    normal: typing.Callable
+    step: Callable[..., Any]
+    step_m0: Callable[..., Any]
+    step_y: Callable[..., Any]
+    step_out: Callable[..., Any]
+    moments: Callable[..., Any]
+    normal: Callable[..., Any]
 
 
 DISPATCHED = Functions(*(getattr(torch.ops.epskernels, name).default for name in Functions._fields))
 REFERENCE_FUNCTIONS = Functions(*(REFERENCE[name] for name in Functions._fields))
 
 # By backend: how to get its functions, and the only kind of device that it takes.
-BY_NAME = {
+BY_NAME: dict[str, tuple[Callable[[], Functions], str | None]] = {
     "auto": (lambda: DISPATCHED, None),
     "cpu": (lambda: DISPATCHED, "cpu"),
     "cuda": (lambda: DISPATCHED, "cuda"),
     "triton": (lambda: Functions(*(triton_functions()[name] for name in Functions._fields)), None),
     "reference": (lambda: REFERENCE_FUNCTIONS, None),
 }
-_forced = contextvars.ContextVar("epskernels_backend", default=None)
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("epskernels_backend", default=None)
 
 
-def _check_backend(name):
+def _check_backend(name: str) -> str | None:
     if name not in BY_NAME:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {name!r}")
     missing = build.why_missing(name) if name in ("cpu", "cuda", "triton") else None
@@ -60,7 +63,7 @@ open_choices = 1 if _FAULTS or DEFAULT_BACKEND else 0
 
 
 @contextlib.contextmanager
-def use_backend(name):
+def use_backend(name: Backend) -> Iterator[None]:
     """Within the context, `step`, `moments` and `normal` run on this backend: "auto", "cpu", "cuda" (compiled C++ and CUDA C++),
     "triton" or "reference".
 
@@ -80,13 +83,14 @@ def use_backend(name):
         _forced.reset(token)
 
 
-def chosen_name(backend):
+def chosen_name(backend: str | None) -> str:
+    """The backend of a call with this argument."""
     if is_compiling():
         return backend or "auto"
     return backend or _forced.get() or DEFAULT_BACKEND or "auto"
 
 
-def chosen(tensor, backend):
+def chosen(tensor: Any, backend: str | None) -> Functions:
     """The functions of the backend that was asked for: by the call, else by the context, else for the process."""
     if _FAULTS:
         fail("; ".join(_FAULTS))
@@ -101,7 +105,7 @@ def chosen(tensor, backend):
     return functions()
 
 
-def log_call(name, functions, backend, tensors):
+def log_call(name: str, functions: Functions, backend: str | None, tensors: Mapping[str, Any]) -> None:
     """Which kernel a call runs on, why, and what keeps it from its fast path."""
     tensors = {key: value for key, value in tensors.items() if isinstance(value, torch.Tensor) and value.numel()}
     if not tensors:
@@ -119,8 +123,10 @@ def log_call(name, functions, backend, tensors):
         kernel = "the reference"
     elif functions is not DISPATCHED or (kind == "cuda" and build.why_missing("cuda")):
         kernel = "the Triton kernel"
+    elif kind == "cpu" and (extension := build.extension()):
+        kernel = f"the CPU kernel ({extension.cpu_capability()})"
     else:
-        kernel = f"the CPU kernel ({build.extension().cpu_capability()})" if kind == "cpu" else "the CUDA kernel"
+        kernel = "the CUDA kernel"
     slower = []
     for key, tensor in tensors.items():
         if key not in (*ELEMENTWISE, "rows", "out", "m0", "y_out", "model_input") or not tensor.dim():

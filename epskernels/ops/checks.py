@@ -4,46 +4,52 @@ All raise RuntimeError naming the argument, before anything is written.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..spec import COLUMNS, INPUTS, OPTIONAL, SECOND_STATE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def fail(message):
+def fail(message: str) -> NoReturn:
+    """Raises RuntimeError, as the compiled kernels do."""
     raise RuntimeError(f"epskernels: {message}") from None
 
 
-def shape_of(tensor):
+def shape_of(tensor: Tensor) -> str:
+    """For messages, such as (2, 3)."""
     return str(tuple(tensor.shape))
 
 
-def dtype_name(tensor):
+def dtype_name(tensor: Tensor) -> str:
+    """For messages, such as float32."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _check_type(name, value, kind, expected):
+def _check_type(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
     """What the dispatcher checks first, in its words."""
     if not isinstance(value, kind):
         found = type(value).__name__
         fail(f"expected a value of type '{expected}' for argument '{name}' but instead found type '{found}'")
 
 
-def _check_dense(name, tensor):
+def _check_dense(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "a nested tensor" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         fail(f"{name}: expected a dense tensor, got {layout}")
 
 
-def _check_device(name, tensor, other, other_name="x"):
+def _check_device(name: str, tensor: Tensor, other: Tensor, other_name: str = "x") -> None:
     if tensor.device != other.device:
         fail(f"{name}: expected a tensor on {other.device}, as {other_name} is, got one on {tensor.device}")
 
 
-def _check_like(name, tensor, other_name, other, dtype=True):
+def _check_like(name: str, tensor: Tensor | None, other_name: str, other: Tensor, dtype: bool = True) -> None:
     if tensor is None:
         return
     _check_device(name, tensor, other, other_name)
@@ -53,7 +59,7 @@ def _check_like(name, tensor, other_name, other, dtype=True):
         fail(f"{name}: expected dtype {dtype_name(other)} as {other_name} has, got {dtype_name(tensor)}")
 
 
-def _check_integers(name, tensor, may_be_scalar, x):
+def _check_integers(name: str, tensor: Tensor, may_be_scalar: bool, x: Tensor) -> None:
     _check_device(name, tensor, x)
     if tensor.dtype != torch.int64:
         fail(f"{name}: expected dtype int64, got {dtype_name(tensor)}")
@@ -61,7 +67,7 @@ def _check_integers(name, tensor, may_be_scalar, x):
         fail(f"{name}: expected shape {'() or ' if may_be_scalar else ''}({len(x)},), got {shape_of(tensor)}")
 
 
-def _check_floats(name, tensor, x):
+def _check_floats(name: str, tensor: Tensor | None, x: Tensor) -> None:
     """One number for each sample."""
     if tensor is None:
         return
@@ -76,10 +82,13 @@ def _check_floats(name, tensor, x):
 ELEMENTWISE = ("x", "f", "u", "m1", "m2", "v", "grad", "noise", "y")
 
 
-def check_step(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, y=None,
-               rescale=None, threshold=None):  # fmt: skip
+def check_step(
+    x: Tensor, f: Tensor, rows: Tensor, index: Tensor, u: Tensor | None = None, m1: Tensor | None = None,
+    m2: Tensor | None = None, v: Tensor | None = None, grad: Tensor | None = None, noise: Tensor | None = None,
+    seeds: Tensor | None = None, y: Tensor | None = None, rescale: Tensor | None = None, threshold: Tensor | None = None,
+) -> None:  # fmt: skip
     """Everything that can be known without reading values. Raises RuntimeError naming the argument."""
-    tensors = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
+    tensors: tuple[Any, ...] = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
     for name, tensor in zip(INPUTS, tensors, strict=True):
         if tensor is not None or name not in OPTIONAL:
             _check_type(name, tensor, torch.Tensor, "Optional[Tensor]" if name in OPTIONAL else "Tensor")
@@ -110,7 +119,7 @@ def check_step(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, n
     _check_floats("threshold", threshold, x)
 
 
-def check_moments(f, u=None, rows=None, index=None):
+def check_moments(f: Tensor, u: Tensor | None = None, rows: Tensor | None = None, index: Tensor | None = None) -> None:
     """Of `moments`, as check_step of the step."""
     _check_type("f", f, torch.Tensor, "Tensor")
     if (rows is None) != (u is None) or (index is None) != (u is None):
@@ -120,11 +129,11 @@ def check_moments(f, u=None, rows=None, index=None):
         fail(f"f: expected dtype float32, float16 or bfloat16, got {dtype_name(f)}")
     if f.dim() < 1 or f.numel() == 0:
         fail(f"f: expected shape (B, ...) with at least one element, got {shape_of(f)}")
-    if u is not None:
+    if u is not None and rows is not None and index is not None:
         check_step(f, f, rows, index, u)
 
 
-def rows_in_use(rows, index):
+def rows_in_use(rows: Tensor, index: Tensor) -> dict[int, dict[str, float]]:
     """{i: the row's columns by name} of the rows that index names; reads both on the host."""
     used = index.reshape(-1).unique().tolist()
     for i in used:
@@ -148,10 +157,10 @@ def rows_in_use(rows, index):
 _HISTORY = {"c_m1": "m1", "c_m2": "m2", "c_y": "y", "k_m1": "m1", "k_m2": "m2", "k_y": "y"}
 
 
-def check_values(inputs, writes_y):
+def check_values(inputs: Mapping[str, Any], writes_y: bool) -> None:
     """What the rows in use ask for; reads index, rows and threshold on the host. inputs: by name; writes_y: there is a y_out."""
-    there = {name for name in INPUTS if inputs.get(name) is not None} | ({"y_out"} if writes_y else set())
-    there |= {"seeds or noise"} if there & {"seeds", "noise"} else set()
+    given = {name for name in INPUTS if inputs.get(name) is not None} | ({"y_out"} if writes_y else set())
+    given |= {"seeds or noise"} if given & {"seeds", "noise"} else set()
     for i, row in rows_in_use(inputs["rows"], inputs["index"]).items():
         needs = [("u", "g is not 1", row["g"] != 1)]
         needs += [(argument, f"{column} is not 0", row[column] != 0) for column, argument in _HISTORY.items()]
@@ -160,15 +169,15 @@ def check_values(inputs, writes_y):
         learned = row["logvar_min"] != 0 or row["logvar_max"] != 0
         needs.append(("v", "logvar_min and logvar_max are not 0", learned))
         for argument, why, asked in needs:
-            if asked and argument not in there:
+            if asked and argument not in given:
                 fail(f"{argument}: missing, and row {i} needs it ({why})")
-    if "threshold" in there:
+    if "threshold" in given:
         for sample, value in enumerate(inputs["threshold"].tolist()):
             if value <= 0 or value == math.inf:
                 fail(f"threshold: expected finite values above 0, got {value} for sample {sample}")
 
 
-def check_memory(tensors):
+def check_memory(tensors: Mapping[str, Tensor | None]) -> None:
     """Of tensors by name, or None, that a kernel is about to read or write."""
     for name, tensor in tensors.items():
         if tensor is None or tensor.is_meta or tensor.numel() == 0:
@@ -177,12 +186,12 @@ def check_memory(tensors):
             fail(f"{name}: expected a tensor with memory, got one whose storage was freed")
 
 
-def _extent(tensor):
+def _extent(tensor: Tensor) -> tuple[int, int]:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def check_outputs_like(x, f, outputs):
+def check_outputs_like(x: Tensor, f: Tensor, outputs: Mapping[str, Any]) -> None:
     """What can be known of the outputs without looking at their memory."""
     for name, output in outputs.items():
         optional = name in ("m0", "y_out", "model_input")
@@ -196,7 +205,7 @@ def check_outputs_like(x, f, outputs):
             _check_like(name, output, "x", x)
 
 
-def _check_model_input(model_input, x, f):
+def _check_model_input(model_input: Tensor, x: Tensor, f: Tensor) -> None:
     _check_device("model_input", model_input, x)
     if (
         model_input.dim() != x.dim()
@@ -208,7 +217,7 @@ def _check_model_input(model_input, x, f):
         fail(f"model_input: expected dtype {dtype_name(f)} as f has, got {dtype_name(model_input)}")
 
 
-def check_outputs(outputs, inputs):
+def check_outputs(outputs: Mapping[str, Tensor | None], inputs: Mapping[str, Any]) -> None:
     """Of {"out" or "x": tensor, "m0", "y_out", "model_input": tensor or None}, given all inputs by name: each of its shape, and
     apart from all the others, or, but for model_input, exactly one of the inputs that are read element by element."""
     check_outputs_like(inputs["x"], inputs["f"], outputs)
@@ -220,7 +229,7 @@ def check_outputs(outputs, inputs):
             _check_overlap(name, output, other, outputs[other], False)
 
 
-def _check_output(name, out, inputs):
+def _check_output(name: str, out: Tensor, inputs: Mapping[str, Tensor | None]) -> None:
     reach = 1
     for stride, size in sorted((s, n) for s, n in zip(out.stride(), out.shape, strict=True) if n > 1):
         if stride < reach:
@@ -230,7 +239,7 @@ def _check_output(name, out, inputs):
         _check_overlap(name, out, other_name, other, other_name in ELEMENTWISE and name != "model_input")
 
 
-def _check_overlap(name, out, other_name, other, may_be_same):
+def _check_overlap(name: str, out: Tensor, other_name: str, other: Tensor | None, may_be_same: bool) -> None:
     """An output may be a tensor read element by element (same memory, same layout) or lie apart from it."""
     if other is None:
         return
@@ -242,12 +251,12 @@ def _check_overlap(name, out, other_name, other, may_be_same):
     fail(f"{name}: overlaps the memory of {other_name}{' without being the same tensor' if may_be_same else ''}")
 
 
-def _strides(tensor):
+def _strides(tensor: Tensor) -> list[int]:
     """Of the dimensions that are stepped along."""
     return [stride if size > 1 else 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
 
 
-def _interleaved(a, b):
+def _interleaved(a: Tensor, b: Tensor) -> bool:
     """Samples of two tensors that take turns in one buffer, as channel halves do."""
     if a.dim() != b.dim() or a.stride(0) * a.element_size() != b.stride(0) * b.element_size() or a.stride(0) == 0:
         return False
@@ -258,7 +267,8 @@ def _interleaved(a, b):
     return distance >= a[0].numel() * a.element_size() and distance + b[0].numel() * b.element_size() <= stride
 
 
-def check_normal(seeds, shape, dtype, draw, stream):
+def check_normal(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype, draw: int, stream: int) -> None:
+    """Of `normal`, as check_step of the step."""
     _check_type("seeds", seeds, torch.Tensor, "Tensor")
     _check_dense("seeds", seeds)
     integers = (int, np.integer, torch.SymInt)

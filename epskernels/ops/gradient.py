@@ -12,13 +12,17 @@ An idle coefficient has its term's gradient where the term's tensor is there, bu
 count as zero: uninitialised history stays harmless. `draw`, `guided_channels`, `t`, `c_in` and `c_in_next` have none.
 """
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..spec import COLUMNS, EXP_LEAST, EXP_MOST
 from .reference import guided_elements
 
 
-def noise_rows(rows):
+def noise_rows(rows: Tensor) -> Tensor:
     """Rows by which the step's x' is the noise that `rows` draw, for an x and an f of zeros."""
     made = torch.zeros_like(rows)
     made[:, COLUMNS.index("draw")] = rows[:, COLUMNS.index("draw")]
@@ -27,7 +31,11 @@ def noise_rows(rows):
     return made
 
 
-def step_gradients(wanted, bars_out, x, f, rows, index, u, m1, m2, v, grad, z, y, rescale, threshold):
+def step_gradients(
+    wanted: Collection[str], bars_out: tuple[Tensor, Tensor | None, Tensor | None], x: Tensor, f: Tensor, rows: Tensor,
+    index: Tensor, u: Tensor | None, m1: Tensor | None, m2: Tensor | None, v: Tensor | None, grad: Tensor | None,
+    z: Tensor | None, y: Tensor | None, rescale: Tensor | None, threshold: Tensor | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """{name: gradient, in the tensor's dtype} of those inputs of a step that `wanted` names.
 
     bars_out: x'_bar, m0_bar and y'_bar, as x; the last two may be None. z: the normals, given or made, or None where neither
@@ -38,30 +46,32 @@ def step_gradients(wanted, bars_out, x, f, rows, index, u, m1, m2, v, grad, z, y
     given = {"x": x, "f": f, "rows": rows, "u": u, "m1": m1, "m2": m2, "v": v, "grad": grad, "noise": z, "y": y,
              "rescale": rescale, "threshold": threshold}  # fmt: skip
     dtypes = {name: tensor.dtype for name, tensor in given.items() if tensor is not None}
-    x, f, u, m1, m2, v, grad, z, y = (t if t is None else t.to(dtype) for t in (x, f, u, m1, m2, v, grad, z, y))
-    next_bar, m0_bar, second_bar = (bar if bar is None else bar.to(dtype) for bar in bars_out)
+    x, f, next_bar = x.to(dtype), f.to(dtype), bars_out[0].to(dtype)
+    u, m1, m2, v, grad, z, y = (t if t is None else t.to(dtype) for t in (u, m1, m2, v, grad, z, y))
+    m0_bar, second_bar = (bar if bar is None else bar.to(dtype) for bar in bars_out[1:])
     each = (-1, *[1] * (x.dim() - 1))  # one number for each sample
     # By index_select, which does not wait for the device; a sample whose index is out of range is NaN already.
     which = index.reshape(-1).clamp(0, rows.shape[0] - 1)
-    row = rows.index_select(0, which).to(dtype).reshape(-1, len(COLUMNS), *each[1:])
-    row = dict(zip(COLUMNS, row.unbind(1), strict=True))
+    columns = rows.index_select(0, which).to(dtype).reshape(-1, len(COLUMNS), *each[1:]).unbind(1)
+    row = dict(zip(COLUMNS, columns, strict=True))
 
-    def held(tensor, idle):
+    def held(tensor: Any, idle: Tensor) -> Any:
         return tensor if tensor is None else torch.where(idle & ~tensor.isfinite(), 0.0, tensor)
 
-    def through(c, k):
+    def through(c: str, k: str) -> Tensor:
         """The derivative by what x' has c times, and y' k times."""
         bar = row[c] * next_bar
         return bar if second_bar is None else bar + row[k] * second_bar
 
-    output, gain = f, None  # of the network, guided; its derivative by f
+    output = f  # of the network, guided
+    gain: Tensor | None = None  # its derivative by f
     if u is not None:
         guided = guided_elements(x, row["guided_channels"])
-        plain = (row["g"] == 1) | ~guided
-        difference = torch.where(guided, held(f - u, plain), 0.0)
+        unguided = (row["g"] == 1) | ~guided
+        difference = torch.where(guided, held(f - u, unguided), 0.0)
         gain = torch.where(guided, row["g"], 1.0)
         # Of the same value as f where that is the output, and with a derivative by g.
-        output = torch.where(plain, f + (row["g"] - 1) * difference, u + row["g"] * difference)
+        output = torch.where(unguided, f + (row["g"] - 1) * difference, u + row["g"] * difference)
     fhat = output if rescale is None else rescale.to(dtype).reshape(each) * output
     p = row["d_x"] * x + row["d_f"] * fhat
     m0 = clamped = p.clamp(-row["clip"], row["clip"])
@@ -96,7 +106,7 @@ def step_gradients(wanted, bars_out, x, f, rows, index, u, m1, m2, v, grad, z, y
         bars["x"] = through("c_x", "k_x") + row["d_x"] * p_bar
     if "f" in wanted:
         bars["f"] = output_bar if gain is None else gain * output_bar
-    if "u" in wanted:
+    if "u" in wanted and gain is not None:
         bars["u"] = (1.0 - gain) * output_bar
     for name in ("m1", "m2", "y"):
         if name in wanted:

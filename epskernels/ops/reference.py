@@ -9,7 +9,10 @@ Every other backend returns these bits. Mirrors csrc/step.h::step_value and csrc
 are those of epskernels/spec.py. It does not check its arguments: reference_backend.py does.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from ..spec import (
     COLUMNS,
@@ -33,7 +36,7 @@ from ..spec import (
 _WORD = 0xFFFFFFFF
 
 
-def _horner(polynomial, x):
+def _horner(polynomial: dict[int, float], x: Tensor) -> Tensor:
     first, *others = polynomial.values()
     p = torch.full_like(x, first)
     for c in others:
@@ -41,12 +44,12 @@ def _horner(polynomial, x):
     return p
 
 
-def sqrt_rounded(x):
+def sqrt_rounded(x: Tensor) -> Tensor:
     """Correctly rounded float32 square root: PyTorch's own goes through a vector library on the CPU."""
     return x.double().sqrt().float()
 
 
-def log_poly(u):
+def log_poly(u: Tensor) -> Tensor:
     """ln(u), u float32 normal in (0, 1]."""
     bits = u.view(torch.int32)
     e = (bits - SQRT_HALF_BITS) >> 23
@@ -54,7 +57,7 @@ def log_poly(u):
     return e.float() * LN2 + _horner(LOG, f) * f
 
 
-def cos_sin_poly(turn):
+def cos_sin_poly(turn: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of 2*pi*turn/2^32, turn int64 in [0, 2^32)."""
     shifted = (turn + 0x20000000) & _WORD
     quadrant = shifted >> 30
@@ -69,7 +72,7 @@ def cos_sin_poly(turn):
     return cosine, sine
 
 
-def exp_poly(y):
+def exp_poly(y: Tensor) -> Tensor:
     """exp(y), y float32 held to [EXP_LEAST, EXP_MOST]; exp(0) is 1 exactly; NaN passes through."""
     y = torch.where(y < EXP_LEAST, EXP_LEAST, y)
     y = torch.where(y > EXP_MOST, EXP_MOST, y)
@@ -80,7 +83,7 @@ def exp_poly(y):
     return _horner(EXP, r) * ((scale + 127) << 23).view(torch.float32)
 
 
-def philox(counter, key):
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four int64 tensors of words and two of keys (all in [0, 2^32)) to four words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -96,14 +99,15 @@ def philox(counter, key):
     return c0, c1, c2, c3
 
 
-def box_muller(radius_word, angle_word):
+def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    """Two normals of two words each."""
     u = radius_word.float() * 2.0**-32 + 2.0**-33
     radius = sqrt_rounded(log_poly(u) * -2.0)
     cosine, sine = cos_sin_poly(angle_word)
     return radius * cosine, radius * sine
 
 
-def normal_reference(seeds, shape, draw, stream):
+def normal_reference(seeds: Tensor, shape: Sequence[int], draw: int | Tensor, stream: int) -> Tensor:
     """Standard normals (B, *shape), float32: element e of a sample is normal e % 4 of the counter (e // 4, draw, stream).
 
     seeds: (B,) int64, the 64-bit keys. draw: an integer in [0, 2^32), or a (B,) int64 tensor of them.
@@ -120,13 +124,13 @@ def normal_reference(seeds, shape, draw, stream):
     return torch.stack(normals, dim=-1).reshape(len(seeds), -1)[:, :count].reshape(-1, *shape)
 
 
-def clamp(value, bound):
+def clamp(value: Tensor, bound: Tensor) -> Tensor:
     """To [-bound, bound] by comparison: NaN stays NaN."""
     value = torch.where(value < -bound, -bound, value)
     return torch.where(value > bound, bound, value)
 
 
-def tree_sum(values):
+def tree_sum(values: Tensor) -> Tensor:
     """The sum over the last dimension, padded with zeros to a power of two: its halves are added, again and again."""
     size = 1
     while size < values.shape[-1]:
@@ -138,20 +142,23 @@ def tree_sum(values):
     return values[..., 0]
 
 
-def moments_reference(f, u=None, rows=None, index=None):
+def moments_reference(
+    f: Tensor, u: Tensor | None = None, rows: Tensor | None = None, index: Tensor | None = None
+) -> Tensor:
     """(B, 2) or, with u, (B, 4) float64: the sums of f and f^2, and of fhat and fhat^2, over each sample: by `tree_sum` over
     tiles of 1,024 elements, then over the tiles. A float32's square is exact in float64. Mirrors csrc/step_cpu.cpp::moments."""
     results = []
-    for value in (f, u if u is None else guided_output(f, u, rows, index)):
-        if value is None:
-            continue
+    values = [f]
+    if u is not None and rows is not None and index is not None:
+        values.append(guided_output(f, u, rows, index))
+    for value in values:
         value = value.double().reshape(len(f), -1)
         value = torch.nn.functional.pad(value, (0, -value.shape[1] % MOMENTS_TILE)).reshape(len(f), -1, MOMENTS_TILE)
         results += [tree_sum(tree_sum(power)) for power in (value, value * value)]
     return torch.stack(results, dim=1)
 
 
-def guided_output(f, u, rows, index):
+def guided_output(f: Tensor, u: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """fhat = u + g*(f - u), float32, as the step forms it; NaN for a sample whose index is out of range or whose guided_channels
     is no count."""
     inside = (index >= 0) & (index < len(rows))
@@ -162,29 +169,32 @@ def guided_output(f, u, rows, index):
     return torch.where(good, _guide(f.float(), u.float(), g, channels), float("nan"))
 
 
-def guided_elements(f, guided_channels):
+def guided_elements(f: Tensor, guided_channels: Tensor) -> Tensor:
     """Which elements of f are guided, as a mask that broadcasts: those of the first channels, or all."""
     channels = (*f.shape[1:2], *[1] * (f.dim() - 2))  # of a sample, and each one's number
     channel = torch.arange(channels[0] if channels else 1, device=f.device).reshape(1, *channels)
     return (guided_channels == 0) | (channel < guided_channels)
 
 
-def _guide(f, u, g, guided_channels):
+def _guide(f: Tensor, u: Tensor, g: Tensor, guided_channels: Tensor) -> Tensor:
     return torch.where((g != 1) & guided_elements(f, guided_channels), u + g * (f - u), f)
 
 
-def step_reference(x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, noise=None, seeds=None, y=None,
-                   rescale=None, threshold=None):  # fmt: skip
+def step_reference(
+    x: Tensor, f: Tensor, rows: Tensor, index: Tensor, u: Tensor | None = None, m1: Tensor | None = None,
+    m2: Tensor | None = None, v: Tensor | None = None, grad: Tensor | None = None, noise: Tensor | None = None,
+    seeds: Tensor | None = None, y: Tensor | None = None, rescale: Tensor | None = None, threshold: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(x', m0, y', the next model input): the first three in x's shape and dtype, the last in f's dtype. Arguments as in
     epskernels.step, already checked."""
     dtype, f_dtype, shape = x.dtype, f.dtype, x.shape
-    row = rows.index_select(0, index.reshape(-1))
-    row = dict(zip(COLUMNS, row.reshape(-1, len(COLUMNS), *[1] * (x.dim() - 1)).unbind(1), strict=True))
-    tensors = (x, f, u, m1, m2, v, grad, noise, y)
-    x, f, u, m1, m2, v, grad, noise, y = (t if t is None else t.float() for t in tensors)
+    columns = rows.index_select(0, index.reshape(-1)).reshape(-1, len(COLUMNS), *[1] * (x.dim() - 1)).unbind(1)
+    row = dict(zip(COLUMNS, columns, strict=True))
+    x, f = x.float(), f.float()
+    u, m1, m2, v, grad, noise, y = (t if t is None else t.float() for t in (u, m1, m2, v, grad, noise, y))
     each = (-1, *[1] * (x.dim() - 1))  # one number for each sample
 
-    def term(total, name, value):
+    def term(total: Tensor, name: str, value: Tensor | None) -> Tensor:
         """total + coefficient*value, where the coefficient is not zero and the tensor is there."""
         if value is None:
             return total

@@ -14,8 +14,11 @@ kernel; failing that the reference stands in, and says so once.
 """
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import build
 from ..spec import SCHEMAS, STREAM_INITIAL
@@ -35,13 +38,15 @@ for _schema in SCHEMAS:
 
 # ---- where no kernel was compiled ----
 
-stand_ins = {}  # for each kind of device without a compiled kernel, the functions by op
+stand_ins: dict[
+    str, dict[str, Callable[..., Any]]
+] = {}  # for each kind of device without a compiled kernel, the functions by op
 
 
-def _stand_in(name):
+def _stand_in(name: str) -> Callable[..., Any]:
     """Where no compiled kernel is registered for a kind of device: Triton's on a GPU, else the reference."""
 
-    def stand_in(first, *args, **kwargs):
+    def stand_in(first: Any, *args: Any, **kwargs: Any) -> Any:
         kind = first.device.type if isinstance(first, torch.Tensor) else "cpu"
         if kind in stand_ins:
             return stand_ins[kind][name](first, *args, **kwargs)
@@ -64,7 +69,8 @@ def _stand_in(name):
     return stand_in
 
 
-def triton_functions():
+def triton_functions() -> dict[str, Callable[..., Any]]:
+    """The Triton backend's functions by op; Triton is imported by this call."""
     from .triton_backend import TRITON
 
     return TRITON
@@ -74,9 +80,9 @@ for _name in REFERENCE:
     library.impl(_name, _stand_in(_name), "CompositeExplicitAutograd")
 
 
-def _register_fake_step(name, results):
+def _register_fake_step(name: str, results: int) -> None:
     @torch.library.register_fake(f"epskernels::{name}", lib=library)
-    def _(x, *inputs, **named):
+    def _(x: Tensor, *inputs: Any, **named: Any) -> Tensor | tuple[Tensor, ...]:
         check_step(x, *inputs, **named)
         made = tuple(torch.empty_like(x) for _ in range(results))
         return made if results > 1 else made[0]
@@ -87,25 +93,31 @@ for _name, _results in (("step", 1), ("step_plain", 1), ("step_m0", 2), ("step_y
 
 
 @torch.library.register_fake("epskernels::step_out", lib=library)
-def _(x, f, *inputs, out, m0=None, y_out=None, model_input=None, **named):
+def _(
+    x: Tensor, f: Tensor, *inputs: Any, out: Tensor, m0: Tensor | None = None, y_out: Tensor | None = None,
+    model_input: Tensor | None = None, **named: Any,
+) -> None:  # fmt: skip
     check_step(x, f, *inputs, **named)
     check_outputs_like(x, f, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input})
 
 
 @torch.library.register_fake("epskernels::step_", lib=library)
-def _(x, f, *inputs, m0=None, y_out=None, model_input=None, **named):
+def _(
+    x: Tensor, f: Tensor, *inputs: Any, m0: Tensor | None = None, y_out: Tensor | None = None,
+    model_input: Tensor | None = None, **named: Any,
+) -> None:  # fmt: skip
     check_step(x, f, *inputs, **named)
     check_outputs_like(x, f, {"m0": m0, "y_out": y_out, "model_input": model_input})
 
 
 @torch.library.register_fake("epskernels::moments", lib=library)
-def _(f, u=None, rows=None, index=None):
+def _(f: Tensor, u: Tensor | None = None, rows: Tensor | None = None, index: Tensor | None = None) -> Tensor:
     check_moments(f, u, rows, index)
     return f.new_empty((f.shape[0], 2 if u is None else 4), dtype=torch.float64)
 
 
 @torch.library.register_fake("epskernels::normal", lib=library)
-def _(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
+def _(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype, draw: int = 0, stream: int = STREAM_INITIAL) -> Tensor:
     check_normal(seeds, shape, dtype, draw, stream)
     return torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
 
@@ -116,13 +128,13 @@ build.load_kernels()
 # ---- outputs that are views with the negative bit, such as x.conj().imag: their memory holds the negated values ----
 
 
-def register_negative(library, ops):
+def register_negative(library: torch.library.Library, ops: Any) -> None:
     """What torch does by itself for inputs: it clones them. Of an op that writes a tensor it expects that one back."""
 
-    def memory(tensor):
+    def memory(tensor: Any) -> Any:
         return torch._neg_view(tensor) if tensor is not None and tensor.is_neg() else tensor
 
-    def into_memory(inputs, outputs, named):
+    def into_memory(inputs: Sequence[Any], outputs: Mapping[str, Any], named: Mapping[str, Any]) -> None:
         held = {name: memory(output) for name, output in outputs.items()}
         inputs = [value.resolve_neg() if isinstance(value, torch.Tensor) else value for value in inputs]
         named = {name: value if value is None else value.resolve_neg() for name, value in named.items()}
@@ -131,10 +143,16 @@ def register_negative(library, ops):
             if held[name] is not output:
                 held[name].neg_()
 
-    def step_out(*inputs, out, m0=None, y_out=None, model_input=None, **named):
+    def step_out(
+        *inputs: Any, out: Tensor, m0: Tensor | None = None, y_out: Tensor | None = None,
+        model_input: Tensor | None = None, **named: Any,
+    ) -> None:  # fmt: skip
         into_memory(inputs, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input}, named)
 
-    def step_(x, *inputs, m0=None, y_out=None, model_input=None, **named):
+    def step_(
+        x: Tensor, *inputs: Any, m0: Tensor | None = None, y_out: Tensor | None = None,
+        model_input: Tensor | None = None, **named: Any,
+    ) -> None:  # fmt: skip
         outputs = {"out": x, "m0": m0, "y_out": y_out, "model_input": model_input}
         try:
             into_memory((x, *inputs), outputs, named)

@@ -6,8 +6,11 @@ torch.vmap folds its dimension into the batch, for `step` and for the ops that w
 """
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -20,7 +23,12 @@ from .registration import library
 _transforms_active = torch._C._are_functorch_transforms_active  # as autograd.Function.apply asks
 
 
-def require_grad(x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold, *outputs):
+def require_grad(
+    x: Tensor, f: Tensor, rows: Tensor, index: Tensor, u: Tensor | None, m1: Tensor | None, m2: Tensor | None,
+    v: Tensor | None, grad: Tensor | None, noise: Tensor | None, seeds: Tensor | None, y: Tensor | None,
+    rescale: Tensor | None, threshold: Tensor | None, *outputs: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether autograd, or a transform of torch.func, has to see the step."""
     try:
         if x.requires_grad or f.requires_grad or rows.requires_grad:
             return True
@@ -32,7 +40,7 @@ def require_grad(x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale
     return _transforms_active()  # torch.func's: what vmap has wrapped does not tell
 
 
-def refuse_gradients(tensors):
+def refuse_gradients(tensors: Mapping[str, object]) -> None:
     """A gradient would stop here in silence."""
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
@@ -42,13 +50,14 @@ def refuse_gradients(tensors):
             )
 
 
-def refuse_tangents(inputs):
+def refuse_tangents(inputs: Sequence[object]) -> None:
+    """Forward-mode derivatives would be lost in silence."""
     for name, tensor in zip(INPUTS, inputs, strict=True):
         if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
             fail(f"{name}: expected a tensor without a tangent: the step has no forward-mode derivative")
 
 
-def step_with_gradient(backend, op, inputs):
+def step_with_gradient(backend: str, op: str, inputs: Sequence[Tensor | None]) -> Any:
     """The results of an op, on a backend by name, with a gradient by every input."""
     if is_compiling() and _transforms_active():  # Dynamo would drop the gradient
         fail("step: expected no transform of torch.func within torch.compile, which would lose its gradient")
@@ -59,17 +68,23 @@ class _Step(torch.autograd.Function):
     """An op with its gradient, on a backend by name. Only the inputs are kept; noise made from seeds is made again."""
 
     @staticmethod
-    def forward(backend, op, x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold):
+    def forward(
+        backend: str, op: str, x: Tensor, f: Tensor, rows: Tensor, index: Tensor, u: Tensor | None, m1: Tensor | None,
+        m2: Tensor | None, v: Tensor | None, grad: Tensor | None, noise: Tensor | None, seeds: Tensor | None,
+        y: Tensor | None, rescale: Tensor | None, threshold: Tensor | None,
+    ) -> Any:  # fmt: skip
         run = getattr(BY_NAME[backend][0](), op)
         return run(x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.backend, _, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx, next_bar, m0_bar=None, second_bar=None):
+    def backward(
+        ctx: Any, next_bar: Tensor, m0_bar: Tensor | None = None, second_bar: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold = ctx.saved_tensors
         wanted = [name for name, needed in zip(INPUTS, ctx.needs_input_grad[2:], strict=True) if needed]
         z = noise
@@ -83,17 +98,19 @@ class _Step(torch.autograd.Function):
         return None, None, *(bars.get(name) for name in INPUTS)
 
     @staticmethod
-    def vmap(info, in_dims, backend, op, *inputs):
+    def vmap(info: Any, in_dims: tuple[Any, ...], backend: str, op: str, *inputs: Tensor | None) -> Any:
         return _folded(functools.partial(_Step.apply, backend, op), info, in_dims[2:], inputs)
 
 
-def _folded(run, info, in_dims, inputs):
+def _folded(
+    run: Callable[..., Any], info: Any, in_dims: Sequence[int | None], inputs: Sequence[Any]
+) -> tuple[Any, Any]:
     """vmap of `run`: its dimension becomes the outer part of the batch."""
     size = info.batch_size
     one = [t if dim is None else t.select(dim, 0) for t, dim in zip(inputs, in_dims, strict=True)]
     check_step(*one)
 
-    def outermost(tensor, dim):
+    def outermost(tensor: Tensor, dim: int | None) -> Tensor:
         return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
     tensors = dict(zip(INPUTS, inputs, strict=True))
@@ -116,16 +133,16 @@ def _folded(run, info, in_dims, inputs):
     return results.unflatten(0, (size, -1)), 0
 
 
-def _register_vmap(op, run):
-    def rule(info, in_dims, *inputs):
+def _register_vmap(op: str, run: Callable[..., Any]) -> None:
+    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Tensor | None) -> tuple[Any, Any]:
         absent = [None] * (len(INPUTS) - len(inputs))
         return _folded(run, info, [*in_dims, *absent], [*inputs, *absent])
 
     torch.library.register_vmap(f"epskernels::{op}", rule, lib=library)
 
 
-def _refuse_vmap(op):
-    def refuse(*args, **kwargs):
+def _refuse_vmap(op: str) -> None:
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
         fail(
             f"{op}: expected no torch.vmap around an op that writes to its arguments; step, step_m0 and step_y take it"
         )
@@ -133,22 +150,28 @@ def _refuse_vmap(op):
     library.impl(op, refuse, "FuncTorchBatched")
 
 
-def _vmap_moments(info, in_dims, f, u=None, rows=None, index=None):
+def _vmap_moments(
+    info: Any, in_dims: tuple[Any, ...], f: Tensor, u: Tensor | None = None, rows: Tensor | None = None,
+    index: Tensor | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     dims = (*in_dims, None, None, None)[:4]
-    one = [t if dim is None else t.select(dim, 0) for t, dim in zip((f, u, rows, index), dims, strict=True)]
+    tensors: tuple[Any, ...] = (f, u, rows, index)
+    one = [t if dim is None else t.select(dim, 0) for t, dim in zip(tensors, dims, strict=True)]
     check_moments(*one)
     if u is None:
         f = f.movedim(dims[0], 0)
         return DISPATCHED.moments(f.flatten(0, 1)).unflatten(0, f.shape[:2]), 0
 
-    def run(x, f, rows, index, u, *absent):
+    def run(x: Tensor, f: Tensor, rows: Tensor, index: Tensor, u: Tensor, *absent: None) -> Tensor:
         return DISPATCHED.moments(f, u, rows, index)
 
     absent = [None] * (len(INPUTS) - 5)
     return _folded(run, info, [dims[0], dims[0], *dims[2:], dims[1], *absent], [f, f, rows, index, u, *absent])
 
 
-def _vmap_normal(info, in_dims, seeds, shape, *options, **named):
+def _vmap_normal(
+    info: Any, in_dims: tuple[Any, ...], seeds: Tensor, shape: Sequence[int], *options: Any, **named: Any
+) -> tuple[Tensor, int]:
     seeds = seeds.movedim(in_dims[0], 0)
     if seeds.dim() != 2:
         fail(f"seeds: expected shape (B,), got {shape_of(seeds[0])}")

@@ -1,6 +1,8 @@
 """The Triton kernels as a backend: their launches, eager and under torch.compile, and the functions of the ops."""
 
 import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -21,15 +23,17 @@ from .checks import (
 )
 from .triton_kernels import INTERPRETED, level_kernel, normal_kernel, step_kernel, tiles_kernel
 
+Launch = Callable[..., None]  # a kernel's, with its grid and arguments
 
-def _block_of(numel):
+
+def _block_of(numel: int) -> tuple[int, int]:
     """(elements, warps) of a program, for samples of numel elements: 8 elements a thread. The bits do not depend on it."""
     if INTERPRETED.value:
         return min(max(triton.next_power_of_2(numel), 8), 65536), 1
     return (1024, 4) if numel > 512 else (256, 1)
 
 
-def _batch(tensor, numel, written=False):
+def _batch(tensor: Tensor | None, numel: int, written: bool = False) -> tuple[Tensor | None, int]:
     """The tensor and its batch stride; one whose samples are not contiguous in themselves, as a contiguous one."""
     if tensor is None:
         return None, 0
@@ -41,12 +45,16 @@ def _batch(tensor, numel, written=False):
     return (torch.empty_like if written else torch.clone)(tensor, memory_format=torch.contiguous_format), numel
 
 
-def _resolved(*tensors):
+def _resolved(*tensors: Any) -> list[Any]:
     """Those of which single elements are read, as their memory holds them."""
     return [tensor if tensor is None else tensor.resolve_neg() for tensor in tensors]
 
 
-def _run_step(launch, written, x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold, block=None):
+def _run_step(
+    launch: Launch, written: Sequence[Tensor | None], x: Tensor, f: Tensor, rows: Tensor, index: Tensor, u: Tensor | None,
+    m1: Tensor | None, m2: Tensor | None, v: Tensor | None, grad: Tensor | None, noise: Tensor | None, seeds: Tensor | None,
+    y: Tensor | None, rescale: Tensor | None, threshold: Tensor | None, block: tuple[int, int] | None = None,
+) -> None:  # fmt: skip
     """One call of `launch`, with the grid, the kernel's arguments and its options. written: out, m0, y_out, model_input."""
     rows, index, seeds, rescale, threshold = _resolved(rows, index, seeds, rescale, threshold)
     batch = x.shape[0]
@@ -70,11 +78,13 @@ def _run_step(launch, written, x, f, rows, index, u, m1, m2, v, grad, noise, see
         DOUBLED=doubled, BLOCK=size, num_warps=warps,
     )  # fmt: skip
     for tensor, (result, _) in zip(written, outputs, strict=True):
-        if result is not tensor:
+        if tensor is not None and result is not None and result is not tensor:
             tensor.copy_(result)
 
 
-def _run_normal(launch, out, seeds, draw, stream, block=None):
+def _run_normal(
+    launch: Launch, out: Tensor, seeds: Tensor, draw: int, stream: int, block: tuple[int, int] | None = None
+) -> None:
     seeds = seeds.resolve_neg()
     numel = out.numel() // seeds.shape[0]
     size, warps = block or _block_of(numel)
@@ -83,16 +93,18 @@ def _run_normal(launch, out, seeds, draw, stream, block=None):
     launch((seeds.shape[0] * tiles,), *arguments, BLOCK=size, num_warps=warps)
 
 
-def _run_moments(launch_tiles, launch_level, f, u, rows, index):
+def _run_moments(
+    launch_tiles: Launch, launch_level: Launch, f: Tensor, u: Tensor | None, rows: Tensor | None, index: Tensor | None
+) -> Tensor:
     batch, sums = f.shape[0], 2 if u is None else 4
     numel = f.numel() // batch
     tiles = triton.cdiv(numel, MOMENTS_TILE)
-    rows, index = _resolved(rows, index)
+    resolved_rows, resolved_index = _resolved(rows, index)
     values = torch.empty(batch * sums, tiles, dtype=torch.float64, device=f.device)
     launch_tiles(
         (batch * tiles,), values, *_batch(f, numel), *_batch(u, numel),
-        *((None, 0, 0) if u is None else (rows, rows.stride(0), rows.shape[0])),
-        *((None, 0) if u is None else (index, index.stride(0) if index.dim() else 0)),
+        *((None, 0, 0) if u is None else (resolved_rows, resolved_rows.stride(0), resolved_rows.shape[0])),
+        *((None, 0) if u is None else (resolved_index, resolved_index.stride(0) if resolved_index.dim() else 0)),
         numel, numel // f.shape[1] if f.dim() > 1 else 1, tiles, TILE=MOMENTS_TILE, num_warps=1,
     )  # fmt: skip
     while (count := values.shape[1]) > 1:
@@ -104,11 +116,11 @@ def _run_moments(launch_tiles, launch_level, f, u, rows, index):
     return values.reshape(batch, sums)
 
 
-def _launcher(kernel, device):
+def _launcher(kernel: Any, device: torch.device) -> Launch:
     if device.type == "cpu" and not INTERPRETED.value:
         fail("backend 'triton' was asked for, and the tensors are on cpu")
 
-    def launch(grid, *arguments, **options):
+    def launch(grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         with torch.accelerator.device_index(device.index):
             kernel[grid](*arguments, **options, enable_fp_fusion=False)
 
@@ -124,11 +136,12 @@ def triton_step_out_op(
     v: Tensor | None, grad: Tensor | None, noise: Tensor | None, seeds: Tensor | None, y: Tensor | None, rescale: Tensor | None,
     threshold: Tensor | None, out: Tensor, m0: Tensor | None, y_out: Tensor | None, model_input: Tensor | None,
 ) -> None:  # fmt: skip
+    """As step_out, with `out` given."""
     inputs = (x, f, rows, index, u, m1, m2, v, grad, noise, seeds, y, rescale, threshold)
     check_step(*inputs)
     check_outputs_like(x, f, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input})
 
-    def launch(grid, *arguments, **options):
+    def launch(grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         wrap_triton(step_kernel)[grid](*arguments, **options)
 
     _run_step(launch, (out, m0, y_out, model_input), *inputs)
@@ -136,9 +149,10 @@ def triton_step_out_op(
 
 @triton_op("epskernels::triton_normal", mutates_args=())
 def triton_normal_op(seeds: Tensor, shape: list[int], dtype: torch.dtype, draw: int, stream: int) -> Tensor:
+    """As normal."""
     check_normal(seeds, shape, dtype, draw, stream)
 
-    def launch(grid, *arguments, **options):
+    def launch(grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         wrap_triton(normal_kernel)[grid](*arguments, **options)
 
     out = torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
@@ -149,58 +163,72 @@ def triton_normal_op(seeds: Tensor, shape: list[int], dtype: torch.dtype, draw: 
 # ---- the functions of the backend, by op ----
 
 
-def _step(outputs, inputs, named):
+def _step(outputs: dict[str, Any], inputs: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
     """Runs the step into `outputs`: {"out" or "x": tensor, "m0", "y_out", "model_input": tensor or None}."""
-    inputs = dict.fromkeys(INPUTS) | dict(zip(INPUTS, inputs, strict=False)) | named
-    x = inputs["x"]
+    by_name: dict[str, Any] = {**dict.fromkeys(INPUTS), **dict(zip(INPUTS, inputs, strict=False)), **named}
+    x = by_name["x"]
     if is_compiling():
-        torch.ops.epskernels.triton_step_out(*inputs.values(), *_made(outputs, x).values())
+        torch.ops.epskernels.triton_step_out(*by_name.values(), *_made(outputs, x).values())
         return tuple(outputs.values())
-    check_step(**inputs)
-    check_memory(inputs)
+    check_step(**by_name)
+    check_memory(by_name)
     if os.environ.get("EPSKERNELS_CHECK_ROWS") == "1":
-        check_values(inputs, outputs["y_out"] is not None)
+        check_values(by_name, outputs["y_out"] is not None)
     launch = _launcher(step_kernel, x.device)
     given = {key: tensor for key, tensor in outputs.items() if tensor is not NEW}
-    check_outputs(given, inputs)
+    check_outputs(given, by_name)
     check_memory(given)
-    _run_step(launch, tuple(_made(outputs, x).values()), *inputs.values())
+    _run_step(launch, tuple(_made(outputs, x).values()), *by_name.values())
     return tuple(outputs.values())
 
 
 NEW = object()  # an output to be made, once all inputs are known to be good
 
 
-def _made(outputs, x):
+def _made(outputs: dict[str, Any], x: Tensor) -> dict[str, Any]:
     outputs |= {key: torch.empty_like(x) for key, tensor in outputs.items() if tensor is NEW}
     return outputs
 
 
-def _new(*names):
-    return dict.fromkeys(OUTPUTS) | dict.fromkeys(names, NEW)
+def _new(*names: str) -> dict[str, Any]:
+    return {**dict.fromkeys(OUTPUTS), **dict.fromkeys(names, NEW)}
 
 
-def triton_step(*inputs, **named):
+def triton_step(*inputs: Tensor | None, **named: Tensor | None) -> Tensor:
+    """x'."""
     return _step(_new("out"), inputs, named)[0]
 
 
-def triton_step_m0(*inputs, **named):
+def triton_step_m0(*inputs: Tensor | None, **named: Tensor | None) -> tuple[Tensor, ...]:
+    """(x', m0)."""
     return _step(_new("out", "m0"), inputs, named)[:2]
 
 
-def triton_step_y(*inputs, **named):
+def triton_step_y(*inputs: Tensor | None, **named: Tensor | None) -> tuple[Tensor, ...]:
+    """(x', m0, y')."""
     return _step(_new("out", "m0", "y_out"), inputs, named)[:3]
 
 
-def triton_step_out(*inputs, out, m0=None, y_out=None, model_input=None, **named):
+def triton_step_out(
+    *inputs: Tensor | None, out: Tensor, m0: Tensor | None = None, y_out: Tensor | None = None,
+    model_input: Tensor | None = None, **named: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes to the outputs that are given."""
     _step({"out": out, "m0": m0, "y_out": y_out, "model_input": model_input}, inputs, named)
 
 
-def triton_step_(x, *inputs, m0=None, y_out=None, model_input=None, **named):
+def triton_step_(
+    x: Tensor, *inputs: Tensor | None, m0: Tensor | None = None, y_out: Tensor | None = None,
+    model_input: Tensor | None = None, **named: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes x' to x, and the other outputs that are given."""
     _step({"x": x, "m0": m0, "y_out": y_out, "model_input": model_input}, (x, *inputs), named)
 
 
-def triton_normal(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
+def triton_normal(
+    seeds: Tensor, shape: list[int], dtype: torch.dtype, draw: int = 0, stream: int = STREAM_INITIAL
+) -> Tensor:
+    """The generator's normals, (B, *shape)."""
     if is_compiling():
         return torch.ops.epskernels.triton_normal(seeds, shape, dtype, draw, stream)
     check_normal(seeds, shape, dtype, draw, stream)
@@ -211,13 +239,16 @@ def triton_normal(seeds, shape, dtype, draw=0, stream=STREAM_INITIAL):
     return out
 
 
-def triton_moments(f, u=None, rows=None, index=None):
+def triton_moments(
+    f: Tensor, u: Tensor | None = None, rows: Tensor | None = None, index: Tensor | None = None
+) -> Tensor:
+    """Sums over each sample, float64 (B, 2) or (B, 4)."""
     check_moments(f, u, rows, index)
     check_memory({"f": f, "u": u, "rows": rows, "index": index})
     return _run_moments(_launcher(tiles_kernel, f.device), _launcher(level_kernel, f.device), f, u, rows, index)
 
 
-TRITON = {
+TRITON: dict[str, Callable[..., Any]] = {
     "step": triton_step,
     "step_plain": triton_step,
     "step_m0": triton_step_m0,

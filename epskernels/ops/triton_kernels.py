@@ -55,6 +55,7 @@ def _horner(COEFFICIENTS: tl.constexpr, x):
 
 @device_function
 def log_poly(u):
+    """ln(u), u in (0, 1]. These functions are those of reference.py."""
     bits = u.to(tl.int32, bitcast=True)
     e = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -63,6 +64,7 @@ def log_poly(u):
 
 @device_function
 def cos_sin_poly(turn):
+    """cos and sin of 2*pi*turn/2^32."""
     quadrant = tl.add(turn, 0x20000000, sanitize_overflow=False)  # in its two high bits
     a = mul((turn << 2).to(tl.int32, bitcast=True).to(tl.float32), TURN / 4)
     a2 = mul(a, a)
@@ -76,6 +78,7 @@ def cos_sin_poly(turn):
 
 @device_function
 def exp_poly(y):
+    """exp(y), y held to [EXP_LEAST, EXP_MOST]."""
     y = tl.where(y < EXP_LEAST, EXP_LEAST, y)
     y = tl.where(y > EXP_MOST, EXP_MOST, y)
     rounded = mul(y, LOG2_E) + MAGIC
@@ -95,6 +98,7 @@ def _clamp(value, bound):
 
 @device_function
 def philox(c0, c1, c2, c3, key0, key1):
+    """Philox4x32-10: a counter and a key to four words."""
     for _ in tl.static_range(10):
         product0 = c0.to(tl.uint64) * 0xD2511F53
         product1 = c2.to(tl.uint64) * 0xCD9E8D57
@@ -109,6 +113,7 @@ def philox(c0, c1, c2, c3, key0, key1):
 
 @device_function
 def box_muller(radius_word, angle_word):
+    """Two normals of two words."""
     u = mul(radius_word.to(tl.float32), 2.0**-32) + 2.0**-33
     radius = tl.sqrt_rn(mul(log_poly(u), -2.0))
     cosine, sine = cos_sin_poly(angle_word)
@@ -328,6 +333,7 @@ def step_kernel(
 
 @triton.jit
 def normal_kernel(out_ptr, seeds_ptr, seeds_stride, draw, stream, numel, tiles, BLOCK: tl.constexpr):
+    """A program's tile of one sample: normals."""
     VEC: tl.constexpr = 4 if out_ptr.dtype.element_ty == tl.float32 else 8
     sample, start, count = _tile(numel, tiles, BLOCK)
     seed = tl.load(seeds_ptr + sample * seeds_stride)
@@ -367,6 +373,7 @@ def tiles_kernel(
     sums_ptr, f_ptr, f_stride, u_ptr, u_stride, rows_ptr, rows_stride, rows_count, index_ptr, index_stride,
     numel, channel_numel, tiles, TILE: tl.constexpr,
 ):  # fmt: skip
+    """A program's tile of one sample: its sums, two, or four where there is u."""
     sample, start, count = _tile(numel, tiles, TILE)
     lane = tl.arange(0, TILE)
     f = _load(f_ptr, f_stride, sample, start, count, lane)

@@ -86,7 +86,7 @@ class Case:
     def _set(self, scheduler):
         if self.steps:
             scheduler.set_timesteps(**self.steps)
-        if self.begin:
+        if self.begin and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self.begin)
         return scheduler
 
@@ -353,8 +353,44 @@ for consistency in ("LCM", "TCD"):
 add("TCD", deterministic={"call": {"eta": 0.0}, "steps": FOUR}, all_noise={"call": {"eta": 1.0}, "steps": FOUR})
 add("LCM", timestep_scaling={"config": {"timestep_scaling": 1.0}, "steps": FOUR})
 
+PNDM = {"skip_prk_steps": True}
+add(
+    "PNDM",
+    **configs(
+        epsilon=PNDM, v_prediction={**PNDM, **V}, prk={}, prk_v=V, **{k: {**PNDM, **v} for k, v in SPACINGS.items()}
+    ),
+)
+add(
+    "PNDM",
+    **configs(**{k: {**PNDM, **v} for k, v in BETAS.items()}, stable_diffusion={**PNDM, **VP, "steps_offset": 1}),
+    alpha_to_one={"config": {**PNDM, "set_alpha_to_one": True}}, one={"config": PNDM, "steps": {"num_inference_steps": 1}},
+    two={"config": PNDM, "steps": {"num_inference_steps": 2}}, prk_trailing={"config": {"timestep_spacing": "trailing"}},
+    begun_later={"config": PNDM, "begin": 5}, odd={"config": {}, "steps": {"num_inference_steps": 7}},
+)  # fmt: skip
+add("LMSDiscrete", **configs(**PREDICTIONS, **SPACINGS, **BETAS, **SIGMAS))
+add(
+    "LMSDiscrete",
+    order_1={"call": {"order": 1}}, order_2={"call": {"order": 2}}, order_3={"call": {"order": 3}}, image_to_image={"begin": 4},
+    order_5={"call": {"order": 5}, "own": "order 5 needs more than three earlier outputs"},
+)  # fmt: skip
+add("IPNDM", plain={}, few={"steps": {"num_inference_steps": 3}}, many={"steps": {"num_inference_steps": 40}})
+add(
+    "IPNDM",
+    trained={"config": {"trained_betas": np.cos(np.linspace(0.1, 1.5, 13)).tolist()}},
+    image_to_image={"begin": 4},
+)
+add("DEISMultistep", **configs(**PREDICTIONS, **SPACINGS, **BETAS, **SIGMAS))
+add(
+    "DEISMultistep",
+    **configs(
+        order_1={"solver_order": 1}, order_3={"solver_order": 3}, unfinished={"solver_order": 3, "lower_order_final": False},
+        flow={**FLOW, "use_flow_sigmas": True}, stable_diffusion={**VP, "steps_offset": 1},
+    ),
+    many={"config": {"solver_order": 3}, "steps": {"num_inference_steps": 20}}, image_to_image={"begin": 4},
+)  # fmt: skip
+
 THRESHOLD = {"thresholding": True, "sample_max_value": 1.1, "dynamic_thresholding_ratio": 0.9}
-for name in ("DDPM", "DDIM", "DPMSolverMultistep", "EDMDPMSolverMultistep", "LCM", "UniPCMultistep"):
+for name in ("DDPM", "DDIM", "DPMSolverMultistep", "EDMDPMSolverMultistep", "LCM", "UniPCMultistep", "DEISMultistep"):
     add(name, thresholding={"config": THRESHOLD, "steps": FOUR if name == "LCM" else {"num_inference_steps": 12}})
 add(
     "DPMSolverMultistep",
@@ -371,7 +407,7 @@ add(
 def allowed(case, theirs):
     """Of the states and of the other result, given diffusers' own errors: both are draws, and other ones on another processor,
     whose tanh and sin differ."""
-    factors = [2.0 if "Multistep" in case.name else 1.25, 2.5][: len(theirs)]
+    factors = [2.0 if "Multistep" in case.name or "PNDM" in case.name else 1.25, 2.5][: len(theirs)]
     return np.array(factors) * theirs + FEW_ULP
 
 
@@ -394,10 +430,23 @@ def test_float32_is_as_close_as_diffusers(case):
 # ---- Epsilon Scaling ----
 
 
+def step_of(case, i):
+    """Of which step call i is."""
+    if case.name == "HeunDiscreteScheduler":
+        return i // 2
+    if case.name == "PNDMScheduler":
+        if case.config.get("skip_prk_steps"):
+            return i if i < 2 else i - 1
+        return (i + 1) // 4 if i < 12 else i - 9
+    return i
+
+
 def textbook(case, scheduler, lam):
     """(f, x, i) -> the network's output once its eps is divided by lambda[i]: eps, x_0 and the output again, by definition."""
     sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None or case.name in ("LCMScheduler", "TCDScheduler"):
+    if case.name == "IPNDMScheduler":
+        alpha, sigma = scheduler.alphas.double(), scheduler.betas.double()
+    elif sigmas is None or case.name in ("LCMScheduler", "TCDScheduler"):
         abar = scheduler.alphas_cumprod.double()[scheduler.timesteps]
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
     elif hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
@@ -407,12 +456,12 @@ def textbook(case, scheduler, lam):
         sigma = sigmas.double()[:-1]
         alpha = 1 - sigma if "Flow" in case.name else torch.ones_like(sigma)
     data = getattr(scheduler.config, "sigma_data", None)
-    kind = getattr(scheduler.config, "prediction_type", "flow_prediction")
-    second = case.name == "HeunDiscreteScheduler"
+    default = "v_prediction" if case.name == "IPNDMScheduler" else "flow_prediction"
+    kind = getattr(scheduler.config, "prediction_type", default)
 
     def scale(f, x, i):
         a, s = float(alpha[i]), float(sigma[i])
-        lambda_t = lam[i // 2] if second else lam[i]
+        lambda_t = lam[step_of(case, i)]
         if lambda_t == 1:
             return f
         f, v = (f[:, : x.shape[1]], f[:, x.shape[1] :]) if case.learned else (f, None)
@@ -450,7 +499,7 @@ SCALED = [
     if name.split("-", 1)[1] in (
         "epsilon", "sample", "v_prediction", "v", "learned_range", "eta", "clipped_output_eta", "karras",
         "flow", "stochastic", "shift", "dpmsolver-midpoint-2", "dpmsolver++-midpoint-3", "sde-dpmsolver++-heun-2", "unclipped",
-        "image_to_image", "own", "clipped", "plain", "bh1-3", "bh2-2", "eps-bh2-3",
+        "image_to_image", "own", "clipped", "plain", "prk", "prk_v", "order_3", "bh1-3", "bh2-2", "eps-bh2-3",
     )
 ]  # fmt: skip
 
@@ -460,9 +509,8 @@ SCALED = [
 def test_lambda_is_the_textbook(name, kind):
     case = CASES[name]
     f, scheduler = network(case), case.theirs()
-    steps = (len(scheduler.timesteps) + 1) // 2 if "Heun" in case.name else len(scheduler.timesteps)
-    chosen, lam = SCALINGS[kind](steps)
-    if "Flow" in case.name or "use_flow_sigmas" in case.config:
+    chosen, lam = SCALINGS[kind](step_of(case, len(scheduler.timesteps) - 1) + 1)
+    if "Flow" in case.name or "IPNDM" in case.name or "use_flow_sigmas" in case.config:
         lam[0] = 1.0  # x is noise alone
         chosen = lam.tolist() if kind == "array" else chosen
     scale = textbook(case, scheduler, lam)
@@ -529,7 +577,16 @@ def in_step(case, dtype):
 
 
 ROUNDS_MIDWAY = ("DDPM", "DDIM", "Heun", "EDMDPM", "LCM", "TCD", "UniPC")  # the others of diffusers compute in float32
-STORES_HISTORY = ("DPMSolver", "EDMDPM", "UniPC", "Heun")  # m1, m2 and y, rounded where the state is
+STORES_HISTORY = (
+    "DPMSolver",
+    "EDMDPM",
+    "UniPC",
+    "Heun",
+    "PNDM",
+    "LMS",
+    "IPNDM",
+    "DEIS",
+)  # m1, m2 and y, rounded where the state is
 
 
 @every
@@ -607,9 +664,9 @@ def test_results_are_diffusers_own_objects(name):
 @classes
 def test_signatures_are_diffusers_own(name):
     """Pipelines look at them: nothing is missing, nothing has moved, and what is new has a name and a default."""
-    for method in ("__init__", "step", "set_timesteps"):
-        theirs = inspect.signature(getattr(getattr(diffusers, name), method)).parameters
-        ours = inspect.signature(getattr(CLASSES[name], method)).parameters
+    classes = getattr(diffusers, name), CLASSES[name]
+    for functions in (classes, [of.step for of in classes], [of.set_timesteps for of in classes]):
+        theirs, ours = (inspect.signature(function).parameters for function in functions)
         assert list(ours)[: len(theirs)] == list(theirs)
         assert {key: p.default for key, p in ours.items() if key in theirs} == {
             key: p.default for key, p in theirs.items()
@@ -1117,9 +1174,9 @@ def test_fuse_keeps_what_the_scheduler_carries(name):
 
 def test_fuse_refuses_what_it_does_not_know():
     with pytest.raises(
-        TypeError, match="PNDMScheduler has no fused twin; known: DDIMScheduler, DDPMScheduler, DPMSolver"
+        TypeError, match="AmusedScheduler has no fused twin; known: DDIMScheduler, DDPMScheduler, DEISM"
     ):
-        fused.fuse(Pipe(diffusers.PNDMScheduler()))
+        fused.fuse(Pipe(diffusers.AmusedScheduler(mask_token_id=3)))
     with pytest.raises(TypeError, match="pipe: expected a pipeline with a scheduler, or a scheduler, got int"):
         fused.fuse(3)
 

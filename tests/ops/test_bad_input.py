@@ -239,6 +239,11 @@ def rows_with(column, value, row=0):
     return rows
 
 
+for column in ("logvar_min", "logvar_max"):
+    BAD[f"v: missing, {column} 0"] = (
+        lambda column=column: good(rows=rows_with(column, 0.0), v=None),
+        r"\bv: missing, and row 0 needs it",
+    )
 for column, value in [*zip(COLUMNS, itertools.cycle((np.inf, -np.inf, np.nan))), ("clip", -np.inf)]:
     BAD[f"rows: {column} {value}"] = (
         lambda column=column, value=value: good(rows=rows_with(column, value)),
@@ -417,6 +422,14 @@ def test_bad_moments(backend, case):
         run(good()["f"])
 
 
+@pytest.mark.parametrize("left_out", ["u", "rows", "index"])
+def test_the_op_s_moments_with_a_part_of_what_guidance_needs(backend, left_out):
+    """The op itself says so: in epskernels.moments the caller's words stand before it."""
+    f, u, rows, index = (None if name == left_out else good()[name] for name in ("f", "u", "rows", "index"))
+    with pytest.raises(RuntimeError, match="^epskernels: u, rows, index: expected all of them, or none$"):
+        op(backend, "moments")(f, u, rows, index)
+
+
 @pytest.mark.parametrize("index", [-1, 20, 2**63, 2**70, -(2**70)])
 @pytest.mark.parametrize("kind", ["table", "rows"])
 def test_bad_python_index(backend, kind, index):
@@ -573,6 +586,14 @@ BAD_OUTPUTS |= {
         lambda: (good(x=(buffer := torch.full((4, 4, 5), SENTINEL))[:3, :2]), buffer[1:4, 1:3]),
         "NAME: overlaps the memory of x without being the same tensor",
     ),
+    "every other channel, where x has the last two": (
+        lambda: (good(x=(buffer := torch.full((3, 4, 5), SENTINEL))[:, 2:]), buffer[:, ::2]),
+        "NAME: overlaps the memory of x without being the same tensor",
+    ),
+    "halves of x, one channel before": (
+        lambda: (good(x=(buffer := torch.full((3, 4, 5), SENTINEL))[:, 1:3]), buffer[:, :2]),
+        "NAME: overlaps the memory of x without being the same tensor",
+    ),
 }
 for name in TENSORS:
     for by in (1, 7, -1):
@@ -635,6 +656,29 @@ def test_model_input_over_an_input(backend, name):
         model_input=a[name],
         out=torch.zeros(SHAPE),
     )
+
+
+def test_the_op_s_out_may_not_be_absent(backend):
+    message = "expected a value of type 'Tensor' for argument 'out' but instead found type 'NoneType'"
+    m0 = torch.full(SHAPE, SENTINEL)
+    with pytest.raises(RuntimeError, match=message):
+        op(backend, "step_out")(**good(), out=None, m0=m0)
+    assert (m0 == SENTINEL).all()
+
+
+def test_model_input_in_the_dtype_of_x(backend):
+    halves = {name: torch.ones(SHAPE, dtype=torch.bfloat16) for name in ("f", "u", "v")}
+    message = "model_input: expected dtype bfloat16 as f has, got float32"
+    outputs = {"out": torch.full(SHAPE, SENTINEL), "model_input": torch.full(SHAPE, SENTINEL)}
+    refused(backend, good(**halves), message, "step_out", **outputs)
+
+
+def test_one_sample_over_another_with_strides_of_0(backend):
+    """A batch of one may have any stride, which says nothing of how samples lie."""
+    buffer = torch.full((11,), SENTINEL)
+    x, out = (buffer[first:].as_strided((1, 2, 5), (0, 5, 1)) for first in (0, 1))
+    a = {"x": x, "f": torch.ones(1, 2, 5), "rows": make_rows(), "index": torch.tensor(1)}
+    refused(backend, a, "out: overlaps the memory of x without being the same tensor", "step_out", out=out)
 
 
 @pytest.mark.parametrize("name", ["out", "m0", "y_out"])
@@ -764,7 +808,7 @@ def test_channel_halves(backend, names, dtype):
     assert same(outputs["out"], expected_x) and same(outputs["m0"], expected_m0)
 
 
-@pytest.mark.parametrize("name", [*FLOATS, "index", "seeds"])
+@pytest.mark.parametrize("name", [*FLOATS, "index", "seeds", *PER_SAMPLE])
 def test_expanded_inputs(backend, name):
     part = complete(name)[name][:1]
     expanded = part.expand(BATCH, *part.shape[1:])
@@ -801,6 +845,33 @@ def test_a_sign_bit_on_single_elements(backend, name):
     moments, normal = op(backend, "moments"), op(backend, "normal")
     assert same(moments(f, u, torch._neg_view(-rows), torch._neg_view(-index)), moments(f, u, rows, index))
     assert same(normal(torch._neg_view(-seeds), [7], dtype=torch.float32), normal(seeds, [7], dtype=torch.float32))
+
+
+def one_channel(tensor, stride):
+    """The same memory, whose dimension of one is never stepped along."""
+    return tensor.as_strided((BATCH, 1, 10), (10, stride, 1))
+
+
+@pytest.mark.parametrize("stride", [0, 1, 77])
+def test_a_dimension_of_one_has_any_stride(backend, stride):
+    """Of an output of its own, and of one that is x."""
+    table = make_rows()
+    x, f = torch.randn(BATCH, 1, 10), torch.randn(BATCH, 1, 10)
+    expected, out = epskernels.step(x, f, table, 1), torch.full((BATCH, 1, 10), SENTINEL)
+    epskernels.step(x, f, table, 1, out=one_channel(out, stride))
+    assert same(out, expected)
+    epskernels.step(x, f, table, 1, out=one_channel(x, stride))
+    assert same(x, expected)
+
+
+@pytest.mark.parametrize("first", ["x", "out"])
+def test_an_output_may_begin_where_an_input_ends(backend, first):
+    table = make_rows()
+    buffer = torch.randn(2, *SHAPE)
+    x, out = (buffer[0], buffer[1]) if first == "x" else (buffer[1], buffer[0])
+    f = torch.randn(SHAPE)
+    expected = epskernels.step(x.clone(), f, table, 1)
+    assert epskernels.step(x, f, table, 1, out=out) is out and same(out, expected)
 
 
 OUTPUTS = ("out", "m0", "y_out", "model_input")
@@ -912,8 +983,9 @@ def test_tensors_that_no_row_needs(backend):
     assert same(call(good(index=plain, **nans)), expected)
 
 
-def test_clip_0_and_one_row_of_any_stride(backend):
-    rows = torch.zeros(1, 99)[:, :24]
+@pytest.mark.parametrize("stride", [0, 1, 99])
+def test_clip_0_and_one_row_of_any_stride(backend, stride):
+    rows = torch.zeros(1, 99).as_strided((1, 24), (stride, 1))
     rows[0] = rows_with("clip", 0.0)[0]
     assert (call(good(rows=rows), return_m0=True)[1] == 0).all()
 
@@ -928,6 +1000,14 @@ def test_nan_in_gives_nan_out(backend, name, dtype):
     expected[1, 0, 3] = True
     assert torch.equal(result.isnan(), expected)
     assert torch.equal(m0.isnan(), expected if name in ("x", "f", "u") else torch.zeros_like(expected))
+
+
+def test_a_threshold_of_nan_makes_its_sample_nan(backend):
+    """As dynamic_threshold gives it for a sample that holds NaN: no argument is wrong."""
+    result, m0 = call(good(threshold=torch.tensor([1.0, np.nan, 1.0])), return_m0=True)
+    expected, expected_m0 = call(good(threshold=torch.ones(BATCH)), return_m0=True)
+    assert result[1].isnan().all() and m0[1].isnan().all()
+    assert same(result[::2], expected[::2]) and same(m0[::2], expected_m0[::2])
 
 
 # ---- normal, seeds, backends ----

@@ -23,6 +23,7 @@ USE = (
     "y = epskernels.step(x, x, table, 3, seeds=torch.arange(2))\n"
     "with epskernels.use_backend('reference'):\n"
     "    assert torch.equal(y, epskernels.step(x, x, table, 3, seeds=torch.arange(2)))\n"
+    "assert models.DIGITS.with_name('py.typed').exists()\n"
     "assert (models.DIGITS / 'unet' / 'diffusion_pytorch_model.safetensors').exists()\n"
     "if not build.why_missing():\n"
     "    torch.ops.load_library(build.library())\n"

@@ -22,6 +22,14 @@ def blocks(page, *languages):
     return [(m[1], text.count("\n", 0, m.start(2)) + 1, m[2]) for m in found if m[1] in languages]
 
 
+def as_module(page):
+    """The page's Python blocks as one file, each in the lines where it stands in the page."""
+    lines = [""] * (ROOT / page).read_text().count("\n")
+    for _, first, code in blocks(page, "python"):
+        lines[first - 1 : first - 1 + code.count("\n")] = code.splitlines()
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def environment():
     """Its tools are those of the Python that runs the tests, and its epskernels is theirs."""
     tools = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])

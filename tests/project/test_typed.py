@@ -1,0 +1,100 @@
+"""Types, names and docstrings of what users import: mypy on the package and on the examples of the pages."""
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ..support.markdown_examples import ROOT, as_module
+
+PACKAGE = ROOT / "epskernels"
+PAGES = sorted(page.relative_to(ROOT) for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+# What users import: completion shows what `__all__` names.
+MODULES = [
+    "", "build", "calibrate", "exposure", "files", "graphed", "guidance", "images", "models", "ops", "published_settings",
+    "quality", "ranks", "sample", "samplers", "scaling", "schedule", "seeds", "shards", "table", "trajectory", "typing",
+]  # fmt: skip
+# Triton reads annotations as the types of a kernel's arguments.
+WITHOUT_ANNOTATIONS = {"ops/triton_kernels.py"}
+NOT_YET = ("diffusers/", "samplers/", "solvers.py", "k_diffusion.py")
+
+
+# What a user's checker knows.
+KNOWN = """
+from typing import assert_type
+
+import torch
+
+import epskernels
+from epskernels import samplers, schedule
+
+table = samplers.ddim(schedule.linear(), 3)
+x = torch.zeros(1, 2)
+assert_type(epskernels.step(x, x, table, 0), torch.Tensor)
+assert_type(epskernels.step(x, x, table, 0, return_m0=True), tuple[torch.Tensor, torch.Tensor])
+assert_type(epskernels.step(x, x, table, 0, return_y=True, y=x), tuple[torch.Tensor, torch.Tensor, torch.Tensor])
+assert_type(epskernels.sample(lambda x, t: (x, x), table, range(2), (2,)), torch.Tensor)
+assert_type(epskernels.Table({"t": 0.0}).history, int)
+assert_type(epskernels.calibrate.fit([1.0], "constant").scaling, epskernels.EpsilonScaling)
+epskernels.step(x, x, table, 0, bakend="cpu")  # type: ignore[call-overload]
+epskernels.step(x, x, table, 0, backend="gpu")  # type: ignore[call-overload]
+epskernels.use_backend("gpu")  # type: ignore[arg-type]
+"""
+
+
+def test_mypy_finds_nothing_in_the_package_and_in_the_examples_of_the_pages(tmp_path):
+    files = [tmp_path / "known.py"]
+    files[0].write_text(KNOWN)
+    for page in PAGES:
+        code = as_module(page)
+        if code.strip():
+            files.append(tmp_path / f"page_{page.stem}.py")  # a page's functions may do without annotations
+            files[-1].write_text(code.rstrip() + "\n\n# mypy: allow-untyped-defs\n")
+    assert len(files) >= 8
+    command = [sys.executable, "-m", "mypy", "epskernels", *map(str, files)]
+    environment = {**os.environ, "MYPYPATH": str(ROOT / "examples")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_names_that_a_module_lists_are_there(name):
+    module = importlib.import_module(f"epskernels.{name}".rstrip("."))
+    assert sorted(set(module.__all__)) == sorted(module.__all__)
+    missing = [each for each in module.__all__ if not hasattr(module, each) or each not in dir(module)]
+    assert not missing
+    # Whatever the module defines for others is among them: each public function and class.
+    defined = {key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+    assert not {key for key in defined if not key.startswith("_")} - set(module.__all__)
+
+
+def public_definitions(node, prefix=""):
+    """(dotted name, node) of a module's public functions and classes, and of the classes' public methods."""
+    for each in node.body:
+        if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not each.name.startswith("_"):
+            if not any(isinstance(mark, ast.Name) and mark.id == "overload" for mark in each.decorator_list):
+                yield prefix + each.name, each
+            if isinstance(each, ast.ClassDef):
+                yield from public_definitions(each, f"{each.name}.")
+
+
+PATHS = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if not path.startswith(NOT_YET)])
+def test_public_functions_are_annotated_and_say_what_they_do(path):
+    silent, untyped = [], []
+    for name, node in public_definitions(ast.parse((PACKAGE / path).read_text())):
+        if ast.get_docstring(node) is None:
+            silent.append(name)
+        if isinstance(node, ast.ClassDef):
+            continue
+        own = node.args
+        arguments = [*own.posonlyargs, *own.args, *own.kwonlyargs, *filter(None, (own.vararg, own.kwarg))]
+        typed = node.returns and all(each.annotation for each in arguments if each.arg not in ("self", "cls"))
+        if not typed and path not in WITHOUT_ANNOTATIONS:
+            untyped.append(name)
+    assert not silent and not untyped
