@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from .. import solvers
 from ..scaling import array
 from ..schedule import Grid
-from ..solvers import Array
 from ..table import Table
+from ..typing import Array, Steps
 from .common import (
     ANY_SCHEDULE,
     Scaling,
@@ -32,7 +32,9 @@ from .common import (
 )  # fmt: skip
 
 
-def _grid(name: str, schedule: Schedule, steps: Any, space: str, grid_options: Mapping[str, Any]) -> tuple[Grid, Array]:
+def _grid(
+    name: str, schedule: Schedule, steps: Steps, space: str, grid_options: Mapping[str, Any]
+) -> tuple[Grid, Array]:
     """The grid, and r = sigma/alpha of its calls and of the end, (N + 1,)."""
     grid = in_space(grid_of(schedule, steps, ANY_SCHEDULE, grid_options), space)
     require_alpha(grid, name)
@@ -75,7 +77,7 @@ def _table(
 
 def lms(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -97,7 +99,7 @@ def lms(
 
 def ipndm(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -119,7 +121,7 @@ def ipndm(
 
 def ipndm_v(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -148,7 +150,7 @@ def ipndm_v(
 
 def deis(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -185,7 +187,7 @@ def deis(
 
 def gradient_estimation(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -211,7 +213,7 @@ def gradient_estimation(
 
 def plms(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",

@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
-from ..scaling import EpsilonScaling, as_scaling, lambdas, noise_alone, scale
+from ..scaling import ScalingLike as Scaling
+from ..scaling import as_scaling, lambdas, noise_alone, scale
 from ..schedule import DiscreteSchedule, FlowSchedule, Grid, KarrasSchedule
-from ..solvers import Array
 from ..table import Table
+from ..typing import Array, Steps
 
 Schedule = DiscreteSchedule | KarrasSchedule | FlowSchedule | Grid
-Scaling = EpsilonScaling | float | Sequence[float] | np.ndarray | Mapping[str, Any] | str
 Columns = dict[str, Any]  # a table's columns and provenance by name: arrays, or one number for all rows
-Steps = NDArray[np.int64]  # the numbers of some steps
-Calls = tuple[Grid, Steps, Columns]  # where the network is asked, in which steps, and what their rows have of their own
+# Where the network is asked, in which steps, and the columns that the rows have of their own.
+Calls = tuple[Grid, NDArray[np.int64], Columns]
 ANY_SCHEDULE = (DiscreteSchedule, KarrasSchedule, FlowSchedule)
 
 
@@ -169,7 +169,7 @@ def call(prediction: str, point: Grid, lambda_t: Array, keeps: str = "x_0") -> C
 
 def one_call(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     scaling: Scaling,
     prediction: str,
     clip: float | None,
