@@ -158,12 +158,15 @@ def steps_of(sampler: Sampler) -> tuple[Table, NDArray[np.int64]]:
         raise ValueError(f"sampler: expected one whose lambda_t is the scaling given, got {table['lambda_t']} for 1")
     if len(table.parts) != 1:
         raise ValueError(f"sampler: expected one sampler's table, got {len(table.parts)} concatenated: {table.name}")
-    if len(table) not in (asked[0], 2 * asked[0] - 1):
-        raise ValueError(
-            f"sampler: expected a row for each step, or two but in the last, got {len(table)} for {asked[0]}"
-        )
-    calls = 1 if len(table) == asked[0] else 2
-    return table, np.arange(len(table)) // calls
+    # A lambda of its own for each step tells its rows; where x is noise alone it stays 1, and those steps share the first rows.
+    marked = sampler(scaling.EpsilonScaling(lambda i: 1 + (i + 1) / 1024, "noisiest", "1 + (i + 1)/1024"))["lambda_t"]
+    step = np.rint((marked - 1) * 1024).astype(np.int64) - 1
+    first = int(np.argmax(step >= 0)) if (step >= 0).any() else len(step)
+    step[:first] = np.arange(first) * (step[first] if first < len(step) else asked[0]) // max(first, 1)
+    in_order = np.isin(np.diff(step), (0, 1)).all() and (step[0], step[-1]) == (0, asked[0] - 1)
+    if not in_order or len(step) != len(table) or (first and not _noise_alone(table)[0]):
+        raise ValueError(f"sampler: expected rows for each of its {asked[0]} steps, in order, got {len(table)} rows")
+    return table, step
 
 
 def _noise_alone(table: Table) -> NDArray[np.bool_]:

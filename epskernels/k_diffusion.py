@@ -11,7 +11,7 @@ noise_sampler(sigma, sigma_next), by default torch.randn_like, also where k-diff
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -22,18 +22,17 @@ from tqdm.auto import tqdm
 from . import samplers, scaling, solvers
 from .ops import DTYPES, as_seeds, step
 from .schedule import Grid, KarrasSchedule
-from .solvers import Array
 from .spec import COLUMNS
 from .table import Table, denoising_rows
 from .trajectory import Trajectory
+from .typing import Array
 
 Denoiser = Callable[..., Tensor]
 Sigmas = Tensor | Sequence[float]
 Extra = dict[str, Any] | None  # the model's other arguments
 Callback = Callable[[dict[str, Any]], Any] | None
 NoiseSampler = Callable[[Tensor, Tensor], Tensor] | None
-Scaling = Any  # what scaling.as_scaling takes
-Seeds = Tensor | Iterable[int] | None
+Seeds = Tensor | Iterable[SupportsIndex] | None
 
 
 class _Levels(KarrasSchedule):
@@ -63,7 +62,7 @@ class _Sampling:
         x: Tensor,
         sigmas: Sigmas,
         levels: Array,
-        eps_scaling: Scaling,
+        eps_scaling: scaling.ScalingLike,
         seeds: Tensor | None,
         noise_sampler: NoiseSampler,
         *,
@@ -105,7 +104,7 @@ class _Sampling:
             self.coefficients[last, COLUMNS.index("c_noise")] = 0.0
         self.churns = churn is not None and churn[0] > 0
 
-    def noise(self, x: Tensor, i: int, added: bool, drawn: bool, middle: float | None = None) -> dict[str, Tensor]:
+    def noise(self, x: Tensor, i: int, added: bool, drawn: bool, middle: float | None = None) -> dict[str, Any]:
         """Step i's noise, as an input of the op; none if it is not added.
 
         drawn: whether k-diffusion draws it nevertheless. torch's generator must then go on as it does there. middle: where it
@@ -124,7 +123,7 @@ class _Sampling:
         noise = torch.randn_like(x) if added or drawn else None
         return {"noise": noise} if noise is not None and added else {}
 
-    def noise_of_row(self, x: Tensor, i: int, row: int) -> dict[str, Tensor]:
+    def noise_of_row(self, x: Tensor, i: int, row: int) -> dict[str, Any]:
         """A step's noise; in EDM's samplers the churn before the next step."""
         is_last = row == self.rows[i][-1]
         if not self.edm:
@@ -199,7 +198,7 @@ def _run(
     extra_args: Extra,
     callback: Callback,
     disable: bool | None,
-    eps_scaling: Scaling,
+    eps_scaling: scaling.ScalingLike,
     seeds: Seeds,
     noise_sampler: NoiseSampler = None,
     *,
@@ -330,7 +329,7 @@ def _shown(value: object) -> str:
 def sample_euler(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0,
-    *, eps_scaling: Scaling = 1.0, noise_sampler: NoiseSampler = None, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, noise_sampler: NoiseSampler = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """EDM's Euler (arXiv 2206.00364, alg. 2). noise_sampler and seeds are for the churn."""
     return _run(
@@ -342,7 +341,7 @@ def sample_euler(
 def sample_heun(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0,
-    *, eps_scaling: Scaling = 1.0, noise_sampler: NoiseSampler = None, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, noise_sampler: NoiseSampler = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """EDM's Heun (arXiv 2206.00364, alg. 2): two model calls in a step. noise_sampler and seeds are for the churn."""
     return _run(
@@ -354,7 +353,7 @@ def sample_heun(
 def sample_dpm_2(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0,
-    *, eps_scaling: Scaling = 1.0, noise_sampler: NoiseSampler = None, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, noise_sampler: NoiseSampler = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """EDM's algorithm 2 with the slope of the step's middle: two model calls in a step. noise_sampler and seeds are for the
     churn."""
@@ -367,7 +366,7 @@ def sample_dpm_2(
 def sample_euler_ancestral(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
-    *, eps_scaling: Scaling = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """Euler down to sigma_down, then noise up."""
     return _run(
@@ -379,7 +378,7 @@ def sample_euler_ancestral(
 def sample_dpm_2_ancestral(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
-    *, eps_scaling: Scaling = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """sample_dpm_2 down to sigma_down, then noise up: two model calls in a step, one and no noise where sigma_down is 0."""
     options = _noisy(eta, s_noise)
@@ -392,7 +391,7 @@ def sample_dpm_2_ancestral(
 def sample_dpmpp_2s_ancestral(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
-    *, eps_scaling: Scaling = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2S), ancestral: two model calls in a step, one where sigma_down is 0."""
     options = _noisy(eta, s_noise)
@@ -404,7 +403,7 @@ def sample_dpmpp_2s_ancestral(
 
 def sample_lms(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
-    order: int = 4, *, eps_scaling: Scaling = 1.0, seeds: Seeds = None,
+    order: int = 4, *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """Linear multistep of order 1 to 4. It draws no noise: seeds are taken as in the other samplers, and change nothing."""
     return _run(
@@ -415,7 +414,7 @@ def sample_lms(
 def sample_dpmpp_sde(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None, r: float = 1 / 2,
-    *, eps_scaling: Scaling = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++, SDE: two model calls in a step, and noise after each; r: where the second lies in log sigma, in (0, 1]."""
     return _run(
@@ -426,7 +425,7 @@ def sample_dpmpp_sde(
 
 def sample_dpmpp_2m(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
-    *, eps_scaling: Scaling = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M). It draws no noise: seeds are taken as in the other samplers, and change nothing."""
     return _run(
@@ -437,7 +436,7 @@ def sample_dpmpp_2m(
 def sample_dpmpp_2m_sde(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None, solver_type: str = "midpoint",
-    *, eps_scaling: Scaling = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M), SDE; solver_type "midpoint" or "heun"."""
     if solver_type not in ("midpoint", "heun"):
@@ -451,7 +450,7 @@ def sample_dpmpp_2m_sde(
 def sample_dpmpp_3m_sde(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
-    *, eps_scaling: Scaling = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(3M), SDE."""
     return _run(
@@ -463,7 +462,7 @@ def sample_dpmpp_3m_sde(
 def sample_dpm_fast(
     model: Denoiser, x: Tensor, sigma_min: float, sigma_max: float, n: int, extra_args: Extra = None, callback: Callback = None,
     disable: bool | None = None, eta: float = 0.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
-    *, eps_scaling: Scaling = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver-fast (arXiv 2206.00927, section 3.4): n model calls in n//3 + 1 steps of orders 3, 3, ..., equal in log sigma.
 
@@ -488,7 +487,7 @@ def sample_dpm_adaptive(
     disable: bool | None = None, order: int = 3, rtol: float = 0.05, atol: float = 0.0078, h_init: float = 0.05,
     pcoeff: float = 0.0, icoeff: float = 1.0, dcoeff: float = 0.0, accept_safety: float = 0.81, eta: float = 0.0,
     s_noise: float = 1.0, noise_sampler: NoiseSampler = None, return_info: bool = False,
-    *, eps_scaling: Scaling = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
 ) -> Tensor | tuple[Tensor, dict[str, int]]:  # fmt: skip
     """DPM-Solver-12 or 23 (arXiv 2206.00927, appendix C): steps as long as the two orders agree.
 
@@ -518,7 +517,7 @@ def sample_dpm_adaptive(
             allowed = torch.clamp(rtol * torch.maximum(low.float().abs(), x_prev.float().abs()), min=atol)
             error = torch.linalg.norm((low.float() - high.float()) / allowed) / x.numel() ** 0.5
             if controller.accepts(float(error)):
-                noise: dict[str, Tensor] = {}
+                noise: dict[str, Any] = {}
                 if pair.noise and chosen is not None:
                     noise = {"seeds": chosen}
                 elif pair.noise:
@@ -587,15 +586,16 @@ class _Pair:
 
     def run(self, model: Denoiser, x: Tensor, extra_args: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """(the state by the lower order, by the higher, the estimate of x_0 at the step's start)."""
-        trajectory, estimates = Trajectory(self.table, x, rows=self.high), []
-        low = x
+        trajectory, low, denoised = Trajectory(self.table, x, rows=self.high), x, x
         for row in range(self.order):
             at, index = trajectory.x, self.table.row_index[row]
             f = _check_output(model(at, at.new_full((len(at),), self.table["t"][row]), **extra_args), at)
             if row == self.order - 2:
-                low = step(at, f, self.low, index, **({"m1": trajectory.m[0]} if row else {}))
-            estimates.append(trajectory.step(index, f))
-        return low, trajectory.x, estimates[0]
+                low = step(at, f, self.low, index, m1=trajectory.m[0] if row else None)
+            m0 = trajectory.step(index, f)
+            if row == 0 and m0 is not None:
+                denoised = m0
+        return low, trajectory.x, denoised
 
 
 class _StepSize:

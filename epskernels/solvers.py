@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from .typing import Array
+
 Numbers = Array | float  # (N,), or one number for all
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
 

@@ -2,7 +2,7 @@
 
 x/alpha has slope eps in r = sigma/alpha, and a step integrates a polynomial through the last slopes. m0 is eps here, and so are
 m1 and m2: estimates of x_0 do not tell the eps of earlier calls, since the states of those calls are gone. The fourth eps
-travels as y, which each row hands on (k_m2 = 1). For the same reason x_0 cannot be held to a range: none of these has `clip`.
+travels as y, which each row hands on (k_m2 = 1). The clamp is of m0, and so none of these has `clip`.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,26 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
+from ..scaling import array
 from ..schedule import Grid
-from ..solvers import Array
 from ..table import Table
+from ..typing import Array, Steps
 from .common import (
     ANY_SCHEDULE,
     Scaling,
     Schedule,
     grid_of,
     in_space,
+    lambdas_of,
     make_table,
     number,
     one_call,
     one_of,
     points,
     require_alpha,
-    several_calls,
 )  # fmt: skip
 
 
-def _grid(name: str, schedule: Schedule, steps: Any, space: str, grid_options: Mapping[str, Any]) -> tuple[Grid, Array]:
+def _grid(
+    name: str, schedule: Schedule, steps: Steps, space: str, grid_options: Mapping[str, Any]
+) -> tuple[Grid, Array]:
     """The grid, and r = sigma/alpha of its calls and of the end, (N + 1,)."""
     grid = in_space(grid_of(schedule, steps, ANY_SCHEDULE, grid_options), space)
     require_alpha(grid, name)
@@ -56,25 +59,25 @@ def _by_call(weights: Array) -> Array:
 def _table(
     name: str,
     grid: Grid,
-    weights: Array,
+    by_call: Array,
     scaling: Scaling,
     prediction: str,
     guidance: float,
     misses: Array | float = 0.0,
 ) -> Table:
-    """The table of x' = alpha'*(x/alpha + the weights, (4, N), of the four newest estimates of eps).
+    """The table of x' = alpha'/alpha*x + the weights of each call's estimate of eps in each row, (N, N).
 
     misses: by how much the weights of a step, (N,), add up to more than the step of sigma/alpha.
     """
     grid, columns = one_call(grid, len(grid), scaling, prediction, None, guidance, {}, keeps="eps")
     columns["c_x"] = grid.alpha_next / grid.alpha
     columns["excess"] = (grid.sigma_next + grid.alpha_next * misses) ** 2 - grid.sigma_next**2
-    return make_table(name, grid, columns | solvers.delay_line(_by_call(grid.alpha_next * weights)))
+    return make_table(name, grid, columns | solvers.delay_line(by_call))
 
 
 def lms(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -91,12 +94,12 @@ def lms(
     """
     grid, r = _grid("lms", schedule, steps, space, grid_options)
     weights = solvers.adams(r, r, _orders(grid, order, False))
-    return _table("lms", grid, weights, scaling, prediction, guidance)
+    return _table("lms", grid, _by_call(grid.alpha_next * weights), scaling, prediction, guidance)
 
 
 def ipndm(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -113,12 +116,12 @@ def ipndm(
     """
     grid, r = _grid("ipndm", schedule, steps, space, grid_options)
     weights = solvers.adams(r, np.arange(len(grid) + 1.0), _orders(grid, order, True))
-    return _table("ipndm", grid, weights, scaling, prediction, guidance)
+    return _table("ipndm", grid, _by_call(grid.alpha_next * weights), scaling, prediction, guidance)
 
 
 def ipndm_v(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -142,12 +145,12 @@ def ipndm_v(
     orders = _orders(grid, order, True)
     made = solvers.published_adams(r, orders) if weights == "published" else solvers.adams(r, r, orders)
     misses = made.sum(0) - np.diff(r)
-    return _table("ipndm_v", grid, made, scaling, prediction, guidance, misses)
+    return _table("ipndm_v", grid, _by_call(grid.alpha_next * made), scaling, prediction, guidance, misses)
 
 
 def deis(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -179,12 +182,12 @@ def deis(
     with np.errstate(divide="ignore"):
         u = r if u_of is None else u_of(r)
     weights = solvers.adams(r, u, _orders(grid, order, True), u_of)
-    return _table("deis", grid, weights, scaling, prediction, guidance)
+    return _table("deis", grid, _by_call(grid.alpha_next * weights), scaling, prediction, guidance)
 
 
 def gradient_estimation(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -205,12 +208,12 @@ def gradient_estimation(
     more = np.where(_orders(grid, 2, True) == 2, gamma - 1, 0.0)
     zero = np.zeros(len(grid))
     weights = np.diff(r) * np.array([1 + more, -more, zero, zero])
-    return _table("gradient_estimation", grid, weights, scaling, prediction, guidance)
+    return _table("gradient_estimation", grid, _by_call(grid.alpha_next * weights), scaling, prediction, guidance)
 
 
 def plms(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -218,34 +221,21 @@ def plms(
     space: str = "vp",
     **grid_options: Any,
 ) -> Table:
-    """PLMS (PNDM, arXiv 2202.09778, eq. 12; latent diffusion's): IPNDM's weights, and a first step of two calls; steps + 1 in
-    all.
+    """PLMS (PNDM, arXiv 2202.09778, eq. 12; latent diffusion's): IPNDM's weights, but a first step of two calls.
 
-    The first step goes again by the mean of eps at its two ends, which the history does not keep; the other steps are of orders
-    2, 3 and 4, the last too. lambda_t of the first step is that of both its calls. schedule: any of the three, or a Grid, with
-    alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the history. space: "vp", the network's own state, or
-    "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    There are steps + 1 calls, a row each. The first step goes again by the mean of eps at its two ends, of which the history
+    keeps the first; the other steps are of orders 2, 3 and 4, the last too. lambda_t of the first step is that of both its
+    calls. schedule: any of the three, or a Grid, with alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the
+    history. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as
+    in ddpm. Raises ValueError naming the argument.
     """
     grid, r = _grid("plms", schedule, steps, space, grid_options)
-    n = len(grid)
-    weights = solvers.adams(r, np.arange(n + 1.0), _orders(grid, 4, False))
-    if n == 1:
-        step_of_call, second = np.array([0]), np.array([], dtype=np.int64)
-    else:
-        step_of_call, second = np.insert(np.arange(n), 1, 0), np.array([1])
-    kept = np.setdiff1d(np.arange(len(step_of_call)), second)  # the call of each step that the history keeps
-    by_call = np.zeros((len(step_of_call),) * 2)
-    by_call[np.ix_(kept, kept)] = _by_call(grid.alpha_next * weights)
-    by_call[second, second] = (grid.alpha_next * np.diff(r))[: len(second)] / 2
-    by_call[second, 0] = -by_call[second, second]
-    columns = solvers.delay_line(by_call)
-    columns["c_x"] = np.ones(len(step_of_call))
-    columns["c_x"][kept] = grid.alpha_next / grid.alpha
-    return several_calls(
-        "plms", grid,
-        [
-            (grid, np.arange(n), {key: column[kept] for key, column in columns.items()}),
-            (points(grid, second), np.zeros_like(second), {key: column[second] for key, column in columns.items()}),
-        ],
-        scaling, prediction, None, guidance, keeps="eps",
-    )  # fmt: skip
+    i = np.arange(len(grid))
+    second = i[1:2]  # the extra call, unless there is one step alone: as row 1, at the first step's end
+    lambda_t = lambdas_of(scaling, grid, prediction)[np.insert(i, second, 0)]
+    by_call = _by_call(grid.alpha_next * solvers.adams(r, np.arange(len(grid) + 1.0), _orders(grid, 4, False)))
+    by_call = np.insert(np.insert(by_call, second, 0.0, axis=0), second, 0.0, axis=1)
+    by_call[second, second] = by_call[0, 0] / 2
+    by_call[second, 0] = -by_call[0, 0] / 2
+    grid = points(grid, np.insert(i, second, 1))
+    return _table("plms", grid, by_call, array(lambda_t, origin="noisiest"), prediction, guidance)

@@ -1,5 +1,6 @@
 """What all samplers share: the grid, lambda_t, the columns of the model calls, and the table."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,16 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
-from ..scaling import EpsilonScaling, as_scaling, lambdas, noise_alone, scale
+from ..scaling import ScalingLike as Scaling
+from ..scaling import as_scaling, lambdas, noise_alone, scale
 from ..schedule import DiscreteSchedule, FlowSchedule, Grid, KarrasSchedule
-from ..solvers import Array
 from ..table import Table
+from ..typing import Array, Steps
 
 Schedule = DiscreteSchedule | KarrasSchedule | FlowSchedule | Grid
-Scaling = EpsilonScaling | float | Sequence[float] | np.ndarray | Mapping[str, Any] | str
 Columns = dict[str, Any]  # a table's columns and provenance by name: arrays, or one number for all rows
-Steps = NDArray[np.int64]  # the numbers of some steps
-Calls = tuple[Grid, Steps, Columns]  # where the network is asked, in which steps, and what their rows have of their own
+# Where the network is asked, in which steps, and the columns that the rows have of their own.
+Calls = tuple[Grid, NDArray[np.int64], Columns]
 ANY_SCHEDULE = (DiscreteSchedule, KarrasSchedule, FlowSchedule)
 
 
@@ -95,11 +96,10 @@ def require_alpha(grid: Grid, name: str) -> None:
         raise ValueError(f"schedule: {name} needs alpha > 0 at every step")
 
 
-def points(grid: Grid, which: Any) -> Grid:
-    """Some points of a grid: a slice, or indices."""
-    return Grid(
-        grid.t[which], grid.alpha[which], grid.sigma[which], grid.c_in[which], grid.initial_sigma, discrete=grid.discrete
-    )  # fmt: skip
+def points(grid: Grid, which: slice | NDArray[np.int64]) -> Grid:
+    """Some points of a grid, and its end."""
+    chosen = {name: getattr(grid, name)[which] for name in ("t", "alpha", "sigma", "c_in")}
+    return dataclasses.replace(grid, **chosen)
 
 
 # ---- lambda, and what the network's output says ----
@@ -169,7 +169,7 @@ def call(prediction: str, point: Grid, lambda_t: Array, keeps: str = "x_0") -> C
 
 def one_call(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     scaling: Scaling,
     prediction: str,
     clip: float | None,
@@ -201,17 +201,15 @@ def several_calls(
     clip: float | None,
     guidance: float,
     initial_sigma: float | None = None,
-    keeps: str = "x_0",
 ) -> Table:
     """The table of a method whose steps have several model calls.
 
     grid: where the network is first asked in each step, and the end. calls: first calls of steps, then second ones, then third
-    ones. A row leads to the point of the row
-    after it; lambda_t of a step is that of all its calls. keeps: what m0 is, an estimate of "x_0" or of "eps". initial_sigma:
-    default the grid's.
+    ones. A row leads to the point of the row after it; lambda_t of a step is that of all its calls. initial_sigma: default the
+    grid's.
     """
     lambda_t = lambdas_of(scaling, grid, prediction)
-    parts = [call(prediction, point, lambda_t[step], keeps) | own for point, step, own in calls]
+    parts = [call(prediction, point, lambda_t[step]) | own for point, step, own in calls]
     order = np.argsort(np.concatenate([step for _, step, _ in calls]), kind="stable")
     columns: Columns = {}
     for key in dict.fromkeys(key for part in parts for key in part):

@@ -1,19 +1,18 @@
 """Samplers of distilled networks: consistency, lcm, tcd."""
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
 from ..schedule import DiscreteSchedule
 from ..table import Table
+from ..typing import Steps
 from .common import Scaling, Schedule, karras, make_table, number, one_call
 
 
 def consistency(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",
@@ -32,7 +31,7 @@ def consistency(
     return make_table("consistency", grid, columns)
 
 
-def _distilled(schedule: Schedule, steps: Any, original_steps: int) -> tuple[DiscreteSchedule, NDArray[np.int64]]:
+def _distilled(schedule: Schedule, steps: Steps, original_steps: int) -> tuple[DiscreteSchedule, NDArray[np.int64]]:
     """The schedule, and of the original_steps evenly spaced timesteps on which LCM and TCD were distilled `steps`.
 
     Raises TypeError for another schedule, ValueError for counts that do not fit.
@@ -42,7 +41,7 @@ def _distilled(schedule: Schedule, steps: Any, original_steps: int) -> tuple[Dis
     if np.ndim(steps) == 1:
         return schedule, schedule.timesteps(steps)
     T = len(schedule)
-    if not 1 <= steps <= original_steps <= T:
+    if not isinstance(steps, (int, np.integer)) or not 1 <= steps <= original_steps <= T:
         raise ValueError(f"steps: expected 1 <= steps <= original_steps <= {T}, got {steps}, {original_steps}")
     distilled = (np.arange(1, original_steps + 1) * (T // original_steps) - 1)[::-1]
     return schedule, distilled[np.floor(np.linspace(0, original_steps, steps, endpoint=False)).astype(np.int64)]
@@ -50,7 +49,7 @@ def _distilled(schedule: Schedule, steps: Any, original_steps: int) -> tuple[Dis
 
 def lcm(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -79,7 +78,7 @@ def lcm(
 
 def tcd(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",

@@ -8,6 +8,7 @@ from .. import solvers
 from ..schedule import DiscreteSchedule, FlowSchedule, Grid, linear
 from ..spec import COLUMNS
 from ..table import PROVENANCE, Table
+from ..typing import Steps
 from .common import Scaling, Schedule, call, grid_of, lambdas_of, make_table, noise_columns, number, one_call
 
 _TRAINED = (DiscreteSchedule, FlowSchedule)
@@ -15,7 +16,7 @@ _TRAINED = (DiscreteSchedule, FlowSchedule)
 
 def ddpm(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -64,7 +65,7 @@ def ddpm(
 
 
 def dit(
-    steps: Any = 250,
+    steps: Steps = 250,
     *,
     scaling: Scaling = 1.0,
     guidance: float = 4.0,
@@ -86,7 +87,7 @@ def dit(
 
 def ddim(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -129,7 +130,7 @@ def ddim(
 
 def ddim_inverse(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -159,7 +160,7 @@ def ddim_inverse(
 
 def euler(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -182,7 +183,7 @@ def euler(
 
 def euler_ancestral(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -209,7 +210,7 @@ def euler_ancestral(
 
 def flow_euler(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "flow",

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from .. import solvers
 from ..schedule import Grid
-from ..solvers import Array
 from ..table import Table
+from ..typing import Array, Steps
 from .common import Columns, Scaling, Schedule, make_table, noise_columns, number, one_call, one_of, require_alpha
 
 
@@ -66,7 +66,7 @@ def _weights(of_m: Array) -> Columns:
 
 def dpmpp_2m(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -90,7 +90,7 @@ def dpmpp_2m(
 
 def dpmpp_2m_sde(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -117,7 +117,7 @@ def dpmpp_2m_sde(
 
 def dpmpp_3m(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -141,7 +141,7 @@ def dpmpp_3m(
 
 def dpmpp_3m_sde(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -166,7 +166,7 @@ def dpmpp_3m_sde(
 
 def res_multistep(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -199,7 +199,7 @@ def res_multistep(
 
 def er_sde(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -234,7 +234,7 @@ def er_sde(
 
 def unipc(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",
@@ -284,7 +284,7 @@ def unipc(
 
 def sa_solver(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",

@@ -5,15 +5,14 @@ carries it.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
 from ..schedule import Grid, KarrasSchedule
-from ..solvers import Array
 from ..table import Table
+from ..typing import Array
 from .common import Calls, Scaling, Schedule, karras, noise_columns, number, one_of, points, several_calls
 
 # Of each order: where the calls after the first lie in log SNR.
@@ -67,7 +66,7 @@ def _singlestep(
 
 def dpmpp_2s(
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",
@@ -94,7 +93,7 @@ def dpmpp_2s(
 
 def dpmpp_3s(
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",
@@ -116,7 +115,7 @@ def dpmpp_3s(
 
 def dpm_solver(
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",
@@ -152,7 +151,7 @@ def dpm_solver(
 
 def seeds_2(
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",
@@ -183,7 +182,7 @@ def seeds_2(
 
 def seeds_3(
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",

@@ -10,8 +10,8 @@ import numpy as np
 
 from .. import solvers
 from ..schedule import Grid
-from ..solvers import Array
 from ..table import Table
+from ..typing import Array, Steps
 from .common import (
     ANY_SCHEDULE,
     Calls,
@@ -45,7 +45,7 @@ def _churned(grid: Grid, S_churn: float, S_min: float, S_max: float, S_noise: fl
 def _edm(
     name: str,
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     scaling: Scaling,
     prediction: str,
     clip: float | None,
@@ -83,7 +83,7 @@ def _edm(
 
 def edm_euler(
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",
@@ -107,7 +107,7 @@ def edm_euler(
 
 def edm_heun(
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",
@@ -130,7 +130,7 @@ def edm_heun(
 
 def pfgmpp(
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",
@@ -147,7 +147,7 @@ def pfgmpp(
 
 def dpm_2(
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",
@@ -170,7 +170,7 @@ def dpm_2(
 
 def dpm_2_ancestral(
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",
@@ -203,7 +203,7 @@ def dpm_2_ancestral(
 
 def dpmpp_sde(
     schedule: Schedule,
-    steps: Any,
+    steps: int,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "sample",
@@ -241,7 +241,7 @@ def dpmpp_sde(
 
 def heun(
     schedule: Schedule,
-    steps: Any,
+    steps: Steps,
     *,
     scaling: Scaling = 1.0,
     prediction: str = "epsilon",

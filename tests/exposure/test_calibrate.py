@@ -273,11 +273,23 @@ def test_samplers_that_cannot_be_calibrated():
     fixed = samplers.ddim(COSINE, 4)
     with pytest.raises(ValueError, match="sampler: expected one that scales by what it is called with"):
         calibrate.steps_of(lambda s: fixed)
-    with pytest.raises(ValueError, match="sampler: expected a row for each step, or two but in the last, got 4 for 3"):
+    with pytest.raises(ValueError, match="sampler: expected rows for each of its 3 steps, in order, got 4 rows"):
         calibrate.steps_of(lambda s: s.values(3) is not None and fixed)
     with pytest.raises(ValueError, match="sampler: expected one whose lambda_t is the scaling given, got .* for 1"):
         calibrate.steps_of(lambda s: s.values(4) is not None and samplers.ddim(COSINE, 4, scaling=1.1))
     assert calibrate.steps_of(lambda s: samplers.heun(COSINE, 1, scaling=s))[1].tolist() == [0]
+
+
+def test_the_steps_of_rows():
+    """Of two and three calls a step, and of a second call in the first step alone."""
+    path = schedule.KarrasSchedule()
+    for sampler, expected in (
+        (lambda s: samplers.dpmpp_3s(path, 3, scaling=s), [0, 0, 0, 1, 1, 1, 2]),
+        (lambda s: samplers.dpm_solver(path, 4, scaling=s, order=(3, 1, 2, 1)), [0, 0, 0, 1, 2, 2, 3]),
+        (lambda s: samplers.plms(COSINE, 4, scaling=s), [0, 0, 1, 2, 3]),
+        (lambda s: samplers.dpmpp_2s(path, 3, scaling=s, eta=9.0), [0, 1, 2]),
+    ):
+        assert calibrate.steps_of(sampler)[1].tolist() == expected
 
 
 @pytest.mark.parametrize("heun", [False, True])

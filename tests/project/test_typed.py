@@ -19,7 +19,7 @@ MODULES = [
 ]  # fmt: skip
 # Triton reads annotations as the types of a kernel's arguments.
 WITHOUT_ANNOTATIONS = {"ops/triton_kernels.py"}
-NOT_YET = ("diffusers/", "samplers/", "solvers.py", "k_diffusion.py")
+NOT_YET = ("diffusers/",)
 
 
 # What a user's checker knows.

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDIMInverseScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from scipy import stats
 
@@ -278,3 +278,28 @@ def test_dit_is_adm_without_clamping():
     guided = epskernels.step(x, f, samplers.dit(50), 5, u=u, v=v, seeds=torch.arange(2))
     plain = epskernels.step(x, fhat, samplers.dit(50, guidance=1.0), 5, v=v, seeds=torch.arange(2))
     assert torch.equal(guided, plain)
+
+
+# ---- from an image to its latent ----
+
+
+def test_ddim_inverse_is_that_of_diffusers():
+    scheduler, image = DDIMInverseScheduler(beta_schedule="linear", clip_sample=False), 0.5 * torch.randn(2, *SHAPE)
+    scheduler.set_timesteps(20)
+    expected = image
+    for t in scheduler.timesteps:
+        expected = scheduler.step(model(expected, t.expand(2)), t, expected).prev_sample
+    table = samplers.ddim_inverse(LINEAR, 20)
+    assert table.initial_sigma == 0 and table["t"].tolist() == scheduler.timesteps.tolist()
+    torch.testing.assert_close(epskernels.sample(model, table, [0, 1], SHAPE, start=image), expected, rtol=0, atol=2e-6)
+
+
+def test_ddim_leads_back_to_the_image():
+    """To first order in the step, since each eps is that of the other end."""
+    image = 0.5 * torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(2))
+    found = []
+    for steps in (100, 200, 500):
+        latent = epskernels.sample(model, samplers.ddim_inverse(LINEAR, steps), [0, 1], SHAPE, start=image)
+        back = epskernels.sample(model, samplers.ddim(LINEAR, steps), [0, 1], SHAPE, start=latent)
+        found.append((back - image).abs().max().item() * steps)
+    assert max(found) < 1.3 * min(found), found
