@@ -330,6 +330,16 @@ def test_bad_input(backend, case, how):
         refused(backend, a, OF_TORCH.get(case, message), how, m0=torch.full(SHAPE, SENTINEL))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_nested_tensor(backend, name):
+    """Its layout is strided too. Where torch dispatches, torch refuses it."""
+    nested = torch.nested.nested_tensor(list(complete(name)[name]))
+    said = rf"\b{name}: expected a dense tensor, got a nested tensor"
+    with pytest.raises(RuntimeError, match=said if backend in ("reference", "triton") else "NestedTensor"):
+        call(complete(name, nested))
+
+
 @pytest.fixture
 def logged(caplog):
     with caplog.at_level(logging.DEBUG, "epskernels"):
