@@ -7,6 +7,8 @@ bits.
 import itertools
 import logging
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -1133,6 +1135,12 @@ def test_backend_cpu_elsewhere():
 def test_unknown_cpu_capability(extension):
     with pytest.raises(ValueError, match="expected one of generic.* got 'sse9'"):
         extension.set_cpu_capability("sse9")
+
+
+def test_the_best_instruction_set_is_the_default():
+    """In a process of its own: the tests of this one have forced others."""
+    asked = "from epskernels import _C; assert _C.cpu_capability() == _C.cpu_capabilities()[-1]"
+    subprocess.run([sys.executable, "-c", asked], check=True)
 
 
 # ---- constructors ----
