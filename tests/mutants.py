@@ -368,13 +368,12 @@ def main():
         mutant.planted((ROOT / mutant.file).read_text())
     if not args.table:
         wanted = [mutant for mutant in mutants if re.search(args.only, f"{mutant.file}: {mutant.name}")]
-        if not (args.resume or args.only or args.survivors):
+        if not (args.resume or args.only):
             RESULTS.unlink(missing_ok=True)
         if args.resume:
-            there = read_results()
             again = ("survives", "does not compile") if args.survivors else ()
-            wanted = [m for m in wanted if there.get((m.file, m.name), {"stage": again and again[0]})["stage"] in again
-                      or (m.file, m.name) not in there]  # fmt: skip
+            there = {key for key, result in read_results().items() if result["stage"] not in again}
+            wanted = [mutant for mutant in wanted if (mutant.file, mutant.name) not in there]
         campaign(wanted, args.jobs, args.quick, not args.no_baseline)
     results = read_results()
     write_table(mutants, results)

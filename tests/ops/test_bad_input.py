@@ -8,6 +8,8 @@ import inspect
 import itertools
 import logging
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -329,6 +331,16 @@ def test_bad_input(backend, case, how):
         refused(backend, a, message, how, out=torch.full(SHAPE, SENTINEL), m0=torch.full(SHAPE, SENTINEL))
     else:
         refused(backend, a, OF_TORCH.get(case, message), how, m0=torch.full(SHAPE, SENTINEL))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_nested_tensor(backend, name):
+    """Its layout is strided too. Where torch dispatches, torch refuses it."""
+    nested = torch.nested.nested_tensor(list(complete(name)[name]))
+    said = rf"\b{name}: expected a dense tensor, got a nested tensor"
+    with pytest.raises(RuntimeError, match=said if backend in ("reference", "triton") else "NestedTensor"):
+        call(complete(name, nested))
 
 
 @pytest.fixture
@@ -1124,6 +1136,12 @@ def test_backend_cpu_elsewhere():
 def test_unknown_cpu_capability(extension):
     with pytest.raises(ValueError, match="expected one of generic.* got 'sse9'"):
         extension.set_cpu_capability("sse9")
+
+
+def test_the_best_instruction_set_is_the_default():
+    """In a process of its own: the tests of this one have forced others."""
+    asked = "from epskernels import _C; assert _C.cpu_capability() == _C.cpu_capabilities()[-1]"
+    subprocess.run([sys.executable, "-c", asked], check=True)
 
 
 # ---- constructors ----

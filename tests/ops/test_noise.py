@@ -32,6 +32,21 @@ def same_bits(a, b):
 # ---- words ----
 
 
+@pytest.mark.parametrize(
+    "begin, count, message",
+    [
+        (-4, 4, "begin: expected a multiple of 4, at least 0"),
+        (2, 4, "begin: expected a multiple of 4, at least 0"),
+        (0, 0, "count: expected 1 to 1024"),
+        (0, 1025, "count: expected 1 to 1024"),
+        (2**63 - 4, 4, r"begin: expected less than 2\^63 - count"),
+    ],
+)
+def test_elements_that_are_none(begin, count, message):
+    with pytest.raises(ValueError, match=message):
+        _C.normal_elements(77, 3, 1, begin, count)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("begin", [0, 4, 2**34 - 512, 2**34, 2**40 + 64, 2**62], ids=str)
 def test_elements_beyond_what_memory_holds(capability, begin):

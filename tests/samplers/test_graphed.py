@@ -1,6 +1,9 @@
 """GraphedSampler where there is no GPU: the loop that would be captured, run as it is. tests/gpu/test_gpu.py has the graphs."""
 
+import concurrent.futures
 import contextlib
+import threading
+import time
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ TABLES = {
     "dpmpp_2m": samplers.dpmpp_2m(VP, 7, scaling=1.005),
     "dpmpp_sde": samplers.dpmpp_sde(KARRAS, 5, scaling=1.005),
     "plms": samplers.plms(VP, 7, scaling=1.005),
+    "dpmpp_3m": samplers.dpmpp_3m(VP, 7),  # two estimates of calls before
+    "edm_euler": samplers.edm_euler(schedule.KarrasSchedule(model=VP), 5, prediction="epsilon"),  # c_in is not 1
 }
 SHAPE = (3, 6, 5)
 
@@ -82,6 +87,27 @@ def test_results_are_the_caller_s_own():
     kept = first.clone()
     made([3, 4])
     assert torch.equal(first, kept)
+
+
+def test_calls_of_many_threads_take_turns():
+    """They all write the sampler's own tensors."""
+    inside = []
+
+    def alone(x, t):
+        inside.append(threading.get_ident())
+        time.sleep(0.002)
+        assert inside == [threading.get_ident()]
+        inside.clear()
+        return model(x, t)
+
+    made = sampler(alone, TABLES["ddim"], 2, SHAPE)
+    seeds = [[i, i + 1] for i in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(made, seeds))
+    assert all(
+        torch.equal(each, epskernels.sample(model, TABLES["ddim"], own, SHAPE))
+        for each, own in zip(got, seeds, strict=True)
+    )
 
 
 class Stream(list):
