@@ -15,7 +15,7 @@ from epskernels import diffusers as fused
 from epskernels.diffusers import common
 from epskernels.diffusers.plan import SCHEDULES
 
-from ..support.schedulers import ALIKE, OF_ALPHAS
+from ..support.schedulers import ALIKE, OF_ALPHAS, QUICK
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -30,7 +30,7 @@ HALVES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def made(kind, name, config=None, steps=8):
-    scheduler = getattr(kind, name)(**(config or {}))
+    scheduler = getattr(kind, name)(**QUICK.get(name, {}) | (config or {}))
     if steps:
         scheduler.set_timesteps(steps)
     return scheduler
