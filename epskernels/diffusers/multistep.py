@@ -149,9 +149,21 @@ class DPMSolverMultistepScheduler(DPMSolver, diffusers.DPMSolverMultistepSchedul
 
 
 class DPMSolverMultistepInverseScheduler(DPMSolver, diffusers.DPMSolverMultistepInverseScheduler):
-    """From an image towards noise: steps are negative in log SNR. diffusers does not widen states to float32 here."""
+    """From an image towards noise: steps are negative in log SNR. diffusers does not widen states to float32 here.
+
+    lambda's first number is the noisiest step's, which is the last.
+    """
 
     _third_order_sde = False  # diffusers has none here
+
+    def _lambda_steps(self, rows):
+        at, steps = super()._lambda_steps(rows)
+        return steps - 1 - at[::-1], steps
+
+    def _per_step(self, values):
+        return values[::-1]
+
+    _per_call = _per_step
 
     def _read_config(self):
         super()._read_config()

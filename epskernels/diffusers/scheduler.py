@@ -42,7 +42,9 @@ class Configured:
     @staticmethod
     def _get_init_keys(input_class):
         """What diffusers takes from a configuration for the constructor: its own class's arguments, and eps_scaling."""
-        own = next(c for c in input_class.__mro__ if "__init__" in vars(c) and c is not Configured)
+        own = next(
+            c for c in input_class.__mro__ if "__init__" in vars(c) and c is not Configured and "_theirs" not in vars(c)
+        )
         return {
             *inspect.signature(own.__init__).parameters,
             *(["eps_scaling"] if issubclass(input_class, Configured) else []),

@@ -234,6 +234,9 @@ class DDIMInverseScheduler(DDIM, diffusers.DDIMInverseScheduler):
     _output_class = theirs.scheduling_ddim_inverse.DDIMSchedulerOutput
     _tensors = "timesteps", "alphas_cumprod", "initial_alpha_cumprod"
 
+    def __init__(self, *args, **kwargs):  # by this name diffusers knows a class with deprecated arguments
+        super().__init__(*args, **kwargs)
+
     def _level(self):
         t, last = self._t(), self.config.num_train_timesteps - 1
         return self._abar(np.minimum(t - self._apart(), last), self.initial_alpha_cumprod)

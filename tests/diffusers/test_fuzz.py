@@ -15,7 +15,7 @@ import torch
 
 from epskernels import diffusers as fused
 
-from ..support.schedulers import OF_ALPHAS
+from ..support.schedulers import OF_ALPHAS, QUICK
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -103,6 +103,7 @@ class Plan:
         self.seed, self.name = seed, r.choice(list(of_names))
         options = of_names[self.name]
         self.config = {key: r.choice(values) for key, values in options.items() if r.random() < 0.5}
+        self.config |= QUICK.get(self.name, {})
         self.steps, self.begin = r.choice([1, 2, 3, 5, 8, 14, 15, 16]), r.choice([None, None, None, 0, 2])
         self.dtypes, self.as_number, self.eta = (
             (r.choice(DTYPES), r.choice(DTYPES)),

@@ -26,7 +26,7 @@ from epskernels import diffusers as fused
 from epskernels.diffusers import common
 
 from ..support import markdown_examples
-from ..support.schedulers import ALIKE
+from ..support.schedulers import ALIKE, QUICK
 from ..support.schedules import OF_MOTIONS, times
 
 pytestmark = [
@@ -368,9 +368,15 @@ add(
 )
 
 for name in ("KDPM2Discrete", "KDPM2AncestralDiscrete"):
-    add(name, **configs(**ANCESTRAL, **SIGMAS, offset={"timestep_spacing": "leading", "steps_offset": 1}))
-    add(name, stable={"config": {**VP, "steps_offset": 1}, "generators": 2 * ("Ancestral" in name)}, begin={"begin": 4})
-    add(name, one={"steps": {"num_inference_steps": 1}})
+    quick = QUICK[f"{name}Scheduler"]
+    kinds = {**ANCESTRAL, **SIGMAS, "offset": {"timestep_spacing": "leading", "steps_offset": 1}}
+    add(name, **configs(**{kind: {**quick, **config} for kind, config in kinds.items()}))
+    add(
+        name,
+        generators={"config": quick, "generators": 2 * int("Ancestral" in name)},
+        begin={"config": quick, "begin": 4},
+    )
+    add(name, one={"config": quick, "steps": {"num_inference_steps": 1}})
 
 UNIPC = {
     f"{'' if predict_x0 else 'eps-'}{solver}-{order}": {
@@ -633,6 +639,8 @@ FLOWS = ("Flow", "LTX", "MiniMax")
 def textbook(case, scheduler, lam):
     """(f, x, i) -> the network's output once its eps is divided by lambda[i]: eps, x_0 and the output again, by definition."""
     sigmas = getattr(scheduler, "sigmas", None)
+    if case.name == "DPMSolverMultistepInverseScheduler":
+        lam = lam[::-1]  # its last step is the noisiest
     if case.name == "IPNDMScheduler":
         alpha, sigma = scheduler.alphas.double(), scheduler.betas.double()
     elif case.name == "SCMScheduler":
