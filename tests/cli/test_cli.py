@@ -18,6 +18,7 @@ from PIL import Image
 
 import epskernels
 from epskernels import build, cli, exposure, images, models, quality, samplers, scaling, schedule
+from epskernels.cli import common
 
 
 @pytest.fixture(scope="module")
@@ -926,3 +927,17 @@ def test_images_of_one_folder_are_the_first(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="expected image files .* in .*empty or its directories, found none"):
         images.load(tmp_path / "empty", (1, 8, 8))
+
+
+def test_dpmpp_begins_at_the_last_timestep():
+    """Its timesteps are spaced as diffusers spaces them for it, whatever the model's own scheduler says."""
+    for sampler in ("dpmpp_2m", "dpmpp_3m"):
+        args = cli.build_parser().parse_args(["sample", "--sampler", sampler, "--steps", "5"])
+        model, _ = common.load_model(args, "cpu")
+        assert common.make_table(args, model, 1.0)["t"].tolist() == model.schedule.timesteps(5, "trailing").tolist()
+
+
+def test_the_digests_of_a_model_do_not_say_where_it_lies(tmp_path):
+    shutil.copytree(models.DIGITS, tmp_path / "copy")
+    here, there = (common.model_digests(models.load(path, "cpu")) for path in (models.DIGITS, tmp_path / "copy"))
+    assert here == there and here[0] != here[1]

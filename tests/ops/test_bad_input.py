@@ -876,6 +876,17 @@ def test_a_dimension_of_one_has_any_stride(backend, stride):
     assert same(x, expected)
 
 
+@pytest.mark.parametrize("by", [1, 2, 3])
+@pytest.mark.parametrize("name", ["x", "f", "out"])
+def test_an_address_between_multiples_of_16(backend, name, by):
+    """Of samples of whole tiles, each as far from such an address as the first."""
+    table, tensors = make_rows(), {key: torch.randn(2, 4096) for key in ("x", "f", "out")}
+    expected = epskernels.step(tensors["x"], tensors["f"], table, torch.tensor([1, 1]))
+    tensors[name] = torch.zeros(8192 + by)[by:].view(2, 4096).copy_(tensors[name])
+    out = tensors.pop("out")
+    assert epskernels.step(*tensors.values(), table, torch.tensor([1, 1]), out=out) is out and same(out, expected)
+
+
 @pytest.mark.parametrize("first", ["x", "out"])
 def test_an_output_may_begin_where_an_input_ends(backend, first):
     table = make_rows()

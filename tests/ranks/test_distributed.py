@@ -276,6 +276,17 @@ def test_a_directory_of_other_things_is_refused(tiny, tmp_path, capsys):
         shards.Shards(tmp_path)
 
 
+@pytest.mark.parametrize("seeds", [np.array([3, 4]), np.array([[3, 4]], np.uint64)], ids=["int64", "two dimensions"])
+def test_seeds_that_are_none(seeds, tmp_path):
+    """Of format 1, which has no digest to tell that the file was changed."""
+    shards.begin(tmp_path, {"names": ["samples"], "batch": 2, "shape": [1]}, [3, 4])
+    settings = (tmp_path / "run.json").read_text()
+    (tmp_path / "run.json").write_text(settings.replace('"format": 2', '"format": 1'))
+    np.save(tmp_path / "seeds.npy", seeds)
+    with pytest.raises(ValueError, match=r"expected uint64 \(N,\) in .*seeds.npy, got"):
+        shards.Shards(tmp_path)
+
+
 def test_a_write_that_fails_leaves_nothing(whole):
     read = shards.Shards(whole)
     before = files(whole)
@@ -391,6 +402,20 @@ def test_ranks_talk_through_the_store(environment):
     found, left = together(environment, 3, work)
     assert found == [(True, [0, 10, 20]), (True, None), (True, None)]
     assert min(left) > written[0]
+
+
+def test_an_earlier_attempt_s_words_are_not_heard(environment, monkeypatch):
+    """torchrun keeps its store when it starts the processes again, and the failure that was told in it."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    heard = []
+    for attempt in ("0", "1"):
+        environment(RANK="1", WORLD_SIZE="2", MASTER_PORT="1")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        with pytest.raises(KeyboardInterrupt), Ranks() as ranks:
+            heard.append(ranks._store.check(["failed"]))
+            raise KeyboardInterrupt  # leaves, and says that it has failed
+    assert heard == [False, False] and store.num_keys() == 2
 
 
 def test_the_first_ranks_error_is_everyones(environment):
