@@ -1,0 +1,93 @@
+"""What dpm_adaptive needs besides: a pair of solutions, the error between them, and the controller of its step size."""
+
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .. import samplers, scaling
+from ..ops import step
+from ..spec import COLUMNS
+from ..trajectory import Trajectory
+from .sampling import (
+    Denoiser,
+    Levels,
+    check_output,
+    number,
+)
+
+
+def check_ends(sigma_min: float, sigma_max: float) -> None:
+    """Raises ValueError unless sigma falls from sigma_max to a sigma_min above 0."""
+    low, high = number("sigma_min", sigma_min, above_0=True), number("sigma_max", sigma_max, above_0=True)
+    if not low < high:
+        raise ValueError(f"sigma_min, sigma_max: expected sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
+
+
+class Pair:
+    """One step from sigma to sigma_next by two methods of neighbouring orders, which share the calls of the lower one.
+
+    noise: what follows the step, its standard deviation.
+    """
+
+    def __init__(
+        self,
+        order: int,
+        sigma: Tensor,
+        sigma_next: Tensor,
+        least: float,
+        lambda_t: scaling.EpsilonScaling,
+        options: dict[str, float],
+        x: Tensor,
+    ):
+        levels = Levels(np.array([float(sigma), float(sigma_next)]))
+        # order two then has its second call where order three has it
+        made = [
+            samplers.dpm_solver(
+                levels, 2, scaling=lambda_t, prediction="sample", order=[each, 1], r=1 / 3 if order == 3 else 1 / 2,
+                least=least, **options,
+            ).to(x.device)
+            for each in (order - 1, order)
+        ]  # fmt: skip
+        self.order, self.table, self.noise = order, made[1], float(made[1]["c_noise"][order - 1])
+        self.low, self.high = (table.rows.clone() for table in made)
+        for rows in (self.low, self.high):
+            rows[:, COLUMNS.index("c_noise")] = 0.0
+
+    def run(self, model: Denoiser, x: Tensor, extra_args: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(the state by the lower order, by the higher, the estimate of x_0 at the step's start)."""
+        trajectory, low, denoised = Trajectory(self.table, x, rows=self.high), x, x
+        for row in range(self.order):
+            at, index = trajectory.x, self.table.row_index[row]
+            f = check_output(model(at, at.new_full((len(at),), self.table["t"][row]), **extra_args), at)
+            if row == self.order - 2:
+                low = step(at, f, self.low, index, m1=trajectory.m[0] if row else None)
+            m0 = trajectory.step(index, f)
+            if row == 0 and m0 is not None:
+                denoised = m0
+        return low, trajectory.x, denoised
+
+
+class StepSize:
+    """The length h of the next step in log sigma, by a PID controller of the error (k-diffusion's)."""
+
+    def __init__(self, h: float, p: float, i: float, d: float, order: float, accept_safety: float):
+        self.h, self.accept_safety = abs(number("h_init", h, above_0=True)), accept_safety
+        self.powers = (p + i + d) / order, -(p + 2 * d) / order, d / order
+        self.errors: list[float] = []  # inverse: of this step, and of the last two that were accepted
+
+    def accepts(self, error: float) -> bool:
+        """Whether a step with this error counts; h is then, and otherwise, that of the next try."""
+        inverse = 1 / (error + 1e-8)
+        self.errors = [inverse, *self.errors[1:]] if self.errors else [inverse] * 3
+        factor = math.prod(each**power for each, power in zip(self.errors, self.powers, strict=True))
+        factor = 1 + math.atan(factor - 1)
+        accepted = factor >= self.accept_safety
+        if accepted:
+            self.errors = [self.errors[0], self.errors[0], self.errors[1]]
+        self.h *= factor
+        return accepted
+
+
+# ---- the scaling alone ----
