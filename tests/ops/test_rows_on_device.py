@@ -203,8 +203,9 @@ def test_backend_by_argument(kernel):
     assert_same_bits(got, epskernels.step(x, f, rows, 0, **inputs, backend="reference"), "x'")
 
 
+@pytest.mark.parametrize("kernel", ["cuda_on_host"], indirect=True)
 @pytest.mark.parametrize("run", ["step", "normal", "moments"])
-def test_a_launch_that_fails_is_an_error(run, monkeypatch):
+def test_a_launch_that_fails_is_an_error(kernel, run, monkeypatch):
     monkeypatch.setenv("EPSKERNELS_TEST_NO_LAUNCH", "1")
     x = torch.ones(2, 5)
     calls = {
@@ -212,6 +213,5 @@ def test_a_launch_that_fails_is_an_error(run, monkeypatch):
         "normal": lambda: epskernels.normal([1], (4,)),
         "moments": lambda: epskernels.moments(x),
     }
-    with kernels.Kernel("cuda_on_host").active(monkeypatch):
-        with pytest.raises(RuntimeError, match="the CUDA kernel was not launched: invalid configuration; compiled for"):
-            calls[run]()
+    with pytest.raises(RuntimeError, match="the CUDA kernel was not launched: invalid configuration; compiled for"):
+        calls[run]()
