@@ -201,3 +201,17 @@ def test_backend_by_argument(kernel):
     with epskernels.use_backend("reference"):
         got = epskernels.step(x, f, rows, 0, **inputs, backend=kernel.name)
     assert_same_bits(got, epskernels.step(x, f, rows, 0, **inputs, backend="reference"), "x'")
+
+
+@pytest.mark.parametrize("kernel", ["cuda_on_host"], indirect=True)
+@pytest.mark.parametrize("run", ["step", "normal", "moments"])
+def test_a_launch_that_fails_is_an_error(kernel, run, monkeypatch):
+    monkeypatch.setenv("EPSKERNELS_TEST_NO_LAUNCH", "1")
+    x = torch.ones(2, 5)
+    calls = {
+        "step": lambda: epskernels.step(x, x, make_row(c_x=1), 0),
+        "normal": lambda: epskernels.normal([1], (4,)),
+        "moments": lambda: epskernels.moments(x),
+    }
+    with pytest.raises(RuntimeError, match="the CUDA kernel was not launched: invalid configuration; compiled for"):
+        calls[run]()

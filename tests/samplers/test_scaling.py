@@ -316,3 +316,11 @@ def test_other_steps_than_published_for_are_said(name, steps, other, caplog, tmp
         lambda_t.values(other)
         lambda_t.values(other)
         assert [f"with {steps} steps, used with {other}" in record.message for record in caplog.records] == [True]
+
+
+def test_a_formula_of_one_s_own_from_the_other_end_is_another_scaling():
+    def formula(i):
+        return 1 + 0.1 * i
+
+    ends = [scaling.EpsilonScaling(formula, origin, "mine") for origin in scaling.ORIGINS]
+    assert ends[0] != ends[1] and ends[0] == scaling.EpsilonScaling(formula, scaling.ORIGINS[0], "mine")
