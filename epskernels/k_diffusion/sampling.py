@@ -158,6 +158,7 @@ class Sampling:
     def run(
         self, model: Denoiser, x: Tensor, extra_args: dict[str, Any], callback: Callback, disable: bool | None
     ) -> Tensor:
+    """The state after the last of the sampler's steps; all arguments as the functions of k-diffusion's names take them."""
         """The state after the last step."""
         trajectory = Trajectory(self.table, self.begin(x))
         for i in tqdm(range(len(self.rows)), disable=disable):
@@ -311,6 +312,7 @@ def check_output(denoised: Any, x: Tensor) -> Tensor:
 
 
 def shown(value: object) -> str:
+    """A value as an error names it."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 

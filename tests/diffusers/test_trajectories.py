@@ -589,6 +589,15 @@ add(
 )
 
 
+def one_of_each_class(names, values, always):
+    """(value, name) of all, marked deep unless the value is among `always`, or the case the first of its class."""
+    first = {CASES[name].name: name for name in reversed(names)}.values()
+    return [
+        pytest.param(value, name, marks=[] if value in always or name in first else pytest.mark.deep, id=f"{key}-{name}")
+        for key, value in values.items() for name in names
+    ]  # fmt: skip
+
+
 # ---- lambda = 1: diffusers' numbers ----
 
 
@@ -729,8 +738,7 @@ SCALED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCALED)
-@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("kind, name", one_of_each_class(SCALED, {kind: kind for kind in SCALINGS}, ("linear",)))
 def test_lambda_is_the_textbook(name, kind):
     case = CASES[name]
     f, scheduler = network(case), case.theirs()
@@ -823,9 +831,12 @@ ROUNDS_MIDWAY = (
 STORES_HISTORY = ("DPMSolver", "EDMDPM", "UniPC", "Heun", "Helios", "Cosine", "PNDM", "LMS", "IPNDM", "DEIS")
 
 
-@every
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_half_precision_rounds_once(case, dtype):
+@pytest.mark.parametrize(
+    "dtype, name",
+    one_of_each_class(list(CASES), {"bfloat16": torch.bfloat16, "float16": torch.float16}, (torch.bfloat16,)),
+)
+def test_half_precision_rounds_once(name, dtype):
+    case = CASES[name]
     once, theirs, ours = in_step(case, dtype)
     if case.own:
         assert ours == theirs
