@@ -158,7 +158,6 @@ class Sampling:
     def run(
         self, model: Denoiser, x: Tensor, extra_args: dict[str, Any], callback: Callback, disable: bool | None
     ) -> Tensor:
-    """The state after the last of the sampler's steps; all arguments as the functions of k-diffusion's names take them."""
         """The state after the last step."""
         trajectory = Trajectory(self.table, self.begin(x))
         for i in tqdm(range(len(self.rows)), disable=disable):
@@ -201,6 +200,7 @@ def run(
     dpm: bool = False,
     **options: Any,
 ) -> Tensor:
+    """The state after the last of the sampler's steps; all arguments as the functions of k-diffusion's names take them."""
     levels = as_levels(sigmas)
     check(model, x)
     chosen = None if seeds is None else as_noise_seeds(seeds, noise_sampler, x)
