@@ -400,6 +400,11 @@ def two_noises(
 # ---- ER-SDE ----
 
 
+def er_noise_scale(r: Array) -> Array:
+    """The authors' fifth phi of r = sigma/alpha, r*(exp(r^0.3) + 10) (arXiv 2309.06169, the scale that its code samples with)."""
+    return r * (np.exp(r**0.3) + 10)
+
+
 def er_sde(r: Array, r_next: Array, scaler: Callable[[Array], Array]) -> tuple[Array, Array, dict[int, Array]]:
     """(kept, noise, {order: weights of m0, m1, m2, (3, N)}) of x'/alpha' = kept*x/alpha + weights + noise*z.
 

@@ -224,7 +224,7 @@ def er_sde(
     require_alpha(grid, "er_sde")
     with np.errstate(invalid="ignore", divide="ignore"):
         kept, noise, weights = solvers.er_sde(
-            grid.sigma / grid.alpha, grid.sigma_next / grid.alpha_next, scaler or (lambda r: r * (np.exp(r**0.3) + 10))
+            grid.sigma / grid.alpha, grid.sigma_next / grid.alpha_next, scaler or solvers.er_noise_scale
         )
     order_of_step = np.minimum(order, _finite_steps(_log_snr_steps(grid)))
     columns |= _weights(grid.alpha_next * solvers.of_order(order_of_step, weights))
@@ -319,7 +319,7 @@ def sa_solver(
     h = _log_snr_steps(grid)
     finite = np.isfinite(h)
     faded = tau_of_step**2 * np.where(finite, h, 0.0)
-    A = grid.sigma_next / grid.sigma * np.exp(-faded)
+    A = grid.sigma_next / grid.sigma * solvers.decay(faded, 1.0)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         predictors, correctors = solvers.stochastic_adams(h, grid.alpha_next, tau_of_step)
     left = n - 1 - i if grid.sigma_end == 0 else np.full(n, n)  # finite steps from here on
@@ -332,5 +332,5 @@ def sa_solver(
         for each in zip(*correctors.values(), strict=True)
     )
     columns |= solvers.corrected_later(A, P, Q, of_next)
-    noise = grid.sigma_next * np.sqrt(-np.expm1(-2 * faded))
+    noise = solvers.sde_noise(grid.sigma_next, faded, 1.0)
     return make_table("sa_solver", grid, columns | noise_columns(noise, S_noise))
