@@ -114,6 +114,12 @@ def ancestral(alpha: Numbers, sigma: Array, alpha_next: Numbers, sigma_next: Arr
 # ---- two model calls in a step ----
 
 
+def churned(sigma: Array, steps: int, S_churn: float, S_min: float, S_max: float) -> Array:
+    """sigma_hat, each level once churn has raised it, (N,) (arXiv 2206.00364, alg. 2). steps: by which S_churn is divided."""
+    gamma = min(S_churn / steps, np.sqrt(2) - 1)
+    return np.where((S_min <= sigma) & (sigma <= S_max), sigma * (1 + gamma), sigma)
+
+
 def heun_correction(alpha: Numbers, sigma: Array, alpha_next: Numbers, sigma_next: Array) -> Array:
     """kappa of x'' = x' + kappa*(m0 - m1): Heun's second half, x' what Euler's step made of m1, m0 the estimate there."""
     return (sigma / alpha - sigma_next / alpha_next) * alpha_next**2 / (2 * sigma_next)

@@ -9,11 +9,11 @@ import torch
 from diffusers import schedulers as theirs
 from torch import Tensor
 
-from .. import scaling
+from .. import scaling, solvers
 from ..ops import step
 from ..table import COLUMNS, DEFAULTS
 from .common import as_dtype_of, as_float64, refuse_integers, widest
-from .scheduler import FLOAT32, Fused
+from .scheduler import FLOAT32, Fused, InHalves
 
 
 class OnFlow(Fused):
@@ -136,27 +136,20 @@ class FlowMatchEulerDiscreteScheduler(OnFlow, diffusers.FlowMatchEulerDiscreteSc
         return step(x.flatten(0, 1), f.flatten(0, 1), rows.flatten(0, 1), index, **noise).unflatten(0, sigma.shape)
 
 
-class FlowMatchHeunDiscreteScheduler(OnFlow, diffusers.FlowMatchHeunDiscreteScheduler):
+class FlowMatchHeunDiscreteScheduler(InHalves, OnFlow, diffusers.FlowMatchHeunDiscreteScheduler):
     """Two rows for each step but the last, as HeunDiscreteScheduler has them; m0 and m1 are the slopes: the outputs."""
 
     _options = (0.0, 0.0, math.inf)
     _mixes = False
     _first_m0 = None
 
-    def _per_call(self, lambda_t):
-        return np.repeat(lambda_t, 2)[: self._length()]
-
-    def _per_step(self, values):
-        return values[::2]
-
     def _churned(self, options):
         """(which rows are second halves, sigma where the step began, that once it is raised, and where the step ends)."""
-        s_churn, s_tmin, s_tmax = options
         at, after = self._sigmas()
         second = np.arange(len(at)) % 2 == 1
         start = np.where(second, np.roll(at, 1), at)
-        gamma = np.where((s_tmin <= start) & (start <= s_tmax), min(s_churn / (len(self.sigmas) - 1), 2**0.5 - 1), 0.0)
-        return second, start, start * (gamma + 1), np.where(second, at, after)
+        hat = solvers.churned(start, len(self.sigmas) - 1, *options)
+        return second, start, hat, np.where(second, at, after)
 
     def _formula(self, options):
         second, start, hat, end = self._churned(options)

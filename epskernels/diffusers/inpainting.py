@@ -55,7 +55,7 @@ class RePaintScheduler(DDIM, diffusers.RePaintScheduler):
         known = dataclasses.replace(row, uses_noise=True)
         noise = self._drawn(*self._noise(known, f, generator, seeds), x, row.step)
         unknown, m0 = self._step(row, f, x, noise if row.uses_noise else None)
-        alpha = self._seen.last[2].columns["c_in"][row.step].item()
+        alpha = self._plan((), x.device).columns["c_in"][row.step].item()
         known = alpha * original_image + max(0.0, 1 - alpha**2) ** 0.5 * noise
         x = mask * known + (1.0 - mask) * unknown
         return theirs.scheduling_repaint.RePaintSchedulerOutput(x, m0) if return_dict else (x, m0)

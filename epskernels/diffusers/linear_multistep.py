@@ -67,8 +67,8 @@ class LMSDiscreteScheduler(_LinearMultistep, OnSigmas, diffusers.LMSDiscreteSche
         if not self.is_scale_input_called:
             warn_of_unscaled_input(self)
         row = self._enter(model_output, timestep, sample, (int(order),))
-        if order > 4:
-            row = row.refused(f"order {order} needs more than three earlier outputs")
+        if not 1 <= order <= 4:
+            row = row.refused(f"order {order} is not one of 1 to 4")
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, order=order, return_dict=return_dict)
         x, m0, derivative = self._step(row, model_output, sample, **self._earlier(), results=3)

@@ -7,7 +7,7 @@ from diffusers import schedulers as theirs
 
 from .. import solvers
 from .common import as_dtype_of, as_float64, eps_of, x0_of
-from .scheduler import Fused
+from .scheduler import FromCleanest, Fused
 from .sigmas import OnSigmas, Preconditioned
 
 
@@ -148,22 +148,10 @@ class DPMSolverMultistepScheduler(DPMSolver, diffusers.DPMSolverMultistepSchedul
         )
 
 
-class DPMSolverMultistepInverseScheduler(DPMSolver, diffusers.DPMSolverMultistepInverseScheduler):
-    """From an image towards noise: steps are negative in log SNR. diffusers does not widen states to float32 here.
-
-    lambda's first number is the noisiest step's, which is the last.
-    """
+class DPMSolverMultistepInverseScheduler(FromCleanest, DPMSolver, diffusers.DPMSolverMultistepInverseScheduler):
+    """From an image towards noise: steps are negative in log SNR. diffusers does not widen states to float32 here."""
 
     _third_order_sde = False  # diffusers has none here
-
-    def _lambda_steps(self, rows):
-        at, steps = super()._lambda_steps(rows)
-        return steps - 1 - at[::-1], steps
-
-    def _per_step(self, values):
-        return values[::-1]
-
-    _per_call = _per_step
 
     def _read_config(self):
         super()._read_config()

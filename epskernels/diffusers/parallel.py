@@ -29,10 +29,8 @@ class _Parallel:
         if BATCH not in options:
             return super()._scaled_formula(options)
         twin, t = copy.copy(self), np.asarray(self._host())
-        of_steps, order = (
-            np.array(self._plan(options[:-1], self.timesteps.device).lambda_t),
-            np.argsort(t, kind="stable"),
-        )
+        of_steps = np.array(self._plan(options[:-1], self.timesteps.device).lambda_t)
+        order = np.argsort(t, kind="stable")
         twin._dense = np.interp(np.arange(self.config.num_train_timesteps), t[order], of_steps[order])
         columns, _, scale, on_x = Fused._scaled_formula(twin, options)
         for name in ("c_noise", "logvar_min", "logvar_max"):
@@ -60,8 +58,7 @@ class _Parallel:
         return 0 if timestep is None else super()._row(plan, timestep)
 
     def _batch(self, f, timesteps, x, options, **arguments):
-        row = self._enter(f, None, x, (*options, BATCH))
-        plan = self._seen.last[2]
+        row, plan = self._enter(f, None, x, (*options, BATCH)), self._plan((*options, BATCH), x.device)
         at = timesteps.reshape(-1).to(f.device)
         if f.shape[1] == 2 * x.shape[1] and getattr(self, "variance_type", None) in ("learned", "learned_range"):
             f = f[:, : x.shape[1]]

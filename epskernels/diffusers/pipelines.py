@@ -61,12 +61,9 @@ FUSED = {
     )
 }  # fmt: skip
 if is_torchsde_available():
-    from .brownian import CosineDPMSolverMultistepScheduler
+    from .brownian import CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler
 
-    FUSED[CosineDPMSolverMultistepScheduler._theirs] = CosineDPMSolverMultistepScheduler
-    from .two_calls import DPMSolverSDEScheduler
-
-    FUSED[DPMSolverSDEScheduler._theirs] = DPMSolverSDEScheduler
+    FUSED |= {twin._theirs: twin for twin in (CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler)}
 
 
 def fused(scheduler, eps_scaling=None):

@@ -409,3 +409,26 @@ class Fused(Configured):
         x0 = row.d_x * x.float() + row.d_f * f.float()
         s = quantile_of_sizes(x0.abs(), self.config.dynamic_thresholding_ratio)
         return s.clamp(min=1, max=self.config.sample_max_value)
+
+
+class InHalves:
+    """Two model calls a step, with one lambda; one in the last."""
+
+    def _per_call(self, lambda_t):
+        return np.repeat(lambda_t, 2)[: self._length()]
+
+    def _per_step(self, values):
+        return values[::2]
+
+
+class FromCleanest:
+    """Towards noise: lambda's first number is the noisiest step's, which is the last."""
+
+    def _lambda_steps(self, rows):
+        at, steps = super()._lambda_steps(rows)
+        return steps - 1 - at[::-1], steps
+
+    def _per_step(self, values):
+        return values[::-1]
+
+    _per_call = _per_step

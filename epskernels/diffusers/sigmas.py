@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import solvers
 from .common import as_float64, clip_of, output_of, positive_zeros, refuse_integers, say, widest
-from .scheduler import FLOAT32, Fused
+from .scheduler import FLOAT32, Fused, InHalves
 
 
 class OnSigmas(Fused):
@@ -63,10 +63,8 @@ class _Euler(OnSigmas):
     _options = (0.0, 0.0, math.inf)
 
     def _hat(self, options):
-        s_churn, s_tmin, s_tmax = options
         sigma = self._sigmas()[0]
-        gamma = np.where((s_tmin <= sigma) & (sigma <= s_tmax), min(s_churn / (len(self.sigmas) - 1), 2**0.5 - 1), 0.0)
-        return sigma, sigma * (gamma + 1)
+        return sigma, solvers.churned(sigma, len(self.sigmas) - 1, *options)
 
     def _model(self, options):
         sigma, hat = self._hat(options)
@@ -191,18 +189,12 @@ class EulerAncestralDiscreteScheduler(OnSigmas, diffusers.EulerAncestralDiscrete
         return self._result(x, m0, return_dict)
 
 
-class HeunDiscreteScheduler(OnSigmas, diffusers.HeunDiscreteScheduler):
+class HeunDiscreteScheduler(InHalves, OnSigmas, diffusers.HeunDiscreteScheduler):
     """Two rows for each step but the last; the second goes on from the state that the first was given, as diffusers does."""
 
     _output_class = theirs.scheduling_heun_discrete.HeunDiscreteSchedulerOutput
     _mixes = False
     _first_m0 = None
-
-    def _per_call(self, lambda_t):
-        return np.repeat(lambda_t, 2)[: self._length()]
-
-    def _per_step(self, values):
-        return values[::2]
 
     def _formula(self, options):
         at, after = self._sigmas()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import solvers
 from .common import as_float64, clip_of, eps_of, output_of, x0_of
-from .scheduler import FLOAT32, Fused
+from .scheduler import FLOAT32, FromCleanest, Fused
 
 
 class OnAlphas(Fused):
@@ -228,9 +228,7 @@ class DDIMScheduler(DDIM, diffusers.DDIMScheduler):
     _output_class = theirs.scheduling_ddim.DDIMSchedulerOutput
 
 
-class DDIMInverseScheduler(DDIM, diffusers.DDIMInverseScheduler):
-    """From the cleanest state to the noisiest; lambda's first number is the last step's all the same."""
-
+class DDIMInverseScheduler(FromCleanest, DDIM, diffusers.DDIMInverseScheduler):
     _output_class = theirs.scheduling_ddim_inverse.DDIMSchedulerOutput
     _tensors = "timesteps", "alphas_cumprod", "initial_alpha_cumprod"
 
@@ -246,15 +244,6 @@ class DDIMInverseScheduler(DDIM, diffusers.DDIMInverseScheduler):
 
     def _lambdas(self, alpha, sigma, d_x):
         return super()._lambdas(alpha, np.maximum(sigma, 1e-30), d_x)  # eps counts where x is x_0 alone too
-
-    def _lambda_steps(self, rows):
-        at, steps = super()._lambda_steps(rows)
-        return steps - 1 - at[::-1], steps
-
-    def _per_step(self, values):
-        return values[::-1]
-
-    _per_call = _per_step
 
     def step(self, model_output, timestep, sample, return_dict=True):
         row = self._enter(model_output, timestep, sample, self._options)

@@ -1,16 +1,16 @@
-"""Two model calls a step, x = x_0 + sigma*eps: KDPM2, KDPM2Ancestral, and DPMSolverSDE where torchsde is installed."""
+"""Two model calls a step, x = x_0 + sigma*eps: KDPM2, KDPM2Ancestral."""
 
 import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
-from diffusers.utils import is_torchsde_available
 
 from .. import solvers
 from .common import as_float64, widest
+from .scheduler import InHalves
 from .sigmas import OnSigmas
 
 
-class TwoCalls(OnSigmas):
+class TwoCalls(InHalves, OnSigmas):
     """Two rows a step, one for the last. The second goes on from the state that the first was given, `sample`."""
 
     def _ends(self):
@@ -45,12 +45,6 @@ class TwoCalls(OnSigmas):
 
     def _input_scale(self):
         return (1 / np.sqrt(np.append(self._sigmas()[0], 0.0) ** 2 + 1)).tolist()
-
-    def _per_call(self, lambda_t):
-        return np.repeat(lambda_t, 2)[:-1]
-
-    def _per_step(self, values):
-        return values[::2]
 
     def _two_calls(self, row, f, x, return_dict, noise=None, seeds=None):
         x, first = widest(f, x), self.state_in_first_order
@@ -111,54 +105,3 @@ class KDPM2AncestralDiscreteScheduler(TwoCalls, diffusers.KDPM2AncestralDiscrete
             return self._own(row, model_output, timestep, sample, seeds, generator=generator, return_dict=return_dict)
         noise, seeds = self._noise(row, model_output, generator, seeds)
         return self._two_calls(row, model_output, sample, return_dict, noise, seeds)
-
-
-if is_torchsde_available():
-    Tree = theirs.scheduling_dpmsolver_sde.BrownianTreeNoiseSampler
-
-    class DPMSolverSDEScheduler(TwoCalls, diffusers.DPMSolverSDEScheduler):
-        """Without seeds, the noise is a Brownian tree's, diffusers' own. With them, each call's is its own."""
-
-        _output_class = theirs.scheduling_dpmsolver_sde.DPMSolverSDESchedulerOutput
-        _options = (1.0,)
-
-        def _ends(self):
-            sigmas = as_float64(self.sigmas)
-            return sigmas[::2], np.sqrt(sigmas[::2] * sigmas[1::2]), sigmas[1::2]
-
-        def _two_rows(self, begin, middle, end, s_noise):
-            rows = solvers.two_noises(begin, middle, end, 1.0, 0.5)
-            kept = ("c_x", "c_y", "c_m0", "c_noise")
-            return [{k: v * s_noise if k == "c_noise" else v for k, v in row.items() if k in kept} for row in rows]
-
-        def _draws(self):
-            return self._interleaved(self._ends()[2] > 0, np.ones(len(self._ends()[2]), dtype=bool))
-
-        def _tree_noise(self, i, x):
-            """The tree's noise of call i, at the times that diffusers computes, in float32."""
-            if self.noise_sampler is None:
-                self.noise_sampler = Tree(
-                    x, self.sigmas[self.sigmas > 0].min().item(), self.sigmas.max().item(), self.noise_sampler_seed
-                )
-            t, t_next = self.sigmas[i - i % 2 : i - i % 2 + 2].log().neg()
-            t_next = t_next if i % 2 else t + (t_next - t) * 0.5
-            return self.noise_sampler(t.neg().exp(), t_next.neg().exp())
-
-        def step(self, model_output, timestep, sample, return_dict=True, s_noise=1.0, *, seeds=None):
-            """diffusers' step; seeds: (B,), for noise made in the kernel, in place of the tree's."""
-            row = self._enter(model_output, timestep, sample, (float(s_noise),))
-            if row.why is not None:
-                return self._own(row, model_output, timestep, sample, seeds, return_dict=return_dict, s_noise=s_noise)
-            by_tree = row.draws and seeds is None and self._seeds is None
-            given = self._tree_noise(row.step, sample) if by_tree else None
-            noise, seeds = self._noise(row, sample, None, seeds, given)
-            result = self._two_calls(row, model_output, sample, return_dict, noise, seeds)
-            if row.step + 1 == self._seen.length:
-                self.sample = None  # as diffusers ends
-            rows, goes_on = self._seen.last[2].rows, self.sample is not None
-            self.mid_point_sigma = rows[row.step + 1].t if goes_on else None
-            return result
-
-        def _restart(self):
-            super()._restart()
-            self.mid_point_sigma = self.noise_sampler = None

@@ -82,7 +82,7 @@ class CogVideoXDPMScheduler(DDIM, diffusers.CogVideoXDPMScheduler):
             if timestep_back is None or self._place(timestep_back) != row.step - 1:
                 row = row.refused(f"timestep_back {timestep_back} is not the one before in the schedule")
             else:
-                row = self._seen.last[2].rows[len(self._host()) + row.step]
+                row = self._plan(self._options, x.device).rows[len(self._host()) + row.step]
         if row.why is not None:
             return self._own(
                 row, f, timestep, x, seeds, old_pred_original_sample=m1, timestep_back=timestep_back, generator=generator,

@@ -233,11 +233,11 @@ def churned(
         raise ValueError(f"s_tmin, s_tmax: expected numbers, got {s_tmin}, {s_tmax}")
     steps, grid_length = len(levels) - 1, int((levels > 0).sum())
     at = levels[:-1]
-    gamma = np.where((s_tmin <= at) & (at <= s_tmax), min(s_churn / steps, 2**0.5 - 1), 0.0)
-    first = s_noise * at[0] * np.sqrt((1 + gamma[0]) ** 2 - 1)
+    raised = solvers.churned(at, steps, s_churn, s_tmin, s_tmax)
+    first = s_noise * np.sqrt(raised[0] ** 2 - at[0] ** 2)
     # Its tables divide S_churn by their own count of steps, which may be one more.
     options = {"S_churn": s_churn * grid_length / steps, "S_min": s_tmin, "S_max": s_tmax, "S_noise": s_noise}
-    return at * (1 + gamma), float(first), options
+    return raised, float(first), options
 
 
 # ---- what is checked ----

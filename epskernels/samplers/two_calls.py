@@ -37,8 +37,7 @@ def _churned(grid: Grid, S_churn: float, S_min: float, S_max: float, S_noise: fl
     S_churn, S_noise = number("S_churn", S_churn, 0), number("S_noise", S_noise, 0)
     if np.isnan(S_min) or np.isnan(S_max):
         raise ValueError(f"S_min, S_max: expected numbers, got {S_min}, {S_max}")
-    gamma = min(S_churn / len(grid), np.sqrt(2) - 1)
-    sigma_hat = np.where((S_min <= grid.sigma) & (grid.sigma <= S_max), grid.sigma * (1 + gamma), grid.sigma)
+    sigma_hat = solvers.churned(grid.sigma, len(grid), S_churn, S_min, S_max)
     return sigma_hat, sigma_hat**2 - grid.sigma**2
 
 

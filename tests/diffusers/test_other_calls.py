@@ -280,3 +280,24 @@ def test_a_step_before_set_timesteps(label):
             scheduler.step(x, torch.ones(2), x)
         else:
             go(scheduler, x, 0, x, None, {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fused", "diffusers' own"])
+def test_a_batch_keeps_its_rows_while_a_fork_steps(dtype, monkeypatch):
+    """Forks share the plan that was asked for last: here another asks in the middle of a call."""
+    scheduler = fused.DDIMParallelScheduler(thresholding=True, eps_scaling=1.03)
+    scheduler.set_timesteps(8)
+    x, f = torch.randn(2, 2, 3, 4, 4, dtype=dtype)
+    t = torch.tensor([800, 300])
+    alone = scheduler.batch_step_no_noise(f, t, x)
+    enter, other = type(scheduler)._enter, scheduler.fork()
+
+    def interrupted(self, *arguments):
+        row = enter(self, *arguments)
+        if self is scheduler:
+            other.step(f, other.timesteps[1], x)
+        return row
+
+    monkeypatch.setattr(type(scheduler), "_enter", interrupted)
+    assert torch.equal(scheduler.batch_step_no_noise(f, t, x), alone)

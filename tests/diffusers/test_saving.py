@@ -16,7 +16,7 @@ import epskernels
 from epskernels import diffusers as fused
 from epskernels import models, scaling
 
-from ..support.schedules import ONE_SCHEDULE, set_steps
+from ..support.schedulers import ONE_SCHEDULE, set_steps
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -75,6 +75,25 @@ def test_a_saved_fused_pipeline_loads_in_a_new_process(first, tmp_path):
     assert (module, name) == ("epskernels.diffusers", "DDPMScheduler")
     assert scaling.as_scaling(eps_scaling) == scaling.as_scaling(pipe.scheduler.eps_scaling)
     assert np.array_equal(image, image_of(pipe))
+
+
+LOAD_ALL = """
+import json, pathlib, sys, epskernels
+found = {}
+for folder in pathlib.Path(sys.argv[1]).iterdir():
+    kind = getattr(epskernels.diffusers, json.loads((folder / "scheduler_config.json").read_text())["_class_name"])
+    scheduler = kind.from_pretrained(folder)
+    found[folder.name] = [kind.__module__, kind.__name__, scheduler.eps_scaling, hasattr(kind, "_enter")]
+print(json.dumps(found))
+"""
+
+
+def test_every_saved_scheduler_loads_in_a_new_process(tmp_path):
+    linear = {"k": 0.01, "b": 1.0}
+    for name in NAMES:
+        getattr(fused, name)(eps_scaling=linear).save_pretrained(tmp_path / name)
+    found = in_new_process(LOAD_ALL, tmp_path)
+    assert found == {name: ["epskernels.diffusers", name, linear, True] for name in NAMES}
 
 
 def test_an_unfused_pipeline_loads_without_this_package(tmp_path):

@@ -15,8 +15,7 @@ from epskernels import diffusers as fused
 from epskernels.diffusers import common
 from epskernels.diffusers.plan import SCHEDULES
 
-from ..support.schedulers import ALIKE, OF_ALPHAS, QUICK
-from ..support.schedules import OF_MOTIONS, ONE_SCHEDULE, set_steps, times
+from ..support.schedulers import ALIKE, CONFIGS, IN_HALVES, OF_ALPHAS, OF_MOTIONS, ONE_SCHEDULE, set_steps, times
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -31,7 +30,7 @@ HALVES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def made(kind, name, config=None, steps=8):
-    scheduler = getattr(kind, name)(**QUICK.get(name, {}) | (config or {}))
+    scheduler = getattr(kind, name)(**CONFIGS.get(name, {}) | (config or {}))
     if steps:
         set_steps(scheduler, steps)
     return scheduler
@@ -275,7 +274,7 @@ def test_a_plan_made_in_inference_mode_serves_calls_with_gradients():
 def test_timesteps_cut_off(name, cut, begin, config):
     if config and "solver_order" not in made(diffusers, name).config:
         pytest.skip("it has no order")
-    if ("Heun" in name or name.startswith("KDPM2")) and cut % 2 and begin != 0:
+    if name.startswith(IN_HALVES) and cut % 2 and begin != 0:
         pytest.skip("a second half of a step without its first is refused")
 
     def change(scheduler):
@@ -425,7 +424,8 @@ def test_the_default_dtype_changes_nothing(name, dtype):
             per_token = {}
             if name == "FlowMatchEulerDiscreteScheduler":
                 x, f, per_token = x[0], f[0], {"per_token_timesteps": torch.full((3, 4), 500.0, dtype=torch.float32)}
-            first = 0 if name == "PNDMScheduler" else 2 if name.startswith("KDPM2") else 1  # the first half of a step
+            halves = name.startswith(("KDPM2", "DPMSolverSDE"))
+            first = 0 if name == "PNDMScheduler" else 2 if halves else 1  # the first half of a step
             t = scheduler.timesteps[first]
             runs.append(scheduler.step(f, t, x, return_dict=False, **call, **per_token)[0])
             assert scheduler.path == "fused"
