@@ -831,7 +831,7 @@ STORES_HISTORY = ("DPMSolver", "EDMDPM", "UniPC", "Heun", "Helios", "Cosine", "P
 
 @pytest.mark.parametrize(
     "dtype, name",
-    one_of_each_class(list(CASES), {"bfloat16": torch.bfloat16, "float16": torch.float16}, (torch.bfloat16,)),
+    one_of_each_class(list(CASES), {"bfloat16": torch.bfloat16, "float16": torch.float16}, ()),
 )
 def test_half_precision_rounds_once(name, dtype):
     case = CASES[name]
