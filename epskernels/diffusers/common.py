@@ -34,6 +34,7 @@ def say(scheduler: object, message: str) -> None:
 
 @functools.lru_cache(maxsize=256)
 def say_of(name: str, message: str) -> None:
+    """`say`, by the class's name."""
     _log.warning("epskernels.diffusers.%s %s", name, message)
 
 
@@ -52,6 +53,7 @@ def draw_noise(f: Tensor, generator: Generators, dtype: torch.dtype | None = Non
 
 
 def as_float64(values: Any) -> Array:
+    """A tensor, an array or numbers as a float64 array on the host."""
     return np.asarray(torch.as_tensor(values).detach().cpu().double())
 
 
@@ -67,6 +69,7 @@ def clip_of(config: Any) -> float:
 
 
 def as_dtype_of(m: Tensor | None, x: Tensor) -> Any:
+    """m in x's dtype; None stays None."""
     return m if m is None or m.dtype is x.dtype else m.to(x.dtype)
 
 
@@ -98,11 +101,13 @@ def eps_of(prediction: str, alpha: Array, sigma: Array) -> tuple[Array, Array]:
 
 
 def positive_zeros(columns: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The two columns with +0 for -0."""
     of_x, of_f = columns
     return of_x + 0.0, of_f + 0.0
 
 
 def refuse_integers(scheduler: object, timestep: Timestep) -> None:
+    """Raises ValueError for an integer where timesteps are none: an index of the schedule is not its timestep."""
     if isinstance(timestep, int) or getattr(timestep, "dtype", None) in (torch.int64, torch.int32):
         raise ValueError(
             f"timestep: expected one of {type(scheduler).__name__}'s own timesteps, got the integer {timestep}"

@@ -58,6 +58,8 @@ class _Consistency(OnAlphas):
 
 
 class LCMScheduler(_Consistency, diffusers.LCMScheduler):
+    """Latent consistency (arXiv 2310.04378, alg. 3): to the estimate of x_0, then new noise."""
+
     _output_class = theirs.scheduling_lcm.LCMSchedulerOutput
 
     def _formula(self, options: Options) -> Formula:
@@ -82,6 +84,8 @@ class LCMScheduler(_Consistency, diffusers.LCMScheduler):
 
 
 class TCDScheduler(_Consistency, diffusers.TCDScheduler):
+    """Trajectory consistency (arXiv 2402.19159): along the path, then new noise, the more the larger eta is."""
+
     _output_class = theirs.scheduling_tcd.TCDSchedulerOutput
     _options = (0.3,)
 
@@ -159,6 +163,8 @@ class SCMScheduler(Fused, diffusers.SCMScheduler):
 
 
 class CMStochasticIterativeScheduler(OnSigmas, diffusers.CMStochasticIterativeScheduler):
+    """Consistency models (arXiv 2303.01469, alg. 1): to the estimate of x_0, then new noise."""
+
     def _data_variance(self) -> float:
         return self.config.sigma_data**2
 

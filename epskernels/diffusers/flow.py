@@ -67,6 +67,8 @@ class OnFlow(Fused):
 
 
 class FlowMatchEulerDiscreteScheduler(OnFlow, diffusers.FlowMatchEulerDiscreteScheduler):
+    """Euler's step on a rectified flow (arXiv 2209.03003); stochastic_sampling: to the estimate of x_0, then new noise."""
+
     def _formula(self, options: Options) -> Formula:
         return self._redrawn() if self.config.stochastic_sampling else self._euler()
 
@@ -244,6 +246,7 @@ class FlowMapEulerDiscreteScheduler(OnFlow, diffusers.FlowMapEulerDiscreteSchedu
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, r_timestep: Timestep | None = None,
         return_dict: bool = True,
     ) -> Result:  # fmt: skip
+        """diffusers' step, which draws no noise."""
         row = self._enter(model_output, timestep, sample)
         if r_timestep is not None and row.why is None:
             row = row.refused("r_timestep is given")
@@ -276,6 +279,7 @@ class MiniMaxH3Scheduler(OnFlow, diffusers.MiniMaxH3Scheduler):
         self._step_index = self.index_for_timestep(timestep) if i is None else i
 
     def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step, which draws no noise."""
         refuse_integers(self, timestep)
         row = self._enter(model_output, timestep, sample)
         if row.why is None and self._place(timestep) != row.step:

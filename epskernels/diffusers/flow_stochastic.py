@@ -15,6 +15,8 @@ from .scheduler import FLOAT32
 
 
 class FlowMatchLCMScheduler(OnFlow, diffusers.FlowMatchLCMScheduler):
+    """To the estimate of x_0, then new noise, in each step."""
+
     _reads = "_scale_factors", "_upscale_mode"
 
     def _formula(self, options: Options) -> Formula:
@@ -45,6 +47,8 @@ class FlowMatchLCMScheduler(OnFlow, diffusers.FlowMatchLCMScheduler):
 
 
 class LTXEulerAncestralRFScheduler(OnFlow, diffusers.LTXEulerAncestralRFScheduler):
+    """Euler's step to a level below, then new noise up to the schedule's (`solvers.flow_ancestral`)."""
+
     _needs_steps = True
 
     def _formula(self, options: Options) -> Formula:

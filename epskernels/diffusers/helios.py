@@ -45,6 +45,7 @@ class HeliosScheduler(UniPC, diffusers.HeliosScheduler):
         self, model_output: Tensor, timestep: Any = None, sample: Any = None, generator: Generators = None,
         return_dict: bool = True,
     ) -> Result:  # fmt: skip
+        """diffusers' step, which draws no noise."""
         f, x = model_output, sample
         row = self._enter(f, timestep, x)
         if self.config.scheduler_type not in ("unipc", "euler"):

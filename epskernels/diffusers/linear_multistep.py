@@ -72,6 +72,7 @@ class LMSDiscreteScheduler(_LinearMultistep, OnSigmas, diffusers.LMSDiscreteSche
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, order: int = 4, return_dict: bool = True
     ) -> Result:
+        """diffusers' step, which draws no noise; order: 1 to 4, how many outputs count."""
         refuse_integers(self, timestep)
         if not self.is_scale_input_called:
             warn_of_unscaled_input(self)
@@ -115,6 +116,7 @@ class IPNDMScheduler(_LinearMultistep, diffusers.IPNDMScheduler):
         return columns | {"d_x": np.tile(sigma, 4), "d_f": np.tile(alpha, 4), "c_x": np.tile(kept, 4)}, False
 
     def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step, which draws no noise."""
         row = self._enter(model_output, timestep, sample)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)
@@ -151,6 +153,7 @@ class DEISMultistepScheduler(Multistep, diffusers.DEISMultistepScheduler):
         return columns | {"c_x": c_x}, False
 
     def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step, which draws no noise."""
         row = self._enter(model_output, timestep, sample)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)
@@ -236,6 +239,7 @@ class PNDMScheduler(OnAlphas, diffusers.PNDMScheduler):
         return min(len(self.ets) + 1, 4) * n + i
 
     def step_prk(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step of the first twelve calls, where skip_prk_steps is not set."""
         row = self._enter(model_output, timestep, sample)
         if row.why is not None or not self._in_prk():
             row = row if row.why is not None else row.refused("step_prk is called where step_plms is due")
@@ -250,6 +254,7 @@ class PNDMScheduler(OnAlphas, diffusers.PNDMScheduler):
         return self._stepped(x, return_dict)
 
     def step_plms(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step by the outputs of earlier calls. Raises ValueError where calls of step_prk are due before it."""
         if not self.config.skip_prk_steps and len(self.ets) < 3:
             raise ValueError(f"step_plms: expected 12 calls of step_prk before it, got {self.counter}")
         row = self._enter(model_output, timestep, sample)

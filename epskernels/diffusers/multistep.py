@@ -76,6 +76,8 @@ class Multistep(Fused):
 
 
 class DPMSolver(Multistep):
+    """DPM-Solver (arXiv 2206.00927), DPM-Solver++ (arXiv 2211.01095) and their SDEs, by the last one to three outputs."""
+
     @property
     def _algorithm(self) -> str:
         return self.config.algorithm_type
@@ -140,6 +142,7 @@ class DPMSolver(Multistep):
         self, f: Tensor, timestep: Timestep, x: Tensor, generator: Generators, noise_dtype: torch.dtype | None,
         return_dict: bool, seeds: SeedsLike | None, **more: Any,
     ) -> Result:  # fmt: skip
+        """`step` of the classes here. noise_dtype: in which diffusers draws, None for f's; more: what else its own step takes."""
         row = self._enter(f, timestep, x)
         if row.why is not None:
             return self._own(row, f, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
@@ -153,6 +156,8 @@ class DPMSolver(Multistep):
 
 
 class DPMSolverMultistepScheduler(DPMSolver, diffusers.DPMSolverMultistepScheduler):
+    """DPMSolver on alphas_cumprod or a flow."""
+
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         variance_noise: Tensor | None = None, return_dict: bool = True, *, seeds: SeedsLike | None = None,
@@ -201,6 +206,8 @@ class PreconditionedDPMSolver(Preconditioned, DPMSolver):
 
 
 class EDMDPMSolverMultistepScheduler(PreconditionedDPMSolver, diffusers.EDMDPMSolverMultistepScheduler):
+    """DPM-Solver++ and its SDE on EDM's denoiser."""
+
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,
         *, seeds: SeedsLike | None = None,
@@ -285,7 +292,10 @@ class UniPC(Multistep):
 
 
 class UniPCMultistepScheduler(UniPC, diffusers.UniPCMultistepScheduler):
+    """UniPC (arXiv 2302.04867): bh1 and bh2, orders one to three."""
+
     def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step, which draws no noise."""
         row = self._enter(model_output, timestep, sample)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)

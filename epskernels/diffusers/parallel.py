@@ -83,6 +83,8 @@ class _Parallel(OnTimesteps):
 
 
 class DDPMParallelScheduler(_Parallel, DDPM, diffusers.DDPMParallelScheduler):
+    """DDPMScheduler, and batches whose samples are at timesteps of their own."""
+
     _output_class = theirs.scheduling_ddpm_parallel.DDPMParallelSchedulerOutput
 
     def batch_step_no_noise(self, model_output: Tensor, timesteps: Tensor, sample: Tensor) -> Tensor:
@@ -91,6 +93,8 @@ class DDPMParallelScheduler(_Parallel, DDPM, diffusers.DDPMParallelScheduler):
 
 
 class DDIMParallelScheduler(_Parallel, DDIM, diffusers.DDIMParallelScheduler):
+    """DDIMScheduler, and batches whose samples are at timesteps of their own."""
+
     _output_class = theirs.scheduling_ddim_parallel.DDIMParallelSchedulerOutput
 
     def batch_step_no_noise(

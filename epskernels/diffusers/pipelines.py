@@ -45,12 +45,25 @@ from .timesteps import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, UnCLI
 from .two_calls import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
 from .video import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
+# In full, since type checkers read no other list. Whoever adds a class to FUSED adds its name.
+__all__ = [
+    "CMStochasticIterativeScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "ConsistencyDecoderScheduler",
+    "DDIMInverseScheduler", "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler",
+    "DDPMWuerstchenScheduler", "DEISMultistepScheduler", "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "FUSED", "FlowMapEulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "HeliosScheduler",
+    "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
+    "LMSDiscreteScheduler", "LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler", "PNDMScheduler", "RePaintScheduler",
+    "SCMScheduler", "SchedulerMixin", "ScoreSdeVeScheduler", "TCDScheduler", "UnCLIPScheduler", "UniPCMultistepScheduler",
+    "fuse", "fused", "share", "unfuse",
+]  # fmt: skip
+
 _log = logging.getLogger("epskernels")
-T = TypeVar("T")
-Ours = TypeVar("Ours", bound=Configured)
+_Pipeline = TypeVar("_Pipeline")
+_Twin = TypeVar("_Twin", bound=Configured)
 
-
-FUSED = {
+FUSED: dict[type, type[Configured]] = {
     twin._theirs: twin
     for twin in (
         DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler,
@@ -68,11 +81,12 @@ FUSED = {
 if is_torchsde_available():
     from .brownian import CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler
 
+    __all__ += ["CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"]
     FUSED |= {twin._theirs: twin for twin in (CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler)}
 
 
 @overload
-def fused(scheduler: Ours, eps_scaling: ScalingLike | None = None) -> Ours: ...
+def fused(scheduler: _Twin, eps_scaling: ScalingLike | None = None) -> _Twin: ...
 @overload
 def fused(scheduler: object, eps_scaling: ScalingLike | None = None) -> Any: ...
 def fused(scheduler: Any, eps_scaling: ScalingLike | None = None) -> Any:
@@ -99,7 +113,7 @@ def fused(scheduler: Any, eps_scaling: ScalingLike | None = None) -> Any:
     return result
 
 
-def fuse(pipe: T, eps_scaling: ScalingLike | None = None, seeds: SeedsLike | None = None) -> T:
+def fuse(pipe: _Pipeline, eps_scaling: ScalingLike | None = None, seeds: SeedsLike | None = None) -> _Pipeline:
     """Replaces a pipeline's scheduler by its fused twin, and returns the pipeline; of a scheduler, returns the twin.
 
     eps_scaling: as in `fused`. seeds: a sample's each, for noise made in the kernel where the pipeline is given no generator; the
@@ -117,7 +131,7 @@ def fuse(pipe: T, eps_scaling: ScalingLike | None = None, seeds: SeedsLike | Non
 @overload
 def unfuse(pipe: Configured) -> Any: ...
 @overload
-def unfuse(pipe: T) -> T: ...
+def unfuse(pipe: _Pipeline) -> _Pipeline: ...
 def unfuse(pipe: Any) -> Any:
     """Puts diffusers' own class back into a pipeline, and returns it; of a scheduler, returns diffusers'.
 
@@ -150,11 +164,8 @@ def _scheduler_of(pipe: object) -> Any:
     return scheduler
 
 
-def share(pipe: T) -> T:
+def share(pipe: _Pipeline) -> _Pipeline:
     """The same pipeline for another request, at the same time: its modules are shared, its scheduler is a fork of its own."""
     twin: Any = copy.copy(pipe)
     twin.scheduler = twin.scheduler.fork()
     return twin
-
-
-__all__ = ["FUSED", "SchedulerMixin", "fuse", "fused", "share", "unfuse", *(twin.__name__ for twin in FUSED.values())]

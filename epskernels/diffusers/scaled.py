@@ -45,6 +45,8 @@ class Scaling(Fused):
         self._thresholds = False
 
     def follow(self, scheduled: tuple[float, ...]) -> Self:
+        """Itself, with what the scheduler has by now; scheduled: the timesteps that set_timesteps made. Raises ValueError for
+        timesteps that are no tensor."""
         held = self.of.__dict__
         if type(held["_internal_dict"]) is not Configuration:  # a pipeline may put a FrozenDict there
             self.of.register_to_config()
@@ -57,6 +59,7 @@ class Scaling(Fused):
 
     @property
     def config(self) -> Any:
+        """The scheduler's configuration, or the copy of it that counts its changes."""
         return self._internal_dict
 
     @property
@@ -82,6 +85,7 @@ class Scaling(Fused):
     # ---- what is known of the model's output ----
 
     def unknown(self, missing: str) -> ValueError:
+        """The ValueError for a lambda other than 1; missing: what is not known of the scheduler."""
         return ValueError(
             f"eps_scaling: expected 1 for {self._theirs.__name__}, got {self.of.config.eps_scaling}: {missing}, so that it is "
             "not known how much of the model's output is noise"
@@ -184,10 +188,12 @@ class Scaled(Configured):
 
     @property
     def lambdas(self) -> tuple[float, ...]:
+        """lambda at each timestep, the noisiest first: a tuple of numbers."""
         return self._follow().lambdas if self._scales() else (1.0,) * len(self.timesteps)
 
     @property
     def seeds(self) -> Tensor | None:
+        """None: its own step draws the noise. Raises ValueError where another value is set."""
         return None
 
     @seeds.setter

@@ -91,6 +91,7 @@ class Configured(_Theirs):
         }
 
     def register_to_config(self, **kwargs: Any) -> None:
+        """diffusers' own, with a configuration that counts its changes."""
         super().register_to_config(**kwargs)  # which forgets what was set by attribute
         self._internal_dict = Configuration(self._internal_dict)
 
@@ -112,6 +113,7 @@ class Configured(_Theirs):
 
     @property
     def eps_scaling(self) -> Any:
+        """lambda as the configuration keeps it; set as scaling.as_scaling takes it, and raises as that."""
         return self.config.eps_scaling
 
     @eps_scaling.setter
@@ -125,6 +127,11 @@ class Fused(Configured):
     path: how the last step ran, "fused" or "diffusers: <why>". seeds: a sample's seed each, or None; steps then make their noise
     in the kernel unless a generator is given.
     eps_scaling: lambda, as scaling.as_scaling takes it; may be set. lambdas: lambda of each step.
+    step has diffusers' arguments, and seeds where it draws noise. sample: (B, ...), model_output: its shape, or twice its
+    channels with a learned variance; float32, float16 or bfloat16, on one device. generator: one, or one for each sample. Returns
+    diffusers' output class, or without return_dict the tuple of its tensors. Raises ValueError before set_timesteps, and for
+    seeds where a generator is given too, or diffusers' own step runs; IndexError after the last step; RuntimeError where a
+    trajectory whose history is not diffusers' would go on with diffusers' own step, or the reverse.
     """
 
     _mixes = True  # a trajectory may go on with diffusers' own step, since its history is the same
@@ -162,7 +169,7 @@ class Fused(Configured):
             if "eps_scaling" in self.config:  # not while diffusers' own constructor runs
                 self._check_last_steps(self._plan(self._options, self.timesteps.device))
 
-        cls.set_timesteps = set_timesteps  # type: ignore[attr-defined]  # its signature is diffusers'
+        cls.set_timesteps = set_timesteps  # type: ignore[attr-defined]  # declared, it would hide diffusers' signature
 
     @property
     def lambdas(self) -> tuple[float, ...]:
@@ -323,6 +330,7 @@ class Fused(Configured):
 
     @property
     def seeds(self) -> Tensor | None:
+        """(B,) int64, a sample's seed each, or None; set as ops.as_seeds takes them, and raises as that."""
         return self._seeds
 
     @seeds.setter

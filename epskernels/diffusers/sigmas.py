@@ -30,6 +30,8 @@ from .scheduler import FLOAT32, Fused, InHalves
 
 
 class OnSigmas(Fused):
+    """x = x_0 + sigma*eps at the schedule's sigmas; steps are counted from the first."""
+
     def _sigmas(self) -> tuple[Array, Any]:
         """sigma at each model call, and where its step ends."""
         return (sigmas := as_float64(self.sigmas))[:-1], sigmas[1:]
@@ -41,6 +43,8 @@ class OnSigmas(Fused):
         return 1.0
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
+        """sample/sqrt(sigma^2 + data's variance) for the step to come, in sample's dtype: what the model reads. Raises IndexError
+        after the last step."""
         if self._step_index is None:
             self._init_step_index(timestep)
         seen = self._seen
@@ -70,6 +74,7 @@ class OnSigmas(Fused):
 
 
 def warn_of_unscaled_input(scheduler: object) -> None:
+    """Says that scale_model_input was not called before step."""
     say(scheduler, "expects scale_model_input to be called on what the model is given, before step, and it was not")
 
 
@@ -121,6 +126,8 @@ class _Euler(OnSigmas):
 
 
 class EulerDiscreteScheduler(_Euler, diffusers.EulerDiscreteScheduler):
+    """Euler's step with churn (arXiv 2206.00364, alg. 2, without its second half)."""
+
     _output_class = theirs.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
 
     def step(
@@ -157,6 +164,8 @@ class Preconditioned(Fused):
 
 
 class EDMEulerScheduler(Preconditioned, _Euler, diffusers.EDMEulerScheduler):
+    """Euler's step with churn on EDM's denoiser (arXiv 2206.00364, alg. 2, without its second half)."""
+
     _output_class = theirs.scheduling_edm_euler.EDMEulerSchedulerOutput
 
     def step(
@@ -183,6 +192,8 @@ class EDMEulerScheduler(Preconditioned, _Euler, diffusers.EDMEulerScheduler):
 
 
 class EulerAncestralDiscreteScheduler(OnSigmas, diffusers.EulerAncestralDiscreteScheduler):
+    """Euler's step to sigma_down, then new noise (k-diffusion's euler_ancestral)."""
+
     _output_class = theirs.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
 
     def _formula(self, options: Options) -> Formula:
@@ -233,6 +244,7 @@ class HeunDiscreteScheduler(InHalves, OnSigmas, diffusers.HeunDiscreteScheduler)
         return columns, False
 
     def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step, which draws no noise. Raises ValueError for a second half of a step whose first half did not run."""
         row = self._enter(model_output, timestep, sample)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)

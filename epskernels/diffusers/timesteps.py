@@ -86,6 +86,8 @@ class OnTimesteps(OnAlphas):
 
 
 class Posterior(OnTimesteps):
+    """x' drawn from its distribution given x and the estimate of x_0 (`solvers.posterior`)."""
+
     _configured: str | None = None
     variance_type: str
 
@@ -148,10 +150,14 @@ class DDPM(Posterior):
 
 
 class DDPMScheduler(DDPM, diffusers.DDPMScheduler):
+    """DDPM (arXiv 2006.11239, eq. 6 and 7), with the variances of arXiv 2102.09672 too."""
+
     _output_class = theirs.scheduling_ddpm.DDPMSchedulerOutput
 
 
 class UnCLIPScheduler(Posterior, diffusers.UnCLIPScheduler):
+    """DDPM's step as unCLIP's prior and decoders take it (arXiv 2204.06125), by default to the timestep below."""
+
     _output_class = theirs.scheduling_unclip.UnCLIPSchedulerOutput
     _options = (False,)
     _tensors = "timesteps", "alphas_cumprod", "alphas", "betas"
@@ -259,10 +265,14 @@ class DDIM(OnTimesteps):
 
 
 class DDIMScheduler(DDIM, diffusers.DDIMScheduler):
+    """DDIM (arXiv 2010.02502, eq. 12); eta: 0 draws no noise, 1 as much as DDPM."""
+
     _output_class = theirs.scheduling_ddim.DDIMSchedulerOutput
 
 
 class DDIMInverseScheduler(FromCleanest, DDIM, diffusers.DDIMInverseScheduler):
+    """DDIM towards noise, from an image."""
+
     _output_class = theirs.scheduling_ddim_inverse.DDIMSchedulerOutput
     _tensors = "timesteps", "alphas_cumprod", "initial_alpha_cumprod"
 
@@ -282,6 +292,7 @@ class DDIMInverseScheduler(FromCleanest, DDIM, diffusers.DDIMInverseScheduler):
         return super()._lambdas(alpha, np.maximum(sigma, 1e-30), d_x)  # eps counts where x is x_0 alone too
 
     def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:  # type: ignore[override]
+        """diffusers' step, which draws no noise."""
         row = self._enter(model_output, timestep, sample, self._options)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)

@@ -74,6 +74,8 @@ def by_slope_between(begin: Array, middle: Array, end: Array) -> tuple[Columns, 
 
 
 class KDPM2DiscreteScheduler(TwoCalls, diffusers.KDPM2DiscreteScheduler):
+    """Euler's step by the slope at its middle (k-diffusion's dpm_2; arXiv 2206.00364, alg. 2, at another point)."""
+
     _output_class = theirs.scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput
     _tensors = "timesteps", "sigmas", "sigmas_interpol"
 
@@ -85,6 +87,7 @@ class KDPM2DiscreteScheduler(TwoCalls, diffusers.KDPM2DiscreteScheduler):
         return by_slope_between(begin, middle, end)
 
     def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step, which draws no noise. Raises ValueError for a second half of a step whose first half did not run."""
         row = self._enter(model_output, timestep, sample)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)
@@ -92,6 +95,8 @@ class KDPM2DiscreteScheduler(TwoCalls, diffusers.KDPM2DiscreteScheduler):
 
 
 class KDPM2AncestralDiscreteScheduler(TwoCalls, diffusers.KDPM2AncestralDiscreteScheduler):
+    """As KDPM2Discrete to sigma_down, then new noise (k-diffusion's dpm_2_ancestral)."""
+
     _output_class = theirs.scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput
     _tensors = "timesteps", "sigmas", "sigmas_interpol", "sigmas_down", "sigmas_up"
 

@@ -12,6 +12,8 @@ from .timesteps import DDIM
 
 
 class CogVideoXDDIMScheduler(DDIM, diffusers.CogVideoXDDIMScheduler):
+    """DDIM (arXiv 2010.02502, eq. 12) without noise, whatever eta."""
+
     _output_class = theirs.scheduling_ddim_cogvideox.DDIMSchedulerOutput
 
     def _formula(self, options: Options) -> Formula:
@@ -32,6 +34,7 @@ class CogVideoXDDIMScheduler(DDIM, diffusers.CogVideoXDDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Result:
+        """diffusers' step, which draws no noise."""
         row = self._enter(model_output, timestep, sample, self._options)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)
