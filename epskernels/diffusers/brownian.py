@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import schedulers as theirs
@@ -17,7 +16,9 @@ from .plan import Row
 from .two_calls import TwoCalls
 
 
-class CosineDPMSolverMultistepScheduler(PreconditionedDPMSolver, diffusers.CosineDPMSolverMultistepScheduler):
+class CosineDPMSolverMultistepScheduler(
+    PreconditionedDPMSolver, theirs.scheduling_cosine_dpmsolver_multistep.CosineDPMSolverMultistepScheduler
+):
     """sde-dpmsolver++ of orders one and two; each generator's first seed is a motion's."""
 
     _algorithm = "sde-dpmsolver++"
@@ -55,7 +56,7 @@ class CosineDPMSolverMultistepScheduler(PreconditionedDPMSolver, diffusers.Cosin
         self.noise_sampler = None
 
 
-class DPMSolverSDEScheduler(TwoCalls, diffusers.DPMSolverSDEScheduler):
+class DPMSolverSDEScheduler(TwoCalls, theirs.scheduling_dpmsolver_sde.DPMSolverSDEScheduler):
     """Without seeds, the noise is a Brownian tree's, diffusers' own. With them, each call's is its own."""
 
     _output_class = theirs.scheduling_dpmsolver_sde.DPMSolverSDESchedulerOutput

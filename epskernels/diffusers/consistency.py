@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
 from numpy.typing import NDArray
@@ -57,7 +56,7 @@ class _Consistency(OnAlphas):
         return self._output_class(x, y) if return_dict else (x, y)
 
 
-class LCMScheduler(_Consistency, diffusers.LCMScheduler):
+class LCMScheduler(_Consistency, theirs.scheduling_lcm.LCMScheduler):
     """Latent consistency (arXiv 2310.04378, alg. 3): to the estimate of x_0, then new noise."""
 
     _output_class = theirs.scheduling_lcm.LCMSchedulerOutput
@@ -83,7 +82,7 @@ class LCMScheduler(_Consistency, diffusers.LCMScheduler):
         return self._consistency((), model_output, timestep, sample, generator, return_dict, seeds)
 
 
-class TCDScheduler(_Consistency, diffusers.TCDScheduler):
+class TCDScheduler(_Consistency, theirs.scheduling_tcd.TCDScheduler):
     """Trajectory consistency (arXiv 2402.19159): along the path, then new noise, the more the larger eta is."""
 
     _output_class = theirs.scheduling_tcd.TCDSchedulerOutput
@@ -118,7 +117,7 @@ class TCDScheduler(_Consistency, diffusers.TCDScheduler):
         return self._consistency((float(eta),), model_output, timestep, sample, generator, return_dict, seeds, eta=eta)
 
 
-class SCMScheduler(Fused, diffusers.SCMScheduler):
+class SCMScheduler(Fused, theirs.scheduling_scm.SCMScheduler):
     """TrigFlow: the timesteps are angles, one more than steps."""
 
     _tensors = ("timesteps",)
@@ -162,7 +161,7 @@ class SCMScheduler(Fused, diffusers.SCMScheduler):
         return theirs.scheduling_scm.SCMSchedulerOutput(x, m0) if return_dict else (x, m0)
 
 
-class CMStochasticIterativeScheduler(OnSigmas, diffusers.CMStochasticIterativeScheduler):
+class CMStochasticIterativeScheduler(OnSigmas, theirs.scheduling_consistency_models.CMStochasticIterativeScheduler):
     """Consistency models (arXiv 2303.01469, alg. 1): to the estimate of x_0, then new noise."""
 
     def _data_variance(self) -> float:

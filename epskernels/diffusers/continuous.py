@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import schedulers as theirs
@@ -18,7 +17,7 @@ from .scheduler import FLOAT32
 from .timesteps import OnTimesteps
 
 
-class DDPMWuerstchenScheduler(OnTimesteps, diffusers.DDPMWuerstchenScheduler):
+class DDPMWuerstchenScheduler(OnTimesteps, theirs.scheduling_ddpm_wuerstchen.DDPMWuerstchenScheduler):
     """timestep: (B,), all the same. Pipelines round it to the model's dtype, and diffusers' numbers are of what it is then."""
 
     _options = (FLOAT32,)
@@ -87,7 +86,7 @@ class DDPMWuerstchenScheduler(OnTimesteps, diffusers.DDPMWuerstchenScheduler):
         return theirs.scheduling_ddpm_wuerstchen.DDPMWuerstchenSchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
-class ScoreSdeVeScheduler(OnTimesteps, diffusers.ScoreSdeVeScheduler):
+class ScoreSdeVeScheduler(OnTimesteps, theirs.scheduling_sde_ve.ScoreSdeVeScheduler):
     """The model's output is the score, -eps/sigma. step_correct, which is told no time, is diffusers' own and not scaled."""
 
     _tensors = "timesteps", "discrete_sigmas"

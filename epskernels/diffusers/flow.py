@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import schedulers as theirs
@@ -66,7 +65,9 @@ class OnFlow(Fused):
         return {"d_x": 1.0, "d_f": -sigma, "t": sigma} | to, True
 
 
-class FlowMatchEulerDiscreteScheduler(OnFlow, diffusers.FlowMatchEulerDiscreteScheduler):
+class FlowMatchEulerDiscreteScheduler(
+    OnFlow, theirs.scheduling_flow_match_euler_discrete.FlowMatchEulerDiscreteScheduler
+):
     """Euler's step on a rectified flow (arXiv 2209.03003); stochastic_sampling: to the estimate of x_0, then new noise."""
 
     def _formula(self, options: Options) -> Formula:
@@ -156,7 +157,9 @@ class FlowMatchEulerDiscreteScheduler(OnFlow, diffusers.FlowMatchEulerDiscreteSc
         return step(x.flatten(0, 1), f.flatten(0, 1), rows.flatten(0, 1), index, noise=noise).unflatten(0, sigma.shape)
 
 
-class FlowMatchHeunDiscreteScheduler(InHalves, OnFlow, diffusers.FlowMatchHeunDiscreteScheduler):
+class FlowMatchHeunDiscreteScheduler(
+    InHalves, OnFlow, theirs.scheduling_flow_match_heun_discrete.FlowMatchHeunDiscreteScheduler
+):
     """Two rows for each step but the last, as HeunDiscreteScheduler has them; m0 and m1 are the slopes: the outputs."""
 
     _options = (0.0, 0.0, math.inf)
@@ -228,7 +231,7 @@ class FlowMatchHeunDiscreteScheduler(InHalves, OnFlow, diffusers.FlowMatchHeunDi
         self.prev_derivative = self.dt = self.sample = self._first_m0 = None
 
 
-class FlowMapEulerDiscreteScheduler(OnFlow, diffusers.FlowMapEulerDiscreteScheduler):
+class FlowMapEulerDiscreteScheduler(OnFlow, theirs.scheduling_flow_map_euler_discrete.FlowMapEulerDiscreteScheduler):
     """The mean velocity of a step is taken for the one at its beginning, where lambda scales it."""
 
     def _formula(self, options: Options) -> Formula:
@@ -258,7 +261,7 @@ class FlowMapEulerDiscreteScheduler(OnFlow, diffusers.FlowMapEulerDiscreteSchedu
         return output(prev_sample=x) if return_dict else (x,)
 
 
-class MiniMaxH3Scheduler(OnFlow, diffusers.MiniMaxH3Scheduler):
+class MiniMaxH3Scheduler(OnFlow, theirs.scheduling_minimax_h3.MiniMaxH3Scheduler):
     """Its output is x_0 - eps, and its timesteps are the shares of x_0, which diffusers takes from there and not from sigmas."""
 
     _needs_steps = True

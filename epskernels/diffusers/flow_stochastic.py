@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
 from torch import Tensor
@@ -14,7 +13,7 @@ from .flow import OnFlow
 from .scheduler import FLOAT32
 
 
-class FlowMatchLCMScheduler(OnFlow, diffusers.FlowMatchLCMScheduler):
+class FlowMatchLCMScheduler(OnFlow, theirs.scheduling_flow_match_lcm.FlowMatchLCMScheduler):
     """To the estimate of x_0, then new noise, in each step."""
 
     _reads = "_scale_factors", "_upscale_mode"
@@ -46,7 +45,7 @@ class FlowMatchLCMScheduler(OnFlow, diffusers.FlowMatchLCMScheduler):
         return output(prev_sample=x) if return_dict else (x,)
 
 
-class LTXEulerAncestralRFScheduler(OnFlow, diffusers.LTXEulerAncestralRFScheduler):
+class LTXEulerAncestralRFScheduler(OnFlow, theirs.scheduling_ltx_euler_ancestral_rf.LTXEulerAncestralRFScheduler):
     """Euler's step to a level below, then new noise up to the schedule's (`solvers.flow_ancestral`)."""
 
     _needs_steps = True

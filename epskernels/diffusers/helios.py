@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
 from torch import Tensor
@@ -13,7 +12,7 @@ from .multistep import UniPC
 from .plan import Plan
 
 
-class HeliosScheduler(UniPC, diffusers.HeliosScheduler):
+class HeliosScheduler(UniPC, theirs.scheduling_helios.HeliosScheduler):
     """last_sample in the result is not the corrected state, but what is known of the next one before the model's call."""
 
     def _read_config(self) -> None:

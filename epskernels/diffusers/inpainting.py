@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from .common import Formula, Generators, Levels, Options, Result, Timestep
 from .timesteps import DDIM
 
 
-class RePaintScheduler(DDIM, diffusers.RePaintScheduler):
+class RePaintScheduler(DDIM, theirs.scheduling_repaint.RePaintScheduler):
     """lambda is of each timestep, however often the schedule jumps back to it. undo_step is diffusers' own."""
 
     _options = ()

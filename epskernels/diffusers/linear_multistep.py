@@ -6,7 +6,6 @@ are m1 and m2, the one before y.
 
 from typing import Any
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
 from numpy.typing import NDArray
@@ -48,7 +47,7 @@ class _LinearMultistep(Fused):
         setattr(self, self._history_of, [])
 
 
-class LMSDiscreteScheduler(_LinearMultistep, OnSigmas, diffusers.LMSDiscreteScheduler):
+class LMSDiscreteScheduler(_LinearMultistep, OnSigmas, theirs.scheduling_lms_discrete.LMSDiscreteScheduler):
     """Keeps d = (x - x_0)/sigma, which is eps; m0 is x_0, as returned, and y' is d."""
 
     _output_class = theirs.scheduling_lms_discrete.LMSDiscreteSchedulerOutput
@@ -86,7 +85,7 @@ class LMSDiscreteScheduler(_LinearMultistep, OnSigmas, diffusers.LMSDiscreteSche
         return self._result(x, m0, return_dict)
 
 
-class IPNDMScheduler(_LinearMultistep, diffusers.IPNDMScheduler):
+class IPNDMScheduler(_LinearMultistep, theirs.scheduling_ipndm.IPNDMScheduler):
     """On alpha = cos, sigma = sin of the time; the model's output is the velocity, and eps is kept."""
 
     _tensors = "timesteps", "alphas", "betas"
@@ -126,7 +125,7 @@ class IPNDMScheduler(_LinearMultistep, diffusers.IPNDMScheduler):
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
-class DEISMultistepScheduler(Multistep, diffusers.DEISMultistepScheduler):
+class DEISMultistepScheduler(Multistep, theirs.scheduling_deis_multistep.DEISMultistepScheduler):
     """Log-rho: polynomials in log(r) (arXiv 2204.13902). eps is kept, of x_0 as thresholded."""
 
     def _formula(self, options: Options) -> Formula:
@@ -164,7 +163,7 @@ class DEISMultistepScheduler(Multistep, diffusers.DEISMultistepScheduler):
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
-class PNDMScheduler(OnAlphas, diffusers.PNDMScheduler):
+class PNDMScheduler(OnAlphas, theirs.scheduling_pndm.PNDMScheduler):
     """Six rows for each timestep, by what is kept; diffusers chooses among them by the number of calls, not by the timestep.
 
     PLMS (arXiv 2202.09778): the first call, the second (which repeats the first step), those with one, two and three outputs.

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import schedulers as theirs
@@ -155,7 +154,7 @@ class DPMSolver(Multistep):
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
-class DPMSolverMultistepScheduler(DPMSolver, diffusers.DPMSolverMultistepScheduler):
+class DPMSolverMultistepScheduler(DPMSolver, theirs.scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler):
     """DPMSolver on alphas_cumprod or a flow."""
 
     def step(
@@ -168,7 +167,9 @@ class DPMSolverMultistepScheduler(DPMSolver, diffusers.DPMSolverMultistepSchedul
         )
 
 
-class DPMSolverMultistepInverseScheduler(FromCleanest, DPMSolver, diffusers.DPMSolverMultistepInverseScheduler):
+class DPMSolverMultistepInverseScheduler(
+    FromCleanest, DPMSolver, theirs.scheduling_dpmsolver_multistep_inverse.DPMSolverMultistepInverseScheduler
+):
     """From an image towards noise: steps are negative in log SNR. diffusers does not widen states to float32 here."""
 
     _third_order_sde = False  # diffusers has none here
@@ -205,7 +206,9 @@ class PreconditionedDPMSolver(Preconditioned, DPMSolver):
     scale_model_input = OnSigmas.scale_model_input
 
 
-class EDMDPMSolverMultistepScheduler(PreconditionedDPMSolver, diffusers.EDMDPMSolverMultistepScheduler):
+class EDMDPMSolverMultistepScheduler(
+    PreconditionedDPMSolver, theirs.scheduling_edm_dpmsolver_multistep.EDMDPMSolverMultistepScheduler
+):
     """DPM-Solver++ and its SDE on EDM's denoiser."""
 
     def step(
@@ -291,7 +294,7 @@ class UniPC(Multistep):
         self.last_sample = None
 
 
-class UniPCMultistepScheduler(UniPC, diffusers.UniPCMultistepScheduler):
+class UniPCMultistepScheduler(UniPC, theirs.scheduling_unipc_multistep.UniPCMultistepScheduler):
     """UniPC (arXiv 2302.04867): bh1 and bh2, orders one to three."""
 
     def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:

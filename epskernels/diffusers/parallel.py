@@ -4,7 +4,6 @@ import copy
 import dataclasses
 from typing import Any
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
 from numpy.typing import NDArray
@@ -82,7 +81,7 @@ class _Parallel(OnTimesteps):
         return self._step(row, f, x.to(FLOAT32), results=1)  # diffusers' numbers of a sample are float32 tensors
 
 
-class DDPMParallelScheduler(_Parallel, DDPM, diffusers.DDPMParallelScheduler):
+class DDPMParallelScheduler(_Parallel, DDPM, theirs.scheduling_ddpm_parallel.DDPMParallelScheduler):
     """DDPMScheduler, and batches whose samples are at timesteps of their own."""
 
     _output_class = theirs.scheduling_ddpm_parallel.DDPMParallelSchedulerOutput
@@ -92,7 +91,7 @@ class DDPMParallelScheduler(_Parallel, DDPM, diffusers.DDPMParallelScheduler):
         return self._batch(model_output, timesteps, sample, ())
 
 
-class DDIMParallelScheduler(_Parallel, DDIM, diffusers.DDIMParallelScheduler):
+class DDIMParallelScheduler(_Parallel, DDIM, theirs.scheduling_ddim_parallel.DDIMParallelScheduler):
     """DDIMScheduler, and batches whose samples are at timesteps of their own."""
 
     _output_class = theirs.scheduling_ddim_parallel.DDIMParallelSchedulerOutput

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import schedulers as theirs
@@ -125,7 +124,7 @@ class _Euler(OnSigmas):
         return self._result(x, m0, return_dict)
 
 
-class EulerDiscreteScheduler(_Euler, diffusers.EulerDiscreteScheduler):
+class EulerDiscreteScheduler(_Euler, theirs.scheduling_euler_discrete.EulerDiscreteScheduler):
     """Euler's step with churn (arXiv 2206.00364, alg. 2, without its second half)."""
 
     _output_class = theirs.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
@@ -163,7 +162,7 @@ class Preconditioned(Fused):
         return self.config.sigma_data**2
 
 
-class EDMEulerScheduler(Preconditioned, _Euler, diffusers.EDMEulerScheduler):
+class EDMEulerScheduler(Preconditioned, _Euler, theirs.scheduling_edm_euler.EDMEulerScheduler):
     """Euler's step with churn on EDM's denoiser (arXiv 2206.00364, alg. 2, without its second half)."""
 
     _output_class = theirs.scheduling_edm_euler.EDMEulerSchedulerOutput
@@ -191,7 +190,9 @@ class EDMEulerScheduler(Preconditioned, _Euler, diffusers.EDMEulerScheduler):
         )  # fmt: skip
 
 
-class EulerAncestralDiscreteScheduler(OnSigmas, diffusers.EulerAncestralDiscreteScheduler):
+class EulerAncestralDiscreteScheduler(
+    OnSigmas, theirs.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteScheduler
+):
     """Euler's step to sigma_down, then new noise (k-diffusion's euler_ancestral)."""
 
     _output_class = theirs.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
@@ -222,7 +223,7 @@ class EulerAncestralDiscreteScheduler(OnSigmas, diffusers.EulerAncestralDiscrete
         return self._result(x, m0, return_dict)
 
 
-class HeunDiscreteScheduler(InHalves, OnSigmas, diffusers.HeunDiscreteScheduler):
+class HeunDiscreteScheduler(InHalves, OnSigmas, theirs.scheduling_heun_discrete.HeunDiscreteScheduler):
     """Two rows for each step but the last; the second goes on from the state that the first was given, as diffusers does."""
 
     _output_class = theirs.scheduling_heun_discrete.HeunDiscreteSchedulerOutput

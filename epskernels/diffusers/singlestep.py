@@ -1,6 +1,5 @@
 """Several calls a step, each from the step's first state: DPMSolverSinglestep."""
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
 from torch import Tensor
@@ -13,7 +12,7 @@ from .plan import Plan
 from .scheduler import Fused
 
 
-class DPMSolverSinglestepScheduler(DPMSolver, diffusers.DPMSolverSinglestepScheduler):
+class DPMSolverSinglestepScheduler(DPMSolver, theirs.scheduling_dpmsolver_singlestep.DPMSolverSinglestepScheduler):
     """The rows of order k at position i: (k - 1)*N + i; a step's first state is y in its later calls."""
 
     _tensors = "timesteps", "sigmas"

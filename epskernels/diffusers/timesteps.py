@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
 from numpy.typing import NDArray
@@ -149,13 +148,13 @@ class DDPM(Posterior):
         return self._posterior(row, model_output, timestep, sample, generator, return_dict, seeds)
 
 
-class DDPMScheduler(DDPM, diffusers.DDPMScheduler):
+class DDPMScheduler(DDPM, theirs.scheduling_ddpm.DDPMScheduler):
     """DDPM (arXiv 2006.11239, eq. 6 and 7), with the variances of arXiv 2102.09672 too."""
 
     _output_class = theirs.scheduling_ddpm.DDPMSchedulerOutput
 
 
-class UnCLIPScheduler(Posterior, diffusers.UnCLIPScheduler):
+class UnCLIPScheduler(Posterior, theirs.scheduling_unclip.UnCLIPScheduler):
     """DDPM's step as unCLIP's prior and decoders take it (arXiv 2204.06125), by default to the timestep below."""
 
     _output_class = theirs.scheduling_unclip.UnCLIPSchedulerOutput
@@ -264,13 +263,13 @@ class DDIM(OnTimesteps):
         return self._output_class(prev_sample=x, pred_original_sample=m0)
 
 
-class DDIMScheduler(DDIM, diffusers.DDIMScheduler):
+class DDIMScheduler(DDIM, theirs.scheduling_ddim.DDIMScheduler):
     """DDIM (arXiv 2010.02502, eq. 12); eta: 0 draws no noise, 1 as much as DDPM."""
 
     _output_class = theirs.scheduling_ddim.DDIMSchedulerOutput
 
 
-class DDIMInverseScheduler(FromCleanest, DDIM, diffusers.DDIMInverseScheduler):
+class DDIMInverseScheduler(FromCleanest, DDIM, theirs.scheduling_ddim_inverse.DDIMInverseScheduler):
     """DDIM towards noise, from an image."""
 
     _output_class = theirs.scheduling_ddim_inverse.DDIMSchedulerOutput

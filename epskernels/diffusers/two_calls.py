@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
 from torch import Tensor
@@ -73,7 +72,7 @@ def by_slope_between(begin: Array, middle: Array, end: Array) -> tuple[Columns, 
     return first, {"c_y": np.ones(len(begin)), "c_x": c_x - 1, "c_m0": c_m0}
 
 
-class KDPM2DiscreteScheduler(TwoCalls, diffusers.KDPM2DiscreteScheduler):
+class KDPM2DiscreteScheduler(TwoCalls, theirs.scheduling_k_dpm_2_discrete.KDPM2DiscreteScheduler):
     """Euler's step by the slope at its middle (k-diffusion's dpm_2; arXiv 2206.00364, alg. 2, at another point)."""
 
     _output_class = theirs.scheduling_k_dpm_2_discrete.KDPM2DiscreteSchedulerOutput
@@ -94,7 +93,9 @@ class KDPM2DiscreteScheduler(TwoCalls, diffusers.KDPM2DiscreteScheduler):
         return self._two_calls(row, model_output, sample, return_dict)
 
 
-class KDPM2AncestralDiscreteScheduler(TwoCalls, diffusers.KDPM2AncestralDiscreteScheduler):
+class KDPM2AncestralDiscreteScheduler(
+    TwoCalls, theirs.scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteScheduler
+):
     """As KDPM2Discrete to sigma_down, then new noise (k-diffusion's dpm_2_ancestral)."""
 
     _output_class = theirs.scheduling_k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteSchedulerOutput

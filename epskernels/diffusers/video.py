@@ -1,6 +1,5 @@
 """CogVideoX's schedulers, on alphas_cumprod: neither looks at clipping, and DDIM at no noise either."""
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
 from torch import Tensor
@@ -11,7 +10,7 @@ from .common import Formula, Generators, Options, Result, Timestep
 from .timesteps import DDIM
 
 
-class CogVideoXDDIMScheduler(DDIM, diffusers.CogVideoXDDIMScheduler):
+class CogVideoXDDIMScheduler(DDIM, theirs.scheduling_ddim_cogvideox.CogVideoXDDIMScheduler):
     """DDIM (arXiv 2010.02502, eq. 12) without noise, whatever eta."""
 
     _output_class = theirs.scheduling_ddim_cogvideox.DDIMSchedulerOutput
@@ -42,7 +41,7 @@ class CogVideoXDDIMScheduler(DDIM, diffusers.CogVideoXDDIMScheduler):
         return self._output_class(prev_sample=x, pred_original_sample=m0) if return_dict else (x, m0)
 
 
-class CogVideoXDPMScheduler(DDIM, diffusers.CogVideoXDPMScheduler):
+class CogVideoXDPMScheduler(DDIM, theirs.scheduling_dpm_cogvideox.CogVideoXDPMScheduler):
     """DPM-Solver++ as an SDE: of order two where the last call's x_0 is given. diffusers draws twice there, for one noise."""
 
     _output_class = theirs.scheduling_dpm_cogvideox.DDIMSchedulerOutput
