@@ -19,6 +19,7 @@ SAMPLERS = {
     "digits_edm": ("edm_euler", "edm_heun", "ddpm", "ddim", "dpmpp_2m"),
     "power": ("ddpm", "ddim", "ddim-unscaled", "edm_euler", "edm_heun", "dpmpp_2m"),
 }
+QUICK = {("digits_edm", "edm_heun"), ("power", "ddpm"), ("power", "edm_euler")}
 # Of noise's distance from the data; eight digits have a distance from any others.
 LIMIT = {"digits": 0.6, "digits_edm": 0.3, "power": 0.02}
 
@@ -108,12 +109,11 @@ def test_denoiser_for_vp_samplers(subjects):
         assert (call(x, torch.full((2,), t)) - expected).abs().max() < 1e-4
 
 
-# Of the bundled network, which costs most, two: test_digits.py has more.
+# Of the bundled network, which costs most, none in `make test`: test_digits.py has it.
 SAMPLED = [
-    (name, sampler)
+    pytest.param(name, sampler, marks=() if (name, sampler) in QUICK else pytest.mark.deep)
     for name in SAMPLERS
     for sampler in SAMPLERS[name]
-    if name != "digits" or sampler[:3] in ("ddp", "dpm")
 ]
 
 
@@ -135,7 +135,10 @@ def test_samples_are_near_the_data(subjects, name, sampler, request):
     assert distance < LIMIT[name] * of_noise
 
 
-@pytest.mark.parametrize("name, sampler", [("digits_edm", "edm_euler"), ("digits_edm", "ddim"), ("power", "ddpm")])
+@pytest.mark.parametrize(
+    "name, sampler",
+    [pytest.param("digits_edm", "edm_euler", marks=pytest.mark.deep), ("digits_edm", "ddim"), ("power", "ddpm")],
+)
 def test_exposure_bias_can_be_measured(subjects, name, sampler, request):
     if name == "power":
         request.getfixturevalue("curves")

@@ -198,6 +198,7 @@ def test_seeds_at_any_stride(backend):
 # ---- noise depends on the seed alone ----
 
 
+@pytest.mark.interpreted(1)
 @each_dtype
 def test_normal_of_a_sample_alone_and_in_any_batch(backend, dtype):
     seeds = [3, 2**40, 0, 3, 2**64 - 1, 17, 1]
@@ -230,6 +231,7 @@ def mixed_table():
     )
 
 
+@pytest.mark.interpreted(1)
 @each_dtype
 def test_step_of_a_sample_alone_and_in_a_mixed_batch(backend, dtype):
     table, batch = mixed_table(), 9
