@@ -134,7 +134,10 @@ class FlowMatchEulerDiscreteScheduler(
             if name in columns:
                 columns[name].fill_(value)
         at, steps = self._lambda_steps(self._length())
-        lambda_t = float(scaling.as_scaling(self.config.eps_scaling, "eps_scaling").values(steps)[at[row.step]])
+        made = self._as_scaling()
+        if made.by_level:
+            raise ValueError(f"eps_scaling: expected lambda of steps with per_token_timesteps, got {made}")
+        lambda_t = float(made.values(steps)[at[row.step]])
         if lambda_t != 1 and not self._interpolates(as_float64(self.sigmas)[:-1]):
             raise ValueError(
                 f"eps_scaling: expected 1 with per_token_timesteps and sigmas inverted or above 1, got {lambda_t:g}"

@@ -53,7 +53,7 @@ class _Parallel(OnTimesteps):
         return self._abar(t - trained // (self.num_inference_steps or trained))
 
     def _lambdas(self, alpha: Array, sigma: Array, d_x: Array) -> Array:
-        if self._dense is None:
+        if self._dense is None or self._as_scaling().by_level:
             return super()._lambdas(alpha, sigma, d_x)
         alone = scaling.noise_alone(alpha, sigma, ~(np.abs(d_x * alpha - 1) < 1e-9))
         return np.where(alone | (sigma == 0), 1.0, self._dense)

@@ -17,7 +17,7 @@ from diffusers import SchedulerMixin, schedulers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import solvers
+from .. import scaling, solvers
 from ..scaling import ScalingLike
 from ..typing import SeedsLike
 from .common import Formula, Levels, Options, Result, Timestep, as_float64, output_of, positive_zeros
@@ -84,6 +84,9 @@ class Scaling(Fused):
 
     # ---- what is known of the model's output ----
 
+    def _as_scaling(self) -> scaling.EpsilonScaling:
+        return scaling.as_scaling(self.of.config.eps_scaling, "eps_scaling")
+
     def unknown(self, missing: str) -> ValueError:
         """The ValueError for a lambda other than 1; missing: what is not known of the scheduler."""
         return ValueError(
@@ -102,14 +105,14 @@ class Scaling(Fused):
         kind = "sample" if kind == "original_sample" else kind
         if kind not in ("epsilon", "sample", "v_prediction", "flow_prediction"):
             raise self.unknown(f"prediction_type is {kind!r} in its configuration")
-        if kind != "epsilon" and getattr(of, "order", 1) != 1:
+        if (kind != "epsilon" or self._as_scaling().by_level) and getattr(of, "order", 1) != 1:
             raise self.unknown(f"prediction_type is {kind!r}, and the sigma of a step's second model call is not known")
         return kind
 
     def _model(self, options: Options) -> Levels:
         kind, n = self.prediction(), self._length()
         one, sigmas = np.ones(n), getattr(self.of, "sigmas", None)
-        if kind == "epsilon":
+        if kind == "epsilon" and not self._as_scaling().by_level:
             return one, one, one, -one  # of no consequence: f/lambda whatever they are
         has_sigmas = isinstance(sigmas, (Tensor, np.ndarray)) and len(sigmas) in (n, n + 1)
         if has_sigmas:

@@ -188,15 +188,22 @@ class Fused(Configured):
         raise NotImplementedError
 
     def _lambdas(self, alpha: Array, sigma: Array, d_x: Array) -> Array:
-        """lambda for each step; 1 where x is noise alone."""
+        """lambda for each row; 1 where x is noise alone."""
         says_x0 = ~(np.abs(d_x * alpha - 1) < 1e-9)  # d_x may be infinite
-        alone = self._per_step(scaling.noise_alone(alpha, sigma, says_x0))
-        value, (at, steps) = scaling.as_scaling(self.config.eps_scaling, "eps_scaling"), self._lambda_steps(len(alone))
+        alone, value = scaling.noise_alone(alpha, sigma, says_x0), self._as_scaling()
+        if value.by_level:
+            lambda_t = scaling.lambdas(value, alone, "eps_scaling", levels=scaling.log_snr(alpha, sigma))
+            return np.where(sigma == 0, 1.0, lambda_t)
+        alone = self._per_step(alone)
+        at, steps = self._lambda_steps(len(alone))
         of_all = np.zeros(steps, dtype=bool)
         of_all[at] = alone
         lambda_t = scaling.lambdas(value, of_all, "eps_scaling", functools.partial(say, self))[at]
         lambda_t[self._per_step(sigma) == 0] = 1.0  # without noise, any lambda is 1
-        return lambda_t
+        return self._per_call(lambda_t)
+
+    def _as_scaling(self) -> scaling.EpsilonScaling:
+        return scaling.as_scaling(self.config.eps_scaling, "eps_scaling")
 
     def _lambda_steps(self, rows: int) -> tuple[NDArray[np.integer], int]:
         """(which step each row is of, how many steps lambda is given for)."""
@@ -251,7 +258,7 @@ class Fused(Configured):
         with np.errstate(all="ignore"):  # a row that is not finite is not used
             columns, draws = self._formula(options)
             alpha, sigma, d_x, d_f = self._model(options)
-            scale = self._per_call(self._lambdas(alpha, sigma, d_x))
+            scale = self._lambdas(alpha, sigma, d_x)
             on_x = np.where((scale == 1) | (d_f == 0), 0.0, (1 - d_x * alpha) / d_f * (1 - 1 / scale) / alpha)
             length = len(scale)
             levels = max(np.size(column) for column in columns.values()) // length
