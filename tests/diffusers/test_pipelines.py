@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.modular_pipelines import SequentialPipelineBlocks
+from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import MiniMaxH3CoreDenoiseStep
 from diffusers.modular_pipelines.stable_diffusion_3.decoders import StableDiffusion3DecodeStep
 from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (
     StableDiffusion3T2ICoreDenoiseStep,
@@ -185,6 +186,33 @@ def test_modular_pipelines(tmp_path):
     loaded.load_components()
     assert type(loaded.scheduler) is fused.FlowMatchEulerDiscreteScheduler
     assert torch.equal(images(loaded), scaled)
+
+
+@pytest.mark.deep
+def test_minimax_h3():
+    """Its denoising: a video by `scheduler`, its sound by `audio_scheduler`."""
+    torch.manual_seed(3)
+    pipe = MiniMaxH3CoreDenoiseStep().init_pipeline()
+    transformer = diffusers.MiniMaxH3Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=32, hidden_size=16, num_layers=1, num_refiner_layers=1, ffn_dim=16,
+        text_dim=8, freq_dim=8, time_embed_hidden_dim=8, time_embed_dim=8, rope_freq_dim=4,
+    )  # fmt: skip
+    both = {name: diffusers.MiniMaxH3Scheduler() for name in ("scheduler", "audio_scheduler")}
+    pipe.update_components(transformer=transformer, **both)
+    pipe.set_progress_bar_config(disable=True)
+    tags = torch.zeros(5, dtype=torch.long)
+    call = {"prompt_embeds": embeddings(batch=1), "text_token_tags": tags, "height": 32, "width": 32, "num_frames": 124}
+
+    def latents():
+        state = pipe(**call, num_inference_steps=4, generator=torch.Generator().manual_seed(2))
+        return state.get("latents"), state.get("audio_latents")
+
+    theirs, ours = latents(), [fused.fuse(pipe), *latents()][1:]
+    assert pipe.scheduler.path == pipe.audio_scheduler.path == "fused" and pipe.scheduler is not pipe.audio_scheduler
+    scaled = [fused.fuse(pipe, 1.005), *latents()][1:]
+    for a, b, other in zip(ours, theirs, scaled, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * float(b.abs().max()))
+        assert float((other - b).abs().max()) > 1e-2
 
 
 def test_seeds_are_of_one_scheduler():
