@@ -183,7 +183,13 @@ def _replace(pipe, change, one=False):
     """Puts change(scheduler) in the place of every scheduler; one that stands in several places is changed once."""
     found = _schedulers(pipe, set())
     if not found:
-        raise TypeError(f"pipe: expected a pipeline with a scheduler, or a scheduler, got {type(pipe).__name__}")
+        held = type(getattr(pipe, "scheduler", None))
+        other = (
+            ""
+            if held is type(None)
+            else f", whose scheduler is a {held.__name__}, not one of diffusers' SchedulerMixin"
+        )
+        raise TypeError(f"pipe: expected a pipeline with a scheduler, or a scheduler, got {type(pipe).__name__}{other}")
     different = {id(scheduler): (name, scheduler) for _, name, scheduler in found}
     if one and len(different) > 1:
         names = ", ".join(name for name, _ in different.values())

@@ -278,3 +278,78 @@ def test_seeds_make_an_image_reproducible():
         assert torch.equal(torch.get_rng_state(), state)
     assert (found[0] == found[1]).all()
     fused.unfuse(pipe)
+
+
+# ---- how serving stacks use schedulers: docs/stacks.md ----
+
+
+def trajectory(scheduler, steps=None):
+    if steps is not None:
+        scheduler.set_timesteps(steps)
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.tanh(scheduler.scale_model_input(x, t)), t, x, return_dict=False)[0]
+    return x
+
+
+def test_classes_in_the_place_of_diffusers_own(monkeypatch, tmp_path):
+    """InvokeAI, vLLM-Omni: a class is imported, compared by `is`, and made from a configuration with keys of the stack's own."""
+    plain, _ = built("StableDiffusionPipeline-PNDM")
+    plain.save_pretrained(tmp_path)
+    for theirs, twin in fused.FUSED.items():
+        for module in (diffusers, diffusers.schedulers):
+            monkeypatch.setattr(module, theirs.__name__, twin, raising=False)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, tokenizer=None, text_encoder=None)
+    assert type(pipe.scheduler) is fused.PNDMScheduler is diffusers.PNDMScheduler is diffusers.schedulers.PNDMScheduler
+    config = {**pipe.scheduler.config, "use_karras_sigmas": True, "cpu_only": True, "_backup": pipe.scheduler.config}
+    made = [diffusers.UniPCMultistepScheduler.from_config({**config, **more}) for more in ({}, {"eps_scaling": 1.01})]
+    assert made[0].eps_scaling == 1 and made[1].eps_scaling == 1.01
+    images = [trajectory(scheduler, 5) for scheduler in (type(made[0])._theirs.from_config(config), *made)]
+    torch.testing.assert_close(images[1], images[0], rtol=1e-6, atol=1e-5)
+    assert made[0].path == made[1].path == "fused" and float((images[2] - images[0]).abs().max()) > 1e-2
+
+
+class Wrapper:
+    """As xDiT wraps a scheduler: what is read and set goes to it, if it has it."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def __setattr__(self, name, value):
+        of = self.module if name != "module" and hasattr(self.module, name) else super()
+        of.__setattr__(name, value)
+
+
+def test_a_wrapped_scheduler():
+    scheduler = fused.UniPCMultistepScheduler()
+    wrapper = Wrapper(scheduler)
+    alone = trajectory(fused.UniPCMultistepScheduler(), 5)
+    assert torch.equal(trajectory(wrapper, 5), alone) and wrapper.path == "fused"
+    wrapper._step_index = None
+    assert scheduler.step_index is None
+    pipe = copy.copy(built("StableDiffusionPipeline")[0])
+    pipe.scheduler = Wrapper(diffusers.DDIMScheduler())
+    expected = "whose scheduler is a Wrapper, not one of diffusers' SchedulerMixin"
+    with pytest.raises(TypeError, match=rf"^pipe: expected .*, got StableDiffusionPipeline, {expected}$"):
+        fused.fuse(pipe)
+
+
+@pytest.mark.parametrize("copied", [lambda s: s, copy.copy, copy.deepcopy], ids=["same", "copy", "deepcopy"])
+@pytest.mark.parametrize("name", ["UniPCMultistep", "DPMSolverMultistep", "DEISMultistep", "EulerDiscrete"])
+def test_a_scheduler_that_is_reset_by_its_attributes(name, copied):
+    """SGLang, vLLM-Omni: set_timesteps once, or in a template of which each request has a copy; then as new, by attributes."""
+    template = getattr(fused, f"{name}Scheduler")(num_train_timesteps=100)
+    first = trajectory(template, 5)
+    scheduler = copied(template)
+    scheduler._step_index = scheduler._begin_index = None
+    for attribute, value in {"lower_order_nums": 0, "last_sample": None, "this_order": 0}.items():
+        if hasattr(scheduler, attribute):
+            setattr(scheduler, attribute, value)
+    for attribute in ("model_outputs", "timestep_list"):
+        if hasattr(scheduler, attribute):
+            setattr(scheduler, attribute, [None] * scheduler.config.solver_order)
+    scheduler.set_begin_index(0)
+    assert torch.equal(trajectory(scheduler), first) and scheduler.path == "fused"
