@@ -19,6 +19,7 @@ from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffus
 import epskernels
 from epskernels import diffusers as fused
 
+from ..support import markdown_examples
 from ..support.tiny_pipelines import DEEP, PIPELINES, embeddings, prompts, sd3_parts, unclip
 from .test_trajectories import in_float64
 
@@ -353,3 +354,9 @@ def test_a_scheduler_that_is_reset_by_its_attributes(name, copied):
             setattr(scheduler, attribute, [None] * scheduler.config.solver_order)
     scheduler.set_begin_index(0)
     assert torch.equal(trajectory(scheduler), first) and scheduler.path == "fused"
+
+
+def test_examples_of_the_page_of_stacks(tmp_path):
+    names = markdown_examples.run("docs/stacks.md", tmp_path)
+    assert type(names["scheduler"]) is fused.UniPCMultistepScheduler
+    assert diffusers.UniPCMultistepScheduler in fused.FUSED  # and diffusers has its own back
