@@ -153,18 +153,15 @@ def _shared(pipe, shared):
 
 
 def _parts(pipe):
-    """A pipeline's schedulers, and the pipelines in it, by name."""
-    held = getattr(pipe, "__dict__", {})
-    if "scheduler" not in held:  # of a class that hands it on from what it wraps
-        held = {**held, "scheduler": getattr(pipe, "scheduler", None)}
-    pipelines = {
-        name: each for name, each in held.items() if isinstance(each, ConfigMixin) and not isinstance(each, Module)
-    }
-    return {
+    """A pipeline's schedulers, and the pipelines in it, by name; what holds neither may hand a scheduler on."""
+    parts = {
         name: each
-        for name, each in pipelines.items()
-        if isinstance(each, SchedulerMixin) or hasattr(type(each), "components")
+        for name, each in getattr(pipe, "__dict__", {}).items()
+        if isinstance(each, SchedulerMixin)
+        or (isinstance(each, ConfigMixin) and not isinstance(each, Module) and hasattr(type(each), "components"))
     }
+    handed_on = getattr(pipe, "scheduler", None)
+    return parts or ({"scheduler": handed_on} if isinstance(handed_on, SchedulerMixin) else {})
 
 
 def _schedulers(pipe, seen):

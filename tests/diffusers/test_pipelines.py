@@ -338,6 +338,31 @@ def test_a_wrapped_scheduler():
         fused.fuse(pipe)
 
 
+class Holder:
+    """Holds a pipeline, and hands its scheduler on; or has it by a property."""
+
+    def __init__(self, **held):
+        self.__dict__.update(held)
+
+    @property
+    def scheduler(self):
+        return self._scheduler if "_scheduler" in self.__dict__ else self.pipe.scheduler
+
+
+def test_what_hands_a_scheduler_on():
+    pipe = copy.copy(built("StableDiffusionPipeline")[0])
+    for holder in (Holder(pipe=pipe), Holder(_scheduler=diffusers.DDIMScheduler())):
+        assert fused.fuse(holder, 1.01) is holder
+        assert type(holder.scheduler) is fused.DDIMScheduler and holder.scheduler.eps_scaling == 1.01
+        twin = fused.share(holder)
+        assert type(twin.scheduler) is fused.DDIMScheduler and twin.scheduler is not holder.scheduler
+        assert type(fused.unfuse(holder).scheduler) is diffusers.DDIMScheduler
+    assert type(pipe.scheduler) is diffusers.DDIMScheduler and type(twin.scheduler) is fused.DDIMScheduler
+    slots = type("Slots", (), {"__slots__": ["scheduler"]})()
+    slots.scheduler = diffusers.DDIMScheduler()
+    assert type(fused.fuse(slots).scheduler) is fused.DDIMScheduler
+
+
 @pytest.mark.parametrize("copied", [lambda s: s, copy.copy, copy.deepcopy], ids=["same", "copy", "deepcopy"])
 @pytest.mark.parametrize("name", ["UniPCMultistep", "DPMSolverMultistep", "DEISMultistep", "EulerDiscrete"])
 def test_a_scheduler_that_is_reset_by_its_attributes(name, copied):
