@@ -1,12 +1,15 @@
 """From diffusers' schedulers to the fused ones and back, in pipelines."""
 
 import copy
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
-from diffusers import SchedulerMixin
+from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import is_torchsde_available
+from torch.nn import Module
 
 from .. import scaling
 from ..scaling import ScalingLike
@@ -114,18 +117,17 @@ def fused(scheduler: Any, eps_scaling: ScalingLike | None = None) -> Any:
 
 
 def fuse(pipe: _Pipeline, eps_scaling: ScalingLike | None = None, seeds: SeedsLike | None = None) -> _Pipeline:
-    """Replaces a pipeline's scheduler by its fused twin, and returns the pipeline; of a scheduler, returns the twin.
+    """Replaces all schedulers of a pipeline by their fused twins, and returns the pipeline; of a scheduler, returns the twin.
 
-    eps_scaling: as in `fused`. seeds: a sample's each, for noise made in the kernel where the pipeline is given no generator; the
-    first latents are the pipeline's (docs/diffusers.md shows how to make those by seeds too). Raises as `fused`.
+    eps_scaling: as in `fused`, of every scheduler. seeds: a sample's each, for noise made in the kernel where the pipeline is
+    given no generator; the first latents are the pipeline's (docs/diffusers.md shows how to make those by seeds too). Raises as
+    `fused`; ValueError for seeds of a pipeline with several schedulers. Where anything raises, the pipeline stays as it was.
     """
     if isinstance(pipe, SchedulerMixin):
         scheduler = fused(pipe, eps_scaling)
         scheduler.seeds = seeds
         return scheduler
-    holder: Any = pipe
-    holder.scheduler = fuse(_scheduler_of(pipe), eps_scaling, seeds)
-    return pipe
+    return _replace(pipe, functools.partial(fuse, eps_scaling=eps_scaling, seeds=seeds), one=seeds is not None)
 
 
 @overload
@@ -133,14 +135,13 @@ def unfuse(pipe: Configured) -> Any: ...
 @overload
 def unfuse(pipe: _Pipeline) -> _Pipeline: ...
 def unfuse(pipe: Any) -> Any:
-    """Puts diffusers' own class back into a pipeline, and returns it; of a scheduler, returns diffusers'.
+    """Puts diffusers' own classes back into a pipeline, and returns it; of a scheduler, returns diffusers'.
 
     What is saved then loads without this package. lambda goes: diffusers' step does not scale. A scheduler that is not fused
     stays as it is.
     """
     if not isinstance(pipe, SchedulerMixin):
-        pipe.scheduler = unfuse(_scheduler_of(pipe))
-        return pipe
+        return _replace(pipe, unfuse)
     if not isinstance(pipe, Configured):
         return pipe
     result = pipe._theirs.__new__(pipe._theirs)
@@ -157,15 +158,74 @@ def unfuse(pipe: Any) -> Any:
     return result
 
 
-def _scheduler_of(pipe: object) -> Any:
-    scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is None:
-        raise TypeError(f"pipe: expected a pipeline with a scheduler, or a scheduler, got {type(pipe).__name__}")
-    return scheduler
-
-
 def share(pipe: _Pipeline) -> _Pipeline:
-    """The same pipeline for another request, at the same time: its modules are shared, its scheduler is a fork of its own."""
-    twin: Any = copy.copy(pipe)
-    twin.scheduler = twin.scheduler.fork()
+    """The same pipeline for another request, at the same time: its models are shared, its schedulers are forks of their own.
+
+    Raises TypeError for a scheduler that is not fused: it cannot be forked.
+    """
+    return _shared(pipe, {})
+
+
+def _shared(pipe: Any, shared: dict[int, Any]) -> Any:
+    """`share`; shared: what the copies of pipelines and schedulers are so far, by the id of the original."""
+    twin = shared[id(pipe)] = copy.copy(pipe)
+    for name, value in _parts(pipe).items():
+        if id(value) not in shared:
+            if isinstance(value, SchedulerMixin) and not isinstance(value, Configured):
+                raise TypeError(
+                    f"pipe: expected fused schedulers (fuse(pipe) first), got {name} of {type(value).__name__}"
+                )
+            shared[id(value)] = value.fork() if isinstance(value, SchedulerMixin) else _shared(value, shared)
+        setattr(twin, name, shared[id(value)])
     return twin
+
+
+def _parts(pipe: object) -> dict[str, Any]:
+    """A pipeline's schedulers, and the pipelines in it, by name; what holds neither may hand a scheduler on."""
+    parts = {
+        name: each
+        for name, each in getattr(pipe, "__dict__", {}).items()
+        if isinstance(each, SchedulerMixin)
+        or (isinstance(each, ConfigMixin) and not isinstance(each, Module) and hasattr(type(each), "components"))
+    }
+    handed_on = getattr(pipe, "scheduler", None)
+    return parts or ({"scheduler": handed_on} if isinstance(handed_on, SchedulerMixin) else {})
+
+
+def _schedulers(pipe: object, seen: set[int]) -> list[tuple[Any, str, Any]]:
+    """[(what holds it, name, scheduler)] of a pipeline and of the pipelines in it."""
+    seen.add(id(pipe))
+    found = []
+    for name, part in _parts(pipe).items():
+        if isinstance(part, SchedulerMixin):
+            found.append((pipe, name, part))
+        elif id(part) not in seen:
+            found += _schedulers(part, seen)
+    return found
+
+
+def _replace(pipe: Any, change: Callable[[Any], Any], one: bool = False) -> Any:
+    """Puts change(scheduler) in the place of every scheduler; one that stands in several places is changed once."""
+    found = _schedulers(pipe, set())
+    if not found:
+        held = type(getattr(pipe, "scheduler", None))
+        other = (
+            ""
+            if held is type(None)
+            else f", whose scheduler is a {held.__name__}, not one of diffusers' SchedulerMixin"
+        )
+        raise TypeError(f"pipe: expected a pipeline with a scheduler, or a scheduler, got {type(pipe).__name__}{other}")
+    different = {id(scheduler): (name, scheduler) for _, name, scheduler in found}
+    if one and len(different) > 1:
+        names = ", ".join(name for name, _ in different.values())
+        raise ValueError(
+            f"seeds: expected None for a pipeline with several schedulers ({names}), whose noise would be the same; set the "
+            "seeds of each by pipe.<name>.seeds"
+        )
+    changed = {key: change(scheduler) for key, (_, scheduler) in different.items()}
+    for holder, name, scheduler in found:
+        if hasattr(holder, "update_components"):  # a modular pipeline, which keeps specifications too
+            holder.update_components(**{name: changed[id(scheduler)]})
+        else:
+            setattr(holder, name, changed[id(scheduler)])
+    return pipe

@@ -57,10 +57,13 @@ def in_float64(scheduler, drawn):
             draw = module.randn_tensor
             patch.setattr(module, "randn_tensor", lambda *a, dtype=None, **k: draw(*a, dtype=drawn, **k).double())
         if hasattr(module, "BrownianTreeNoiseSampler"):
-            motion = module.BrownianTreeNoiseSampler
-            patch.setattr(
-                module, "BrownianTreeNoiseSampler", lambda x, **k: lambda *at: motion(x.to(drawn), **k)(*at).double()
-            )
+            sampler = module.BrownianTreeNoiseSampler
+
+            def motion(x, *args, **kwargs):
+                made = sampler(x.to(drawn), *args, **kwargs)
+                return lambda *at: made(*at).double()
+
+            patch.setattr(module, "BrownianTreeNoiseSampler", motion)
         for name, value in list(vars(scheduler).items()):
             if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and name != "timesteps":
                 setattr(scheduler, name, value.double())
