@@ -750,18 +750,6 @@ class Wrapper:
         return model(x, sigma)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_flows_are_refused(name):
-    flow, other = (Wrapper(Wrapper(Model(sampling()))) for sampling in (FlowSampling, Sampling))
-    with pytest.raises(
-        ValueError, match="model: expected a denoiser of x_0 . sigma.eps, got ComfyUI's model of a flow"
-    ):
-        sampler(name)(flow, start(EDM), torch.tensor(EDM))
-    seeds = None if name in WITHOUT_NOISE else [3, 4]
-    expected = sampler(name, seeds=seeds)(model, start(EDM), torch.tensor(EDM))
-    assert torch.equal(sampler(name, seeds=seeds)(other, start(EDM), torch.tensor(EDM)), expected)
-
-
 class Patcher:
     """What the node uses of ComfyUI's ModelPatcher: patches are applied to the model when it is sampled, not before."""
 

@@ -1,0 +1,441 @@
+"""ComfyUI's samplers and flows against float64 oracles."""
+
+import functools
+import inspect
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import epskernels
+from epskernels import k_diffusion, samplers, schedule
+
+from ..support import oracles
+from .test_k_diffusion import EDM, FUNCTIONS, LEVELS, SHAPE, Noise, denoise, model, never, start
+
+FLOW = np.array([1.0, 0.93, 0.8, 0.62, 0.4, 0.2, 0.07, 0.0])
+FLOW_LEVELS = {"from_1": FLOW, "above_0": FLOW[1:-1], "one_to_0": FLOW[[4, -1]]}
+BETA_D = 2 * (np.log1p(0.002**2) / 0.001 - np.log1p(80.0**2)) / (0.001 - 1)
+
+
+def of_sigma(oracle, **options):
+    """An oracle of the form oracle(denoise, x, sigmas, lam, noise)."""
+
+    def run(denoise, x, sigmas, noise):
+        return getattr(oracles, oracle)(denoise, x, sigmas, np.ones(len(sigmas)), noise, **options)[-1]
+
+    return run
+
+
+def of_calls(oracle, by_eps=False, noisy=False, **options):
+    """An oracle of the form oracle(denoise, x, alpha, sigma[, noise]), whose denoise is told the number of the call."""
+
+    def run(denoise, x, sigmas, noise):
+        def call(x, j):
+            estimate = denoise(x, sigmas[j])
+            return (x - estimate) / sigmas[j] if by_eps else estimate
+
+        given = (noise,) if noisy else ()
+        return getattr(oracles, oracle)(call, x, np.ones(len(sigmas)), sigmas, *given, **options)[-1]
+
+    return run
+
+
+def unipc(variant):
+    """It ends at 0.001 instead of at 0; on a flow that level's share of x_0 is divided out."""
+
+    def run(denoise, x, sigmas, noise):
+        ended = np.append(sigmas[:-1], sigmas[-1] or 0.001)
+        order = max(1, min(3, len(sigmas) - 2))
+        return of_calls("unipc", order=order, variant=variant)(denoise, x, ended, noise)
+
+    return run
+
+
+def lcm(denoise, x, sigmas, noise):
+    for i, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+        x = denoise(x, sigma) + after * noise[i]
+    return x
+
+
+# name: (oracle of x_0 + sigma*eps, how many noises a step has, our options, the form on flows)
+ETA = {"eta": 0.6, "s_noise": 1.1}
+COMFYUIS = {
+    "dpmpp_2m_sde_heun": (of_sigma("sigma_dpmpp_2m_sde", solver="heun", **ETA), 1, ETA, "ratio"),
+    "ddpm": (of_sigma("sigma_euler_ancestral", eta=1.0), 1, {}, "refused"),
+    "lcm": (lcm, 1, {}, "own"),
+    "heunpp2": (of_sigma("sigma_heunpp2"), 0, {}, "velocity"),
+    "ipndm": (of_calls("ipndm", by_eps=True), 0, {}, "velocity"),
+    "ipndm_v": (of_calls("ipndm_v", by_eps=True), 0, {}, "velocity"),
+    "deis": (of_calls("deis", by_eps=True, beta=(np.log1p(6400.0) - BETA_D / 2, BETA_D)), 0, {}, "velocity"),
+    "res_multistep": (of_sigma("sigma_res_multistep"), 0, {}, "velocity"),
+    "res_multistep_ancestral": (of_sigma("sigma_res_multistep", **ETA), 1, ETA, "refused"),
+    "gradient_estimation": (of_calls("gradient_estimation", by_eps=True, gamma=1.7), 0, {"ge_gamma": 1.7}, "velocity"),
+    "er_sde": (of_calls("er_sde", noisy=True, s_noise=1.1), 1, {"s_noise": 1.1}, "ratio"),
+    "seeds_2": (of_sigma("sigma_seeds_2", r=0.4, **ETA), 2, {"r": 0.4} | ETA, "ratio"),
+    "seeds_3": (of_sigma("sigma_seeds_3", **ETA), 3, ETA, "ratio"),
+    "exp_heun_2_x0": (of_sigma("sigma_seeds_2", eta=0.0, r=1.0, phi=2), -2, {}, "ratio"),
+    "exp_heun_2_x0_sde": (of_sigma("sigma_seeds_2", r=1.0, phi=2, **ETA), 2, ETA, "ratio"),
+    "sa_solver": (
+        of_calls("sa_solver", noisy=True, predictor=3, corrector=4, tau=0.7), 1, {"tau_func": lambda sigma: 0.7}, "ratio",
+    ),
+    "uni_pc": (unipc("bh1"), 0, {}, "velocity"),
+    "uni_pc_bh2": (unipc("bh2"), 0, {}, "velocity"),
+}  # fmt: skip
+# and k-diffusion's, on flows
+KDIFFUSIONS = {
+    "euler": (of_sigma("sigma_euler"), 0, {}, "velocity"),
+    "heun": (of_sigma("sigma_heun"), 0, {}, "velocity"),
+    "dpm_2": (of_sigma("sigma_dpm_2"), 0, {}, "velocity"),
+    "lms": (of_sigma("sigma_lms"), 0, {}, "velocity"),
+    "dpmpp_2m": (of_sigma("sigma_dpmpp_2m_sde", eta=0.0), 0, {}, "velocity"),
+    "dpmpp_2m_sde": (of_sigma("sigma_dpmpp_2m_sde", **ETA), 1, ETA, "ratio"),
+    "dpmpp_3m_sde": (of_sigma("sigma_dpmpp_3m_sde", **ETA), 1, ETA, "ratio"),
+    "dpmpp_sde": (of_sigma("sigma_dpmpp_sde", r=0.3, **ETA), 2, {"r": 0.3} | ETA, "ratio"),
+    "euler_ancestral": (functools.partial(oracles.flow_ancestral, **ETA), 1, ETA, "own"),
+    "dpm_2_ancestral": (functools.partial(oracles.flow_ancestral, method="dpm_2", **ETA), 1, ETA, "own"),
+    "dpmpp_2s_ancestral": (functools.partial(oracles.flow_ancestral, method="dpmpp_2s", **ETA), 1, ETA, "own"),
+}
+
+
+def flow_lcm(denoise, x, sigmas, noise):
+    for i, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+        x = (1 - after) * denoise(x, sigma) + after * noise[i]
+    return x
+
+
+def by_step(given, sigmas, each):
+    """The noises that were drawn, one or a tuple for each step; zeros where none was."""
+    drawn, steps = [z for _, _, z in given], len(sigmas) - 1
+    count = abs(each)
+    none = np.zeros(SHAPE) if count < 2 else (np.zeros(SHAPE),) * count
+    if each <= 0:
+        assert not drawn
+        return [none] * steps
+    groups = drawn if each == 1 else list(zip(*[iter(drawn)] * each, strict=True))
+    assert len(groups) == steps - int(sigmas[-1] == 0)
+    return groups + [none] * (steps - len(groups))
+
+
+def run_ours(name, options, noise, *args, **more):
+    function = getattr(k_diffusion, f"sample_{name}")
+    if "noise_sampler" in inspect.signature(function).parameters and name not in ("euler", "heun", "dpm_2"):
+        options = options | {"noise_sampler": noise}
+    return function(*args, disable=True, **options, **more)
+
+
+@pytest.mark.parametrize("name", COMFYUIS)
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("lam", [1.0, 1.017])
+def test_against_the_oracle(name, levels, lam):
+    oracle, each, options, _ = COMFYUIS[name]
+    sigmas, noise = LEVELS[levels], Noise()
+    x = start(sigmas)
+    result = run_ours(name, options, noise, model, x, torch.tensor(sigmas), {"shift": 0.2}, eps_scaling=lam)
+
+    def scaled(x, sigma):
+        return x - (x - denoise(x, sigma, 0.2)) / lam
+
+    expected = oracle(scaled, x.double().numpy(), sigmas, by_step(noise.given, sigmas, each))
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=3e-5 * max(1, np.abs(expected).max()))
+
+
+# ---- flows ----
+
+
+class CONST:
+    """Named as ComfyUI's flow parametrisation is."""
+
+
+class Sampling:
+    """ComfyUI's model_sampling of a model of x_0 + sigma*eps."""
+
+    def percent_to_sigma(self, percent):
+        return float(np.exp(np.interp(percent, [0, 1], np.log([80.0, 0.002]))))
+
+
+class FlowSampling(Sampling, CONST):
+    def percent_to_sigma(self, percent):
+        return 1.0 - percent
+
+
+class Model:
+    """ComfyUI's BaseModel, which the hook is given."""
+
+    def __init__(self, model_sampling):
+        self.model_sampling = model_sampling
+
+
+class Wrapper:
+    """ComfyUI's samplers are given a wrapper (for inpainting) of a wrapper (the guider) of the model."""
+
+    def __init__(self, inner_model, call=model):
+        self.inner_model, self.call = inner_model, call
+
+    def __call__(self, x, sigma, **extra_args):
+        return self.call(x, sigma, **extra_args)
+
+
+def flow_denoise(x, sigma):
+    return 1.2 * np.tanh(0.8 * x + 0.3 * np.sin(np.roll(x, 1, -1)) + sigma)
+
+
+def flow_model(x, sigma, **extra_args):
+    return torch.tensor(flow_denoise(x.double().numpy(), float(sigma[0].double()))).float()
+
+
+ON_FLOWS = {name: entry for name, entry in (COMFYUIS | KDIFFUSIONS).items() if entry[3] != "refused"}
+
+
+def on_ratio(oracle, denoise, x, sigmas, noise):
+    """An oracle of x_0 + r*eps on a flow, r = sigma/(1 - sigma)."""
+
+    def of_ratio(x, r):
+        return denoise(x / (1 + r), r / (1 + r))
+
+    r = sigmas / (1 - sigmas)
+    return oracle(of_ratio, x * (1 + r[0]), r, noise) / (1 + r[-1])
+
+
+@pytest.mark.parametrize("name", ON_FLOWS)
+@pytest.mark.parametrize("levels", FLOW_LEVELS)
+@pytest.mark.parametrize("lam", [1.0, 1.017])
+def test_flow_against_the_oracle(name, levels, lam):
+    """lambda divides eps of (1 - sigma)*x_0 + sigma*eps, and is 1 where x is noise alone."""
+    oracle, each, options, form = ON_FLOWS[name]
+    sigmas, noise = FLOW_LEVELS[levels], Noise()
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    flow = Wrapper(Wrapper(Model(FlowSampling())), flow_model)
+    result = run_ours(name, options, noise, flow, x, torch.tensor(sigmas, dtype=torch.float32), eps_scaling=lam)
+    seen = np.float32(sigmas).astype(np.float64)
+    if form == "ratio" and seen[0] == 1:  # as ComfyUI has it: no log SNR there
+        seen[0] = np.float32(1 - 1e-4)
+    lambdas = iter(lambda_of_calls(name, seen, lam))
+
+    def scaled(x, sigma):
+        alpha, by = 1 - sigma, next(lambdas)
+        return flow_denoise(x, sigma) if by == 1 else x / alpha - (x / alpha - flow_denoise(x, sigma)) / by
+
+    z = by_step(noise.given, seen, each)
+    start = x.double().numpy()
+    if form == "ratio":
+        expected = on_ratio(oracle, scaled, start, seen, z)
+    elif name == "lcm":
+        expected = flow_lcm(scaled, start, seen, z)
+    else:
+        expected = oracle(scaled, start, seen, z)
+    if "uni_pc" in name and sigmas[-1] == 0:
+        expected = expected / 0.999
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=5e-5 * max(1, np.abs(expected).max()))
+
+
+CALLS = {"heunpp2": 3, "seeds_3": 3} | dict.fromkeys(
+    ["heun", "dpm_2", "seeds_2", "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpmpp_sde", "dpm_2_ancestral", "dpmpp_2s_ancestral"], 2
+)  # fmt: skip
+
+
+def lambda_of_calls(name, sigmas, lam):
+    """lambda of each call: its step's, 1 where that begins with noise alone."""
+    for i, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+        calls = CALLS.get(name, 1) if after > 0 else 1
+        if name == "heunpp2":
+            calls = min(3, len(sigmas) - 1 - i)
+        yield from [1.0 if 1 - sigma < sigma / 900 else lam] * calls
+
+
+@pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive"])
+@pytest.mark.parametrize("lam", [1.0, 1.01])
+def test_dpm_on_a_flow(name, lam):
+    """Along the slope: as on x_0 + sigma*eps, by a model whose eps was divided before."""
+    x, n = torch.randn(SHAPE), (7,) if name == "dpm_fast" else ()
+
+    def scaled(x, sigma):
+        s = sigma.reshape(-1, 1, 1, 1).double()
+        state, told = x.double() / (1 - s), flow_model(x, sigma).double()
+        return (state - (state - told) / lam).float()
+
+    run = functools.partial(getattr(k_diffusion, f"sample_{name}"), disable=True)
+    result = run(Wrapper(Model(FlowSampling()), flow_model), x, 0.03, 0.97, *n, eps_scaling=lam)
+    if lam == 1 or name == "dpm_adaptive":
+        torch.testing.assert_close(result, run(scaled, x, 0.03, 0.97, *n), rtol=1e-4, atol=1e-4)
+    else:  # a step's calls have its lambda, as have all here
+        torch.testing.assert_close(result, run(scaled, x, 0.03, 0.97, *n), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="eta: expected 0 for a flow, got 0.5; take euler_ancestral"):
+        run(Wrapper(Model(FlowSampling()), never), x, 0.03, 0.97, *n, eta=0.5)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("ddpm", {}, "model: expected a denoiser of x_0 . sigma.eps for ddpm, got ComfyUI's model of a flow; take euler_anc"),
+        ("res_multistep_ancestral", {}, "eta: expected 0 for a flow, got 1.0; take euler_ancestral, dpmpp_2s_ancestral or"),
+        ("euler", {"s_churn": 1.0}, "s_churn: expected 0 for a flow, .* got 1.0; take euler_ancestral"),
+        ("euler_ancestral", {"eta": 1.5}, r"eta: expected a value in \[0, 1\] for a flow, got 1.5"),
+        ("dpm_2_ancestral", {"eta": 1.5}, r"eta: expected a value in \[0, 1\] for a flow, got 1.5"),
+        ("dpmpp_2m", {"sigmas": [1.2, 0.5, 0.0]}, r"sigmas: expected values of at most 1 for a flow, got \[1.2, 0.5, 0.0\]"),
+        ("dpmpp_2m_sde", {"sigmas": [1.0, 1.0, 0.0]}, "sigmas: expected .* that do not rise"),
+    ],
+)  # fmt: skip
+def test_flow_refuses(name, options, message):
+    given = {"x": torch.zeros(SHAPE), "sigmas": torch.tensor(FLOW)} | options
+    with pytest.raises(ValueError, match=message):
+        getattr(k_diffusion, f"sample_{name}")(Wrapper(Wrapper(Model(FlowSampling())), never), **given)
+
+
+def test_res_multistep_ancestral_without_noise_takes_a_flow():
+    flow, x = Wrapper(Model(FlowSampling()), flow_model), torch.randn(SHAPE)
+    run = functools.partial(k_diffusion.sample_res_multistep_ancestral, flow, x, torch.tensor(FLOW), disable=True)
+    assert torch.equal(run(eta=0.0), k_diffusion.sample_res_multistep(flow, x, torch.tensor(FLOW), disable=True))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_comfyui_model_that_is_no_flow(name):
+    """As any other denoiser."""
+    run = functools.partial(getattr(k_diffusion, f"sample_{name}"), disable=True, seeds=[3, 4])
+    other = Wrapper(Wrapper(Model(Sampling())))
+    assert torch.equal(run(other, start(EDM), torch.tensor(EDM)), run(model, start(EDM), torch.tensor(EDM)))
+
+
+def test_flow_euler_by_eta():
+    """The table that the ancestral step of flows is, from a FlowSchedule."""
+    grid = schedule.FlowSchedule(3.0).grid(6)
+    table = samplers.flow_euler(schedule.FlowSchedule(3.0), 6, eta=0.6, S_noise=1.1, scaling=1.01, prediction="sample")
+    sigmas = np.append(grid.sigma, 0.0)
+    noise = {i: epskernels.normal([5], SHAPE[1:], draw=i, stream=0).double().numpy() for i in range(6)}
+    x = np.random.default_rng(9).normal(size=(1, *SHAPE[1:]))
+    state = torch.tensor(x).float()
+    for i in range(6):
+        f = torch.tensor(flow_denoise(state.double().numpy(), sigmas[i])).float()
+        state = epskernels.step(state, f, table, i, seeds=torch.tensor([5]))
+
+    def scaled(x, sigma):
+        return (
+            flow_denoise(x, sigma)
+            if sigma == 1
+            else x / (1 - sigma) - (x / (1 - sigma) - flow_denoise(x, sigma)) / 1.01
+        )
+
+    expected = oracles.flow_ancestral(scaled, x, sigmas, noise, **ETA)
+    np.testing.assert_allclose(state.double().numpy(), expected, rtol=0, atol=3e-5 * max(1, np.abs(expected).max()))
+    for bad in ({"eta": 1.5}, {"eta": 0.5, "stochastic": True}):
+        with pytest.raises(ValueError, match=r"eta: expected a value in \[0, 1\], and 0 where stochastic"):
+            samplers.flow_euler(schedule.FlowSchedule(), 6, **bad)
+
+
+def test_sa_solver_draws_between_comfyuis_percents():
+    """ComfyUI's default: noise from 20 to 80 percent."""
+    noise, sampling = Noise(), Sampling()
+    x, sigmas = start(EDM), torch.tensor(EDM)
+    k_diffusion.sample_sa_solver(Wrapper(Model(sampling)), x, sigmas, disable=True, noise_sampler=noise)
+    low, high = sampling.percent_to_sigma(0.8), sampling.percent_to_sigma(0.2)
+    ends = [sigma for sigma in EDM[1:] if low <= sigma <= high]
+    assert 0 < len(ends) < len(EDM) - 2
+    assert [after for _, after, _ in noise.given] == pytest.approx(ends)
+
+
+@pytest.mark.parametrize("name", ["seeds_3", "exp_heun_2_x0_sde", "dpmpp_sde"])
+@pytest.mark.parametrize("flow", [False, True])
+def test_the_levels_that_a_noise_sampler_is_told(name, flow):
+    """SEEDS' noises follow each other; dpmpp_sde's both begin where the step does."""
+    noise, sampling = Noise(), FlowSampling() if flow else Sampling()
+    sigmas = torch.tensor([0.9, 0.4, 0.1, 0.0])
+    wrapped = Wrapper(Wrapper(Model(sampling)), flow_model)
+    getattr(k_diffusion, f"sample_{name}")(wrapped, torch.randn(SHAPE), sigmas, disable=True, noise_sampler=noise)
+    t = -torch.log(sigmas[:3].double() / (1 - sigmas[:3].double()) if flow else sigmas[:3].double())
+
+    def level(i, r):
+        at = torch.exp(-(t[i] + r * (t[i + 1] - t[i])))
+        return float(at / (1 + at) if flow else at)
+
+    at = {"seeds_3": (1 / 3, 2 / 3, 1), "exp_heun_2_x0_sde": (1, 1), "dpmpp_sde": (0.5, 1)}[name]
+    begin = {"seeds_3": (0, 1 / 3, 2 / 3), "exp_heun_2_x0_sde": (0, 1), "dpmpp_sde": (0, 0)}[name]
+    expected = [(level(i, a), level(i, b)) for i in (0, 1) for a, b in zip(begin, at, strict=True)]
+    np.testing.assert_allclose([pair[:2] for pair in noise.given], expected, rtol=1e-5)
+
+
+# ---- what all have in common ----
+
+ALL = [name for name in COMFYUIS if name != "exp_heun_2_x0"]
+LISTED = {name.removeprefix("sample_") for name in k_diffusion.__all__ if name.startswith("sample_")}
+
+
+def test_every_function_has_an_oracle():
+    assert {*COMFYUIS, *FUNCTIONS, "dpm_fast", "dpm_adaptive"} == LISTED
+
+
+@pytest.mark.parametrize("name", [*ALL, "euler", "lms", "dpmpp_sde"])
+@pytest.mark.parametrize("flow", [False, True])
+def test_a_callback_that_only_looks_changes_no_bit(name, flow):
+    if flow and name not in ON_FLOWS:
+        pytest.skip("refused")
+    seen, told = [], flow_model if flow else model
+    sigmas = torch.tensor(FLOW[1:] if flow else EDM, dtype=torch.float32)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)) * sigmas[0]
+    given = Wrapper(Model(FlowSampling() if flow else Sampling()), told)
+    run = functools.partial(
+        getattr(k_diffusion, f"sample_{name}"), given, x, sigmas, disable=True, seeds=[3, 4], eps_scaling=1.017
+    )
+    looked = run(callback=lambda info: seen.append(info["denoised"].clone()))
+    assert torch.equal(looked, run()) and len(seen) == len(sigmas) - 1
+    alpha = 1 - sigmas[0] if flow else 1.0
+    first = x / alpha - (x / alpha - told(x, sigmas[0].expand(2))) / 1.017
+    torch.testing.assert_close(seen[0], first, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("flow", [False, True])
+def test_seeds(name, flow):
+    if flow and COMFYUIS[name][3] == "refused":
+        pytest.skip("refused")
+    run = functools.partial(getattr(k_diffusion, f"sample_{name}"), disable=True)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)) * (1 if flow else EDM[0])
+    sigmas = torch.tensor(FLOW if flow else EDM, dtype=torch.float32)
+    given = Wrapper(Model(FlowSampling()), flow_model) if flow else model
+    together = run(given, x, sigmas, seeds=[5, 6])
+    alone = [run(given, x[k : k + 1], sigmas, seeds=[5 + k]) for k in (0, 1)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together, run(given, x, sigmas, seeds=[5, 7])) == (COMFYUIS[name][1] <= 0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_steps_of_length_0_and_none(name):
+    run = functools.partial(getattr(k_diffusion, f"sample_{name}"), model, disable=True, seeds=[3, 4])
+    x = start(EDM)
+    assert run(x, [2.0], eps_scaling=1.01) is x
+    if name == "heunpp2":
+        return  # its steps know of the levels after
+    given = np.insert(EDM, [0, 4, 7], EDM[[0, 4, 7]])
+    assert torch.equal(run(x, torch.tensor(given)), run(x, torch.tensor(EDM)))
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("seeds_2", {"solver_type": "phi_3"}, "solver_type: expected 'phi_1' or 'phi_2', got 'phi_3'"),
+        ("seeds_2", {"r": 0.0}, "r: expected a value in .0, 1., got 0"),
+        ("uni_pc", {"variant": "bh3"}, "variant: expected 'bh1' or 'bh2', got 'bh3'"),
+        ("ipndm", {"max_order": 5}, "max_order: expected 1, 2, 3 or 4, got 5"),
+        ("gradient_estimation", {"ge_gamma": None}, "ge_gamma: expected a finite value, got None"),
+        ("er_sde", {"max_stage": 4}, "max_stage: expected 1, 2 or 3, got 4"),
+        ("er_sde", {"s_noise": -1.0}, "s_noise: expected a finite number of at least 0, got -1.0"),
+        ("sa_solver", {"tau_func": lambda sigma: -1.0}, "tau_func: expected a finite number of at least 0, got -1.0"),
+        ("lcm", {"seeds": [1]}, "seeds: expected one for each of 2 samples, got 1"),
+        ("deis", {"x": torch.zeros(0, 3)}, "x: expected .B, ..... .* not empty"),
+    ],
+    ids=str,
+)
+def test_refuses(name, options, message):
+    given = {"x": torch.zeros(SHAPE), "sigmas": torch.tensor(EDM), "disable": True} | options
+    with pytest.raises(ValueError, match=message):
+        getattr(k_diffusion, f"sample_{name}")(never, **given)
+
+
+def test_er_sde_by_another_noise_scale():
+    """A function of tensors, as ComfyUI's node gives it; phi(r) = r is the probability flow."""
+    run = functools.partial(k_diffusion.sample_er_sde, model, start(EDM), torch.tensor(EDM), disable=True)
+    result = run(noise_scaler=lambda r: r * torch.ones_like(r), seeds=[1, 2])
+    expected = of_calls("er_sde", noisy=True, phi=lambda r: r)(
+        denoise, start(EDM).double().numpy(), EDM, [np.zeros(SHAPE)] * len(EDM)
+    )
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=3e-5)
