@@ -20,6 +20,14 @@ from .. import samplers, scaling
 from ..ops import step
 from . import flows
 from .adaptive import Pair, StepSize, check_ends
+from .cfg_pp import (
+    sample_dpmpp_2m_cfg_pp,
+    sample_euler_ancestral_cfg_pp,
+    sample_euler_cfg_pp,
+    sample_gradient_estimation_cfg_pp,
+    sample_res_multistep_ancestral_cfg_pp,
+    sample_res_multistep_cfg_pp,
+)
 from .comfyui import (
     sample_ddpm,
     sample_deis,
@@ -93,6 +101,12 @@ __all__ = [
     "sample_sa_solver",
     "sample_uni_pc",
     "sample_uni_pc_bh2",
+    "sample_dpmpp_2m_cfg_pp",
+    "sample_euler_ancestral_cfg_pp",
+    "sample_euler_cfg_pp",
+    "sample_gradient_estimation_cfg_pp",
+    "sample_res_multistep_ancestral_cfg_pp",
+    "sample_res_multistep_cfg_pp",
 ]
 
 

@@ -275,9 +275,8 @@ def sample_uni_pc(
         device = sigmas.device if isinstance(sigmas, Tensor) else "cpu"
         sigmas = torch.tensor(levels, dtype=torch.float32, device=device)
         alpha = 1 - levels[-1] if is_flow(sampling_of(model)) else 1.0
-    order = max(1, min(3, int((np.diff(levels) < 0).sum()) - 1))
     x = run(
-        samplers.unipc, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, order=order, solver=variant
+        samplers.unipc, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, order=3, solver=variant
     )
     return x if alpha == 1 else x / alpha
 

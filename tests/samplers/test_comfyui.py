@@ -354,6 +354,124 @@ def test_the_levels_that_a_noise_sampler_is_told(name, flow):
     np.testing.assert_allclose([pair[:2] for pair in noise.given], expected, rtol=1e-5)
 
 
+# ---- CFG++ ----
+
+CFG_PP = {
+    "euler_cfg_pp": {},
+    "euler_ancestral_cfg_pp": ETA,
+    "dpmpp_2m_cfg_pp": {},
+    "res_multistep_cfg_pp": {},
+    "res_multistep_ancestral_cfg_pp": ETA,
+    "gradient_estimation_cfg_pp": {"ge_gamma": 1.7},
+}
+
+
+def unguided(x, sigma):
+    return 0.7 * np.tanh(x) + 0.1 * sigma
+
+
+def cfg_pp_by_hand(name, denoise, x, sigmas, noise, flow=False, eta=0.0, s_noise=1.0, ge_gamma=2.0):
+    """ComfyUI's sampler of that name in float64; noise: of each step."""
+    before, slope_before, down_before = None, None, None
+    for i, (s, s_next) in enumerate(itertools.pairwise(sigmas)):
+        guided, uncond = denoise(x, s), unguided(x, s)
+        alpha, alpha_next = (1 - s, 1 - s_next) if flow and "euler" in name else (1.0, 1.0)
+        slope = (x - alpha * uncond) / s
+        down, up = oracles.ancestral_step(s / alpha if alpha else 1e12, s_next / alpha_next, eta)
+        if s_next == 0:
+            x = guided
+        elif "euler" in name:
+            x = alpha_next * (guided + s_noise * up * noise[i]) + alpha_next * down * slope
+        elif "gradient" in name:
+            x = guided + s_next * slope
+            if slope_before is not None:
+                x = x + (ge_gamma - 1) * (slope - slope_before) * (s_next - s)
+        elif "2m" in name:
+            kept, mixed = s_next / s, 0.0
+            if before is not None:
+                mixed = (1 - kept) * np.log(s / s_next) / np.log(sigmas[i - 1] / s) / 2 * (guided - before)
+            x = guided - kept * uncond + mixed + kept * x
+        else:
+            if before is None or down == 0:
+                x = guided + down * slope
+            else:
+                h = np.log(s / down)
+                c_2 = np.log(down_before / sigmas[i - 1]) / h
+                phi_1 = -np.expm1(-h) / h
+                phi_2 = (1 - phi_1) / h
+                x = np.exp(-h) * (x + guided - uncond) + h * ((phi_1 - phi_2 / c_2) * uncond + phi_2 / c_2 * before)
+            x = x + s_noise * up * noise[i]
+        before, slope_before, down_before = uncond, slope, down
+    return x
+
+
+def hooked(told):
+    """As ComfyUI's guider: it calls the hooks of model_options after guidance."""
+
+    def call(x, sigma, model_options=None, **extra_args):
+        guided = told(x, sigma)
+        uncond = torch.tensor(unguided(x.double().numpy(), float(sigma[0].double()))).float()
+        assert model_options["disable_cfg1_optimization"] and model_options["kept"] == 5
+        for hook in model_options["sampler_post_cfg_function"]:
+            guided = hook({"denoised": guided, "uncond_denoised": uncond})
+        return guided
+
+    return call
+
+
+@pytest.mark.parametrize("name", CFG_PP)
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_cfg_pp_against_the_oracle(name, flow, levels):
+    options, noise = CFG_PP[name], Noise()
+    sigmas = LEVELS[levels]
+    if flow:
+        sigmas = FLOW_LEVELS[{"to_0": "from_1", "two": "above_0"}.get(levels, levels)]
+        options = {"eta": 0.0} if name == "res_multistep_ancestral_cfg_pp" else options
+    given = Wrapper(Wrapper(Model(FlowSampling() if flow else Sampling())), hooked(flow_model if flow else model))
+    x = start(sigmas)
+    function = getattr(k_diffusion, f"sample_{name}")
+    own = {"noise_sampler": noise} if "noise_sampler" in inspect.signature(function).parameters else {}
+    extra_args = {"model_options": {"kept": 5}}
+    result = function(given, x, torch.tensor(sigmas, dtype=torch.float32), extra_args, None, True, **options, **own)
+    assert extra_args == {"model_options": {"kept": 5}}
+    seen = np.float32(sigmas).astype(np.float64)
+    expected = cfg_pp_by_hand(
+        name, flow_denoise if flow else denoise, x.double().numpy(), seen, noise.of(seen[:-1]), flow, **options
+    )
+    np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=3e-5 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", CFG_PP)
+def test_cfg_pp_seeds_and_steps_of_length_0(name):
+    run = functools.partial(
+        getattr(k_diffusion, f"sample_{name}"), Wrapper(Model(Sampling()), hooked(model)),
+        extra_args={"model_options": {"kept": 5}}, disable=True,
+    )  # fmt: skip
+    x, sigmas, seen = start(EDM), torch.tensor(EDM), []
+    together = run(x, sigmas, seeds=[5, 6])
+    assert torch.equal(together, torch.cat([run(x[k : k + 1], sigmas, seeds=[5 + k]) for k in (0, 1)]))
+    assert torch.equal(together, run(x, sigmas, seeds=[5, 7])) == ("ancestral" not in name)
+    given = torch.tensor(np.insert(EDM, [0, 4, 7], EDM[[0, 4, 7]]))
+    assert torch.equal(together, run(x, given, seeds=[5, 6], callback=lambda info: seen.append(info["i"])))
+    assert seen == list(range(len(given) - 1)) and run(x, [2.0]) is x and torch.equal(run(x, [2.0, 2.0]), x)
+    torch.manual_seed(1)
+    drawn = run(x, sigmas)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, run(x, sigmas))
+
+
+def test_cfg_pp_refuses():
+    run, x = functools.partial(k_diffusion.sample_euler_cfg_pp, disable=True), start(EDM)
+    with pytest.raises(
+        ValueError, match="model: expected ComfyUI's, whose hooks after guidance tell the unconditional"
+    ):
+        run(lambda x, sigma, model_options: model(x, sigma), x, torch.tensor(EDM))
+    flow = Wrapper(Model(FlowSampling()), never)
+    with pytest.raises(ValueError, match="eta: expected 0 for a flow, got 1.0; take euler_ancestral"):
+        k_diffusion.sample_res_multistep_ancestral_cfg_pp(flow, x, torch.tensor(FLOW), disable=True)
+
+
 # ---- what all have in common ----
 
 ALL = [name for name in COMFYUIS if name != "exp_heun_2_x0"]
@@ -361,7 +479,7 @@ LISTED = {name.removeprefix("sample_") for name in k_diffusion.__all__ if name.s
 
 
 def test_every_function_has_an_oracle():
-    assert {*COMFYUIS, *FUNCTIONS, "dpm_fast", "dpm_adaptive"} == LISTED
+    assert {*COMFYUIS, *FUNCTIONS, *CFG_PP, "dpm_fast", "dpm_adaptive"} == LISTED
 
 
 @pytest.mark.parametrize("name", [*ALL, "euler", "lms", "dpmpp_sde"])
