@@ -1,8 +1,28 @@
-"""ComfyUI's samplers and flows against float64 oracles."""
+"""ComfyUI's samplers and flows against float64 oracles; its nodes, against a stand-in of ComfyUI and inside ComfyUI itself.
 
+EPSKERNELS_COMFYUI names a checkout of ComfyUI, EPSKERNELS_COMFYUI_PYTHON a Python with what it imports (default: this one).
+"""
+
+import asyncio
+import copy
+import dataclasses
 import functools
+import importlib.util
 import inspect
 import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import types
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -557,3 +577,576 @@ def test_er_sde_by_another_noise_scale():
         denoise, start(EDM).double().numpy(), EDM, [np.zeros(SHAPE)] * len(EDM)
     )
     np.testing.assert_allclose(result.double().numpy(), expected, rtol=0, atol=3e-5)
+
+
+# ---- the nodes, against a stand-in of ComfyUI ----
+
+
+class Patcher:
+    """What the node uses of ComfyUI's ModelPatcher: patches are applied to the model when it is sampled, not before."""
+
+    def __init__(self, model_sampling):
+        self.model, self.object_patches, self.model_options = Model(model_sampling), {}, {"transformer_options": {}}
+
+    def clone(self):
+        twin = copy.copy(self)
+        twin.object_patches, twin.model_options = dict(self.object_patches), copy.deepcopy(self.model_options)
+        return twin
+
+    def add_object_patch(self, name, value):
+        self.object_patches[name] = value
+
+    def set_model_sampler_post_cfg_function(self, function):
+        hooks = self.model_options.get("sampler_post_cfg_function", [])
+        self.model_options["sampler_post_cfg_function"] = [*hooks, function]
+
+    def sample(self, x, sigma, denoised, sigmas=None):
+        """One call of the model, as comfy.samplers.cfg_function makes it of the conditional and the unconditional output."""
+        options = copy.deepcopy(self.model_options)
+        if sigmas is not None:
+            options["transformer_options"]["sample_sigmas"] = torch.tensor(sigmas)
+        patched = Model(self.object_patches.get("model_sampling", self.model.model_sampling))
+        sigma = torch.as_tensor(sigma, dtype=x.dtype).expand(len(x)).clone()
+        for hook in options.get("sampler_post_cfg_function", []):
+            denoised = hook(
+                {"denoised": denoised, "cond": [], "uncond": [], "cond_scale": 7.0, "model": patched, "uncond_denoised": x,
+                 "cond_denoised": x, "sigma": sigma, "model_options": options, "input": x}
+            )  # fmt: skip
+        return denoised
+
+
+class Put:
+    """An input or output of the schema: what it was made of."""
+
+    def __init__(self, id=None, **given):
+        self.id, self.given = id, given
+
+
+@dataclasses.dataclass
+class Schema:
+    node_id: str
+    display_name: str
+    category: str
+    description: str
+    inputs: list
+    outputs: list
+
+
+class KSampler:
+    """comfy.samplers.KSAMPLER: it keeps the function, and what it is called with."""
+
+    def __init__(self, sampler_function, extra_options=None, inpaint_options=None):
+        self.sampler_function, self.inpaint_options = sampler_function, inpaint_options
+
+
+def comfy_modules():
+    """What the nodes import of ComfyUI."""
+    kind = types.SimpleNamespace(Input=Put, Output=Put)
+    io = types.SimpleNamespace(
+        ComfyNode=object, Schema=Schema, NodeOutput=lambda *result: result, Model=kind, Float=kind, Int=kind, Combo=kind,
+        Sampler=kind, Noise=kind,
+    )  # fmt: skip
+    names = (
+        "comfy",
+        "comfy.k_diffusion",
+        "comfy.k_diffusion.sampling",
+        "comfy.samplers",
+        "comfy_api",
+        "comfy_api.latest",
+    )
+    modules = {name: types.ModuleType(name) for name in names}
+    for name in names[1:]:
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, modules[name])
+    modules["comfy_api.latest"].io, modules["comfy_api.latest"].ComfyExtension = io, object
+    modules["comfy.samplers"].KSAMPLER = KSampler
+    modules["comfy.k_diffusion.sampling"].default_noise_sampler = lambda x, seed: ("normal", seed)
+    modules["comfy.k_diffusion.sampling"].BrownianTreeNoiseSampler = lambda x, *ends, seed, cpu: (
+        "tree",
+        *ends,
+        seed,
+        cpu,
+    )
+    return modules
+
+
+COMFYUI = pathlib.Path(__file__).parents[2] / "integrations" / "comfyui"
+
+
+def load_node(folder=COMFYUI):
+    """As ComfyUI does: under a name that is the folder's path."""
+    name = str(folder).replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        for loaded in [each for each in sys.modules if each.startswith(name)]:
+            del sys.modules[loaded]
+    return module
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in comfy_modules().items():
+            patch.setitem(sys.modules, name, module)
+        found = asyncio.run(asyncio.run(load_node().comfy_entrypoint()).get_node_list())
+    return {node.define_schema().node_id: node for node in found}
+
+
+@pytest.fixture
+def node(nodes):
+    return nodes["EpsilonScalingFused"]  # the name in saved workflows
+
+
+def test_schemas(nodes):
+    assert list(nodes) == ["EpsilonScalingFused", "EpskernelsSampler", "EpskernelsNoise"]
+    for node in nodes.values():
+        made = node.define_schema()
+        assert [each.id for each in made.inputs] == list(inspect.signature(node.execute).parameters)
+        untold = [each.id for each in made.inputs if "tooltip" not in each.given]
+        assert set(untold) <= {"model", "sampler_name", "noise_seed"} and made.description and "/" in made.category
+
+
+def patch(node, patcher, eps_scaling, **options):
+    (patched,) = node.execute(
+        patcher, **{"eps_scaling": eps_scaling, "schedule": "uniform", "at_the_end": 1.3, "flow": "noise"} | options
+    )
+    return patched
+
+
+def scaled(x, denoised, lam, alpha=1.0):
+    return x / alpha - (x / alpha - denoised) / lam
+
+
+def close(result, expected):
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_node_scales_and_leaves_the_model_alone(node):
+    plain, (x, denoised) = Patcher(Sampling()), torch.randn(2, *SHAPE)
+    patched = patch(node, plain, 1.02)
+    assert plain.sample(x, 3.0, denoised) is denoised
+    close(patched.sample(x, 3.0, denoised), scaled(x, denoised, 1.02))
+    close(patch(node, patched, 1.03).sample(x, 3.0, denoised), scaled(x, scaled(x, denoised, 1.02), 1.03))
+    assert patch(node, plain, 1.0).sample(x, 3.0, denoised) is denoised
+    assert patch(node, plain, 1.0, schedule="linear", at_the_end=1.0).sample(x, 3.0, denoised) is denoised
+
+
+def test_node_linear(node):
+    """lambda is linear in the number of the step, not in sigma; 1 at the end is a value as any other."""
+    (x, denoised), sigmas = torch.randn(2, *SHAPE), [14.6, 5.0, 1.0, 0.4, 0.1, 0.0]
+    patched = patch(node, Patcher(Sampling()), 1.04, schedule="linear", at_the_end=1.0)
+    lambdas = {14.6: 1.04, 5.0: 1.03, 1.0: 1.02, 0.4: 1.01, 0.1: 1.0, 20.0: 1.04, 3.0: 1.025, 0.0: 1.0}
+    for sigma, lam in lambdas.items():
+        close(patched.sample(x, sigma, denoised, sigmas), scaled(x, denoised, lam))
+    every = patched.sample(x, torch.tensor([0.4, 5.0]), denoised, sigmas)
+    close(every, scaled(x, denoised, torch.tensor([1.01, 1.03]).reshape(-1, 1, 1, 1)))
+    close(patched.sample(x, 0.4, denoised, sigmas[4::-1] + [14.6]), scaled(x, denoised, 1.0 + 0.04 / 4))  # upwards
+    close(patched.sample(x, 5.0, denoised, [5.0, 0.0]), scaled(x, denoised, 1.04))
+    close(patched.sample(x, 1.0, denoised, [5.0, 5.0, 1.0, 1.0, 0.4, 0.0]), scaled(x, denoised, 1.02))
+    with pytest.raises(
+        RuntimeError, match="schedule 'linear' counts the sampler's steps, and this ComfyUI does not tell"
+    ):
+        patched.sample(x, 1.0, denoised)
+
+
+def test_node_on_a_flow(node):
+    x, denoised = torch.randn(2, *SHAPE)
+    patched = patch(node, Patcher(FlowSampling()), 1.02)
+    eps = (x - 0.4 * denoised) / 0.6
+    close(patched.sample(x, 0.6, denoised), (x - 0.6 * eps / 1.02) / 0.4)
+    for sigma in (1.0, 0.9995):
+        assert torch.equal(patched.sample(x, sigma, denoised), denoised)
+    velocity = patch(node, Patcher(FlowSampling()), 1.02, flow="velocity")
+    for sigma in (0.6, 1.0):
+        close(velocity.sample(x, sigma, denoised), x - sigma * ((x - denoised) / sigma) / 1.02)
+
+
+def test_node_scales_each_sample_at_its_own_sigma(node):
+    x, denoised = torch.randn(2, *SHAPE)
+    for sampling, sigmas in ((FlowSampling, (0.9, 0.2)), (FlowSampling, (1.0, 0.5)), (Sampling, (4518.0, 2.0))):
+        patched = patch(node, Patcher(sampling()), 1.02)
+        together = patched.sample(x, torch.tensor(sigmas), denoised)
+        alone = [patched.sample(x[i : i + 1], sigmas[i], denoised[i : i + 1]) for i in (0, 1)]
+        assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together[1], denoised[1])
+
+
+def test_node_where_x_is_noise_alone(node):
+    """A zero terminal SNR, which ComfyUI writes as a sigma of some thousands."""
+    patched, (x, denoised) = patch(node, Patcher(Sampling()), 1.02), torch.randn(2, *SHAPE)
+    assert torch.equal(patched.sample(4518.0 * x, 4518.0, denoised), denoised)
+    close(patched.sample(x, 3.0, denoised), scaled(x, denoised, 1.02))
+
+
+def test_node_asks_the_model_when_it_runs(node):
+    """A model sampling that is patched in after the node."""
+    patched, (x, denoised) = patch(node, Patcher(Sampling()), 1.02), torch.randn(2, *SHAPE)
+    patched.add_object_patch("model_sampling", FlowSampling())
+    close(patched.sample(x, 0.6, denoised), scaled(x, denoised, 1.02, alpha=0.4))
+
+
+def test_node_in_inference_mode_then_with_a_gradient(node):
+    patched = patch(node, Patcher(FlowSampling()), 1.02)
+    with torch.inference_mode():
+        patched.sample(*torch.randn(2, *SHAPE)[:1], 0.6, torch.randn(SHAPE))
+    x, denoised = torch.randn(SHAPE), torch.randn(SHAPE, requires_grad=True)
+    patched.sample(x, 0.6, denoised).sum().backward()
+    torch.testing.assert_close(denoised.grad, torch.full(SHAPE, 1 / 1.02))
+
+
+# ---- the sampler node ----
+
+
+def sampler_of(nodes, name, **options):
+    (sampler,) = nodes["EpskernelsSampler"].execute(
+        **{"sampler_name": name, "eta": 1.0, "s_noise": 1.0, "noise": "per sample"} | options
+    )
+    return sampler
+
+
+def test_sampler_node_has_every_function(nodes):
+    names = nodes["EpskernelsSampler"].define_schema().inputs[0].given["options"]
+    assert sorted(names) == sorted({*LISTED, "ddim"})
+
+
+def comfyuis():
+    def call(x, sigma, model_options=None, **extra_args):
+        guided = model(x, sigma)
+        for hook in (model_options or {}).get("sampler_post_cfg_function", []):
+            guided = hook({"denoised": guided, "uncond_denoised": 0.5 * guided})
+        return guided
+
+    return Wrapper(Wrapper(Model(Sampling())), call)
+
+
+@pytest.mark.parametrize("name", sorted(LISTED))
+def test_sampler_node(nodes, name):
+    """The function of the name, with seed + i for sample i; the seed is the run's, or the node's own."""
+    x, sigmas = start(EDM), torch.tensor(EDM)
+    run = sampler_of(nodes, name, eta=0.6, s_noise=1.1).sampler_function
+    result = run(comfyuis(), x, sigmas, extra_args={"seed": 2**64 - 1}, disable=True)
+    function = getattr(k_diffusion, f"sample_{name}")
+    taken = inspect.signature(function).parameters
+    options = {"eta": 0.6, "s_noise": 1.1} if name not in ("dpm_fast", "dpm_adaptive") else {}
+    options = {key: value for key, value in options.items() if key in taken}
+    ends = (EDM[-2], EDM[0], 9)[: {"dpm_fast": 3, "dpm_adaptive": 2}.get(name, 0)]
+    expected = function(
+        comfyuis(), x, *(torch.tensor(e) if isinstance(e, float) else e for e in ends or (sigmas,)),
+        extra_args={"seed": 0}, disable=True, seeds=[-1, 0], **options,
+    )  # fmt: skip
+    assert torch.equal(result, expected)
+    own = sampler_of(nodes, name, eta=0.6, s_noise=1.1, seed=2**64 - 1).sampler_function
+    assert torch.equal(own(comfyuis(), x, sigmas, extra_args={"seed": 5}, disable=True), expected)
+    assert run(None, x, sigmas[:1], extra_args={}) is x
+
+
+def test_sampler_node_options(nodes, monkeypatch):
+    told = []
+    for name in LISTED:
+        original = getattr(k_diffusion, f"sample_{name}")
+        wrapped = functools.wraps(original)(lambda *args, **given: told.append(given))
+        monkeypatch.setattr(k_diffusion, f"sample_{name}", wrapped)
+
+    def options(name, **given):
+        told.clear()
+        sampler = sampler_of(nodes, name, **given)
+        sampler.sampler_function(model, start(EDM), torch.tensor(EDM), extra_args={"seed": 4})
+        return {key: value for key, value in told[0].items() if key not in ("extra_args", "callback", "disable")}
+
+    per_sample = {"seeds": [4, 5]}
+    assert options("lms", order=2) == per_sample | {"order": 2}
+    assert options("deis", order=2) == per_sample | {"max_order": 2}
+    assert options("er_sde", order=2) == per_sample | {"max_stage": 2, "s_noise": 1.0}
+    assert options("lms") == options("dpm_fast") == options("dpmpp_2m", s_churn=3.0) == per_sample
+    assert options("heun", s_churn=3.0, s_noise=0.9) == per_sample | {"s_churn": 3.0, "s_noise": 0.9}
+    assert options("seeds_2", noise="ComfyUI's") == {"eta": 1.0, "s_noise": 1.0, "noise_sampler": ("normal", 4)}
+    tree = options("dpmpp_sde", noise="ComfyUI's", seed=9)["noise_sampler"]
+    assert tree == ("tree", torch.tensor(EDM[-2]), torch.tensor(EDM[0]), 9, True)
+    assert options("euler", noise="ComfyUI's") == {"s_churn": 0.0, "s_noise": 1.0}
+    assert options("dpm_adaptive", noise="ComfyUI's") == {}
+    assert options("ddim") == options("euler")
+    assert (
+        sampler_of(nodes, "ddim").inpaint_options == {"random": True} and not sampler_of(nodes, "euler").inpaint_options
+    )
+
+
+@pytest.mark.parametrize("sampling", [Sampling, FlowSampling])
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m_sde", "lms", "dpmpp_sde"])
+def test_lambda_of_the_model_acts_once(nodes, node, name, sampling):
+    """The sampler node has none of its own: with the model's it is the function with eps_scaling."""
+    patched, lam = patch(node, Patcher(sampling()), 1.02), 1.02
+    told = flow_model if sampling is FlowSampling else model
+    sigmas = torch.tensor(FLOW[1:] if sampling is FlowSampling else EDM, dtype=torch.float32)
+    x = torch.randn(SHAPE) * sigmas[0]
+
+    def call(x, sigma, **extra_args):
+        return patched.sample(x, sigma, told(x, sigma))
+
+    result = sampler_of(nodes, name).sampler_function(
+        Wrapper(Wrapper(Model(sampling())), call), x, sigmas, extra_args={"seed": 3}, disable=True
+    )
+    function = functools.partial(
+        getattr(k_diffusion, f"sample_{name}"), Wrapper(Wrapper(Model(sampling())), told), x, sigmas, disable=True,
+        seeds=[3, 4],
+    )  # fmt: skip
+    assert not torch.allclose(function(), function(eps_scaling=lam), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(result, function(eps_scaling=lam), rtol=1e-4, atol=1e-4)
+
+
+def test_noise_node(nodes):
+    """Sample i of the latent, or the i-th of its batch, has the initial noise of noise_seed + i."""
+    (noise,) = nodes["EpskernelsNoise"].execute(2**64 - 1)
+    assert noise.seed == 2**64 - 1
+    latent = torch.zeros(2, 4, 6, 8)
+    expected = epskernels.normal([-1, 0], (4, 6, 8), stream=1)
+    assert torch.equal(noise.generate_noise({"samples": latent}), expected)
+    picked = noise.generate_noise({"samples": latent, "batch_index": [1, 1]})
+    assert torch.equal(picked, expected[[1, 1]])
+
+    class Nested(list):
+        is_nested = True
+
+        def unbind(self):
+            return self
+
+    first, second = noise.generate_noise({"samples": Nested([latent, latent])})
+    assert torch.equal(first, expected) and not torch.equal(second, expected)
+
+
+# ---- what is refused, and what the registry reads ----
+
+
+def test_nodes_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "epskernels", None)
+    with pytest.raises(ImportError, match="^epskernels is not installed; in .*: pip install --no-deps .$"):
+        load_node()
+
+
+@pytest.mark.parametrize("package, version", [("epskernels", "0.0.9"), ("torch", "2.9.1+cu128")])
+def test_nodes_with_a_package_that_is_too_old(monkeypatch, package, version):
+    monkeypatch.setattr(sys.modules[package], "__version__", version)
+    with pytest.raises(
+        ImportError, match=f"^these nodes need {package} [0-9.]+ or newer, and {re.escape(version)} is installed"
+    ):
+        load_node()
+
+
+@pytest.mark.parametrize("without", ["comfy_api", "ComfyExtension"])
+def test_nodes_in_a_comfyui_that_is_too_old(monkeypatch, without):
+    for name, module in comfy_modules().items():
+        monkeypatch.setitem(sys.modules, name, None if without == "comfy_api" and name.startswith(without) else module)
+    if without == "ComfyExtension":
+        del sys.modules["comfy_api.latest"].ComfyExtension
+    with pytest.raises(
+        ImportError, match=r"^these nodes need a ComfyUI with comfy_api.latest.ComfyExtension \(V3 nodes\)"
+    ):
+        load_node()
+
+
+@pytest.mark.parametrize("name", ["epskernels", "epskernels-comfyui"])
+def test_nodes_whose_folder_hides_the_package(tmp_path, name):
+    """In a process that finds custom_nodes first. Past that check, it is ComfyUI that is missing."""
+    shutil.copytree(COMFYUI, tmp_path / "custom_nodes" / name)
+    code = f"""
+import importlib.util, sys
+sys.path.insert(0, {str(tmp_path / "custom_nodes")!r})
+spec = importlib.util.spec_from_file_location("a_node", {str(tmp_path / "custom_nodes" / name / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+    root = pathlib.Path(epskernels.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    hides = "epskernels hides the package epskernels, whose name it has; rename it to epskernels-comfyui" in done.stderr
+    assert hides == (name == "epskernels") and hides != ("these nodes need a ComfyUI" in done.stderr)
+
+
+def test_what_the_registry_reads():
+    project = tomllib.loads((COMFYUI / "pyproject.toml").read_text())
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"]) and project["project"]["name"] == "epskernels"
+    assert {"PublisherId", "DisplayName", "Icon", "requires-comfyui"} <= set(project["tool"]["comfy"])
+    asked = [line for line in (COMFYUI / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    ours = tomllib.loads((COMFYUI.parents[1] / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert sorted(asked) == sorted(each for each in ours if not each.startswith("torch"))
+
+
+# ---- inside ComfyUI ----
+
+CHECKOUT = os.environ.get("EPSKERNELS_COMFYUI")
+in_comfyui = pytest.mark.skipif(not CHECKOUT, reason="EPSKERNELS_COMFYUI names no checkout of ComfyUI")
+
+
+class Server:
+    """ComfyUI's own server, on the CPU, with our nodes and the tiny models of tests/support/comfyui_server.py."""
+
+    def __init__(self, folder):
+        self.folder, script = folder, COMFYUI.parents[1] / "tests" / "support" / "comfyui_server.py"
+        (folder / "custom_nodes").mkdir()
+        shutil.copytree(COMFYUI, folder / "custom_nodes" / "epskernels-comfyui")
+        shutil.copy(script, folder / "custom_nodes")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        python = os.environ.get("EPSKERNELS_COMFYUI_PYTHON", sys.executable)
+        root = str(pathlib.Path(epskernels.__file__).parents[1])
+        self.log = (folder / "log").open("w+")
+        self.process = subprocess.Popen(
+            [python, str(script), CHECKOUT, str(folder), str(self.port)],
+            env=os.environ | {"PYTHONPATH": root}, stdout=self.log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.wait(lambda: self.get("object_info"), 240)
+
+    def wait(self, what, seconds):
+        begun = time.monotonic()
+        while time.monotonic() - begun < seconds:
+            assert self.process.poll() is None, self.logged()
+            try:
+                if found := what():
+                    return found
+            except OSError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(self.logged())
+
+    def logged(self):
+        return pathlib.Path(self.log.name).read_text()[-4000:]
+
+    def get(self, path, data=None):
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{path}", data and json.dumps(data).encode())
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from None
+
+    def run(self, prompt):
+        """The latent that the node "keep" wrote, or the exception's message."""
+        path = self.folder / f"{time.monotonic_ns()}.npy"
+        prompt = prompt | {"keep": {"class_type": "Keep", "inputs": {"latent": ["sample", 0], "path": str(path)}}}
+        number = self.get("prompt", {"prompt": prompt})["prompt_id"]
+        done = self.wait(lambda: self.get(f"history/{number}").get(number), 120)
+        if done["status"]["status_str"] != "success":
+            return next(
+                told["exception_message"] for kind, told in done["status"]["messages"] if kind == "execution_error"
+            )
+        return torch.tensor(np.load(path))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("comfyui"))
+    yield server
+    server.process.terminate()
+    server.process.wait(30)
+
+
+def prompt(kind, sampler, steps=6, seed=3, batch=2, noise="RandomNoise", scheduler="normal", patch=None):
+    """A prompt of ComfyUI's API. sampler, patch: (class_type, inputs), patch of a node from MODEL to MODEL."""
+    model = ["patch" if patch else "tiny", 0]
+    nodes = {
+        "tiny": ("Tiny", {"kind": kind}),
+        "latent": ("EmptyLatentImage", {"width": 128, "height": 128, "batch_size": batch}),
+        "noise": (noise, {"noise_seed": seed}),
+        "guider": ("CFGGuider", {"model": model, "positive": ["tiny", 1], "negative": ["tiny", 2], "cfg": 3.0}),
+        "sampler": sampler,
+        "sigmas": ("BasicScheduler", {"model": model, "scheduler": scheduler, "steps": steps, "denoise": 1.0}),
+        "sample": (
+            "SamplerCustomAdvanced",
+            {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["sampler", 0], "sigmas": ["sigmas", 0],
+             "latent_image": ["latent", 0]},
+        ),
+    }  # fmt: skip
+    if patch:
+        nodes["patch"] = patch[0], {"model": ["tiny", 0]} | patch[1]
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def ours(name, **options):
+    return "EpskernelsSampler", {"sampler_name": name, "eta": 1.0, "s_noise": 1.0, "noise": "ComfyUI's"} | options
+
+
+def theirs(name):
+    return "KSamplerSelect", {"sampler_name": name}
+
+
+def difference(a, b):
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1))
+
+
+@in_comfyui
+def test_comfyui_lists_the_nodes(server):
+    for name, outputs in {
+        "EpsilonScalingFused": ["MODEL"],
+        "EpskernelsSampler": ["SAMPLER"],
+        "EpskernelsNoise": ["NOISE"],
+    }.items():
+        info = server.get(f"object_info/{name}")[name]
+        assert (
+            info["output"] == outputs
+            and info["description"]
+            and info["python_module"] == "custom_nodes.epskernels-comfyui"
+        )
+    names = server.get("object_info/EpskernelsSampler")["EpskernelsSampler"]["input"]["required"]["sampler_name"][1][
+        "options"
+    ]
+    assert set(names) - set(known_to(server)) <= {"exp_heun_2_x0", "exp_heun_2_x0_sde"}  # newer than 0.3.64
+
+
+ALLOWED = {"er_sde": 1e-3}  # ComfyUI adds up 200 points of its integral
+
+
+def known_to(server):
+    """The names of ComfyUI's own list."""
+    listed = server.get("object_info/KSamplerSelect")["KSamplerSelect"]["input"]["required"]["sampler_name"]
+    return listed[1]["options"] if listed[0] == "COMBO" else listed[0]
+
+
+@in_comfyui
+@pytest.mark.parametrize("kind", ["sd15", "aura"])
+@pytest.mark.parametrize("name", sorted({*LISTED, "ddim"}))
+def test_beside_comfyuis_sampler_of_the_name(server, kind, name, record_property):
+    """On the same noise: the same latent, or a refusal that says what to take."""
+    if name not in known_to(server):
+        pytest.skip("this ComfyUI has no sampler of the name")
+    expected = server.run(prompt(kind, theirs(name)))
+    result = server.run(prompt(kind, ours(name)))
+    if kind == "aura" and name in ("ddpm", "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp"):
+        assert "take euler_ancestral" in result
+        return
+    off = difference(result, expected)
+    record_property("difference", off)
+    assert off < ALLOWED.get(name, 1e-4 if kind == "aura" else 3e-5)
+
+
+@in_comfyui
+@pytest.mark.parametrize("kind", ["sd15", "aura"])
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "dpmpp_sde", "seeds_2"])
+def test_epsilon_scaling_with_the_sampler(server, kind, name):
+    """The model's lambda, once: as ComfyUI's own sampler has it from the same node, and ComfyUI's node in its own way."""
+    lam = {"eps_scaling": 1.02, "schedule": "uniform", "at_the_end": 1.0, "flow": "velocity"}
+    patched = server.run(prompt(kind, ours(name), patch=("EpsilonScalingFused", lam)))
+    assert difference(patched, server.run(prompt(kind, theirs(name), patch=("EpsilonScalingFused", lam)))) < 1e-4
+    own = server.run(prompt(kind, ours(name), patch=("Epsilon Scaling", {"scaling_factor": 1.02})))
+    assert difference(patched, own) < 1e-4
+    assert difference(patched, server.run(prompt(kind, ours(name)))) > 5e-4
+
+
+@in_comfyui
+@pytest.mark.parametrize("kind", ["sd15", "aura"])
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m_sde", "seeds_3"])
+def test_a_sample_alone_or_in_a_batch(server, kind, name):
+    """The second of a batch is the first of a batch of one with the next seed. A model's own bits may depend on the batch."""
+    sampler = ours(name, noise="per sample")
+    both = server.run(prompt(kind, sampler, noise="EpskernelsNoise", seed=7))
+    alone = server.run(prompt(kind, sampler, noise="EpskernelsNoise", seed=8, batch=1))
+    assert difference(alone[0], both[1]) < 1e-4 and difference(both[0], both[1]) > 0.1
