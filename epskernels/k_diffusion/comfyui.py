@@ -266,12 +266,13 @@ def sample_uni_pc(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     variant: str = "bh1", *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """UniPC of order 3, the last steps of lower ones. It ends at sigma 0.001 instead of 0, as in ComfyUI. It draws no noise."""
+    """UniPC of order 3, the last steps of lower ones. It ends at sigma 0.001 instead of 0, as in ComfyUI, or
+    just below the level before, if that is no higher. It draws no noise."""
     if variant not in ("bh1", "bh2"):
         raise ValueError(f"variant: expected 'bh1' or 'bh2', got {variant!r}")
     levels, alpha = as_levels(sigmas), 1.0
     if len(levels) > 1 and levels[-1] == 0:
-        levels[-1] = min(_SMALLEST, levels[-2])
+        levels[-1] = min(_SMALLEST, 0.999 * levels[-2])  # no step of length 0: the last call corrects the step before
         device = sigmas.device if isinstance(sigmas, Tensor) else "cpu"
         sigmas = torch.tensor(levels, dtype=torch.float32, device=device)
         alpha = 1 - levels[-1] if is_flow(sampling_of(model)) else 1.0
