@@ -564,16 +564,22 @@ def predictor_corrector(
 # ---- flows ----
 
 
-def flow_ancestral(sigma: Array, sigma_next: Array, eta: float, draws: np.ndarray | bool) -> tuple[Array, Array, Array]:
-    """(c_x, c_m0, noise) of an ancestral step on x = (1 - sigma)*x_0 + sigma*eps; where it draws none, Euler to sigma_down.
+def flow_down(sigma: Array, sigma_next: Array, eta: float, draws: np.ndarray | bool) -> tuple[Array, Array, Array]:
+    """(sigma_down, scale, noise) of an ancestral step on x = (1 - sigma)*x_0 + sigma*eps; without `draws` it ends at sigma_down.
 
-    Euler goes to sigma_down = sigma_next*(1 + eta*(sigma_next/sigma - 1)); a factor on all brings the share of x_0 to 1 -
+    The step leads to sigma_down = sigma_next*(1 + eta*(sigma_next/sigma - 1)); `scale` on all brings the share of x_0 to 1 -
     sigma_next, and noise the rest. Source: ComfyUI's and LTX-Video's euler_ancestral for rectified flows.
     """
     down = sigma_next * (1 + eta * (sigma_next / sigma - 1))
     scale = np.where(draws, (1 - sigma_next) / (1 - down), 1.0)
+    return down, scale, np.where(draws, rest(sigma_next, scale * down), 0.0)
+
+
+def flow_ancestral(sigma: Array, sigma_next: Array, eta: float, draws: np.ndarray | bool) -> tuple[Array, Array, Array]:
+    """(c_x, c_m0, noise) of an ancestral step of Euler's on x = (1 - sigma)*x_0 + sigma*eps, by `flow_down`."""
+    down, scale, noise = flow_down(sigma, sigma_next, eta, draws)
     c_x = scale * down / sigma
-    return c_x, scale - c_x, np.where(draws, rest(sigma_next, scale * down), 0.0)
+    return c_x, scale - c_x, noise
 
 
 def consistency_boundary(sigma: Array, sigma_min: float, sigma_data: float) -> tuple[Array, Array]:

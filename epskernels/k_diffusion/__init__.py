@@ -1,6 +1,7 @@
-"""k-diffusion's samplers by its own signatures, with Epsilon Scaling: sample_euler(model, x, sigmas, ...), and so on.
+"""k-diffusion's and ComfyUI's samplers by their own signatures, with Epsilon Scaling: sample_euler(model, x, sigmas, ...).
 
-model(x, sigma, **extra_args): any denoiser of x = x_0 + sigma*eps; a flow's is refused where that can be told.
+model(x, sigma, **extra_args): any denoiser of x = x_0 + sigma*eps, or ComfyUI's model of a flow, x = (1 - sigma)*x_0 +
+sigma*eps: its `model_sampling` says so.
 sigmas: (N + 1,) for N steps; they must not rise. Every table is that of `samplers` there; an update is one launch.
 eps_scaling: lambda, in any form that scaling.as_scaling takes: denoised' = x - (x - denoised)/lambda. Above sigma 900 x
 is noise alone, and lambda is 1. seeds: (B,), for noise made in the kernel. Without them the noise comes from
@@ -17,7 +18,37 @@ from tqdm.auto import tqdm
 
 from .. import samplers, scaling
 from ..ops import step
+from . import flows
 from .adaptive import Pair, StepSize, check_ends
+from .cfg_pp import (
+    sample_dpmpp_2m_cfg_pp,
+    sample_euler_ancestral_cfg_pp,
+    sample_euler_cfg_pp,
+    sample_gradient_estimation_cfg_pp,
+    sample_res_multistep_ancestral_cfg_pp,
+    sample_res_multistep_cfg_pp,
+)
+from .comfyui import (
+    sample_ddpm,
+    sample_deis,
+    sample_dpmpp_2m_sde_heun,
+    sample_er_sde,
+    sample_exp_heun_2_x0,
+    sample_exp_heun_2_x0_sde,
+    sample_gradient_estimation,
+    sample_heunpp2,
+    sample_ipndm,
+    sample_ipndm_v,
+    sample_lcm,
+    sample_res_multistep,
+    sample_res_multistep_ancestral,
+    sample_sa_solver,
+    sample_seeds_2,
+    sample_seeds_3,
+    sample_uni_pc,
+    sample_uni_pc_bh2,
+)
+from .flows import BY_RATIO, ancestral, is_flow, sampling_of, without_noise
 from .sampling import (
     Callback,
     Denoiser,
@@ -27,7 +58,7 @@ from .sampling import (
     Sigmas,
     as_noise_seeds,
     check,
-    is_flow,
+    check_flow,
     noisy,
     run,
     sample_rows,
@@ -52,6 +83,30 @@ __all__ = [
     "sample_dpmpp_3m_sde",
     "sample_dpm_fast",
     "sample_dpm_adaptive",
+    "sample_dpmpp_2m_sde_heun",
+    "sample_ddpm",
+    "sample_lcm",
+    "sample_heunpp2",
+    "sample_ipndm",
+    "sample_ipndm_v",
+    "sample_deis",
+    "sample_res_multistep",
+    "sample_res_multistep_ancestral",
+    "sample_gradient_estimation",
+    "sample_er_sde",
+    "sample_seeds_2",
+    "sample_seeds_3",
+    "sample_exp_heun_2_x0",
+    "sample_exp_heun_2_x0_sde",
+    "sample_sa_solver",
+    "sample_uni_pc",
+    "sample_uni_pc_bh2",
+    "sample_dpmpp_2m_cfg_pp",
+    "sample_euler_ancestral_cfg_pp",
+    "sample_euler_cfg_pp",
+    "sample_gradient_estimation_cfg_pp",
+    "sample_res_multistep_ancestral_cfg_pp",
+    "sample_res_multistep_cfg_pp",
 ]
 
 
@@ -100,7 +155,7 @@ def sample_euler_ancestral(
     """Euler down to sigma_down, then noise up."""
     return run(
         samplers.euler_ancestral, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
-        **noisy(eta, s_noise),
+        flow=ancestral(samplers.flow_euler, eta), **noisy(eta, s_noise),
     )  # fmt: skip
 
 
@@ -113,7 +168,7 @@ def sample_dpm_2_ancestral(
     options = noisy(eta, s_noise)
     return run(
         samplers.dpm_2_ancestral, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
-        calls=twice_down(options["eta"]), **options,
+        calls=twice_down(options["eta"]), flow=ancestral(flows.dpm_2_ancestral, eta, twice), **options,
     )  # fmt: skip
 
 
@@ -126,7 +181,7 @@ def sample_dpmpp_2s_ancestral(
     options = noisy(eta, s_noise)
     return run(
         samplers.dpmpp_2s, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
-        calls=twice_down(options["eta"]), **options,
+        calls=twice_down(options["eta"]), flow=ancestral(flows.dpmpp_2s_ancestral, eta, twice), **options,
     )  # fmt: skip
 
 
@@ -148,7 +203,7 @@ def sample_dpmpp_sde(
     """DPM-Solver++, SDE: two model calls in a step, and noise after each; r: where the second lies in log sigma, in (0, 1]."""
     return run(
         samplers.dpmpp_sde, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
-        calls=twice, middle=r, r=r, **noisy(eta, s_noise),
+        calls=twice, middles=(r,), flow=BY_RATIO, r=r, **noisy(eta, s_noise),
     )  # fmt: skip
 
 
@@ -172,7 +227,7 @@ def sample_dpmpp_2m_sde(
         raise ValueError(f"solver_type: expected 'midpoint' or 'heun', got {solver_type!r}")
     return run(
         samplers.dpmpp_2m_sde, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
-        **noisy(eta, s_noise), solver=solver_type, lower_order_final=False,
+        flow=BY_RATIO, **noisy(eta, s_noise), solver=solver_type, lower_order_final=False,
     )  # fmt: skip
 
 
@@ -184,7 +239,7 @@ def sample_dpmpp_3m_sde(
     """DPM-Solver++(3M), SDE."""
     return run(
         samplers.dpmpp_3m_sde, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
-        **noisy(eta, s_noise), lower_order_final=False,
+        flow=BY_RATIO, **noisy(eta, s_noise), lower_order_final=False,
     )  # fmt: skip
 
 
@@ -206,8 +261,8 @@ def sample_dpm_fast(
     sigmas = (-torch.linspace(start, end, steps + 1)).exp().to(x.device if isinstance(x, Tensor) else "cpu")
     return run(
         samplers.dpm_solver, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
-        calls=lambda levels: np.array(orders), slope_first=True, dpm=True,
-        order=[*orders, 1], least=float(sigmas[-1]), **noisy(eta, s_noise),
+        calls=lambda levels: np.array(orders), slope_first=True, dpm=True, flow=without_noise(eta),
+        order=orders, least=float(sigmas[-1]), **noisy(eta, s_noise),
     )  # fmt: skip
 
 
@@ -225,7 +280,10 @@ def sample_dpm_adaptive(
     "nfe", "n_accept", "n_reject"}.
     """
     check_ends(sigma_min, sigma_max)
-    check(model, x)
+    check(x)
+    flow = without_noise(eta) if is_flow(sampling_of(model)) else None
+    if flow is not None:
+        check_flow(flow, np.array([sigma_max, sigma_min]))
     if order not in (2, 3):
         raise ValueError(f"order: expected 2 or 3, got {order!r}")
     lambda_t = scaling.as_scaling(eps_scaling, "eps_scaling")
@@ -241,7 +299,7 @@ def sample_dpm_adaptive(
         while t < t_end - 1e-5:
             t_next = torch.minimum(t_end, t + controller.h)
             sigma, sigma_next = ((-each).exp().to(x.device) for each in (t, t_next))
-            pair = Pair(order, sigma, sigma_next, float((-t_end).exp()), lambda_t, options, x)
+            pair = Pair(order, sigma, sigma_next, float((-t_end).exp()), lambda_t, options, x, flow)
             low, high, denoised = pair.run(model, x, extra_args or {})
             allowed = torch.clamp(rtol * torch.maximum(low.float().abs(), x_prev.float().abs()), min=atol)
             error = torch.linalg.norm((low.float() - high.float()) / allowed) / x.numel() ** 0.5

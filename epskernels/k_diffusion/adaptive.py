@@ -10,11 +10,12 @@ from .. import samplers, scaling
 from ..ops import step
 from ..spec import COLUMNS
 from ..trajectory import Trajectory
+from .flows import Flow
 from .sampling import (
     Denoiser,
-    Levels,
     check_output,
     number,
+    table_of,
 )
 
 
@@ -40,13 +41,16 @@ class Pair:
         lambda_t: scaling.EpsilonScaling,
         options: dict[str, float],
         x: Tensor,
+        flow: Flow | None,
     ):
-        levels = Levels(np.array([float(sigma), float(sigma_next)]))
+        levels = np.array([float(sigma), float(sigma_next)])
+        alone = scaling.noise_alone(1.0 if flow is None else 1 - levels[:1], levels[:1], 1.0)
+        lambdas = scaling.lambdas(lambda_t, alone, "eps_scaling")
         # order two then has its second call where order three has it
         made = [
-            samplers.dpm_solver(
-                levels, 2, scaling=lambda_t, prediction="sample", order=[each, 1], r=1 / 3 if order == 3 else 1 / 2,
-                least=least, **options,
+            table_of(
+                samplers.dpm_solver, levels, lambdas, np.array([each]),
+                {"order": each, "r": 1 / 3 if order == 3 else 1 / 2, "least": least} | options, flow,
             ).to(x.device)
             for each in (order - 1, order)
         ]  # fmt: skip
@@ -88,6 +92,3 @@ class StepSize:
             self.errors = [self.errors[0], self.errors[0], self.errors[1]]
         self.h *= factor
         return accepted
-
-
-# ---- the scaling alone ----

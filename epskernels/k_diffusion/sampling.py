@@ -1,5 +1,6 @@
 """What the functions of k-diffusion's names share: its levels as a grid, its noise, its callback, and the loop."""
 
+import dataclasses
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, SupportsIndex
@@ -14,9 +15,10 @@ from .. import scaling, solvers
 from ..ops import DTYPES, as_seeds, step
 from ..schedule import Grid, KarrasSchedule
 from ..spec import COLUMNS
-from ..table import Table, denoising_rows
+from ..table import Table
 from ..trajectory import Trajectory
 from ..typing import Array
+from .flows import BY_VELOCITY, Flow, along_ratio, along_velocity, flow_grid, is_flow, sampling_of
 
 Denoiser = Callable[..., Tensor]
 Sigmas = Tensor | Sequence[float]
@@ -26,25 +28,48 @@ NoiseSampler = Callable[[Tensor, Tensor], Tensor] | None
 Seeds = Tensor | Iterable[SupportsIndex] | None
 
 
+_OFFSET = 1e-4  # how far from the beginning a flow's first log SNR is taken
+
+
 class Levels(KarrasSchedule):
-    """A caller's noise levels. If the last is above 0, the table gets a step from there to 0, which is not run."""
+    """A caller's noise levels, (N + 1,), for N steps, of which the last may end above 0."""
 
     def __init__(self, levels: Array):
         self.model, self._ratios = None, np.array([0.0, np.inf])
-        self.levels = levels[levels > 0]
+        self.levels = levels
 
     def grid(self, steps: int) -> Grid:
         """The grid of the levels, however many `steps` says."""
-        return self.grid_at(self.levels)
+        return dataclasses.replace(self.grid_at(self.levels[:-1]), sigma_end=float(self.levels[-1]))
+
+
+def table_of(
+    sampler: Callable[..., Table],
+    levels: Array,
+    lambda_t: Array,
+    calls: NDArray[np.int64],
+    options: dict[str, Any],
+    flow: Flow | None,
+) -> Table:
+    """The table of steps between the levels, (N + 1,); lambda_t, calls: of each step, (N,). flow: None for x_0 + sigma*eps."""
+    steps, scaled = len(levels) - 1, scaling.array(lambda_t, origin="noisiest")
+    if flow is None:
+        return sampler(Levels(levels), steps, scaling=scaled, prediction="sample", **options)
+    if flow.sampler is not None:
+        return flow.sampler(flow_grid(levels), steps, scaling=scaled, prediction="sample", **options)
+    by_ratio = flow.form == "ratio"
+    made = sampler(Levels(levels / (1 - levels) if by_ratio else levels), steps, prediction="sample", **options)
+    return (along_ratio if by_ratio else along_velocity)(made, np.repeat(lambda_t, calls))
 
 
 class Sampling:
     """A run of N steps. Raises ValueError or TypeError, naming the argument, before the model is called.
 
     calls: of the levels, (N + 1,): how many model calls each step has, (N,); None for one. churn: (s_churn, s_tmin, s_tmax,
-    s_noise) for EDM's samplers, None for the others. slope_first: whether k-diffusion forms the slope before it calls back.
-    middle: where, in log sigma, the noise after the first of a step's two calls ends; None where there is none. dpm: whether
-    the callback is told t, too.
+    s_noise) for EDM's samplers, None for the others. slope_first: whether the slope is formed before the callback. middles:
+    where, in log SNR, the calls after the first lie, if noise follows each call; chained: whether a noise begins where the one
+    before ends, or where the step does. dpm: whether the callback is told t, too. flow: None for x_0 + sigma*eps.
+    model_sampling: ComfyUI's, or None.
     """
 
     def __init__(
@@ -60,65 +85,83 @@ class Sampling:
         calls: Callable[[Array], NDArray[np.int64]] | None,
         churn: tuple[float, float, float, float] | None,
         slope_first: bool,
-        middle: float | None,
+        middles: tuple[float, ...],
+        chained: bool,
         dpm: bool,
+        flow: Flow | None,
+        model_sampling: Any,
         options: dict[str, Any],
     ):
         self.levels, self.seeds, self.noise_sampler = levels, seeds, noise_sampler
-        self.slope_first, self.middle, self.dpm = slope_first, middle, dpm
+        self.slope_first, self.middles, self.chained, self.dpm = slope_first, middles, chained, dpm
+        self.flow, self.model_sampling = flow, model_sampling
         self.sigmas = (
             sigmas if isinstance(sigmas, Tensor) else torch.tensor(levels, dtype=torch.float32, device=x.device)
         )
-        hats, self.first_churn, self.edm = levels[:-1], 0.0, churn is not None
+        self.hats, self.first_churn, self.edm = levels[:-1], 0.0, churn is not None
         if churn is not None:
-            hats, self.first_churn, options = churned(levels, *churn)
-        lambda_t = scaling.lambdas(
-            scaling.as_scaling(eps_scaling, "eps_scaling"), scaling.noise_alone(1.0, hats, 1.0), "eps_scaling"
+            self.hats, self.first_churn, options = churned(levels, *churn)
+        self.alpha = np.ones(len(self.hats)) if flow is None else 1 - self.hats
+        self.lambda_t = scaling.lambdas(
+            scaling.as_scaling(eps_scaling, "eps_scaling"),
+            scaling.noise_alone(self.alpha, self.hats, 1.0),
+            "eps_scaling",
         )
         # A step of length 0 leaves x as it is. EDM's tables have rows for it; in the others, history would divide by 0.
         self.moves = (np.diff(levels) < 0) | self.edm
-        grid = Levels(np.append(levels[:-1][self.moves], levels[-1]))
-        lambda_t = np.append(lambda_t[self.moves], lambda_t[-1])[: len(grid.levels)]
-        self.table = sampler(
-            grid, len(grid.levels), scaling=scaling.array(lambda_t, origin="noisiest"), prediction="sample", **options
-        ).to(x.device)
-        # rows[i]: the rows of step i, one for each model call. A step of length 0 has one call, and shares the next row.
         of_step = np.where(self.moves, 1 if calls is None else calls(levels), 0)
-        begins = np.cumsum(of_step) - of_step
-        ends = begins + np.maximum(of_step, 1)
-        self.rows = [range(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
-        self.noisy, self.coefficients = self.table["c_noise"] != 0, self.table.rows
-        if self.edm and levels[-1] > 0:  # its last row has the churn of the step that is not run
-            last = self.rows[-1][-1]
-            self.noisy = self.noisy & (np.arange(len(self.table)) != last)
-            self.coefficients = self.coefficients.clone()
-            self.coefficients[last, COLUMNS.index("c_noise")] = 0.0
+        ends = np.cumsum(of_step)
+        self.rows = [range(end - count, end) for end, count in zip(ends.tolist(), of_step.tolist(), strict=True)]
+        moved = np.append(levels[:-1][self.moves], levels[-1])
+        if len(moved) == 1:  # no step moves: a table all the same, of a step that is not run
+            moved = np.append(moved, 0.0)
+        own = self.lambda_t[self.moves] if self.moves.any() else np.ones(1)
+        self.table = table_of(sampler, moved, own, of_step[of_step > 0], options, flow).to(x.device)
+        self.noisy = self.table["c_noise"] != 0
         self.churns = churn is not None and churn[0] > 0
 
-    def noise(self, x: Tensor, i: int, added: bool, drawn: bool, middle: float | None = None) -> dict[str, Any]:
+    def noise(self, x: Tensor, i: int, added: bool, drawn: bool, call: int = -1) -> dict[str, Any]:
         """Step i's noise, as an input of the op; none if it is not added.
 
-        drawn: whether k-diffusion draws it nevertheless. torch's generator must then go on as it does there. middle: where it
-        ends, if not where the step does.
+        drawn: whether k-diffusion draws it nevertheless. torch's generator must then go on as it does there. call: after which
+        of the step's calls, where `middles` says that noise follows each.
         """
         if self.seeds is not None:
             return {"seeds": self.seeds} if added else {}
-        if self.noise_sampler is not None:
-            if not added:
-                return {}
-            ends = self.sigmas[i], self.sigmas[i + 1]
-            if self.middle is not None:  # as there by way of the logarithm, to the last bit: a Brownian tree sees it
-                t, t_next = -ends[0].log(), -ends[1].log()
-                ends = (-t).exp(), (-(t_next if middle is None else t + (t_next - t) * middle)).exp()
-            return {"noise": self.noise_sampler(*ends).to(x.dtype)}
-        noise = torch.randn_like(x) if added or drawn else None
-        return {"noise": noise} if noise is not None and added else {}
+        if not (added or drawn):
+            return {}
+        if self.noise_sampler is None:
+            noise = torch.randn_like(x)
+        elif added or self.middles:
+            noise = self.noise_sampler(*self.noise_ends(i, call)).to(x.dtype)
+        return {"noise": noise} if added else {}
+
+    def noise_ends(self, i: int, call: int) -> tuple[Tensor, Tensor]:
+        """The two sigmas that a noise sampler is told, worked out as there to the last bit: a Brownian tree sees it."""
+        sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
+        if not self.middles:
+            return sigma, sigma_next
+        is_last, const = call in (-1, len(self.middles)), self.flow is not None
+        t, t_next = (-each.logit() if const else -each.log() for each in (sigma, sigma_next))
+
+        def level(at: Tensor) -> Tensor:
+            return (-at).sigmoid() if const else (-at).exp()
+
+        def between(k: int) -> Tensor:
+            at = torch.lerp(t, t_next, self.middles[k]) if self.chained else t + (t_next - t) * self.middles[k]
+            return level(at)
+
+        if self.model_sampling is None:  # k-diffusion's dpmpp_sde
+            sigma, sigma_next = level(t), level(t_next)
+        begin = between(call - 1) if self.chained and call > 0 else sigma
+        return begin, sigma_next if is_last else between(call)
 
     def noise_of_row(self, x: Tensor, i: int, row: int) -> dict[str, Any]:
         """A step's noise; in EDM's samplers the churn before the next step."""
-        is_last = row == self.rows[i][-1]
         if not self.edm:
-            return self.noise(x, i, self.noisy[row], False, None if is_last else self.middle)
+            drawn = len(self.rows[i]) > 1 and bool(self.middles) and self.noisy.any()  # exp_heun_2_x0_sde's second
+            return self.noise(x, i, self.noisy[row], drawn, row - self.rows[i][0])
+        is_last = row == self.rows[i][-1]
         return self.noise(x, i + 1, self.noisy[row], self.churns and is_last and i + 1 < len(self.rows))
 
     def begin(self, x: Tensor) -> Tensor:
@@ -129,30 +172,27 @@ class Sampling:
         return step(x, x, *sample_rows(x, c_x=1.0, c_noise=self.first_churn, draw=len(self.table)), **noise)
 
     def tell(
-        self, callback: Callable[[dict[str, Any]], Any], i: int, row: int, x: Tensor, f: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, callback: Callable[[dict[str, Any]], Any], i: int, x: Tensor, f: Tensor
+    ) -> tuple[Tensor, Tensor, Table | Tensor]:
         """Calls the callback, which may write to x and to denoised. Returns (x, f, coefficients) for the update.
 
         As in k-diffusion, samplers that form their slope first keep copies; the others read what was written.
         """
         denoised = f
-        if self.table["lambda_t"][row] != 1:  # in float32: the update then has the same bits as without a callback
-            scaled = denoising_rows(self.table.rows)
-            scaled[:, COLUMNS.index("c_m0")] = 1.0
-            if not self.table.keeps_x0:
-                by = 1 / self.table["lambda_t"][row]
-                scaled[:, COLUMNS.index("d_x")], scaled[:, COLUMNS.index("d_f")] = 1 - by, by
-            denoised = step(x.float(), f, scaled, self.table.row_index[row])
+        if self.lambda_t[i] != 1:  # in float32: the update then has the same bits as without a callback
+            d_x, d_f = scaling.scale(0.0, 1.0, self.alpha[i], self.lambda_t[i])
+            rows, index = sample_rows(x[:1], d_x=d_x, d_f=d_f, c_m0=1.0, clip=np.inf)
+            denoised = step(x.float(), f, rows, index[0])
         kept = (x.clone(), f.clone() if denoised is f else f) if self.slope_first else (x, denoised)
-        sigma_hat = self.sigmas[i] * (self.table["t"][row] / self.levels[i])
+        sigma_hat = self.sigmas[i] * (self.hats[i] / self.levels[i])
         info = {"x": x, "i": i, "sigma": self.sigmas[i], "sigma_hat": sigma_hat, "denoised": denoised}
         if self.dpm:
             info |= {"t": -self.sigmas[i].log(), "t_up": -self.sigmas[i].log()}
         callback(info)
-        coefficients = self.coefficients
-        if not self.slope_first:
-            coefficients = coefficients.clone()
-            coefficients[:, COLUMNS.index("d_x")], coefficients[:, COLUMNS.index("d_f")] = 0.0, 1.0
+        if self.slope_first:
+            return *kept, self.table
+        coefficients = self.table.rows.clone()
+        coefficients[:, COLUMNS.index("d_x")], coefficients[:, COLUMNS.index("d_f")] = 0.0, 1.0
         return *kept, coefficients
 
     def run(
@@ -161,13 +201,15 @@ class Sampling:
         """The state after the last step."""
         trajectory = Trajectory(self.table, self.begin(x))
         for i in tqdm(range(len(self.rows)), disable=disable):
-            for row in self.rows[i]:
-                x, trajectory.rows = trajectory.x, self.coefficients
-                f = check_output(model(x, x.new_full((len(x),), self.table["t"][row]), **extra_args), x)
-                state, tells = x, callback is not None and row == self.rows[i][0]
+            for row in self.rows[i] or [-1]:
+                x, trajectory.rows = trajectory.x, self.table
+                is_first = row < 0 or row == self.rows[i][0]
+                level = self.hats[i] if is_first else self.table["t"][row]
+                f = check_output(model(x, x.new_full((len(x),), level), **extra_args), x)
+                state, tells = x, callback is not None and is_first
                 if callback is not None and tells:
-                    state, f, trajectory.rows = self.tell(callback, i, row, x, f)
-                if not self.moves[i]:
+                    state, f, trajectory.rows = self.tell(callback, i, x, f)
+                if row < 0:  # a step of length 0
                     self.noise(x, i, False, self.noisy.any())
                     continue
                 trajectory.x = state
@@ -196,20 +238,35 @@ def run(
     calls: Callable[[Array], NDArray[np.int64]] | None = None,
     churn: tuple[float, float, float, float] | None = None,
     slope_first: bool = False,
-    middle: float | None = None,
+    middles: tuple[float, ...] = (),
+    chained: bool = False,
     dpm: bool = False,
+    flow: Flow = BY_VELOCITY,
     **options: Any,
 ) -> Tensor:
-    """The state after the last of the sampler's steps; all arguments as the functions of k-diffusion's names take them."""
+    """The state after the last of the sampler's steps; all arguments as the functions of k-diffusion's names take them.
+
+    flow: what the sampler is on a flow, where ComfyUI's model is one. The others are Sampling's.
+    """
     levels = as_levels(sigmas)
-    check(model, x)
+    check(x)
     chosen = None if seeds is None else as_noise_seeds(seeds, noise_sampler, x)
     if len(levels) < 2:
         return x
+    model_sampling = sampling_of(model)
+    on_flow = flow if is_flow(model_sampling) else None
+    if on_flow is not None:
+        check_flow(on_flow, levels, churn)
+        calls = on_flow.calls or calls
+        if on_flow.form == "ratio" and levels[0] == 1:  # x is noise alone, and has no log SNR: as ComfyUI
+            sigmas = sigmas.clone() if isinstance(sigmas, Tensor) else torch.tensor(levels, device=x.device)
+            sigmas[0] = float(model_sampling.percent_to_sigma(_OFFSET))
+            levels = as_levels(sigmas)
     with torch.no_grad():
         sampling = Sampling(
             sampler, x, sigmas, levels, eps_scaling, chosen, noise_sampler,
-            calls=calls, churn=churn, slope_first=slope_first, middle=middle, dpm=dpm, options=options,
+            calls=calls, churn=churn, slope_first=slope_first, middles=middles, chained=chained, dpm=dpm, flow=on_flow,
+            model_sampling=model_sampling, options=options,
         )  # fmt: skip
         return sampling.run(model, x, extra_args or {}, callback, disable)
 
@@ -231,13 +288,10 @@ def churned(
     s_churn, s_noise = number("s_churn", s_churn), number("s_noise", s_noise)
     if np.isnan(s_tmin) or np.isnan(s_tmax):
         raise ValueError(f"s_tmin, s_tmax: expected numbers, got {s_tmin}, {s_tmax}")
-    steps, grid_length = len(levels) - 1, int((levels > 0).sum())
     at = levels[:-1]
-    raised = solvers.churned(at, steps, s_churn, s_tmin, s_tmax)
+    raised = solvers.churned(at, len(at), s_churn, s_tmin, s_tmax)
     first = s_noise * np.sqrt(raised[0] ** 2 - at[0] ** 2)
-    # Its tables divide S_churn by their own count of steps, which may be one more.
-    options = {"S_churn": s_churn * grid_length / steps, "S_min": s_tmin, "S_max": s_tmax, "S_noise": s_noise}
-    return raised, float(first), options
+    return raised, float(first), {"S_churn": s_churn, "S_min": s_tmin, "S_max": s_tmax, "S_noise": s_noise}
 
 
 # ---- what is checked ----
@@ -272,23 +326,23 @@ def noisy(eta: float, s_noise: float) -> dict[str, Any]:
     return {"eta": number("eta", eta), "S_noise": number("s_noise", s_noise)}
 
 
-def check(model: Denoiser, x: Tensor) -> None:
-    """Raises ValueError for an x that the step does not take, or ComfyUI's model of a flow."""
+def check(x: Tensor) -> None:
+    """Raises ValueError for an x that the step does not take."""
     if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES or x.dim() == 0 or x.numel() == 0:
         raise ValueError(f"x: expected (B, ...), float32, float16 or bfloat16, not empty, got {shown(x)}")
-    wrapped: Any = model
-    for _ in range(4):  # ComfyUI's samplers are given a wrapper of a wrapper of the model
-        if is_flow(getattr(wrapped, "model_sampling", None)):
-            raise ValueError(
-                "model: expected a denoiser of x_0 + sigma*eps, got ComfyUI's model of a flow, "
-                "(1 - sigma)*x_0 + sigma*eps: take ComfyUI's own samplers, and the node in integrations/comfyui to scale it"
-            )
-        wrapped = getattr(wrapped, "inner_model", None)
 
 
-def is_flow(model_sampling: object) -> bool:
-    """Whether ComfyUI's `model_sampling` is a flow's: one of its classes is named CONST."""
-    return any(kind.__name__ == "CONST" for kind in type(model_sampling).__mro__)
+def check_flow(flow: Flow, levels: Array, churn: tuple[float, ...] | None = None) -> None:
+    """Raises ValueError for what a flow, x = (1 - sigma)*x_0 + sigma*eps, does not have."""
+    if flow.refusal:
+        raise ValueError(flow.refusal)
+    if levels[0] > 1:
+        raise ValueError(f"sigmas: expected values of at most 1 for a flow, got {reprlib.repr(levels.tolist())}")
+    if churn is not None and number("s_churn", churn[0]) > 0:
+        raise ValueError(
+            f"s_churn: expected 0 for a flow, which noise alone does not raise to another level, got {churn[0]}; "
+            "take euler_ancestral"
+        )
 
 
 def as_noise_seeds(seeds: Any, noise_sampler: NoiseSampler, x: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def deis(
     prediction, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
     """
     one_of("variable", variable, ("time", "log_rho", "rho"))
-    beta_d, beta_min = number("beta_d", beta_d, 0), number("beta_min", beta_min, 0)
+    beta_d, beta_min = number("beta_d", beta_d, 0), number("beta_min", beta_min)
     if beta_d == 0:
         raise ValueError("beta_d: expected a value above 0, got 0")
     grid, r = _grid("deis", schedule, steps, space, grid_options)

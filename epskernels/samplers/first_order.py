@@ -217,16 +217,26 @@ def flow_euler(
     clip: float | None = None,
     guidance: float = 1.0,
     stochastic: bool = False,
+    eta: float = 0.0,
+    S_noise: float = 1.0,
     **grid_options: Any,
 ) -> Table:
     """Rectified flow's sampler: Euler on x_t = (1 - sigma)*x_0 + sigma*eps, or, stochastic, m0 with fresh noise in each step.
 
-    schedule: a FlowSchedule, or a Grid. The other arguments as in ddpm. Raises ValueError naming the argument.
+    eta: in [0, 1]; above 0 a step leads down to sigma_down, then noise up, as in ComfyUI's euler_ancestral for flows. S_noise
+    scales the noise. schedule: a FlowSchedule, or a Grid, of a flow where eta is above 0. The other arguments as in ddpm.
+    Raises ValueError naming the argument.
     """
+    eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
+    if eta > 1 or (eta and stochastic):
+        raise ValueError(f"eta: expected a value in [0, 1], and 0 where stochastic, got {eta:g}")
     grid, columns = one_call(
         schedule, steps, scaling, prediction, clip, guidance, grid_options, allowed=(FlowSchedule,)
     )
-    keep = np.zeros(len(grid)) if stochastic else grid.sigma_next
-    columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, keep)
-    columns["c_noise"] = solvers.rest(grid.sigma_next, keep)
-    return make_table("flow_euler", grid, columns)
+    if eta:
+        columns["c_x"], columns["c_m0"], noise = solvers.flow_ancestral(grid.sigma, grid.sigma_next, eta, True)
+    else:
+        keep = np.zeros(len(grid)) if stochastic else grid.sigma_next
+        columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, keep)
+        noise = solvers.rest(grid.sigma_next, keep)
+    return make_table("flow_euler", grid, columns | noise_columns(noise, S_noise))

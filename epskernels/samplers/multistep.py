@@ -292,7 +292,7 @@ def sa_solver(
     guidance: float = 1.0,
     predictor_order: int = 3,
     corrector_order: int = 4,
-    tau: float = 1.0,
+    tau: float | Callable[[Array], Array] = 1.0,
     S_min: float = 0.0,
     S_max: float = np.inf,
     S_noise: float = 1.0,
@@ -302,20 +302,22 @@ def sa_solver(
     """SA-Solver (arXiv 2309.05019, alg. 1; x_0 predicted): a stochastic multistep predictor, corrected by the next call's m0.
 
     predictor_order: 1 to 3. corrector_order: 1 to 4, or 0 for none. tau: 0 is the probability flow, 1 the reverse SDE, in steps
-    that end at sigma/alpha in [S_min, S_max]; 0 in the others. S_noise scales the noise. Towards sigma = 0 the orders fall, and
-    the last call is not corrected. The corrected state keeps the predictor's noise: it is x + y + kappa*m0, x the predicted
-    state. schedule: any of the three, or a Grid, with alpha and sigma > 0 at every model call. space: "vp", the network's own
-    state, or "sigma", x_0 + (sigma/alpha)*eps. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError
+    that end at sigma/alpha in [S_min, S_max]; 0 in the others; or a function of those ends, arrays. S_noise scales the noise.
+    Towards sigma = 0 the orders fall, and the last call is not corrected. The corrected state keeps the predictor's noise: it
+    is x + y + kappa*m0, x the predicted state. schedule: any of the three, or a Grid, with alpha and sigma > 0 at every model
+    call. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. scaling, prediction, clip, guidance,
+    grid_options: as in ddpm. Raises ValueError
     naming the argument.
     """
     one_of("predictor_order", predictor_order, (1, 2, 3))
     one_of("corrector_order", corrector_order, (0, 1, 2, 3, 4))
-    tau, S_noise = number("tau", tau, 0), number("S_noise", S_noise, 0)
+    S_noise = number("S_noise", S_noise, 0)
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     require_alpha(grid, "sa_solver")
     n, i = len(grid), np.arange(len(grid))
     ratio = grid.sigma_next / grid.alpha_next
-    tau_of_step = np.where((S_min <= ratio) & (ratio <= S_max), tau, 0.0)
+    taus = np.array([number("tau", each, 0) for each in (tau(ratio) if callable(tau) else [tau])])
+    tau_of_step = np.where((S_min <= ratio) & (ratio <= S_max), taus, 0.0)
     h = _log_snr_steps(grid)
     finite = np.isfinite(h)
     faded = tau_of_step**2 * np.where(finite, h, 0.0)

@@ -4,6 +4,7 @@ The second row reads what the first one made of x, and m1, from which the step's
 its own lies between, so that the first x travels as y.
 """
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -52,15 +53,15 @@ def _edm(
     churn: Churn,
     second: str | None,
 ) -> Table:
-    """EDM's algorithm 2. second: where each step but the last has its second call, at its "end", in its "middle" in log sigma,
-    or None."""
+    """EDM's algorithm 2. second: where each step that does not lead to 0 has its second call, at its "end", in its "middle" in
+    log sigma, or None."""
     grid = karras(schedule).grid(steps)
     sigma_hat, added = _churned(grid, *churn)
-    at_hat, S_noise = karras(schedule).grid_at(sigma_hat), churn[3]
+    at_hat, S_noise = dataclasses.replace(karras(schedule).grid_at(sigma_hat), sigma_end=grid.sigma_end), churn[3]
     # Churn before the next step is noise at the end of this one; that of the first step is in the initial latent.
     noise = noise_columns(np.sqrt(np.append(added[1:], 0.0)), S_noise)
     initial_sigma = np.sqrt(grid.sigma[0] ** 2 + S_noise**2 * added[0])
-    every, twice = np.arange(len(grid)), np.arange(len(grid) - 1 if second else 0)
+    every, twice = np.arange(len(grid)), np.flatnonzero((grid.sigma_next > 0) & (second is not None))
     of_once = np.isin(every, twice, invert=True)
     sigma, end = sigma_hat[twice], grid.sigma_next[twice]
     c_x, c_m0 = solvers.first_order(1.0, sigma_hat, 1.0, grid.sigma_next)

@@ -795,17 +795,17 @@ def ipndm_v(eps, x, alpha, sigma, *, order=4, keep=exact):
     return states
 
 
-def deis(eps, x, alpha, sigma, *, order=3, variable="time", keep=exact):
-    """DEIS (Zhang and Chen, arXiv 2204.13902, eq. 14, 15): in the time of beta = 0.1 + 19.9 t, or in log rho, rho."""
+def deis(eps, x, alpha, sigma, *, order=3, variable="time", beta=(0.1, 19.9), keep=exact):
+    """DEIS (Zhang and Chen, arXiv 2204.13902, eq. 14, 15): in the time of beta[0] + beta[1]*t, or in log rho, rho."""
     rho, old, states = sigma / alpha, [], []
     if variable == "time":  # log(1 + rho^2) = the integral of beta
 
         def to(r):
-            return (-0.1 + np.sqrt(0.01 + 2 * 19.9 * np.log(1 + r**2))) / 19.9
+            return (-beta[0] + np.sqrt(beta[0] ** 2 + 2 * beta[1] * np.log(1 + r**2))) / beta[1]
 
         def slope(t):
-            r = np.sqrt(np.exp(0.1 * t + 19.9 * t**2 / 2) - 1)
-            return (0.1 + 19.9 * t) / 2 * (1 + r**2) / r
+            r = np.sqrt(np.exp(beta[0] * t + beta[1] * t**2 / 2) - 1)
+            return (beta[0] + beta[1] * t) / 2 * (1 + r**2) / r
     else:
         to, slope = {"log_rho": (np.log, np.exp), "rho": (lambda r: r, lambda r: 1.0)}[variable]
     for j in range(len(alpha) - 1):
@@ -927,6 +927,49 @@ def sa_solver(
         x, m[i] = keep(x), keep(m[i])
         states.append(x)
     return states
+
+
+# ---- ComfyUI's ----
+
+
+def sigma_heunpp2(denoise, x, sigmas, lam, noise, *, keep=exact):
+    """ComfyUI's heunpp2: one call in the last step, two in the one before, three in the others."""
+    states = []
+    for i in range(len(sigmas) - 1):
+        at, slopes, start = x, [], x
+        for k in range(min(3, len(sigmas) - 1 - i)):
+            if k:
+                at = at + (sigmas[i + k] - sigmas[i + k - 1]) * slopes[-1]
+            slopes.append(to_d(at, sigmas[i + k], _scaled(denoise, at, sigmas[i + k], lam[i])))
+        parts = [sigmas[i + k] / (len(slopes) * sigmas[0]) for k in range(1, len(slopes))]
+        mean = sum(w * d for w, d in zip([1 - sum(parts), *parts], slopes, strict=True))
+        x = keep(start + (sigmas[i + 1] - sigmas[i]) * mean)
+        states.append(x)
+    return states
+
+
+def flow_ancestral(denoise, x, sigmas, noise, *, method="euler", eta=1.0, s_noise=1.0):
+    """ComfyUI's euler_ancestral, dpm_2_ancestral and dpmpp_2s_ancestral for x = (1 - sigma)*x_0 + sigma*eps."""
+    for i, (s, s_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        d = denoise(x, s)
+        if s_next == 0:
+            x = d
+            continue
+        down = s_next * (1 + (s_next / s - 1) * eta)
+        if method == "euler":
+            x = down / s * x + (1 - down / s) * d
+        elif method == "dpm_2":
+            middle = np.sqrt(s * down)
+            u = x + (x - d) / s * (middle - s)
+            x = x + (u - denoise(u, middle)) / middle * (down - s)
+        else:
+            logit = np.log((1 - np.array([s, down])) / np.array([s, down])) if s < 1 else None
+            middle = 0.9999 if s == 1 else 1 / (1 + np.exp(logit.mean()))
+            u = middle / s * x + (1 - middle / s) * d
+            x = down / s * x + (1 - down / s) * denoise(u, middle)
+        scale = (1 - s_next) / (1 - down)
+        x = scale * x + noise[i] * s_noise * np.sqrt(max(s_next**2 - (down * scale) ** 2, 0))
+    return x
 
 
 # ---- and others ----
