@@ -276,8 +276,8 @@ def sample_dpm_adaptive(
     """DPM-Solver-12 or 23 (arXiv 2206.00927, appendix C): steps as long as the two orders agree.
 
     It ends at sigma_min, above 0; the error is one number of the whole batch, which the host waits for. eps_scaling: one
-    number, since the steps are not known. With seeds, the k-th accepted step has the k-th noise. return_info: also {"steps",
-    "nfe", "n_accept", "n_reject"}.
+    number, or lambda by noise level, since the steps are not known. With seeds, the k-th accepted step has the k-th noise.
+    return_info: also {"steps", "nfe", "n_accept", "n_reject"}.
     """
     check_ends(sigma_min, sigma_max)
     check(x)
@@ -287,8 +287,10 @@ def sample_dpm_adaptive(
     if order not in (2, 3):
         raise ValueError(f"order: expected 2 or 3, got {order!r}")
     lambda_t = scaling.as_scaling(eps_scaling, "eps_scaling")
-    if lambda_t.spec is None or lambda_t.spec["kind"] != "constant":
-        raise ValueError(f"eps_scaling: expected one number, since the steps are not known, got {eps_scaling!r}")
+    if not lambda_t.by_level and (lambda_t.spec is None or lambda_t.spec["kind"] != "constant"):
+        raise ValueError(
+            f"eps_scaling: expected one number, or lambda by noise level, since the steps are not known, got {eps_scaling!r}"
+        )
     options = noisy(eta, s_noise)
     chosen = None if seeds is None else as_noise_seeds(seeds, noise_sampler, x)
     controller = StepSize(h_init, pcoeff, icoeff, dcoeff, 1.5 if eta else order, accept_safety)

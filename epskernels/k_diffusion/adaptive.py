@@ -44,12 +44,13 @@ class Pair:
         flow: Flow | None,
     ):
         levels = np.array([float(sigma), float(sigma_next)])
-        alone = scaling.noise_alone(1.0 if flow is None else 1 - levels[:1], levels[:1], 1.0)
-        lambdas = scaling.lambdas(lambda_t, alone, "eps_scaling")
+        alpha = np.ones(1) if flow is None else 1 - levels[:1]
+        alone = scaling.noise_alone(alpha, levels[:1], 1.0)
+        lambdas = scaling.lambdas(lambda_t, alone, "eps_scaling", levels=scaling.log_snr(alpha, levels[:1]))
         # order two then has its second call where order three has it
         made = [
             table_of(
-                samplers.dpm_solver, levels, lambdas, np.array([each]),
+                samplers.dpm_solver, levels, lambda_t, lambdas, np.array([each]),
                 {"order": each, "r": 1 / 3 if order == 3 else 1 / 2, "least": least} | options, flow,
             ).to(x.device)
             for each in (order - 1, order)

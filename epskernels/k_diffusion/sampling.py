@@ -46,20 +46,30 @@ class Levels(KarrasSchedule):
 def table_of(
     sampler: Callable[..., Table],
     levels: Array,
+    eps_scaling: scaling.EpsilonScaling,
     lambda_t: Array,
     calls: NDArray[np.int64],
     options: dict[str, Any],
     flow: Flow | None,
 ) -> Table:
-    """The table of steps between the levels, (N + 1,); lambda_t, calls: of each step, (N,). flow: None for x_0 + sigma*eps."""
-    steps, scaled = len(levels) - 1, scaling.array(lambda_t, origin="noisiest")
+    """The table of steps between the levels, (N + 1,); lambda_t, calls: of each step, (N,). flow: None for x_0 + sigma*eps.
+
+    eps_scaling: what lambda_t is made of; by noise level, each call of a step has its own.
+    """
+    steps = len(levels) - 1
+    scaled = eps_scaling if eps_scaling.by_level else scaling.array(lambda_t, origin="noisiest")
     if flow is None:
         return sampler(Levels(levels), steps, scaling=scaled, prediction="sample", **options)
     if flow.sampler is not None:
         return flow.sampler(flow_grid(levels), steps, scaling=scaled, prediction="sample", **options)
     by_ratio = flow.form == "ratio"
     made = sampler(Levels(levels / (1 - levels) if by_ratio else levels), steps, prediction="sample", **options)
-    return (along_ratio if by_ratio else along_velocity)(made, np.repeat(lambda_t, calls))
+    of_calls = np.repeat(lambda_t, calls)
+    if eps_scaling.by_level:
+        alpha, sigma = made["alpha_in"] if by_ratio else 1 - made["sigma_in"], made["sigma_in"]
+        alone, at = scaling.noise_alone(alpha, sigma, 1.0), scaling.log_snr(alpha, sigma)
+        of_calls = scaling.lambdas(eps_scaling, alone, "eps_scaling", levels=at)
+    return (along_ratio if by_ratio else along_velocity)(made, of_calls)
 
 
 class Sampling:
@@ -102,11 +112,8 @@ class Sampling:
         if churn is not None:
             self.hats, self.first_churn, options = churned(levels, *churn)
         self.alpha = np.ones(len(self.hats)) if flow is None else 1 - self.hats
-        self.lambda_t = scaling.lambdas(
-            scaling.as_scaling(eps_scaling, "eps_scaling"),
-            scaling.noise_alone(self.alpha, self.hats, 1.0),
-            "eps_scaling",
-        )
+        value, alone = scaling.as_scaling(eps_scaling, "eps_scaling"), scaling.noise_alone(self.alpha, self.hats, 1.0)
+        self.lambda_t = scaling.lambdas(value, alone, "eps_scaling", levels=scaling.log_snr(self.alpha, self.hats))
         # A step of length 0 leaves x as it is. EDM's tables have rows for it; in the others, history would divide by 0.
         self.moves = (np.diff(levels) < 0) | self.edm
         of_step = np.where(self.moves, 1 if calls is None else calls(levels), 0)
@@ -116,7 +123,7 @@ class Sampling:
         if len(moved) == 1:  # no step moves: a table all the same, of a step that is not run
             moved = np.append(moved, 0.0)
         own = self.lambda_t[self.moves] if self.moves.any() else np.ones(1)
-        self.table = table_of(sampler, moved, own, of_step[of_step > 0], options, flow).to(x.device)
+        self.table = table_of(sampler, moved, value, own, of_step[of_step > 0], options, flow).to(x.device)
         self.noisy = self.table["c_noise"] != 0
         self.churns = churn is not None and churn[0] > 0
 

@@ -29,7 +29,7 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import k_diffusion, samplers, schedule
+from epskernels import k_diffusion, samplers, scaling, schedule
 
 from ..support import oracles
 from .test_k_diffusion import EDM, FUNCTIONS, LEVELS, SHAPE, Noise, denoise, model, never, start
@@ -1150,3 +1150,49 @@ def test_a_sample_alone_or_in_a_batch(server, kind, name):
     both = server.run(prompt(kind, sampler, noise="EpskernelsNoise", seed=7))
     alone = server.run(prompt(kind, sampler, noise="EpskernelsNoise", seed=8, batch=1))
     assert difference(alone[0], both[1]) < 1e-4 and difference(both[0], both[1]) > 0.1
+
+
+# ---- lambda by noise level ----
+
+BY_LEVEL = scaling.by_level([-3.0, 0.0, 3.0], [1.05, 1.01, 0.97])
+
+
+def scaled_by_hand(call, alpha_of):
+    """The model whose eps is divided by lambda of its own sigma; 1 where x is noise alone."""
+
+    def scaled(x, sigma, **extra_args):
+        at = float(sigma[0].double())
+        alpha, estimate = alpha_of(at), call(x, sigma, **extra_args)
+        if alpha < at / 900:
+            return estimate
+        by = float(np.interp(np.log(alpha / at), [-3.0, 0.0, 3.0], [1.05, 1.01, 0.97]))
+        return ((1 - 1 / by) * x.double() / alpha + estimate.double() / by).float()
+
+    return scaled
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *COMFYUIS])
+@pytest.mark.parametrize("on", ["eps", "flow"])
+def test_each_call_reads_lambda_by_level_at_its_own(name, on):
+    if on == "flow" and name not in ON_FLOWS:
+        pytest.skip("no flows")
+    run, options = getattr(k_diffusion, f"sample_{name}"), (COMFYUIS | KDIFFUSIONS).get(name, (0, 0, {}))[2]
+    sigmas = torch.tensor(EDM if on == "eps" else FLOW, dtype=torch.float32)
+    call, alpha_of = (model, lambda at: 1.0) if on == "eps" else (flow_model, lambda at: 1 - at)
+    seeds = {} if "seeds" not in inspect.signature(run).parameters else {"seeds": [5, 6]}
+
+    def sampled(call, **scaled):
+        asked = Wrapper(Model(Sampling() if on == "eps" else FlowSampling()), call)
+        return run(asked, start(sigmas.numpy()), sigmas, disable=True, **options, **seeds, **scaled)
+
+    got = sampled(call, eps_scaling=BY_LEVEL)
+    expected = sampled(scaled_by_hand(call, alpha_of))
+    torch.testing.assert_close(got, expected, rtol=0, atol=4e-5 * max(1.0, expected.abs().max().item()))
+    assert (got - sampled(call)).abs().max() > 1e-3
+
+
+def test_adaptive_steps_read_lambda_by_level():
+    x = start([20.0])
+    got = k_diffusion.sample_dpm_adaptive(model, x, 0.05, 20.0, disable=True, eps_scaling=BY_LEVEL)
+    by_hand = k_diffusion.sample_dpm_adaptive(scaled_by_hand(model, lambda at: 1.0), x, 0.05, 20.0, disable=True)
+    torch.testing.assert_close(got, by_hand, rtol=0, atol=2e-3)  # the step's length follows the last bits of the error
