@@ -55,7 +55,7 @@ class Multistep(Fused):
     def _keep(self, m0):
         """m0 into the history that diffusers keeps too."""
         self.model_outputs = [*self.model_outputs[1:], m0]
-        self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
+        self.lower_order_nums = min(self.lower_order_nums + 1, len(self.model_outputs))
 
     def _history(self, row):
         """(m1, m2), as many as the row reads."""
@@ -63,7 +63,7 @@ class Multistep(Fused):
 
     def _restart(self):
         super()._restart()
-        self.model_outputs, self.lower_order_nums = [None] * self.config.solver_order, 0
+        self.model_outputs, self.lower_order_nums = [None] * len(self.model_outputs), 0
 
 
 class DPMSolver(Multistep):
@@ -190,10 +190,47 @@ class EDMDPMSolverMultistepScheduler(PreconditionedDPMSolver, diffusers.EDMDPMSo
         return self.dpm_step(model_output, timestep, sample, generator, None, return_dict, seeds)
 
 
-class UniPC(Multistep):
+class PredictorCorrector(Multistep):
     """x is what the predictor made; y carries the part of the corrected state that was known before the model's call."""
 
     _mixes = False
+
+    def _most_steps(self):
+        """By lower_order_final the order of a step is at most the number of timesteps that are left: none where they were cut."""
+        return min(self._length(), len(self.timesteps)) if self.config.lower_order_final else self._length()
+
+    def _corrected(self, A, predictors, correctors, orders, corrects):
+        """The columns of each step, for each number of calls before it.
+
+        orders: by that number, those of the predictor and of the corrector that the next call completes, (N,) each. A,
+        predictors, correctors, corrects: as `solvers` has them.
+        """
+        completed = {order: weights for order, (weights, _) in correctors.items()}
+        of_next = {order: np.roll(weight, 1) for order, (_, weight) in correctors.items()}
+        corrects_next, levels = np.append(corrects[1:], False), []
+        for before, (order, order_of_corrector) in enumerate(orders):
+            P = solvers.of_order(order, predictors)
+            Q = np.where(corrects_next, solvers.of_order(order_of_corrector, completed), 0.0)  # nobody reads the others
+            of_before = solvers.of_order(np.roll(orders[max(before - 1, 0)][1], 1), of_next)
+            levels.append(solvers.predictor_corrector(A, P, Q, of_before, corrects & (before > 0), corrects_next))
+        return {name: np.concatenate([level[name] for level in levels]) for name in levels[0]}
+
+    def corrected_step(self, row, f, x, noise=None):
+        """x', once the row is known. noise: as a tensor, since the state that the next call corrects has it too."""
+        m1, m2 = self._history(row)
+        y = self.last_sample if self.lower_order_nums else None
+        next_x, m0, y = self._step(row, f, x, noise, m1=m1, m2=m2, y=y, results=3)
+        self.last_sample = y if noise is None else torch.add(y, noise, alpha=row.c_noise)
+        self._keep(m0)
+        self._step_index += 1
+        return as_dtype_of(next_x, x)
+
+    def _restart(self):
+        super()._restart()
+        self.last_sample = None
+
+
+class UniPC(PredictorCorrector):
     _reads = "predict_x0", "disable_corrector", "solver_p"
 
     def _read_config(self):
@@ -207,30 +244,16 @@ class UniPC(Multistep):
         predictors, correctors = solvers.bh_updates(
             h, first, ends[0][1:], config.solver_order, config.solver_type, self.predict_x0
         )
-        completed = {order: weights for order, (weights, _) in correctors.items()}
-        of_next = {order: np.roll(of_next, 1) for order, (_, of_next) in correctors.items()}
         i = np.arange(n)
         left = len(self.timesteps) - i  # fewer where timesteps were cut: diffusers has no order 0
         most = np.minimum(config.solver_order, left) if config.lower_order_final else np.full(n, config.solver_order)
-        corrects = ~np.isin(i - 1, list(self.disable_corrector)) & (i > 0)
-        corrects_next = np.append(corrects[1:], False)
-        levels = []
-        for before in range(config.solver_order + 1):
-            order, order_before = np.minimum(most, before + 1), np.minimum(np.roll(most, 1), max(before, 1))
-            P, Q = solvers.of_order(order, predictors), solvers.of_order(order, completed)
-            Q = np.where(corrects_next, Q, 0.0)  # nobody reads the others
-            of_before = solvers.of_order(order_before, of_next)
-            levels.append(solvers.predictor_corrector(A, P, Q, of_before, corrects & (before > 0), corrects_next))
-        columns = {name: np.concatenate([level[name] for level in levels]) for name in levels[0]}
+        corrects, levels = ~np.isin(i - 1, list(self.disable_corrector)) & (i > 0), config.solver_order + 1
+        orders = [(order, order) for order in (np.minimum(most, before + 1) for before in range(levels))]
+        columns = self._corrected(A, predictors, correctors, orders, corrects)
         columns |= {
-            name: np.tile(c, len(levels))
-            for name, c in zip(("d_x", "d_f"), self._kept(not self.predict_x0), strict=True)
+            name: np.tile(c, levels) for name, c in zip(("d_x", "d_f"), self._kept(not self.predict_x0), strict=True)
         }
         return columns, False
-
-    def _most_steps(self):
-        """By lower_order_final the order of a step is at most the number of timesteps that are left: none where they were cut."""
-        return min(self._length(), len(self.timesteps)) if self.config.lower_order_final else self._length()
 
     def _check_last_steps(self, plan):
         n = self._length()
@@ -246,24 +269,11 @@ class UniPC(Multistep):
         if self.solver_p is not None:
             return "solver_p is another scheduler's step"
 
-    def unipc_step(self, row, f, x):
-        """x', once the row is known."""
-        m1, m2 = self._history(row)
-        y = self.last_sample if self.lower_order_nums else None
-        next_x, m0, self.last_sample = self._step(row, f, x, m1=m1, m2=m2, y=y, results=3)
-        self._keep(m0)
-        self._step_index += 1
-        return as_dtype_of(next_x, x)
-
-    def _restart(self):
-        super()._restart()
-        self.last_sample = None
-
 
 class UniPCMultistepScheduler(UniPC, diffusers.UniPCMultistepScheduler):
     def step(self, model_output, timestep, sample, return_dict=True):
         row = self._enter(model_output, timestep, sample)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)
-        x = self.unipc_step(row, model_output, sample)
+        x = self.corrected_step(row, model_output, sample)
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)

@@ -38,6 +38,7 @@ from .scaled import scaled_class
 from .scheduler import Configured
 from .sigmas import EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from .singlestep import DPMSolverSinglestepScheduler
+from .stochastic import KarrasVeScheduler, SASolverScheduler
 from .timesteps import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, UnCLIPScheduler
 from .two_calls import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
 from .video import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
@@ -57,7 +58,7 @@ FUSED = {
         HeliosScheduler, MiniMaxH3Scheduler, SCMScheduler, CMStochasticIterativeScheduler, ConsistencyDecoderScheduler,
         DDIMInverseScheduler, DDIMParallelScheduler, DDPMParallelScheduler, UnCLIPScheduler, CogVideoXDDIMScheduler,
         CogVideoXDPMScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler,
-        DDPMWuerstchenScheduler, RePaintScheduler, ScoreSdeVeScheduler,
+        DDPMWuerstchenScheduler, RePaintScheduler, ScoreSdeVeScheduler, SASolverScheduler, KarrasVeScheduler,
     )
 }  # fmt: skip
 if is_torchsde_available():

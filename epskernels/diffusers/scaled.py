@@ -280,7 +280,7 @@ def _arguments(step):
 
 
 def named(name):
-    """The class that a saved pipeline names: "SASolverScheduler", or "module.Class" of a module that is imported.
+    """The class that a saved pipeline names: "PiflowScheduler", or "module.Class" of a module that is imported.
 
     Raises AttributeError where there is none.
     """

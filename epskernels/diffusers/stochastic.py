@@ -1,0 +1,180 @@
+"""Noise at every step, a tau or a churn: SASolver, KarrasVe."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import schedulers as theirs
+from diffusers.schedulers import scheduling_sasolver
+from diffusers.schedulers.deprecated.scheduling_karras_ve import KarrasVeOutput
+from torch import Tensor
+
+from .. import solvers
+from ..ops import as_seeds
+from ..typing import Array
+from .common import as_float64
+from .multistep import PredictorCorrector
+from .plan import Plan
+from .scheduler import Fused
+
+
+def noise_between_200_and_800(t: Tensor) -> int:
+    """diffusers' own tau by default, which can be pickled."""
+    return 1 if 200 <= t <= 800 else 0
+
+
+class SASolverScheduler(PredictorCorrector, diffusers.SASolverScheduler):
+    """SA-Solver (arXiv 2309.05019), x_0 or eps integrated. y has the step's noise too, of which the corrector keeps as much."""
+
+    _reads = "tau_func", "predict_x0"
+    tau_func: Callable[[Tensor], float]
+    _channels: int | None = None
+
+    def _read_config(self) -> None:
+        config = self.config
+        self._thresholds = config.thresholding and config.algorithm_type == "data_prediction"
+        learned = config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon"
+        self._channels = 3 if learned else None  # as diffusers has it
+        if getattr(self.tau_func, "__module__", None) == scheduling_sasolver.__name__:
+            self.tau_func = noise_between_200_and_800
+
+    def _refuses(self) -> str | None:
+        config = self.config
+        if not (1 <= config.predictor_order <= 3 and 1 <= config.corrector_order <= 4):
+            return f"orders {config.predictor_order} and {config.corrector_order} are not within 3 and 4"
+        return (
+            "dynamic thresholding of a solver that integrates eps"
+            if config.thresholding and not self._thresholds
+            else None
+        )
+
+    def _formula(self, options: tuple[Any, ...]) -> tuple[dict[str, Array], bool]:
+        config, n, by_x0 = self.config, self._length(), self.predict_x0
+        alpha, sigma, h = self._levels()
+        i, steps = np.arange(n), len(self.timesteps)  # which may have been cut
+        tau = np.array([float(self.tau_func(t)) for t in self.timesteps])[np.minimum(i, steps - 1)]
+        if by_x0:
+            A = sigma[1:] / sigma[:-1] * solvers.decay(tau**2 * h, 1.0)
+            noise = solvers.sde_noise(sigma[1:], tau**2 * h, 1.0)
+        else:
+            A, noise = alpha[1:] / alpha[:-1], tau * solvers.sde_noise(sigma[1:], h, 1.0, by_x0=False)
+        updates = solvers.stochastic_adams(h, (alpha if by_x0 else sigma)[1:], tau, by_x0, simplified=True)
+        left = steps - i if config.lower_order_final else np.full(n, 4)
+        most = np.minimum(config.predictor_order, left), np.minimum(config.corrector_order, left + 1)
+        levels = range(max(config.predictor_order, config.corrector_order - 1) + 1)
+        orders = [(np.minimum(most[0], before + 1), np.minimum(most[1], before + 2)) for before in levels]
+        d_x, d_f = self._kept(config.algorithm_type == "noise_prediction")
+        once = {"d_x": d_x, "d_f": d_f, "c_noise": noise}
+        columns = {name: np.tile(column, len(levels)) for name, column in once.items()}
+        return columns | self._corrected(A, *updates, orders, i > 0), True
+
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None, return_dict: bool = True, *, seeds: Any = None,
+    ) -> Any:  # fmt: skip
+        """diffusers' step; seeds: (B,), for noise made by the package's generator."""
+        f, x = model_output, sample
+        row = self._enter(f, timestep, x)
+        place, t = self._place(timestep), self._host()
+        if row.why is None and (place is None or t[place : place + 1] != t[row.step : row.step + 1]):
+            row = row.refused(f"timestep {timestep}, which tau is of, is not that of step {row.step}")
+        if row.why is not None:
+            return self._own(row, f, timestep, x, seeds, generator=generator, return_dict=return_dict)
+        f = f[:, : self._channels]
+        noise = self._drawn(*self._noise(row, f, generator, seeds), x, row.step)
+        x = self.corrected_step(row, f, x, noise)
+        return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+
+class Call(NamedTuple):
+    """What KarrasVe knows a call by: the sigma of the state, where the step ends, and whether the step is corrected."""
+
+    sigma_hat: float | Tensor
+    sigma_prev: float | Tensor
+    corrects: bool = False
+
+
+class KarrasVeScheduler(Fused, diffusers.KarrasVeScheduler):
+    """A row for each step, then one for each correction. The model's output is -eps; m0 is eps, the slope, and y' x_0."""
+
+    _tensors = "timesteps", "schedule"
+    _steps: Mapping[tuple[np.float32, np.float32], int] = {}
+
+    def _length(self) -> int:
+        return len(self.timesteps)
+
+    def _levels(self) -> tuple[Array, Array, Array]:
+        """sigma of each step, as churn raises it, and where the step ends."""
+        t, levels, c = np.asarray(self.timesteps.cpu()), as_float64(self.schedule), self.config
+        hat = solvers.churned(levels[t], self.num_inference_steps, c.s_churn, c.s_min, c.s_max)
+        return levels[t], hat, np.where(t > 0, levels[t - 1], 0.0)
+
+    def _read_config(self) -> None:
+        super()._read_config()
+        self._steps = {}
+        if self.schedule is not None:
+            sigma, raised, end = self._levels()
+            level, gamma = sigma.astype(np.float32), (raised / sigma - 1).astype(np.float32)
+            for hat in (raised.astype(np.float32), level + gamma * level):  # of numbers, and of float32 tensors
+                ends = zip(hat, end.astype(np.float32), strict=True)
+                self._steps = {**self._steps, **{between: i for i, between in enumerate(ends)}}
+
+    def _model(self, options: tuple[Any, ...]) -> tuple[Array, Array, Array, Array]:
+        hat = self._levels()[1]
+        return np.ones(len(hat)), hat, np.ones(len(hat)), hat
+
+    def _formula(self, options: tuple[Any, ...]) -> tuple[dict[str, Array], bool]:
+        _, hat, end = self._levels()
+        zero, one, half = np.zeros(len(hat)), np.ones(len(hat)), (end - hat) / 2
+        rows = {
+            "c_x": (one, zero), "c_m0": (end - hat, half), "c_y": (zero, one), "c_m1": (zero, half), "d_f": (-one, -one),
+            "k_x": (one, one), "k_m0": (-hat, -end),
+        }  # fmt: skip
+        return {name: np.concatenate(both) for name, both in rows.items()}, False
+
+    def _row(self, plan: Plan, timestep: Call) -> int | None:
+        i = self._steps.get((np.float32(timestep.sigma_hat), np.float32(timestep.sigma_prev)))
+        return i if i is None else i + timestep.corrects * self._seen.length
+
+    def _call_theirs(self, method: str, f: Tensor, timestep: Call, x: Tensor, **arguments: Any) -> Any:
+        state = {"sample_prev" if timestep.corrects else "sample_hat": x}
+        return getattr(self._theirs, method)(self, f, *timestep[:2], **state, **arguments)
+
+    def add_noise_to_input(
+        self, sample: Tensor, sigma: float | Tensor, generator: torch.Generator | None = None, *, seeds: Any = None
+    ) -> Any:
+        """diffusers' own; seeds: (B,), for noise made by the package's generator."""
+        seeds = self._seeds if seeds is None and generator is None else seeds
+        if seeds is None:
+            return super().add_noise_to_input(sample, sigma, generator)
+        levels, raised, _ = self._levels()
+        if not len(step := np.flatnonzero(levels == np.float32(sigma))):
+            raise ValueError(f"sigma: expected one of scheduler.schedule, since seeds are given, got {sigma}")
+        level, hat = levels[step].item(), raised[step].item()
+        eps = self._drawn(None, as_seeds(seeds, sample.device), sample, step.item())
+        return torch.add(sample, eps, alpha=self.config.s_noise * (hat**2 - level**2) ** 0.5), hat
+
+    def step(
+        self, model_output: Tensor, sigma_hat: float | Tensor, sigma_prev: float | Tensor, sample_hat: Tensor,
+        return_dict: bool = True,
+    ) -> Any:  # fmt: skip
+        call = Call(sigma_hat, sigma_prev)
+        row = self._enter(model_output, call, sample_hat)
+        if row.why is not None:
+            return self._own(row, model_output, call, sample_hat, return_dict=return_dict)
+        x, derivative, x0 = self._step(row, model_output, sample_hat, results=3)
+        return KarrasVeOutput(x, derivative, x0) if return_dict else (x, derivative)
+
+    def step_correct(
+        self, model_output: Tensor, sigma_hat: float | Tensor, sigma_prev: float | Tensor, sample_hat: Tensor,
+        sample_prev: Tensor, derivative: Tensor, return_dict: bool = True,
+    ) -> Any:  # fmt: skip
+        f, x, call = model_output, sample_prev, Call(sigma_hat, sigma_prev, corrects=True)
+        row = self._enter(f, call, x)
+        if row.why is not None:
+            more = {"sample_hat": sample_hat, "derivative": derivative, "return_dict": return_dict}
+            return self._own(row, f, call, x, method="step_correct", **more)
+        x, _, x0 = self._step(row, f, x, m1=derivative, y=sample_hat, results=3)
+        return KarrasVeOutput(x, derivative, x0) if return_dict else (x, derivative)
