@@ -327,7 +327,7 @@ def karras_ve(kind, dtype=torch.float32, of=lambda level: level, lam=lambda call
 
     of: what a user makes of a level of the schedule. lam: by which call's output is divided.
     """
-    scheduler = kind.KarrasVeScheduler(sigma_max=9.0, s_churn=2.5, **made)
+    scheduler = kind.KarrasVeScheduler(sigma_max=9.0, s_churn=2.7, **made)
     draw, found = torch.Generator().manual_seed(3), []
 
     def model(x, sigma):  # -eps of a denoiser
@@ -341,6 +341,7 @@ def karras_ve(kind, dtype=torch.float32, of=lambda level: level, lam=lambda call
         state, sigma_hat = scheduler.add_noise_to_input(x, sigma, generator=draw)
         result = scheduler.step(model(state, sigma_hat), sigma_hat, sigma_prev, state)
         found.append(result)
+        assert getattr(scheduler, "path", "fused") == "fused"
         if sigma_prev:
             more = (state, result.prev_sample, result.derivative)
             result = scheduler.step_correct(model(result.prev_sample, sigma_prev), sigma_hat, sigma_prev, *more)
@@ -354,7 +355,7 @@ def test_karras_ve_is_as_close_as_diffusers(of):
     _, exact = karras_ve(diffusers, torch.float64, of)
     _, theirs = karras_ve(diffusers, of=of)
     scheduler, ours = karras_ve(fused, of=of)
-    assert scheduler.path == "fused" and len(ours) == 2 * STEPS - 1
+    assert scheduler.path == "fused" and len(ours) == 2 * STEPS - 1  # the last step is not corrected
 
     def errors(found):
         return [
