@@ -1,6 +1,6 @@
 """Noise at every step, a tau or a churn: SASolver, KarrasVe."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import diffusers
@@ -82,7 +82,7 @@ class SASolverScheduler(PredictorCorrector, diffusers.SASolverScheduler):
             row = row.refused(f"timestep {timestep}, which tau is of, is not that of step {row.step}")
         if row.why is not None:
             return self._own(row, f, timestep, x, seeds, generator=generator, return_dict=return_dict)
-        f = f[:, : self._channels]
+        f = f if self._channels is None else f[:, : self._channels]
         noise = self._drawn(*self._noise(row, f, generator, seeds), x, row.step)
         x = self.corrected_step(row, f, x, noise)
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
@@ -100,33 +100,37 @@ class KarrasVeScheduler(Fused, diffusers.KarrasVeScheduler):
     """A row for each step, then one for each correction. The model's output is -eps; m0 is eps, the slope, and y' x_0."""
 
     _tensors = "timesteps", "schedule"
-    _steps: Mapping[tuple[np.float32, np.float32], int] = {}
+    _steps: dict[tuple[float, float], int] = {}
 
     def _length(self) -> int:
         return len(self.timesteps)
 
     def _levels(self) -> tuple[Array, Array, Array]:
-        """sigma of each step, as churn raises it, and where the step ends."""
+        """sigma of each step, by how much of it churn raises it, and where the step ends."""
         t, levels, c = np.asarray(self.timesteps.cpu()), as_float64(self.schedule), self.config
-        hat = solvers.churned(levels[t], self.num_inference_steps, c.s_churn, c.s_min, c.s_max)
-        return levels[t], hat, np.where(t > 0, levels[t - 1], 0.0)
+        sigma, end = levels[t], np.where(t > 0, levels[t - 1], 0.0)
+        churns = (c.s_min <= sigma) & (sigma <= c.s_max)
+        return sigma, churns * min(c.s_churn / self.num_inference_steps, 2**0.5 - 1), end
+
+    def _ends(self) -> tuple[Array, Array]:
+        sigma, gamma, end = self._levels()
+        return sigma + gamma * sigma, end
 
     def _read_config(self) -> None:
         super()._read_config()
-        self._steps = {}
         if self.schedule is not None:
-            sigma, raised, end = self._levels()
-            level, gamma = sigma.astype(np.float32), (raised / sigma - 1).astype(np.float32)
-            for hat in (raised.astype(np.float32), level + gamma * level):  # of numbers, and of float32 tensors
-                ends = zip(hat, end.astype(np.float32), strict=True)
-                self._steps = {**self._steps, **{between: i for i, between in enumerate(ends)}}
+            sigma, gamma, end = self._levels()
+            self._steps = {}
+            for kind in (np.float64, np.float32):  # of numbers, and of the schedule's tensors
+                hat = sigma.astype(kind) + gamma.astype(kind) * sigma.astype(kind)
+                self._steps |= {ends: i for i, ends in enumerate(zip(hat.tolist(), end.tolist(), strict=True))}
 
     def _model(self, options: tuple[Any, ...]) -> tuple[Array, Array, Array, Array]:
-        hat = self._levels()[1]
+        hat, _ = self._ends()
         return np.ones(len(hat)), hat, np.ones(len(hat)), hat
 
     def _formula(self, options: tuple[Any, ...]) -> tuple[dict[str, Array], bool]:
-        _, hat, end = self._levels()
+        hat, end = self._ends()
         zero, one, half = np.zeros(len(hat)), np.ones(len(hat)), (end - hat) / 2
         rows = {
             "c_x": (one, zero), "c_m0": (end - hat, half), "c_y": (zero, one), "c_m1": (zero, half), "d_f": (-one, -one),
@@ -135,7 +139,7 @@ class KarrasVeScheduler(Fused, diffusers.KarrasVeScheduler):
         return {name: np.concatenate(both) for name, both in rows.items()}, False
 
     def _row(self, plan: Plan, timestep: Call) -> int | None:
-        i = self._steps.get((np.float32(timestep.sigma_hat), np.float32(timestep.sigma_prev)))
+        i = self._steps.get((float(timestep.sigma_hat), float(timestep.sigma_prev)))
         return i if i is None else i + timestep.corrects * self._seen.length
 
     def _call_theirs(self, method: str, f: Tensor, timestep: Call, x: Tensor, **arguments: Any) -> Any:
@@ -149,8 +153,8 @@ class KarrasVeScheduler(Fused, diffusers.KarrasVeScheduler):
         seeds = self._seeds if seeds is None and generator is None else seeds
         if seeds is None:
             return super().add_noise_to_input(sample, sigma, generator)
-        levels, raised, _ = self._levels()
-        if not len(step := np.flatnonzero(levels == np.float32(sigma))):
+        (levels, _, _), (raised, _) = self._levels(), self._ends()
+        if not len(step := np.flatnonzero(levels == float(sigma))):
             raise ValueError(f"sigma: expected one of scheduler.schedule, since seeds are given, got {sigma}")
         level, hat = levels[step].item(), raised[step].item()
         eps = self._drawn(None, as_seeds(seeds, sample.device), sample, step.item())
