@@ -95,7 +95,7 @@ class Matched:
     """What `match_norms` found, per step of the sampler, float64 (steps,), the noisiest first.
 
     lambda_t: the ratio of the norms, or 1 where x is noise alone. standard_error: of it, of pairs. norm_training,
-    norm_sampling: means over images, the second before it is divided by lambda_t.
+    norm_sampling: means over images, the second before it is divided by lambda_t. levels: log(alpha/sigma) of each step.
     """
 
     sampler: str
@@ -104,6 +104,7 @@ class Matched:
     standard_error: Array
     norm_training: Array
     norm_sampling: Array
+    levels: Array
 
     @property
     def skip(self) -> int:
@@ -111,18 +112,22 @@ class Matched:
         return len(self.lambda_t) // 4
 
     def scaling(self, kind: str = "array", skip: int | None = None) -> scaling.EpsilonScaling:
-        """lambda_t itself, or the fit of that kind to it.
+        """lambda_t itself, "array" or, for any number of steps, "by_level"; or the fit of that kind to it.
 
         skip: the cleanest steps whose ratio is not used, where it tells more of x_0 than of the noise: the fit leaves them out,
-        in the array they are 1. Default: a quarter of the steps.
+        in the array and by level they are 1. Default: a quarter of the steps.
         """
         skip = self.skip if skip is None else skip
-        if kind != "array":
+        if kind not in ("array", "by_level"):
             return fit(self.lambda_t, kind, skip).scaling
         if not 0 <= skip <= len(self.lambda_t):
             raise ValueError(f"skip: expected 0 to {len(self.lambda_t)}, got {skip}")
         kept = np.arange(len(self.lambda_t)) < len(self.lambda_t) - skip
-        return scaling.array(np.where(kept, self.lambda_t, 1), origin="noisiest")
+        values = np.where(kept, self.lambda_t, 1)
+        if kind == "array":
+            return scaling.array(values, origin="noisiest")
+        known = self.levels > math.log(scaling.NOISE_ALONE)  # below, x is noise alone
+        return scaling.by_level(self.levels[known], values[known])
 
     def plot(self, path: FilePath, kind: str | None = None, skip: int | None = None) -> None:
         """lambda_t with two standard errors, and the fit."""
@@ -234,7 +239,9 @@ def match_norms(
         for run, output, s in zip(runs, outputs, seeds, strict=True):
             run.rows = scaled
             run.step(i, *output, seeds=s)
-    return Matched(table.name, count, lambda_t, errors, training, sampling)
+    first = np.searchsorted(step_of_row, np.arange(steps))
+    levels = scaling.log_snr(table["alpha_in"][first], table["sigma_in"][first])
+    return Matched(table.name, count, lambda_t, errors, training, sampling, levels)
 
 
 # ---- search ----

@@ -1,7 +1,8 @@
 """lambda_t of Epsilon Scaling (arXiv 2308.15321): eps_theta(x_t, t) -> eps_theta(x_t, t) / lambda_t.
 
 The only place where lambda is defined; it is folded into a table's rows and has no name after that. It divides: lambda
-above 1 shrinks the predicted noise. i is the 0-based index of the sampler's step; where it counts from is always said.
+above 1 shrinks the predicted noise. i is the 0-based index of the sampler's step; where it counts from is always said. A
+schedule by noise level is a function of log(alpha/sigma) instead, and means the same whatever the sampler and its steps.
 """
 
 import dataclasses
@@ -23,26 +24,26 @@ from .files import read_object, reading, write_whole
 from .typing import Array, FilePath, Floats
 
 __all__ = [
-    "EpsilonScaling", "ScalingLike", "array", "as_json", "as_scaling", "constant", "exponential", "lambdas", "linear", "load",
-    "noise_alone", "quadratic", "scale",
+    "EpsilonScaling", "ScalingLike", "array", "as_json", "as_scaling", "by_level", "constant", "exponential", "lambdas", "linear",
+    "load", "log_snr", "noise_alone", "quadratic", "scale", "tsr",
 ]  # fmt: skip
 
 _log = logging.getLogger("epskernels")
-ORIGINS = ("cleanest", "noisiest")
+ORIGINS = ("cleanest", "noisiest", "level")
 NOISE_ALONE = 1 / 900  # of alpha/sigma: a zero SNR is often written as sigma = 4096, and a flow begun at 0.999 or above
 FORMAT = 1  # of the JSON files
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EpsilonScaling:
-    """lambda_i = formula(i), i = 0 at the cleanest or the noisiest step.
+    """lambda_i = formula(i), i = 0 at the cleanest or the noisiest step; or, of origin "level", formula(log(alpha/sigma)).
 
     `values(steps)` gives lambda for each step, the noisiest first. label: what repr shows. source: where it was published, or
     what it was fitted to. steps: of the sampler that it was published or fitted for; with another number the log warns. spec:
     the function here that made it and its arguments, for JSON; None for a formula of one's own. Two with one spec are equal.
     """
 
-    formula: Callable[[NDArray[np.int64]], ArrayLike]
+    formula: Callable[[np.ndarray], ArrayLike]
     origin: str
     label: str
     source: str = ""
@@ -51,15 +52,34 @@ class EpsilonScaling:
 
     def __post_init__(self) -> None:
         if self.origin not in ORIGINS:
-            raise ValueError(f"origin: expected 'cleanest' or 'noisiest' for the step i = 0, got {self.origin!r}")
+            raise ValueError(
+                "origin: expected 'cleanest' or 'noisiest' for the step i = 0, or 'level' for a formula of log(alpha/sigma), "
+                f"got {self.origin!r}"
+            )
 
-    def values(self, steps: int) -> Array:
-        """(steps,) float64, the noisiest step first. Raises ValueError where lambda is not finite or not above 0."""
-        if self.steps not in (None, steps):
+    @property
+    def by_level(self) -> bool:
+        """Whether lambda is a function of the noise level, not of the step's number."""
+        return self.origin == "level"
+
+    def values(self, steps: int, levels: ArrayLike | None = None) -> Array:
+        """(steps,) float64, the noisiest step first.
+
+        levels: log(alpha/sigma) of each step, (steps,), as `log_snr` gives it, infinite ones too; what is not by level does not
+        read it. Raises ValueError where lambda is not finite or not above 0, and where levels are missing.
+        """
+        if self.steps not in (None, steps) and not self.by_level:
             _say(
                 f"{self.label}: {self.source or 'fitted'} with {self.steps} steps, used with {steps}: lambda need not transfer"
             )
-        lambdas = np.asarray(self.formula(np.arange(steps)), dtype=np.float64)
+        at = np.arange(steps) if levels is None or not self.by_level else np.asarray(levels, dtype=np.float64)
+        if self.by_level and (levels is None or at.shape != (steps,)):
+            raise ValueError(
+                f"lambda: expected log(alpha/sigma) of each of {steps} steps, since {self.label} is by noise level, got "
+                f"{'None' if levels is None else f'shape {at.shape}'}"
+            )
+        with np.errstate(over="ignore"):
+            lambdas = np.asarray(self.formula(at), dtype=np.float64)
         if lambdas.shape != (steps,):
             raise ValueError(f"lambda: expected one value for each of {steps} steps, got shape {lambdas.shape}")
         if self.origin == "cleanest":
@@ -168,8 +188,59 @@ def array(values: ArrayLike, *, origin: str) -> EpsilonScaling:
     return scaling
 
 
+# ---- by noise level ----
+
+
+def log_snr(alpha: ArrayLike, sigma: ArrayLike) -> Array:
+    """log(alpha/sigma) of x = alpha*x_0 + sigma*eps, float64: -infinity where x is noise alone, +infinity where it has none."""
+    with np.errstate(divide="ignore"):
+        return np.log(np.asarray(alpha, dtype=np.float64)) - np.log(np.asarray(sigma, dtype=np.float64))
+
+
+def by_level(levels: ArrayLike | Callable[[Array], ArrayLike], values: ArrayLike | None = None) -> EpsilonScaling:
+    """lambda as a function of the noise level log(alpha/sigma): the same for any number of steps, spacing and sampler.
+
+    levels, values: (N,) each, a table: lambda is linear in log(alpha/sigma) between its levels, which rise, and stays beyond them
+    what it is at the ends. Or a function of (steps,) float64, infinite values among them, for lambda of each. Raises ValueError.
+    """
+    if callable(levels):
+        if values is not None:
+            raise ValueError("values: expected none beside a function of the level")
+        return EpsilonScaling(levels, "level", f"{getattr(levels, '__name__', 'a function')} of the noise level")
+    if values is None:
+        raise ValueError("values: expected lambda at each of the levels, got None")
+    at, lambda_t = (np.array(each, dtype=np.float64) for each in (levels, values))
+    if at.ndim != 1 or at.size == 0 or at.shape != lambda_t.shape:
+        raise ValueError(f"levels, values: expected (N,) each, got {at.shape} and {lambda_t.shape}")
+    if not np.isfinite(at).all() or (np.diff(at) <= 0).any():
+        raise ValueError(f"levels: expected finite values of log(alpha/sigma) that rise, got {at.tolist()}")
+    spec = {"kind": "by_level", "levels": at.tolist(), "values": lambda_t.tolist()}
+    label = f"table of {len(at)} noise levels"
+    scaling = EpsilonScaling(lambda level: np.interp(level, at, lambda_t), "level", label, spec=spec)
+    scaling.values(len(at), at)
+    return scaling
+
+
+def tsr(k: float, sigma: float = 1.0) -> EpsilonScaling:
+    """Temporal Score Rescaling (arXiv 2510.01184): lambda = (snr*sigma^2/k + 1)/(snr*sigma^2 + 1), snr = (alpha/sigma_t)^2.
+
+    It samples from the data's distribution with its modes, taken to have the standard deviation `sigma`, sharpened (k > 1: the
+    estimate of the noise grows) or widened (k < 1). lambda goes from 1 at pure noise to 1/k at the clean end. k, sigma: above 0.
+    Raises ValueError.
+    """
+    k, sigma = _number("k", k), _number("sigma", sigma)
+    if k <= 0 or sigma <= 0:
+        raise ValueError(f"k, sigma: expected values above 0, got {k:g} and {sigma:g}")
+
+    def formula(level: Array) -> Array:
+        return 1 + (1 / k - 1) / (1 + np.exp(-2 * level) / sigma**2)  # e^(-2*level) = 1/snr may be infinite
+
+    spec = {"kind": "tsr", "k": k, "sigma": sigma}
+    return EpsilonScaling(formula, "level", f"TSR k={k:g} sigma={sigma:g}", "arXiv 2510.01184", spec=spec)
+
+
 _KINDS: dict[str, Callable[..., EpsilonScaling]] = {
-    function.__name__: function for function in (constant, linear, quadratic, exponential, array)
+    function.__name__: function for function in (constant, linear, quadratic, exponential, array, by_level, tsr)
 }
 # What as_scaling takes.
 ScalingLike = (
@@ -205,7 +276,8 @@ def as_scaling(value: ScalingLike, name: str = "scaling") -> EpsilonScaling:
     """The EpsilonScaling that a value names: the one grammar for lambda, of samplers, schedulers, k_diffusion and files.
 
     value: an EpsilonScaling; a number, for every step; (steps,) numbers, a sequence, array or tensor, the noisiest step first;
-    {"k": , "b": , "origin": "cleanest" (default) or "noisiest"}, the paper's linear schedule, or a dict that `to_dict` made;
+    {"k": , "b": , "origin": "cleanest" (default) or "noisiest"}, the paper's linear schedule, or a dict that `to_dict` made, such
+    as {"kind": "tsr", "k": 0.95, "sigma": 1};
     "SYSTEM/DATASET/STEPS[/KIND]", as in `published`; the path of a file that `EpsilonScaling.save` or `epskernels calibrate`
     wrote, a string that ends in .json or a pathlib.Path. name: what the caller calls the argument; errors begin with it.
     Raises TypeError for another type, ValueError for a bad value, FileNotFoundError.
@@ -313,14 +385,15 @@ def lambdas(
     alone: NDArray[np.bool_],
     name: str = "lambda",
     say: Callable[[str], object] | None = None,
+    levels: Array | None = None,
 ) -> Array:
     """(steps,) lambda of each step, the noisiest first; 1 where x is noise `alone`, (steps,) bool: only that has a meaning there.
 
-    A formula gives 1 there, as `say` is told, by default the log, once; an array must.
+    A formula gives 1 there, as `say` is told, by default the log, once; an array must. levels: log(alpha/sigma) of each step.
     Raises ValueError where it does not, and as EpsilonScaling.values does.
     """
     try:
-        lambda_t = scaling.values(len(alone))
+        lambda_t = scaling.values(len(alone), levels)
     except ValueError as error:
         raise ValueError(f"{name}: {str(error).removeprefix('lambda: ')}") from None
     wrong = np.flatnonzero(alone & (lambda_t != 1))
@@ -328,7 +401,8 @@ def lambdas(
         i = int(wrong[0])
         if scaling.spec is not None and scaling.spec["kind"] == "array":
             raise ValueError(f"{name}: expected 1 where x is noise alone (step {i}), got {lambda_t[i]:g}")
-        (say or _say)(f"lambda is 1 in step {i}: x is noise alone there")
+        if not scaling.by_level:  # where it is a matter of course
+            (say or _say)(f"lambda is 1 in step {i}: x is noise alone there")
         lambda_t[alone] = 1.0
     return lambda_t
 

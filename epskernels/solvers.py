@@ -38,12 +38,12 @@ def model_output(prediction: str, alpha: Array, sigma: Array) -> tuple[Array, Ar
     raise ValueError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
 
 
-def determinant(f_x0: Array, f_eps: Array, alpha: Array, sigma: Array) -> Array:
+def determinant(f_x0: Array, f_eps: Array, alpha: Numbers, sigma: Array) -> Array:
     """Of the two equations for x and the output: 0 where they say nothing of x_0."""
     return alpha * f_eps - sigma * f_x0
 
 
-def x0_of(f_x0: Array, f_eps: Array, alpha: Array, sigma: Array) -> tuple[Array, Array]:
+def x0_of(f_x0: Array, f_eps: Array, alpha: Numbers, sigma: Array) -> tuple[Array, Array]:
     """(d_x, d_f) of x_0 = d_x*x + d_f*f."""
     D = determinant(f_x0, f_eps, alpha, sigma)
     return f_eps / D, -sigma / D
@@ -575,7 +575,7 @@ def predictor_corrector(
 # ---- flows ----
 
 
-def flow_ancestral(sigma: Array, sigma_next: Array, eta: float, draws: Array | bool) -> tuple[Array, Array, Array]:
+def flow_ancestral(sigma: Array, sigma_next: Array, eta: float, draws: np.ndarray | bool) -> tuple[Array, Array, Array]:
     """(c_x, c_m0, noise) of an ancestral step on x = (1 - sigma)*x_0 + sigma*eps; where it draws none, Euler to sigma_down.
 
     Euler goes to sigma_down = sigma_next*(1 + eta*(sigma_next/sigma - 1)); a factor on all brings the share of x_0 to 1 -

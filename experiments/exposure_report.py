@@ -3,9 +3,9 @@
 import matplotlib
 import numpy as np
 import records
+from matplotlib.figure import Figure
 
 from epskernels import calibrate
-from epskernels.exposure import figures
 
 BEGIN, END = "<!-- measured: written by `make quality-report` -->\n", "<!-- end of measured -->"
 KINDS = ("baseline", "uniform", "norm-matched")  # whose exposure bias is measured
@@ -206,9 +206,9 @@ def closed_form(e):
     ))  # fmt: skip
 
 
-def draw(name, rows, measured, path):
+def draw(name, rows, measured, axes):
     """One sampler's plots: norm gap and delta_t, without scaling and with, and the distance by b, for each number of steps."""
-    figure, (gap, delta, distance) = figures(3)
+    gap, delta, distance = axes
     for n, row in enumerate(rows):
         style = {"color": f"C{n}", "linewidth": 1}
         for kind, line in (("baseline", "-"), ("uniform", ":")):
@@ -220,16 +220,22 @@ def draw(name, rows, measured, path):
         points = sorted((float(b), d / row["trials"]["uniform"]["1"]) for b, d in row["trials"]["uniform"].items())
         distance.plot(*zip(*points, strict=True), "o-", markersize=2, label=f"T' = {row['steps']}", **style)
     gap.axhline(1, color="black", linewidth=0.8)
-    gap.set(title="norm gap, from real images", xlabel="along the chain, the noisiest row first")
-    delta.set(title="delta_t", xlabel="along the chain", yscale="log")
-    distance.set(title="Frechet distance over that at b = 1", xlabel="b", ylim=(0.5, 2))
+    gap.set(title=f"{name}: norm gap, from real images", xlabel="along the chain, the noisiest row first")
+    delta.set(title=f"{name}: delta_t", xlabel="along the chain", yscale="log")
+    distance.set(title=f"{name}: Frechet distance over that at b = 1", xlabel="b", ylim=(0.5, 2))
     for axis in (gap, delta, distance):
         axis.grid(alpha=0.3)
     for axis in (gap, distance):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6)
-    figure.suptitle(path.stem, fontsize=10)
-    figure.tight_layout()
+
+
+def draw_all(rows, measured, path):
+    """A model's plots, a line for each sampler."""
+    names = dict.fromkeys(row["sampler"] for row in rows)
+    figure = Figure(figsize=(13.8, 3.5 * len(names)), layout="tight")
+    for name, axes in zip(names, figure.subplots(len(names), 3, squeeze=False), strict=True):
+        draw(name, [row for row in rows if row["sampler"] == name and "lambda" in row], measured, axes)
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same file for the same numbers
         figure.savefig(path, metadata={"Date": None})
 
@@ -242,10 +248,7 @@ def section(subject, saved, folder):
         for kind in KINDS:
             if kind in row["exposure"] and not (kind == "uniform" and row.get("lambda", {}).get("uniform") == 1):
                 measured[row["sampler"], row["steps"], kind] = records.to_exposure(row["exposure"][kind])
-    names = {}
-    for name in dict.fromkeys(row["sampler"] for row in rows):
-        names[name] = folder / f"{subject}-{name}.svg"
-        draw(name, [row for row in rows if row["sampler"] == name and "lambda" in row], measured, names[name])
+    draw_all(rows, measured, folder / f"{subject}.svg")
     one, other = about["noise"]["sets"]
     floor = "; ".join(f"{size}: {distance:.3g}" for size, distance in about["noise"].items() if size != "sets")
     select_seed, select = about["select"]
@@ -265,7 +268,7 @@ def section(subject, saved, folder):
     for heading, lines in parts.items():
         if text := "\n".join(lines):
             yield f"### {heading}\n\n{text}"
-    yield "\n\n".join(f"![{name}]({folder.name}/{path.name})" for name, path in names.items())
+    yield f"![norm gap, delta_t and distance of each sampler]({folder.name}/{subject}.svg)"
 
 
 def replace(path, parts):

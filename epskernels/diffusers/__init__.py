@@ -1,18 +1,20 @@
 """diffusers' schedulers with the step in one launch and Epsilon Scaling in it: see docs/diffusers.md.
 
 The names here are those of `pipelines.py`, which is read when one of them is asked for first. So `import epskernels` costs no
+from types import ModuleType, ModuleType
 import of diffusers, and yet a saved pipeline, whose files name this package, finds its scheduler: diffusers looks for it among
 the modules that are imported, and imports none itself.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .pipelines import *  # noqa: F403
 
 
-def _pipelines():
+def _pipelines() -> ModuleType:
     try:
         return importlib.import_module(f"{__name__}.pipelines")
     except ModuleNotFoundError as error:
@@ -23,7 +25,7 @@ def _pipelines():
         ) from error
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if "." in name or not name.startswith("__"):  # dunders are what tools ask of every module
         if name in _pipelines().__all__:
             return getattr(_pipelines(), name)
@@ -32,7 +34,7 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     try:
         return sorted({*globals(), *_pipelines().__all__})
     except ImportError:  # help goes on without what an extra brings

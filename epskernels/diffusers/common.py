@@ -3,27 +3,42 @@
 import functools
 import logging
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
+from torch import Tensor
 
 from .. import solvers
+from ..typing import Array
 
 _log = logging.getLogger("epskernels")
 
+Columns = dict[str, Any]  # of rows, by name: float64, (R,), or one number for all
+Draws = bool | NDArray[np.bool_]  # whether a step draws noise, or which rows do, (R,)
+Formula = tuple[Columns, Draws]
+Levels = tuple[Array, Array, Array, Array]  # alpha, sigma, d_x and d_f
+Options = tuple[Any, ...]  # the arguments of step that change the rows
+# What step is given and returns: the timestep as it stands in the schedule; diffusers' output class, or a tuple of its tensors.
+Timestep = Tensor | float
+Generators = torch.Generator | list[torch.Generator] | None
+Result = Any
 
-def say(scheduler, message):
+
+def say(scheduler: object, message: str) -> None:
     """Once for each class and message."""
     say_of(type(scheduler).__name__, message)
 
 
 @functools.lru_cache(maxsize=256)
-def say_of(name, message):
+def say_of(name: str, message: str) -> None:
+    """`say`, by the class's name."""
     _log.warning("epskernels.diffusers.%s %s", name, message)
 
 
-def draw_noise(f, generator, dtype=None):
+def draw_noise(f: Tensor, generator: Generators, dtype: torch.dtype | None = None) -> Tensor:
     """diffusers' randn_tensor of f's shape, in `dtype`, default f's.
 
     Where one generator draws where f is, it is what that comes to, without its overhead.
@@ -37,22 +52,24 @@ def draw_noise(f, generator, dtype=None):
     return randn_tensor(f.shape, generator=generator, device=f.device, dtype=dtype or f.dtype)
 
 
-def as_float64(values):
+def as_float64(values: Any) -> Array:
+    """A tensor, an array or numbers as a float64 array on the host."""
     return np.asarray(torch.as_tensor(values).detach().cpu().double())
 
 
-def widest(f, x):
+def widest(f: Tensor, x: Tensor) -> Tensor:
     """x in the dtype that holds both."""
     return x if x.dtype is f.dtype else x.to(torch.promote_types(x.dtype, f.dtype))
 
 
-def clip_of(config):
+def clip_of(config: Any) -> float:
     """The bound of clip_sample; thresholding comes first in diffusers."""
     on = getattr(config, "clip_sample", False) and not getattr(config, "thresholding", False)
     return float(config.clip_sample_range) if on else math.inf
 
 
-def as_dtype_of(m, x):
+def as_dtype_of(m: Tensor | None, x: Tensor) -> Any:
+    """m in x's dtype; None stays None."""
     return m if m is None or m.dtype is x.dtype else m.to(x.dtype)
 
 
@@ -61,21 +78,21 @@ def as_dtype_of(m, x):
 _KNOWN = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
-def output_of(prediction, alpha, sigma, known=_KNOWN[:3]):
+def output_of(prediction: str, alpha: Array, sigma: Array, known: tuple[str, ...] = _KNOWN[:3]) -> tuple[Array, Array]:
     """(f_x0, f_eps) of the network's output on a variance-preserving path. Raises ValueError for an unknown prediction."""
     if prediction not in known:
         raise ValueError(f"prediction_type: expected one of {known}, got {prediction!r}")
     return solvers.model_output(prediction, alpha, sigma)
 
 
-def x0_of(prediction, alpha, sigma):
+def x0_of(prediction: str, alpha: Array, sigma: Array) -> tuple[Array, Array]:
     """(d_x, d_f) of x_0 on a variance-preserving path, as diffusers has it: a flow's x_0 is x - sigma*f on any."""
     if prediction == "flow_prediction":
         return np.ones_like(sigma), -sigma
     return positive_zeros(solvers.x0_of(*output_of(prediction, alpha, sigma, _KNOWN), alpha, sigma))
 
 
-def eps_of(prediction, alpha, sigma):
+def eps_of(prediction: str, alpha: Array, sigma: Array) -> tuple[Array, Array]:
     """(e_x, e_f) of eps on a variance-preserving path; a flow's from its x_0, on any path."""
     if prediction == "flow_prediction":
         d_x, d_f = x0_of(prediction, alpha, sigma)
@@ -83,11 +100,14 @@ def eps_of(prediction, alpha, sigma):
     return positive_zeros(solvers.eps_of(*output_of(prediction, alpha, sigma), alpha, sigma))
 
 
-def positive_zeros(columns):
-    return tuple(column + 0.0 for column in columns)
+def positive_zeros(columns: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The two columns with +0 for -0."""
+    of_x, of_f = columns
+    return of_x + 0.0, of_f + 0.0
 
 
-def refuse_integers(scheduler, timestep):
+def refuse_integers(scheduler: object, timestep: Timestep) -> None:
+    """Raises ValueError for an integer where timesteps are none: an index of the schedule is not its timestep."""
     if isinstance(timestep, int) or getattr(timestep, "dtype", None) in (torch.int64, torch.int32):
         raise ValueError(
             f"timestep: expected one of {type(scheduler).__name__}'s own timesteps, got the integer {timestep}"

@@ -1,11 +1,29 @@
 """Consistency models: LCM, TCD, SCM, CMStochasticIterative, ConsistencyDecoder."""
 
-import diffusers
+from typing import Any
+
 import numpy as np
 from diffusers import schedulers as theirs
+from numpy.typing import NDArray
+from torch import Tensor
 
 from .. import solvers
-from .common import as_dtype_of, as_float64, clip_of, refuse_integers, say, widest
+from ..typing import SeedsLike
+from .common import (
+    Formula,
+    Generators,
+    Levels,
+    Options,
+    Result,
+    Timestep,
+    as_dtype_of,
+    as_float64,
+    clip_of,
+    refuse_integers,
+    say,
+    widest,
+)
+from .plan import Plan
 from .scheduler import FLOAT32, Fused
 from .sigmas import OnSigmas
 from .timesteps import OnAlphas
@@ -16,13 +34,16 @@ class _Consistency(OnAlphas):
 
     _needs_steps = True
 
-    def _row(self, plan, timestep):
+    def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
         if self._step_index is None:
             self._init_step_index(timestep)
         i = self._step_index  # beyond where timesteps were cut, diffusers goes on by the timestep that it is given
         return i if i < self._seen.length else None
 
-    def _consistency(self, options, f, timestep, x, generator, return_dict, seeds, **more):
+    def _consistency(
+        self, options: Options, f: Tensor, timestep: Timestep, x: Tensor, generator: Generators, return_dict: bool,
+        seeds: SeedsLike | None, **more: Any,
+    ) -> Result:  # fmt: skip
         row = self._enter(f, timestep, x, options)
         if row.why is None and self._place(timestep) != row.step:
             row = row.refused(f"timestep {timestep} is not that of step {row.step}")
@@ -35,10 +56,12 @@ class _Consistency(OnAlphas):
         return self._output_class(x, y) if return_dict else (x, y)
 
 
-class LCMScheduler(_Consistency, diffusers.LCMScheduler):
+class LCMScheduler(_Consistency, theirs.scheduling_lcm.LCMScheduler):
+    """Latent consistency (arXiv 2310.04378, alg. 3): to the estimate of x_0, then new noise."""
+
     _output_class = theirs.scheduling_lcm.LCMSchedulerOutput
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         t = self._t()
         last = np.arange(len(t)) == self.num_inference_steps - 1
         abar_prev = self._abar(np.append(t[1:], t[-1]))  # of itself, where the schedule ends before num_inference_steps
@@ -51,19 +74,24 @@ class LCMScheduler(_Consistency, diffusers.LCMScheduler):
         }  # fmt: skip
         return columns, ~last
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,
+        *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         return self._consistency((), model_output, timestep, sample, generator, return_dict, seeds)
 
 
-class TCDScheduler(_Consistency, diffusers.TCDScheduler):
+class TCDScheduler(_Consistency, theirs.scheduling_tcd.TCDScheduler):
+    """Trajectory consistency (arXiv 2402.19159): along the path, then new noise, the more the larger eta is."""
+
     _output_class = theirs.scheduling_tcd.TCDSchedulerOutput
     _options = (0.3,)
 
-    def _read_config(self):
+    def _read_config(self) -> None:
         self._thresholds = False  # diffusers' step does not look at it
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         (eta,) = options
         t = self._t()
         prev = np.append(t[1:], 0)
@@ -79,33 +107,36 @@ class TCDScheduler(_Consistency, diffusers.TCDScheduler):
         }  # fmt: skip
         return columns, draws
 
-    def step(self, model_output, timestep, sample, eta=0.3, generator=None, return_dict=True, *, seeds=None):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, eta: float = 0.3, generator: Generators = None,
+        return_dict: bool = True, *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta: expected a value in [0, 1], got {eta}")
         return self._consistency((float(eta),), model_output, timestep, sample, generator, return_dict, seeds, eta=eta)
 
 
-class SCMScheduler(Fused, diffusers.SCMScheduler):
+class SCMScheduler(Fused, theirs.scheduling_scm.SCMScheduler):
     """TrigFlow: the timesteps are angles, one more than steps."""
 
     _tensors = ("timesteps",)
     _needs_steps = True
 
-    def _length(self):
+    def _length(self) -> int:
         return len(self.timesteps) - 1
 
-    def _lambda_steps(self, rows):
+    def _lambda_steps(self, rows: int) -> tuple[NDArray[np.integer], int]:
         at, steps = OnAlphas._lambda_steps(self, rows + 1)
         return at[:-1], steps - 1
 
-    def _model(self, options):
+    def _model(self, options: Options) -> Levels:
         if self.config.prediction_type != "trigflow":
             raise ValueError(f"prediction_type: expected 'trigflow', got {self.config.prediction_type!r}")
         alpha, sigma = solvers.trigonometric(as_float64(self.timesteps)[:-1])
         return alpha, sigma, alpha, -sigma
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         t = as_float64(self.timesteps)
         _, _, d_x, d_f = self._model(options)
         alpha_next, sigma_next = solvers.trigonometric(t[1:])
@@ -114,7 +145,10 @@ class SCMScheduler(Fused, diffusers.SCMScheduler):
             "c_noise": sigma_next * self.config.sigma_data,
         }, True  # fmt: skip
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,
+        *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step, whose state is float32 after it, as its noise is; seeds: (B,), for noise made in the kernel."""
         f = model_output
         row = self._enter(f, timestep, sample)
@@ -127,11 +161,13 @@ class SCMScheduler(Fused, diffusers.SCMScheduler):
         return theirs.scheduling_scm.SCMSchedulerOutput(x, m0) if return_dict else (x, m0)
 
 
-class CMStochasticIterativeScheduler(OnSigmas, diffusers.CMStochasticIterativeScheduler):
-    def _data_variance(self):
+class CMStochasticIterativeScheduler(OnSigmas, theirs.scheduling_consistency_models.CMStochasticIterativeScheduler):
+    """Consistency models (arXiv 2303.01469, alg. 1): to the estimate of x_0, then new noise."""
+
+    def _data_variance(self) -> float:
         return self.config.sigma_data**2
 
-    def _model(self, options):
+    def _model(self, options: Options) -> Levels:
         sigma = self._sigmas()[0]
         c_skip, c_out = solvers.consistency_boundary(sigma, self.config.sigma_min, self.config.sigma_data)
         return (
@@ -141,7 +177,7 @@ class CMStochasticIterativeScheduler(OnSigmas, diffusers.CMStochasticIterativeSc
             c_out,
         )  # at sigma_min the output counts nothing
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         config, (sigma, sigma_next) = self.config, self._sigmas()
         _, _, d_x, d_f = self._model(options)
         draws = len(self.timesteps) > 1
@@ -151,7 +187,10 @@ class CMStochasticIterativeScheduler(OnSigmas, diffusers.CMStochasticIterativeSc
             "c_m0": 1.0, "c_noise": std * config.s_noise * draws,
         }, draws  # fmt: skip
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,
+        *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         refuse_integers(self, timestep)
         if not self.is_scale_input_called:
@@ -171,16 +210,17 @@ class ConsistencyDecoderScheduler(Fused, theirs.ConsistencyDecoderScheduler):
 
     _tensors = "timesteps", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "c_skip", "c_out"
 
-    def _length(self):
+    def _length(self) -> int:
         return len(self.timesteps)
 
-    def _row(self, plan, timestep):
+    def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
         return self._place(timestep)
 
-    def _model(self, options):
-        return tuple(as_float64(getattr(self, name))[self._host()] for name in self._tensors[1:])
+    def _model(self, options: Options) -> Levels:
+        alpha, sigma, d_x, d_f = (as_float64(getattr(self, name))[self._host()] for name in self._tensors[1:])
+        return alpha, sigma, d_x, d_f
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         alpha, sigma, d_x, d_f = self._model(options)
         last = np.arange(len(alpha)) == len(alpha) - 1
         return {
@@ -188,7 +228,10 @@ class ConsistencyDecoderScheduler(Fused, theirs.ConsistencyDecoderScheduler):
             "c_m0": np.where(last, 1.0, np.roll(alpha, -1)), "c_noise": np.where(last, 0.0, np.roll(sigma, -1)),
         }, ~last  # fmt: skip
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,
+        *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         f = model_output
         row = self._enter(f, timestep, sample)

@@ -1,26 +1,35 @@
 """Rectified flow with new noise in each step: FlowMatchLCM, LTXEulerAncestralRF."""
 
-import diffusers
+from typing import Any
+
 import numpy as np
 from diffusers import schedulers as theirs
+from torch import Tensor
 
 from .. import solvers
-from .common import as_dtype_of, refuse_integers
+from ..typing import SeedsLike
+from .common import Formula, Generators, Options, Result, Timestep, as_dtype_of, refuse_integers
 from .flow import OnFlow
 from .scheduler import FLOAT32
 
 
-class FlowMatchLCMScheduler(OnFlow, diffusers.FlowMatchLCMScheduler):
+class FlowMatchLCMScheduler(OnFlow, theirs.scheduling_flow_match_lcm.FlowMatchLCMScheduler):
+    """To the estimate of x_0, then new noise, in each step."""
+
     _reads = "_scale_factors", "_upscale_mode"
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         return self._redrawn()
 
-    def _refuses(self):
+    def _refuses(self) -> str | None:
         if self._scale_factors and self._upscale_mode:
             return "scale_factors resize the estimate of x_0"
+        return None
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,
+        *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         refuse_integers(self, timestep)
         f = model_output
@@ -36,10 +45,12 @@ class FlowMatchLCMScheduler(OnFlow, diffusers.FlowMatchLCMScheduler):
         return output(prev_sample=x) if return_dict else (x,)
 
 
-class LTXEulerAncestralRFScheduler(OnFlow, diffusers.LTXEulerAncestralRFScheduler):
+class LTXEulerAncestralRFScheduler(OnFlow, theirs.scheduling_ltx_euler_ancestral_rf.LTXEulerAncestralRFScheduler):
+    """Euler's step to a level below, then new noise up to the schedule's (`solvers.flow_ancestral`)."""
+
     _needs_steps = True
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         sigma, sigma_next = self._sigmas()
         eta, s_noise = float(self.config.eta), float(self.config.s_noise)
         last = np.abs(sigma_next) < 1e-8
@@ -47,10 +58,14 @@ class LTXEulerAncestralRFScheduler(OnFlow, diffusers.LTXEulerAncestralRFSchedule
         c_x, c_m0, std = solvers.flow_ancestral(sigma, np.where(last, 0.0, sigma_next), eta, draws)
         return {"d_x": 1.0, "d_f": -sigma, "t": sigma, "c_x": c_x, "c_m0": c_m0, "c_noise": std * s_noise}, draws
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,
+        *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         refuse_integers(self, timestep)
-        f, more = model_output, {"generator": generator, "return_dict": return_dict}
+        f = model_output
+        more: dict[str, Any] = {"generator": generator, "return_dict": return_dict}
         if (
             self._step_index is not None and self._step_index >= self._length()
         ):  # of a schedule's last timestep, at sigma 0

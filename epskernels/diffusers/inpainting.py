@@ -2,25 +2,28 @@
 
 import dataclasses
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
+from numpy.typing import NDArray
+from torch import Tensor
 
 from .. import solvers
+from ..typing import SeedsLike
+from .common import Formula, Generators, Levels, Options, Result, Timestep
 from .timesteps import DDIM
 
 
-class RePaintScheduler(DDIM, diffusers.RePaintScheduler):
+class RePaintScheduler(DDIM, theirs.scheduling_repaint.RePaintScheduler):
     """lambda is of each timestep, however often the schedule jumps back to it. undo_step is diffusers' own."""
 
     _options = ()
     _reads = ("eta",)
 
-    def _model(self, options):
+    def _model(self, options: Options) -> Levels:
         alpha, sigma = np.sqrt(self._level()), np.sqrt(1 - self._level())
         return alpha, sigma, 1 / alpha, -sigma / alpha
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         """c_in, which is the caller's, has the known part's weight of the image."""
         t, abar, abar_next = self._t(), self._level(), self._abar_next(self._t())
         sigma, d_x, d_f = self._model(options)[1:]
@@ -37,13 +40,14 @@ class RePaintScheduler(DDIM, diffusers.RePaintScheduler):
         columns |= {"c_f": np.sqrt(sigma_next**2 - std**2), "c_noise": np.where(t > 0, std, 0.0)}
         return columns | {"c_in": alpha_next}, True
 
-    def _lambda_steps(self, rows):
+    def _lambda_steps(self, rows: int) -> tuple[NDArray[np.integer], int]:
         levels, at = np.unique(-self._t(), return_inverse=True)
         return at, len(levels)
 
-    def step(
-        self, model_output, timestep, sample, original_image, mask, generator=None, return_dict=True, *, seeds=None
-    ):
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, original_image: Tensor, mask: Tensor,
+        generator: Generators = None, return_dict: bool = True, *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made by the package's generator."""
         f, x = model_output, sample
         row = self._enter(f, timestep, x)
@@ -52,8 +56,8 @@ class RePaintScheduler(DDIM, diffusers.RePaintScheduler):
                 row, f, timestep, x, seeds, original_image=original_image, mask=mask, generator=generator,
                 return_dict=return_dict,
             )  # fmt: skip
-        known = dataclasses.replace(row, uses_noise=True)
-        noise = self._drawn(*self._noise(known, f, generator, seeds), x, row.step)
+        drawing = dataclasses.replace(row, uses_noise=True)
+        noise = self._drawn(*self._noise(drawing, f, generator, seeds), x, row.step)
         unknown, m0 = self._step(row, f, x, noise if row.uses_noise else None)
         alpha = self._plan((), x.device).columns["c_in"][row.step].item()
         known = alpha * original_image + max(0.0, 1 - alpha**2) ** 0.5 * noise

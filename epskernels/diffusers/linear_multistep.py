@@ -4,13 +4,18 @@ The state over alpha has slope eps in r = sigma/alpha (`solvers.adams`). diffuse
 are m1 and m2, the one before y.
 """
 
-import diffusers
+from typing import Any
+
 import numpy as np
 from diffusers import schedulers as theirs
+from numpy.typing import NDArray
+from torch import Tensor
 
 from .. import solvers
-from .common import as_float64, eps_of, refuse_integers
+from ..typing import Array
+from .common import Columns, Formula, Levels, Options, Result, Timestep, as_float64, eps_of, refuse_integers
 from .multistep import Multistep
+from .plan import Plan
 from .scheduler import Fused
 from .sigmas import OnSigmas, warn_of_unscaled_input
 from .timesteps import OnAlphas
@@ -27,29 +32,30 @@ class _LinearMultistep(Fused):
     _history_of = "ets"  # the attribute that keeps them, the newest last
     _most_kept = 3
 
-    def _row(self, plan, timestep):
+    def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
         return min(len(getattr(self, self._history_of)), self._most_kept) * self._seen.length + super()._row(
             plan, timestep
         )
 
-    def _earlier(self):
+    def _earlier(self) -> dict[str, Any]:
         """m1, m2 and y by name: None where there are fewer outputs."""
         kept = [None, None, None, *getattr(self, self._history_of)]
         return {"m1": kept[-1], "m2": kept[-2], "y": kept[-3]}
 
-    def _restart(self):
+    def _restart(self) -> None:
         super()._restart()
         setattr(self, self._history_of, [])
 
 
-class LMSDiscreteScheduler(_LinearMultistep, OnSigmas, diffusers.LMSDiscreteScheduler):
+class LMSDiscreteScheduler(_LinearMultistep, OnSigmas, theirs.scheduling_lms_discrete.LMSDiscreteScheduler):
     """Keeps d = (x - x_0)/sigma, which is eps; m0 is x_0, as returned, and y' is d."""
 
     _output_class = theirs.scheduling_lms_discrete.LMSDiscreteSchedulerOutput
     _options = (4,)
     _history_of = "derivatives"
+    derivatives: list[Tensor]
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         (order,) = options
         sigma, ends = self._sigmas()
         d_x, d_f = self._output(sigma)
@@ -62,7 +68,10 @@ class LMSDiscreteScheduler(_LinearMultistep, OnSigmas, diffusers.LMSDiscreteSche
         columns |= {"d_x": np.tile(d_x, 4), "d_f": np.tile(d_f, 4), "t": at, "c_x": 1 + now / at, "c_m0": -now / at}
         return columns | {"k_x": 1 / at, "k_m0": -1 / at}, False
 
-    def step(self, model_output, timestep, sample, order=4, return_dict=True):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, order: int = 4, return_dict: bool = True
+    ) -> Result:
+        """diffusers' step, which draws no noise; order: 1 to 4, how many outputs count."""
         refuse_integers(self, timestep)
         if not self.is_scale_input_called:
             warn_of_unscaled_input(self)
@@ -76,24 +85,25 @@ class LMSDiscreteScheduler(_LinearMultistep, OnSigmas, diffusers.LMSDiscreteSche
         return self._result(x, m0, return_dict)
 
 
-class IPNDMScheduler(_LinearMultistep, diffusers.IPNDMScheduler):
+class IPNDMScheduler(_LinearMultistep, theirs.scheduling_ipndm.IPNDMScheduler):
     """On alpha = cos, sigma = sin of the time; the model's output is the velocity, and eps is kept."""
 
     _tensors = "timesteps", "alphas", "betas"
     _needs_steps = True
+    ets: list[Tensor]
 
-    def _length(self):
+    def _length(self) -> int:
         return len(self.betas) - 1
 
-    def _levels(self):
+    def _levels(self) -> tuple[Array, ...]:
         """alpha and sigma of the calls and of the end, (N + 1,)."""
         return as_float64(self.alphas), as_float64(self.betas)
 
-    def _model(self, options):
+    def _model(self, options: Options) -> Levels:
         alpha, sigma = (level[:-1] for level in self._levels())
         return alpha, sigma, alpha, -sigma
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         alphas, sigmas = self._levels()
         alpha, sigma = alphas[:-1], sigmas[:-1]
         kept = alphas[1:] / np.maximum(alpha, 1e-8)
@@ -104,7 +114,8 @@ class IPNDMScheduler(_LinearMultistep, diffusers.IPNDMScheduler):
         }
         return columns | {"d_x": np.tile(sigma, 4), "d_f": np.tile(alpha, 4), "c_x": np.tile(kept, 4)}, False
 
-    def step(self, model_output, timestep, sample, return_dict=True):
+    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step, which draws no noise."""
         row = self._enter(model_output, timestep, sample)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)
@@ -114,10 +125,10 @@ class IPNDMScheduler(_LinearMultistep, diffusers.IPNDMScheduler):
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
-class DEISMultistepScheduler(Multistep, diffusers.DEISMultistepScheduler):
+class DEISMultistepScheduler(Multistep, theirs.scheduling_deis_multistep.DEISMultistepScheduler):
     """Log-rho: polynomials in log(r) (arXiv 2204.13902). eps is kept, of x_0 as thresholded."""
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         config, n = self.config, self._length()
         alpha, sigma, _ = self._levels()
         r, i, steps = sigma / alpha, np.arange(n), len(self.timesteps)
@@ -140,7 +151,8 @@ class DEISMultistepScheduler(Multistep, diffusers.DEISMultistepScheduler):
             c_x = c_x + now / at_sigma
         return columns | {"c_x": c_x}, False
 
-    def step(self, model_output, timestep, sample, return_dict=True):
+    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step, which draws no noise."""
         row = self._enter(model_output, timestep, sample)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)
@@ -151,7 +163,7 @@ class DEISMultistepScheduler(Multistep, diffusers.DEISMultistepScheduler):
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
-class PNDMScheduler(OnAlphas, diffusers.PNDMScheduler):
+class PNDMScheduler(OnAlphas, theirs.scheduling_pndm.PNDMScheduler):
     """Six rows for each timestep, by what is kept; diffusers chooses among them by the number of calls, not by the timestep.
 
     PLMS (arXiv 2202.09778): the first call, the second (which repeats the first step), those with one, two and three outputs.
@@ -160,26 +172,30 @@ class PNDMScheduler(OnAlphas, diffusers.PNDMScheduler):
 
     _tensors = "timesteps", "alphas_cumprod", "final_alpha_cumprod"
     _needs_steps = True
+    ets: list[Tensor]
+    counter: int
+    cur_sample: Tensor | None
+    cur_model_output: Any  # a tensor, or diffusers' 0
 
-    def _lambda_steps(self, rows):
+    def _lambda_steps(self, rows: int) -> tuple[NDArray[np.integer], int]:
         """A call has the lambda of the last step that begins at its timestep or above."""
         starts = np.asarray(self._timesteps)  # of the steps, ascending
         after = len(starts) - np.searchsorted(starts, self._t())
         return np.maximum(after - 1, 0), len(starts)
 
     @property
-    def lambdas(self):
+    def lambdas(self) -> tuple[float, ...]:
         """lambda of each step of the schedule, the noisiest first: a tuple of numbers."""
         lambda_t = self._plan(self._options, self.timesteps.device).lambda_t
         return tuple(dict(zip(self._lambda_steps(len(lambda_t))[0].tolist(), lambda_t, strict=True)).values())
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         config, t = self.config, self._t()
         if config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type: expected 'epsilon' or 'v_prediction', got {config.prediction_type!r}")
         stride, n = config.num_train_timesteps // self.num_inference_steps, np.arange(len(t))
 
-        def towards(begin, end):
+        def towards(begin: NDArray[np.integer], end: NDArray[np.integer]) -> tuple[Array, Array]:
             """The shares of the state and of the outputs' combination in the state at `end`."""
             abar, abar_next = self._abar(begin, np.nan), self._abar(end, self.final_alpha_cumprod)
             alpha, sigma, alpha_next = np.sqrt(abar), np.sqrt(1 - abar), np.sqrt(abar_next)
@@ -188,7 +204,7 @@ class PNDMScheduler(OnAlphas, diffusers.PNDMScheduler):
             return alpha_next / alpha + of_eps * e_x, of_eps * e_f
 
         state, output = towards(t, t - stride)
-        rows = [{"c_x": state, "c_m0": output}]
+        rows: list[Columns] = [{"c_x": state, "c_m0": output}]
         again, of_both = towards(t + stride, t)
         rows.append({"c_y": again, "c_m0": of_both / 2, "c_m1": of_both / 2})
         for order in (2, 3, 4):
@@ -206,10 +222,10 @@ class PNDMScheduler(OnAlphas, diffusers.PNDMScheduler):
         columns = {name: np.concatenate([of.get(name, zero) for of in rows]) for name in names}
         return columns | {"d_f": 1.0, "t": np.tile(t, len(rows))}, False
 
-    def _in_prk(self):
+    def _in_prk(self) -> bool:
         return self.counter < len(self.prk_timesteps) and not self.config.skip_prk_steps
 
-    def _row(self, plan, timestep):
+    def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
         i = self._place(timestep)
         if i is None:
             return None
@@ -221,7 +237,8 @@ class PNDMScheduler(OnAlphas, diffusers.PNDMScheduler):
             return self.counter * n + i
         return min(len(self.ets) + 1, 4) * n + i
 
-    def step_prk(self, model_output, timestep, sample, return_dict=True):
+    def step_prk(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step of the first twelve calls, where skip_prk_steps is not set."""
         row = self._enter(model_output, timestep, sample)
         if row.why is not None or not self._in_prk():
             row = row if row.why is not None else row.refused("step_prk is called where step_plms is due")
@@ -235,7 +252,8 @@ class PNDMScheduler(OnAlphas, diffusers.PNDMScheduler):
         self.cur_model_output = 0 if phase == 3 else summed
         return self._stepped(x, return_dict)
 
-    def step_plms(self, model_output, timestep, sample, return_dict=True):
+    def step_plms(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step by the outputs of earlier calls. Raises ValueError where calls of step_prk are due before it."""
         if not self.config.skip_prk_steps and len(self.ets) < 3:
             raise ValueError(f"step_plms: expected 12 calls of step_prk before it, got {self.counter}")
         row = self._enter(model_output, timestep, sample)
@@ -251,10 +269,10 @@ class PNDMScheduler(OnAlphas, diffusers.PNDMScheduler):
             self.cur_sample = sample if first else None
         return self._stepped(x, return_dict)
 
-    def _stepped(self, x, return_dict):
+    def _stepped(self, x: Tensor, return_dict: bool) -> Result:
         self.counter += 1
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
-    def _restart(self):
+    def _restart(self) -> None:
         super()._restart()
         self.ets, self.counter, self.cur_sample, self.cur_model_output = [], 0, None, 0

@@ -1,12 +1,30 @@
 """With the estimates of earlier calls: DPMSolver, EDMDPMSolver, UniPC."""
 
-import diffusers
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import schedulers as theirs
+from numpy.typing import NDArray
+from torch import Tensor
 
 from .. import solvers
-from .common import as_dtype_of, as_float64, eps_of, x0_of
+from ..typing import Array, SeedsLike
+from .common import (
+    Columns,
+    Formula,
+    Generators,
+    Levels,
+    Options,
+    Result,
+    Timestep,
+    as_dtype_of,
+    as_float64,
+    eps_of,
+    x0_of,
+)
+from .plan import Plan, Row
 from .scheduler import FromCleanest, Fused
 from .sigmas import OnSigmas, Preconditioned
 
@@ -15,63 +33,67 @@ class Multistep(Fused):
     """The rows of a step at position i with L calls before it, at most solver_order: row L*N + i."""
 
     _needs_steps = True
+    model_outputs: list[Tensor | None]
+    lower_order_nums: int
 
-    def _row(self, plan, timestep):
+    def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
         i = super()._row(plan, timestep)
         number, most = self.lower_order_nums * self._seen.length + i, len(plan.rows)
         return (
             number if number < most else most - self._seen.length + i
         )  # of more calls than the order, which was lowered
 
-    def _levels(self):
+    def _levels(self) -> tuple[Array, ...]:
         """The alphas and sigmas of the schedule, (N + 1,), and the steps' lengths in log SNR, (N,), in float64."""
         sigmas = as_float64(self.sigmas)
         alpha, sigma = self._alpha_sigma(sigmas)
         return alpha, sigma, np.diff(solvers.log_snr(alpha, sigma))
 
-    def _alpha_sigma(self, sigmas):
+    def _alpha_sigma(self, sigmas: Array) -> tuple[Array, Array]:
         if self.config.use_flow_sigmas:
             return 1 - sigmas, sigmas
         alpha = 1 / np.sqrt(sigmas**2 + 1)
         return alpha, sigmas * alpha
 
-    def _denoiser(self):
+    def _denoiser(self) -> tuple[Array, Array]:
         alpha, sigma = (level[:-1] for level in self._alpha_sigma(as_float64(self.sigmas)))
         if self.config.prediction_type == "flow_prediction":
             sigma = as_float64(self.sigmas)[:-1]
         return x0_of(self.config.prediction_type, alpha, sigma)
 
-    def _model(self, options):
+    def _model(self, options: Options) -> Levels:
         alpha, sigma = self._alpha_sigma(as_float64(self.sigmas)[:-1])
         return alpha, sigma, *self._denoiser()
 
-    def _kept(self, by_noise):
+    def _kept(self, by_noise: bool) -> tuple[Array, Array]:
         """(d_x, d_f) of what the history keeps: x_0, or eps where that is integrated."""
         if not by_noise:
             return self._denoiser()
         alpha, sigma = (level[:-1] for level in self._alpha_sigma(as_float64(self.sigmas)))
         return eps_of(self.config.prediction_type, alpha, sigma)
 
-    def _keep(self, m0):
+    def _keep(self, m0: Tensor) -> None:
         """m0 into the history that diffusers keeps too."""
         self.model_outputs = [*self.model_outputs[1:], m0]
         self.lower_order_nums = min(self.lower_order_nums + 1, len(self.model_outputs))
 
-    def _history(self, row):
+    def _history(self, row: Row) -> tuple[Tensor | None, Tensor | None]:
         """(m1, m2), as many as the row reads."""
         return self.model_outputs[-1] if row.history else None, self.model_outputs[-2] if row.history > 1 else None
 
-    def _restart(self):
+    def _restart(self) -> None:
         super()._restart()
         self.model_outputs, self.lower_order_nums = [None] * len(self.model_outputs), 0
 
 
 class DPMSolver(Multistep):
+    """DPM-Solver (arXiv 2206.00927), DPM-Solver++ (arXiv 2211.01095) and their SDEs, by the last one to three outputs."""
+
     @property
-    def _algorithm(self):
+    def _algorithm(self) -> str:
         return self.config.algorithm_type
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         config, algorithm, n = self.config, self._algorithm, self._length()
         alpha, sigma, h = self._levels()
         by_noise = algorithm in ("dpmsolver", "sde-dpmsolver")  # the model's eps is integrated, not its x_0
@@ -99,7 +121,7 @@ class DPMSolver(Multistep):
 
     _third_order_sde = True
 
-    def _orders(self, n):
+    def _orders(self, n: int) -> Iterator[NDArray[np.integer]]:
         """diffusers' order of each step, for each number of calls before it."""
         config, i, steps = self.config, np.arange(n), len(self.timesteps)  # which may have been cut
         few = config.lower_order_final and steps < 15
@@ -110,13 +132,15 @@ class DPMSolver(Multistep):
             order = min(config.solver_order, before + 1)
             yield np.where(last, 1, np.where(last_but_one, min(order, 2), order))
 
-    _leading, _keeps_output = None, False
+    _leading: int | None = None
+    _keeps_output = False
 
-    def _refuses(self):
+    def _refuses(self) -> str | None:
         if getattr(self.config, "thresholding", False) and not self._thresholds:
             return "dynamic thresholding of a solver that integrates eps"
+        return None
 
-    def _read_config(self):
+    def _read_config(self) -> None:
         config, by_x0 = self.config, self._algorithm.endswith("++")
         learned = getattr(config, "variance_type", None) in ("learned", "learned_range")
         self._leading = 3 if learned and config.prediction_type == "epsilon" else None  # channels, as diffusers has it
@@ -125,7 +149,11 @@ class DPMSolver(Multistep):
             "sample" if by_x0 else "epsilon"
         )  # its dtype is then the state's
 
-    def dpm_step(self, f, timestep, x, generator, noise_dtype, return_dict, seeds, **more):
+    def dpm_step(
+        self, f: Tensor, timestep: Timestep, x: Tensor, generator: Generators, noise_dtype: torch.dtype | None,
+        return_dict: bool, seeds: SeedsLike | None, **more: Any,
+    ) -> Result:  # fmt: skip
+        """`step` of the classes here. noise_dtype: in which diffusers draws, None for f's; more: what else its own step takes."""
         row = self._enter(f, timestep, x)
         if row.why is not None:
             return self._own(row, f, timestep, x, seeds, generator=generator, return_dict=return_dict, **more)
@@ -138,28 +166,34 @@ class DPMSolver(Multistep):
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
-class DPMSolverMultistepScheduler(DPMSolver, diffusers.DPMSolverMultistepScheduler):
+class DPMSolverMultistepScheduler(DPMSolver, theirs.scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler):
+    """DPMSolver on alphas_cumprod or a flow."""
+
     def step(
-        self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True, *, seeds=None
-    ):
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
+        variance_noise: Tensor | None = None, return_dict: bool = True, *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         return self.dpm_step(
             model_output, timestep, sample, generator, torch.float32, return_dict, seeds, variance_noise=variance_noise
         )
 
 
-class DPMSolverMultistepInverseScheduler(FromCleanest, DPMSolver, diffusers.DPMSolverMultistepInverseScheduler):
+class DPMSolverMultistepInverseScheduler(
+    FromCleanest, DPMSolver, theirs.scheduling_dpmsolver_multistep_inverse.DPMSolverMultistepInverseScheduler
+):
     """From an image towards noise: steps are negative in log SNR. diffusers does not widen states to float32 here."""
 
     _third_order_sde = False  # diffusers has none here
 
-    def _read_config(self):
+    def _read_config(self) -> None:
         super()._read_config()
         self._keeps_output = False
 
     def step(
-        self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True, *, seeds=None
-    ):
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
+        variance_noise: Tensor | None = None, return_dict: bool = True, *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         more = {"variance_noise": variance_noise}
         return self.dpm_step(model_output, timestep, sample, generator, None, return_dict, seeds, **more)
@@ -170,22 +204,29 @@ class PreconditionedDPMSolver(Preconditioned, DPMSolver):
 
     _third_order_sde = False  # diffusers has none here
 
-    def _sigmas(self):
+    def _sigmas(self) -> tuple[Array, Array]:
         return (sigmas := as_float64(self.sigmas))[:-1], sigmas[1:]
 
     _input_scale = OnSigmas._input_scale
 
-    def _alpha_sigma(self, sigmas):
+    def _alpha_sigma(self, sigmas: Array) -> tuple[Array, Array]:
         return np.ones_like(sigmas), sigmas
 
-    def _denoiser(self):
+    def _denoiser(self) -> tuple[Array, Array]:
         return self._output(self._sigmas()[0])
 
     scale_model_input = OnSigmas.scale_model_input
 
 
-class EDMDPMSolverMultistepScheduler(PreconditionedDPMSolver, diffusers.EDMDPMSolverMultistepScheduler):
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+class EDMDPMSolverMultistepScheduler(
+    PreconditionedDPMSolver, theirs.scheduling_edm_dpmsolver_multistep.EDMDPMSolverMultistepScheduler
+):
+    """DPM-Solver++ and its SDE on EDM's denoiser."""
+
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,
+        *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         return self.dpm_step(model_output, timestep, sample, generator, None, return_dict, seeds)
 
@@ -194,12 +235,16 @@ class PredictorCorrector(Multistep):
     """x is what the predictor made; y carries the part of the corrected state that was known before the model's call."""
 
     _mixes = False
+    last_sample: Tensor | None
 
-    def _most_steps(self):
+    def _most_steps(self) -> int:
         """By lower_order_final the order of a step is at most the number of timesteps that are left: none where they were cut."""
         return min(self._length(), len(self.timesteps)) if self.config.lower_order_final else self._length()
 
-    def _corrected(self, A, predictors, correctors, orders, corrects):
+    def _corrected(
+        self, A: Array, predictors: dict[int, Array], correctors: dict[int, tuple[Array, Array]],
+        orders: list[tuple[NDArray[Any], NDArray[Any]]], corrects: NDArray[np.bool_],
+    ) -> Columns:  # fmt: skip
         """The columns of each step, for each number of calls before it.
 
         orders: by that number, those of the predictor and of the corrector that the next call completes, (N,) each. A,
@@ -215,7 +260,7 @@ class PredictorCorrector(Multistep):
             levels.append(solvers.predictor_corrector(A, P, Q, of_before, corrects & (before > 0), corrects_next))
         return {name: np.concatenate([level[name] for level in levels]) for name in levels[0]}
 
-    def corrected_step(self, row, f, x, noise=None):
+    def corrected_step(self, row: Row, f: Tensor, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """x', once the row is known. noise: as a tensor, since the state that the next call corrects has it too."""
         m1, m2 = self._history(row)
         y = self.last_sample if self.lower_order_nums else None
@@ -225,18 +270,21 @@ class PredictorCorrector(Multistep):
         self._step_index += 1
         return as_dtype_of(next_x, x)
 
-    def _restart(self):
+    def _restart(self) -> None:
         super()._restart()
         self.last_sample = None
 
 
 class UniPC(PredictorCorrector):
     _reads = "predict_x0", "disable_corrector", "solver_p"
+    predict_x0: bool
+    disable_corrector: list[int]
+    solver_p: Any  # a scheduler, or None
 
-    def _read_config(self):
+    def _read_config(self) -> None:
         self._thresholds = self.config.thresholding and self.predict_x0
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         config, n = self.config, self._length()
         alpha, sigma, h = self._levels()
         ends = (alpha, sigma) if self.predict_x0 else (sigma, alpha)  # of what is predicted, and of the other
@@ -255,7 +303,7 @@ class UniPC(PredictorCorrector):
         }
         return columns, False
 
-    def _check_last_steps(self, plan):
+    def _check_last_steps(self, plan: Plan) -> None:
         n = self._length()
         row = min(n - 1, self.config.solver_order) * n + n - 1
         if plan.rows[row].why is not None and self.solver_p is None:
@@ -265,13 +313,17 @@ class UniPC(PredictorCorrector):
                 "lower_order_final=True"
             )
 
-    def _refuses(self):
+    def _refuses(self) -> str | None:
         if self.solver_p is not None:
             return "solver_p is another scheduler's step"
+        return None
 
 
-class UniPCMultistepScheduler(UniPC, diffusers.UniPCMultistepScheduler):
-    def step(self, model_output, timestep, sample, return_dict=True):
+class UniPCMultistepScheduler(UniPC, theirs.scheduling_unipc_multistep.UniPCMultistepScheduler):
+    """UniPC (arXiv 2302.04867): bh1 and bh2, orders one to three."""
+
+    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step, which draws no noise."""
         row = self._enter(model_output, timestep, sample)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)

@@ -2,30 +2,34 @@
 
 import copy
 import dataclasses
+from typing import Any
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
+from numpy.typing import NDArray
+from torch import Tensor
 
 from .. import scaling
 from ..table import COLUMNS
-from .common import say
+from ..typing import Array
+from .common import Columns, Draws, Options, Timestep, say
+from .plan import Plan
 from .scheduler import FLOAT32, Fused
-from .timesteps import DDIM, DDPM
+from .timesteps import DDIM, DDPM, OnTimesteps
 
 BATCH = "batch"
 
 
-class _Parallel:
+class _Parallel(OnTimesteps):
     """The rows of a batch: one for each training timestep, so that timesteps are indices, and none is read back.
 
     As in diffusers, a row's next timestep is a constant number below, whatever the spacing; alphas_cumprod is 1 below 0.
     Between the schedule's timesteps lambda is interpolated.
     """
 
-    _dense = None  # lambda of each training timestep, in the twin that makes the rows of a batch
+    _dense: Array | None = None  # lambda of each training timestep, in the twin that makes the rows of a batch
 
-    def _scaled_formula(self, options):
+    def _scaled_formula(self, options: Options) -> tuple[Columns, Draws, Array, Array]:
         if BATCH not in options:
             return super()._scaled_formula(options)
         twin, t = copy.copy(self), np.asarray(self._host())
@@ -39,25 +43,25 @@ class _Parallel:
             columns["c_x"] = columns["c_x"] * np.nan  # all rows or none
         return columns, False, scale, on_x
 
-    def _t(self):
+    def _t(self) -> NDArray[np.integer]:
         return super()._t() if self._dense is None else np.arange(len(self._dense))
 
-    def _abar_next(self, t):
+    def _abar_next(self, t: NDArray[np.integer]) -> Array:
         if self._dense is None:
             return super()._abar_next(t)
         trained = self.config.num_train_timesteps
         return self._abar(t - trained // (self.num_inference_steps or trained))
 
-    def _lambdas(self, alpha, sigma, d_x):
-        if self._dense is None:
+    def _lambdas(self, alpha: Array, sigma: Array, d_x: Array) -> Array:
+        if self._dense is None or self._as_scaling().by_level:
             return super()._lambdas(alpha, sigma, d_x)
         alone = scaling.noise_alone(alpha, sigma, ~(np.abs(d_x * alpha - 1) < 1e-9))
         return np.where(alone | (sigma == 0), 1.0, self._dense)
 
-    def _row(self, plan, timestep):
+    def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
         return 0 if timestep is None else super()._row(plan, timestep)
 
-    def _batch(self, f, timesteps, x, options, **arguments):
+    def _batch(self, f: Tensor, timesteps: Tensor, x: Tensor, options: Options, **arguments: Any) -> Tensor:
         row, plan = self._enter(f, None, x, (*options, BATCH)), self._plan((*options, BATCH), x.device)
         at = timesteps.reshape(-1).to(f.device)
         if f.shape[1] == 2 * x.shape[1] and getattr(self, "variance_type", None) in ("learned", "learned_range"):
@@ -65,8 +69,8 @@ class _Parallel:
         each = (-1, *[1] * (x.dim() - 1))
         if row.why is not None:
             if self.config.eps_scaling != 1:
-                lambda_t, to_x = ([getattr(row, name) for row in plan.rows] for name in ("lambda_t", "to_x"))
-                lambda_t, to_x = (x.new_tensor(values)[at].view(each) for values in (lambda_t, to_x))
+                of_rows = ([getattr(row, name) for row in plan.rows] for name in ("lambda_t", "to_x"))
+                lambda_t, to_x = (x.new_tensor(values)[at].view(each) for values in of_rows)
                 f = self._scaled_output(f, x, lambda_t, to_x)
             self.path = f"diffusers: {row.why}"
             say(self, f"runs diffusers' own step: {row.why}")
@@ -77,18 +81,24 @@ class _Parallel:
         return self._step(row, f, x.to(FLOAT32), results=1)  # diffusers' numbers of a sample are float32 tensors
 
 
-class DDPMParallelScheduler(_Parallel, DDPM, diffusers.DDPMParallelScheduler):
+class DDPMParallelScheduler(_Parallel, DDPM, theirs.scheduling_ddpm_parallel.DDPMParallelScheduler):
+    """DDPMScheduler, and batches whose samples are at timesteps of their own."""
+
     _output_class = theirs.scheduling_ddpm_parallel.DDPMParallelSchedulerOutput
 
-    def batch_step_no_noise(self, model_output, timesteps, sample):
+    def batch_step_no_noise(self, model_output: Tensor, timesteps: Tensor, sample: Tensor) -> Tensor:
         """diffusers' step without its noise, of samples at timesteps of their own, (B,): one launch."""
         return self._batch(model_output, timesteps, sample, ())
 
 
-class DDIMParallelScheduler(_Parallel, DDIM, diffusers.DDIMParallelScheduler):
+class DDIMParallelScheduler(_Parallel, DDIM, theirs.scheduling_ddim_parallel.DDIMParallelScheduler):
+    """DDIMScheduler, and batches whose samples are at timesteps of their own."""
+
     _output_class = theirs.scheduling_ddim_parallel.DDIMParallelSchedulerOutput
 
-    def batch_step_no_noise(self, model_output, timesteps, sample, eta=0.0, use_clipped_model_output=False):
+    def batch_step_no_noise(
+        self, model_output: Tensor, timesteps: Tensor, sample: Tensor, eta: float = 0.0, use_clipped_model_output: bool = False,
+    ) -> Tensor:  # fmt: skip
         """diffusers' step without noise, of samples at timesteps of their own, (B,): one launch."""
         if eta != 0:
             raise ValueError(f"eta: expected 0, since no noise is added, got {eta}")

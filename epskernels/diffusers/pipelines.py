@@ -2,12 +2,15 @@
 
 import copy
 import logging
+from typing import Any, TypeVar, overload
 
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import is_torchsde_available
 
 from .. import scaling
+from ..scaling import ScalingLike
+from ..typing import SeedsLike
 from .consistency import (
     CMStochasticIterativeScheduler,
     ConsistencyDecoderScheduler,
@@ -43,10 +46,25 @@ from .timesteps import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, UnCLI
 from .two_calls import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
 from .video import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
+# In full, since type checkers read no other list. Whoever adds a class to FUSED adds its name.
+__all__ = [
+    "CMStochasticIterativeScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "ConsistencyDecoderScheduler",
+    "DDIMInverseScheduler", "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler",
+    "DDPMWuerstchenScheduler", "DEISMultistepScheduler", "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "FUSED", "FlowMapEulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "HeliosScheduler",
+    "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KarrasVeScheduler", "LCMScheduler", "LMSDiscreteScheduler", "LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler",
+    "PNDMScheduler", "RePaintScheduler", "SASolverScheduler", "SCMScheduler", "SchedulerMixin", "ScoreSdeVeScheduler",
+    "TCDScheduler", "UnCLIPScheduler", "UniPCMultistepScheduler", "fuse", "fused", "share", "unfuse",
+]  # fmt: skip
+
 _log = logging.getLogger("epskernels")
+_Pipeline = TypeVar("_Pipeline")
+_Twin = TypeVar("_Twin", bound=Configured)
 
-
-FUSED = {
+FUSED: dict[type, type[Configured]] = {
     twin._theirs: twin
     for twin in (
         DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler,
@@ -64,10 +82,15 @@ FUSED = {
 if is_torchsde_available():
     from .brownian import CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler
 
+    __all__ += ["CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"]
     FUSED |= {twin._theirs: twin for twin in (CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler)}
 
 
-def fused(scheduler, eps_scaling=None):
+@overload
+def fused(scheduler: _Twin, eps_scaling: ScalingLike | None = None) -> _Twin: ...
+@overload
+def fused(scheduler: object, eps_scaling: ScalingLike | None = None) -> Any: ...
+def fused(scheduler: Any, eps_scaling: ScalingLike | None = None) -> Any:
     """The fused twin of a diffusers scheduler, with its configuration and what else it carries.
 
     Of any other scheduler, a user's own too, a subclass of its class that scales its model's output, and then runs its own step.
@@ -75,8 +98,8 @@ def fused(scheduler, eps_scaling=None):
     Raises TypeError for a scheduler of tokens; ValueError for a lambda other than 1 where it is not known how much of the model's
     output is noise; as scaling.as_scaling for eps_scaling.
     """
-    kind = type(scheduler)
-    twin = kind if isinstance(scheduler, Configured) else FUSED.get(kind) or scaled_class(kind)
+    kind: Any = type(scheduler)
+    twin: Any = kind if isinstance(scheduler, Configured) else FUSED.get(kind) or scaled_class(kind)
     left = getattr(scheduler, "_internal_dict", {}).get("eps_scaling", 1)
     if eps_scaling is None and kind is not twin and left != 1:
         _log.warning(
@@ -91,7 +114,7 @@ def fused(scheduler, eps_scaling=None):
     return result
 
 
-def fuse(pipe, eps_scaling=None, seeds=None):
+def fuse(pipe: _Pipeline, eps_scaling: ScalingLike | None = None, seeds: SeedsLike | None = None) -> _Pipeline:
     """Replaces a pipeline's scheduler by its fused twin, and returns the pipeline; of a scheduler, returns the twin.
 
     eps_scaling: as in `fused`. seeds: a sample's each, for noise made in the kernel where the pipeline is given no generator; the
@@ -101,11 +124,16 @@ def fuse(pipe, eps_scaling=None, seeds=None):
         scheduler = fused(pipe, eps_scaling)
         scheduler.seeds = seeds
         return scheduler
-    pipe.scheduler = fuse(_scheduler_of(pipe), eps_scaling, seeds)
+    holder: Any = pipe
+    holder.scheduler = fuse(_scheduler_of(pipe), eps_scaling, seeds)
     return pipe
 
 
-def unfuse(pipe):
+@overload
+def unfuse(pipe: Configured) -> Any: ...
+@overload
+def unfuse(pipe: _Pipeline) -> _Pipeline: ...
+def unfuse(pipe: Any) -> Any:
     """Puts diffusers' own class back into a pipeline, and returns it; of a scheduler, returns diffusers'.
 
     What is saved then loads without this package. lambda goes: diffusers' step does not scale. A scheduler that is not fused
@@ -117,8 +145,8 @@ def unfuse(pipe):
     if not isinstance(pipe, Configured):
         return pipe
     result = pipe._theirs.__new__(pipe._theirs)
-    ours = [vars(cls) for cls in type(pipe).__mro__ if cls.__module__.startswith(__package__)]
-    ours = {name for of in ours for name, value in of.items() if not callable(value)}
+    classes = [vars(cls) for cls in type(pipe).__mro__ if cls.__module__.startswith(__package__)]
+    ours = {name for of in classes for name, value in of.items() if not callable(value)}
     result.__dict__.update({k: v for k, v in copy.deepcopy(pipe.__dict__).items() if k not in ours})
     config = {k: v for k, v in pipe.config.items() if k != "eps_scaling"}
     if "_use_default_values" in config:
@@ -130,18 +158,15 @@ def unfuse(pipe):
     return result
 
 
-def _scheduler_of(pipe):
+def _scheduler_of(pipe: object) -> Any:
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         raise TypeError(f"pipe: expected a pipeline with a scheduler, or a scheduler, got {type(pipe).__name__}")
     return scheduler
 
 
-def share(pipe):
+def share(pipe: _Pipeline) -> _Pipeline:
     """The same pipeline for another request, at the same time: its modules are shared, its scheduler is a fork of its own."""
-    twin = copy.copy(pipe)
-    twin.scheduler = pipe.scheduler.fork()
+    twin: Any = copy.copy(pipe)
+    twin.scheduler = twin.scheduler.fork()
     return twin
-
-
-__all__ = ["FUSED", "SchedulerMixin", "fuse", "fused", "share", "unfuse", *(twin.__name__ for twin in FUSED.values())]

@@ -11,13 +11,20 @@ import copy
 import dataclasses
 import threading
 import types
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from ..table import COLUMNS, DEFAULTS
+from ..typing import Array
+from .common import Columns, Draws
+
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,9 +38,9 @@ class Row:
     scaled output is f/lambda_t + to_x*x.
     """
 
-    step: int | None = None
-    table: torch.Tensor | None = None
-    index: torch.Tensor | None = None
+    step: int = None  # type: ignore[assignment]  # but where `why` says so, it is a number
+    table: Tensor | None = None
+    index: Tensor | None = None
     why: str | None = None
     draws: bool = True
     uses_noise: bool = True
@@ -41,8 +48,8 @@ class Row:
     history: int = 0
     thresholds: bool = False
     c_noise: float = 0.0
-    d_x: float = 1.0
-    d_f: float = 0.0
+    d_x: float | Tensor = 1.0
+    d_f: float | Tensor = 0.0
     t: float = 0.0
     lambda_t: float = 1.0
     to_x: float = 0.0
@@ -59,10 +66,17 @@ class Plan:
     """
 
     __slots__ = ("columns", "table", "rows", "lambda_t")
+    columns: Mapping[str, Array]
+    table: Tensor
+    rows: tuple[Row, ...]
+    lambda_t: tuple[float, ...]
 
-    def __init__(self, columns, draws, lambda_t, to_x, device, why=None, thresholds=False):
+    def __init__(
+        self, columns: Columns, draws: Draws, lambda_t: Array, to_x: Array, device: torch.device, why: str | None = None,
+        thresholds: bool = False,
+    ) -> None:  # fmt: skip
         columns = dict(columns)
-        churn_std = columns.pop("churn_std", 0.0)
+        churn_std: Any = columns.pop("churn_std", 0.0)
         length, steps = max(np.size(column) for column in columns.values()), len(lambda_t)
         stacked = np.empty((length, len(COLUMNS)))
         if unknown := set(columns) - set(COLUMNS):
@@ -72,14 +86,14 @@ class Plan:
         with np.errstate(over="ignore"):
             rounded = stacked.astype(np.float32)
         may_be_infinite = [COLUMNS.index(name) for name in COLUMNS if DEFAULTS.get(name) == np.inf]
-        finite = np.isfinite(np.delete(rounded, may_be_infinite, axis=1)).all(axis=1)
+        finite: Any = np.isfinite(np.delete(rounded, may_be_infinite, axis=1)).all(axis=1)
         rounded[~finite] = 0.0
         values = {name: np.ascontiguousarray(stacked[:, j]) for j, name in enumerate(COLUMNS)}
         for column in values.values():
             column.setflags(write=False)
         reads = [(values[f"c_{m}"] != 0) | (values[f"k_{m}"] != 0) for m in ("m1", "m2")]
         churn_std = np.broadcast_to(churn_std, (length,))
-        of_row = {
+        of_row: dict[str, Any] = {
             "draws": np.broadcast_to(draws, (length,)),
             "uses_noise": ((values["c_noise"] != 0) | (churn_std != 0)) & finite,
             "churn_std": churn_std,
@@ -103,20 +117,21 @@ class Plan:
         object.__setattr__(self, "rows", tuple(rows))
         object.__setattr__(self, "lambda_t", tuple(lambda_t.tolist()))
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Plan is immutable: cannot set {name}")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
 
 class Recent:
     """What was asked for last, up to `most` entries. Threads may share it."""
 
-    def __init__(self, most):
-        self.most, self.entries, self.lock = most, collections.OrderedDict(), threading.Lock()
+    def __init__(self, most: int) -> None:
+        self.entries: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+        self.most, self.lock = most, threading.Lock()
 
-    def get(self, key, make):
+    def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """The entry of a key, made where there is none."""
         with self.lock:
             if key in self.entries:
@@ -133,12 +148,12 @@ class Recent:
 class Configuration(FrozenDict):
     """A configuration that counts its changes: FrozenDict lets attributes be set, pipelines do so, and a step looks at them."""
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         own = self.__dict__
         own["_changes"], own["_content"] = own.get("_changes", 0) + 1, None
 
-    def content(self):
+    def content(self) -> str:
         """What a schedule may depend on, as a string."""
         own = self.__dict__
         if own["_content"] is None:
@@ -146,7 +161,7 @@ class Configuration(FrozenDict):
         return own["_content"]
 
 
-def set_by_attribute(config):
+def set_by_attribute(config: Any) -> dict[str, Any]:
     """What was set of a configuration by attribute alone."""
     return {name: value for name, value in vars(config).items() if name in config and value is not config[name]}
 
@@ -160,7 +175,7 @@ class Schedule:
 
     __slots__ = ("host", "rank", "input_scale", "plans")
 
-    def __init__(self, host, input_scale):
+    def __init__(self, host: list[float], input_scale: list[float] | None) -> None:
         self.host, self.input_scale, self.plans = host, input_scale, Recent(16)
         self.rank = {t: i for i, t in reversed(list(enumerate(host)))}
 
@@ -168,18 +183,18 @@ class Schedule:
 SCHEDULES = Recent(32)
 
 
-def _content(tensor):
+def _content(tensor: Tensor) -> tuple[Any, ...]:
     """The bytes of a tensor, dtype and shape before them."""
     host = tensor.detach().cpu()
     host = host.view(torch.int16) if host.dtype is torch.bfloat16 else host
     return tensor.dtype, tuple(tensor.shape), host.numpy().tobytes()
 
 
-def _kept(value):
+def _kept(value: Any) -> Any:
     return copy.deepcopy(value) if isinstance(value, (list, dict)) else value  # those may be written into
 
 
-def _value(of, scheduler, name):
+def _value(of: object, scheduler: object, name: str) -> Any:
     return getattr(scheduler if of is None else of, name, None)
 
 
@@ -196,8 +211,9 @@ class Seen:
         "config", "changes", "count", "on_host", "on_device", "others", "schedule", "length", "most", "at", "dtype", "device",
         "device_index", "last",
     )  # fmt: skip
+    schedule: Schedule
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler: Any) -> None:
         held = scheduler.__dict__
         self.config, self.count = held["_internal_dict"], held.get("num_inference_steps")
         self.changes = self.config._changes
@@ -219,11 +235,11 @@ class Seen:
         self.others = [(of, name, _kept(_value(of, scheduler, name))) for of, name in others]
         self.length, self.most, timesteps = scheduler._length(), scheduler._most_steps(), held["timesteps"]
         self.dtype, self.device, self.device_index = timesteps.dtype, timesteps.device, timesteps.get_device()
-        self.last = None, None, None
+        self.last: tuple[Any, Any, Any] = None, None, None
         apart = timesteps.stride(0) * timesteps.element_size()
         self.at = {timesteps.data_ptr() + i * apart: i for i in reversed(range(len(timesteps)))}
 
-    def is_of(self, scheduler):
+    def is_of(self, scheduler: Any) -> bool:
         """Whether the scheduler's schedule, configuration and what else its rows are made of are still those."""
         held, config = scheduler.__dict__, self.config
         if (
@@ -246,7 +262,7 @@ class Seen:
                 return False
         return True
 
-    def key(self, scheduler):
+    def key(self, scheduler: Any) -> tuple[Any, ...]:
         """What schedules are kept by."""
         reads = [_value(None, scheduler, name) for name in scheduler._reads]
         # A function itself, which is kept with the key: its text has an address, where another may lie later.
@@ -255,7 +271,7 @@ class Seen:
         of_config = self.config.content(), repr(self.config.eps_scaling)  # which may have been written into
         return type(scheduler), *of_config, self.count, scheduler._scheduled, scheduler._surplus, *reads, *tensors
 
-    def place(self, timestep):
+    def place(self, timestep: Tensor) -> int | None:
         """The index of a timestep that is a view into the schedule's, without reading it; None for any other."""
         i = self.at.get(timestep.data_ptr())
         if (
@@ -267,6 +283,6 @@ class Seen:
             return None
         return i
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """To None: a deep copy of a scheduler, or one from a pickle, has its timesteps elsewhere."""
         return type(None), ()

@@ -8,15 +8,20 @@ import copy
 import functools
 import inspect
 import sys
+from collections.abc import Callable
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin, schedulers
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import solvers
-from .common import as_float64, output_of, positive_zeros
-from .plan import Configuration
+from .. import scaling, solvers
+from ..scaling import ScalingLike
+from ..typing import SeedsLike
+from .common import Formula, Levels, Options, Result, Timestep, as_float64, output_of, positive_zeros
+from .plan import Configuration, Plan
 from .scheduler import Configured, Fused
 
 _OF_TOKENS = (
@@ -32,14 +37,16 @@ class Scaling(Fused):
     of: the scheduler; `follow` takes over what it has by now.
     """
 
-    def __init__(self, of):
+    def __init__(self, of: Any) -> None:
         self.of = of
         self._read_config()
 
-    def _read_config(self):
+    def _read_config(self) -> None:
         self._thresholds = False
 
-    def follow(self, scheduled):
+    def follow(self, scheduled: tuple[float, ...]) -> Self:
+        """Itself, with what the scheduler has by now; scheduled: the timesteps that set_timesteps made. Raises ValueError for
+        timesteps that are no tensor."""
         held = self.of.__dict__
         if type(held["_internal_dict"]) is not Configuration:  # a pipeline may put a FrozenDict there
             self.of.register_to_config()
@@ -51,38 +58,43 @@ class Scaling(Fused):
         return self
 
     @property
-    def config(self):
+    def config(self) -> Any:
+        """The scheduler's configuration, or the copy of it that counts its changes."""
         return self._internal_dict
 
     @property
-    def _tensors(self):
+    def _tensors(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(name for name in _TENSORS if isinstance(self.__dict__.get(name), Tensor))
 
-    def _length(self):
+    def _length(self) -> int:
         return len(self.timesteps)
 
-    def _row(self, plan, timestep):
+    def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
         return self._place(timestep)
 
-    def _lambda_steps(self, rows):
+    def _lambda_steps(self, rows: int) -> tuple[NDArray[np.integer], int]:
         """A step is a timestep: calls at the same one share their lambda."""
         now = self._host()
-        known = self._scheduled if set(now) <= set(self._scheduled) else now
-        known = {t: i for i, t in enumerate(dict.fromkeys(known))}
+        schedule = self._scheduled if set(now) <= set(self._scheduled) else now
+        known = {t: i for i, t in enumerate(dict.fromkeys(schedule))}
         return np.array([known[t] for t in now]), len(known)
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         return {"c_f": np.ones(self._length())}, False
 
     # ---- what is known of the model's output ----
 
-    def unknown(self, missing):
+    def _as_scaling(self) -> scaling.EpsilonScaling:
+        return scaling.as_scaling(self.of.config.eps_scaling, "eps_scaling")
+
+    def unknown(self, missing: str) -> ValueError:
+        """The ValueError for a lambda other than 1; missing: what is not known of the scheduler."""
         return ValueError(
             f"eps_scaling: expected 1 for {self._theirs.__name__}, got {self.of.config.eps_scaling}: {missing}, so that it is "
             "not known how much of the model's output is noise"
         )
 
-    def prediction(self):
+    def prediction(self) -> str:
         """What the output is; ValueError where that is not known."""
         of, config = self.of, self.of.config
         kind = getattr(config, "prediction_type", None)
@@ -93,14 +105,14 @@ class Scaling(Fused):
         kind = "sample" if kind == "original_sample" else kind
         if kind not in ("epsilon", "sample", "v_prediction", "flow_prediction"):
             raise self.unknown(f"prediction_type is {kind!r} in its configuration")
-        if kind != "epsilon" and getattr(of, "order", 1) != 1:
+        if (kind != "epsilon" or self._as_scaling().by_level) and getattr(of, "order", 1) != 1:
             raise self.unknown(f"prediction_type is {kind!r}, and the sigma of a step's second model call is not known")
         return kind
 
-    def _model(self, options):
+    def _model(self, options: Options) -> Levels:
         kind, n = self.prediction(), self._length()
         one, sigmas = np.ones(n), getattr(self.of, "sigmas", None)
-        if kind == "epsilon":
+        if kind == "epsilon" and not self._as_scaling().by_level:
             return one, one, one, -one  # of no consequence: f/lambda whatever they are
         has_sigmas = isinstance(sigmas, (Tensor, np.ndarray)) and len(sigmas) in (n, n + 1)
         if has_sigmas:
@@ -127,7 +139,7 @@ class Scaling(Fused):
 
     # ---- one output ----
 
-    def output(self, f, timestep, x):
+    def output(self, f: Tensor, timestep: Timestep, x: Tensor) -> Tensor | None:
         """f/lambda + to_x*x in f's dtype; None at lambda 1. Of an output with a learned variance, the first half of channels."""
         row = self._enter(f, timestep, x)
         if row.step is None:
@@ -151,55 +163,61 @@ class Scaled(Configured):
     path: how the last step ran, "scaled, then <class>'s own step" or "<class>'s own step". lambdas: lambda at each timestep.
     """
 
-    path = _scaling = None
-    _scheduled, _asked = (), None  # the timesteps that set_timesteps made, and what it was called with
+    path: str | None = None
+    _scaling: Scaling | None = None
+    _scaling_class: type[Scaling]
+    _scheduled: tuple[float, ...] = ()  # the timesteps that set_timesteps made,
+    _asked: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # and what it was called with
+    _arguments: tuple[list[str], dict[str, Any]]  # of step, as `_arguments` finds them
 
-    def _adopt(self, eps_scaling):
+    def _adopt(self, eps_scaling: ScalingLike) -> None:
         if "_internal_dict" not in self.__dict__:  # a constructor without register_to_config
             self.register_to_config()
         super()._adopt(eps_scaling)
         if self._scales():
             type(self)._scaling_class(self).prediction()
 
-    def _read_config(self):
+    def _read_config(self) -> None:
         """Their step reads it."""
 
-    def _scales(self):
+    def _scales(self) -> bool:
         value = self.config.eps_scaling
         return value not in (1, {"k": 0, "b": 1}) and not (isinstance(value, list) and set(value) == {1})
 
-    def _follow(self):
+    def _follow(self) -> Scaling:
         if self._scaling is None or self._scaling.of is not self:  # of a shallow copy
             self._scaling = type(self)._scaling_class(self)
         return self._scaling.follow(self._scheduled)
 
     @property
-    def lambdas(self):
+    def lambdas(self) -> tuple[float, ...]:
+        """lambda at each timestep, the noisiest first: a tuple of numbers."""
         return self._follow().lambdas if self._scales() else (1.0,) * len(self.timesteps)
 
     @property
-    def seeds(self):
+    def seeds(self) -> Tensor | None:
+        """None: its own step draws the noise. Raises ValueError where another value is set."""
         return None
 
     @seeds.setter
-    def seeds(self, seeds):
+    def seeds(self, seeds: SeedsLike | None) -> None:
         if seeds is not None:
             raise ValueError(f"seeds: {self._theirs.__name__}'s own step draws its noise; pass a generator")
 
-    def fork(self):
+    def fork(self) -> Self:
         """A scheduler for one request. set_timesteps, called as it was before, is what has it begin anew."""
-        twin = copy.deepcopy(self)
+        twin: Any = copy.deepcopy(self)
         if self._asked is not None:
             twin.set_timesteps(*self._asked[0], **self._asked[1])
         return twin
 
-    def _scaled_step(self, args, kwargs):
+    def _scaled_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
         path = f"{self._theirs.__name__}'s own step"
         if self._scales():
             names, named = self._arguments
-            given = dict(zip(names, args, strict=False)) | kwargs
-            f, t, x = (given.get(named[key]) for key in "ftx")
-            scaled = self._follow().output(f, t, x) if isinstance(f, Tensor) else None
+            given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+            values: list[Any] = [given.get(named[key]) for key in "ftx"]
+            scaled = self._follow().output(*values) if isinstance(values[0], Tensor) else None
             if scaled is not None:
                 path = f"scaled, then {path}"
                 if named["f"] in kwargs:
@@ -210,18 +228,18 @@ class Scaled(Configured):
         self.path = path
         return self._theirs.step(self, *args, **kwargs)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         state = {name: value for name, value in self.__dict__.items() if name != "_scaling"}
         return _new, (self._theirs,), state
 
 
-def _new(theirs):
-    twin = scaled_class(theirs)
+def _new(theirs: Any) -> Any:
+    twin: Any = scaled_class(theirs)
     return twin.__new__(twin)
 
 
 @functools.lru_cache(maxsize=256)
-def scaled_class(theirs):
+def scaled_class(theirs: Any) -> type[Any]:
     """The subclass of a scheduler's class that scales. Raises TypeError for a scheduler of tokens.
 
     Its module is this package, its name that of diffusers' class, or "module.Class" of a user's: what a saved pipeline names is
@@ -242,14 +260,14 @@ def scaled_class(theirs):
         members["_arguments"] = _arguments(theirs.step)
 
         @functools.wraps(theirs.step)  # pipelines look at its signature
-        def step(self, *args, **kwargs):
+        def step(self: Any, *args: Any, **kwargs: Any) -> Result:
             return self._scaled_step(args, kwargs)
 
         members["step"] = step
     if hasattr(theirs, "set_timesteps"):
 
         @functools.wraps(theirs.set_timesteps)
-        def set_timesteps(self, *args, **kwargs):
+        def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
             theirs.set_timesteps(self, *args, **kwargs)
             timesteps = getattr(self, "timesteps", None)
             self._asked, self._scheduled = (args, kwargs), ()
@@ -262,14 +280,14 @@ def scaled_class(theirs):
     return type(name, (Scaled, theirs), members)
 
 
-def _with_eps_scaling(theirs):
+def _with_eps_scaling(theirs: Any) -> inspect.Signature:
     parameters = list(inspect.signature(theirs).parameters.values())
     last = [p for p in parameters if p.kind is p.VAR_KEYWORD]
     ours = inspect.Parameter("eps_scaling", inspect.Parameter.KEYWORD_ONLY, default=1.0)
     return inspect.Signature([*(p for p in parameters if p not in last), ours, *last])
 
 
-def _arguments(step):
+def _arguments(step: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
     """(the names of step's arguments in order, and of the output, the time and the state)."""
     found = list(inspect.signature(step).parameters.values())[1:]
     names = [p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -279,7 +297,7 @@ def _arguments(step):
     }
 
 
-def named(name):
+def named(name: str) -> type[Any]:
     """The class that a saved pipeline names: "PiflowScheduler", or "module.Class" of a module that is imported.
 
     Raises AttributeError where there is none.

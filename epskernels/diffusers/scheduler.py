@@ -12,16 +12,33 @@ import copy
 import functools
 import inspect
 import logging
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, is_grad_enabled
 
 from .. import scaling
 from ..guidance import quantile_of_sizes
 from ..ops import as_seeds, normal, step_results
+from ..scaling import ScalingLike
 from ..spec import STREAM_STEP
-from .common import as_dtype_of, draw_noise, say, widest
+from ..typing import Array, SeedsLike
+from .common import (
+    Columns,
+    Draws,
+    Formula,
+    Generators,
+    Levels,
+    Options,
+    Result,
+    Timestep,
+    as_dtype_of,
+    draw_noise,
+    say,
+    widest,
+)
 from .plan import SCHEDULES, Configuration, Plan, Row, Schedule, Seen, set_by_attribute
 
 _log = logging.getLogger("epskernels")
@@ -29,53 +46,78 @@ FLOAT32 = torch.float32
 _DTYPES = (FLOAT32, torch.float16, torch.bfloat16)
 
 
-class Configured:
+if TYPE_CHECKING:
+
+    class _Theirs:
+        """What the classes here take from the class after them, diffusers' own; not every one of those has all of it."""
+
+        timesteps: Tensor
+        sigmas: Tensor
+        num_inference_steps: int
+        _internal_dict: Configuration
+        _step_index: int
+        _begin_index: int
+
+        @property
+        def config(self) -> Configuration: ...
+        def __init__(self, *args: Any, **theirs: Any) -> None: ...
+        def register_to_config(self, **kwargs: Any) -> None: ...
+        def _init_step_index(self, timestep: Timestep) -> None: ...
+else:
+    _Theirs = object
+
+
+class Configured(_Theirs):
     """eps_scaling in a scheduler's configuration; the class after it in the order of inheritance is diffusers', or a user's."""
 
-    _seen = _ran = None
+    _theirs: Any  # diffusers' class, or a user's
+    _seen: Any = None  # a Seen, from the first step on
+    _ran: str | None = None
 
-    def __init__(self, *args, eps_scaling=1.0, **theirs):
+    def __init__(self, *args: Any, eps_scaling: ScalingLike = 1.0, **theirs: Any) -> None:
         eps_scaling = scaling.as_json(eps_scaling, "eps_scaling")
         super().__init__(*args, **theirs)
         self._adopt(eps_scaling)
 
     @staticmethod
-    def _get_init_keys(input_class):
+    def _get_init_keys(input_class: type) -> set[str]:
         """What diffusers takes from a configuration for the constructor: its own class's arguments, and eps_scaling."""
         own = next(
             c for c in input_class.__mro__ if "__init__" in vars(c) and c is not Configured and "_theirs" not in vars(c)
         )
         return {
-            *inspect.signature(own.__init__).parameters,
+            *inspect.signature(vars(own)["__init__"]).parameters,
             *(["eps_scaling"] if issubclass(input_class, Configured) else []),
         }
 
-    def register_to_config(self, **kwargs):
+    def register_to_config(self, **kwargs: Any) -> None:
+        """diffusers' own, with a configuration that counts its changes."""
         super().register_to_config(**kwargs)  # which forgets what was set by attribute
         self._internal_dict = Configuration(self._internal_dict)
 
-    def _adopt(self, eps_scaling):
+    def _adopt(self, eps_scaling: ScalingLike) -> None:
         """The scaling into the configuration; a default one is not written where diffusers' own class would warn of it."""
-        changed = {"eps_scaling": scaling.as_json(eps_scaling, "eps_scaling")}
+        changed: dict[str, Any] = {"eps_scaling": scaling.as_json(eps_scaling, "eps_scaling")}
         if "_use_default_values" in self.config:  # as it is not where a file names all
             defaults = [name for name in self.config["_use_default_values"] if name != "eps_scaling"]
             changed["_use_default_values"] = defaults + ["eps_scaling"] * (changed["eps_scaling"] == 1)
         by_attribute = set_by_attribute(self.config)
         self.register_to_config(**changed)
-        vars(self.config).update({name: value for name, value in by_attribute.items() if name not in changed})
+        self.config.__dict__.update({name: value for name, value in by_attribute.items() if name not in changed})
         self._seen = self._ran = None
         self._read_config()
 
-    def _read_config(self):
+    def _read_config(self) -> None:
         """What every step looks at: asking the configuration each time takes longer than the step."""
         self._thresholds = bool(getattr(self.config, "thresholding", False))
 
     @property
-    def eps_scaling(self):
+    def eps_scaling(self) -> Any:
+        """lambda as the configuration keeps it; set as scaling.as_scaling takes it, and raises as that."""
         return self.config.eps_scaling
 
     @eps_scaling.setter
-    def eps_scaling(self, eps_scaling):
+    def eps_scaling(self, eps_scaling: ScalingLike) -> None:
         self._adopt(eps_scaling)
 
 
@@ -85,23 +127,32 @@ class Fused(Configured):
     path: how the last step ran, "fused" or "diffusers: <why>". seeds: a sample's seed each, or None; steps then make their noise
     in the kernel unless a generator is given.
     eps_scaling: lambda, as scaling.as_scaling takes it; may be set. lambdas: lambda of each step.
+    step has diffusers' arguments, and seeds where it draws noise. sample: (B, ...), model_output: its shape, or twice its
+    channels with a learned variance; float32, float16 or bfloat16, on one device. generator: one, or one for each sample. Returns
+    diffusers' output class, or without return_dict the tuple of its tensors. Raises ValueError before set_timesteps, and for
+    seeds where a generator is given too, or diffusers' own step runs; IndexError after the last step; RuntimeError where a
+    trajectory whose history is not diffusers' would go on with diffusers' own step, or the reverse.
     """
 
     _mixes = True  # a trajectory may go on with diffusers' own step, since its history is the same
     _needs_steps = False  # set_timesteps has to come before step
-    _options = ()  # the arguments of step that change the rows, with their defaults
-    _tensors = "timesteps", "sigmas"  # what the rows are made of,
-    _reads = ()  # and of which other attributes
+    _options: Options = ()  # the arguments of step that change the rows, with their defaults
+    _tensors: tuple[str, ...] = ("timesteps", "sigmas")  # what the rows are made of,
+    _reads: tuple[str, ...] = ()  # and of which other attributes
     # A scheduler's own: its numbers as last seen, its seeds, how the last step ran (`_ran` where it must not change), the
     # timesteps that set_timesteps made, how many rows it made beyond them, and whether x_0 is thresholded.
-    path = _seen = _seeds = _ran = None
-    _scheduled, _surplus, _thresholds = (), 0, False
+    path: str | None = None
+    _seeds: Tensor | None = None
+    _scheduled: tuple[float, ...] = ()
+    _surplus, _thresholds = 0, False
+    _output_class: Any  # diffusers', of what step returns
+    __signature__: inspect.Signature
 
-    def __init_subclass__(cls):
-        parent = cls.__bases__[-1]
+    def __init_subclass__(cls) -> None:
+        parent: Any = cls.__bases__[-1]
         if parent is Fused or parent.__name__ != cls.__name__:
             if "__init__" in vars(cls):  # a user's own subclass
-                cls.__signature__ = inspect.signature(functools.partial(cls.__init__, None))
+                cls.__signature__ = inspect.signature(functools.partial(vars(cls)["__init__"], None))
             return
         cls._theirs = parent
         cls.__module__ = __package__  # where users find it, and saved pipelines
@@ -110,7 +161,7 @@ class Fused(Configured):
         cls.__signature__ = inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))  # **kwargs last
 
         @functools.wraps(parent.set_timesteps)  # pipelines look at its signature
-        def set_timesteps(self, *args, **kwargs):
+        def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
             parent.set_timesteps(self, *args, **kwargs)
             self._seen = self._ran = None
             self._scheduled = tuple(self.timesteps.tolist())
@@ -118,50 +169,57 @@ class Fused(Configured):
             if "eps_scaling" in self.config:  # not while diffusers' own constructor runs
                 self._check_last_steps(self._plan(self._options, self.timesteps.device))
 
-        cls.set_timesteps = set_timesteps
+        cls.set_timesteps = set_timesteps  # type: ignore[attr-defined]  # declared, it would hide diffusers' signature
 
     @property
-    def lambdas(self):
+    def lambdas(self) -> tuple[float, ...]:
         """lambda of each step of the schedule, the noisiest first: a tuple of numbers."""
         plan = self._plan(self._options, self.timesteps.device)
         return tuple(self._per_step(np.array(plan.lambda_t)).tolist())
 
     # ---- the plan ----
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         """diffusers' update without lambda: (columns, draws). Columns by name, (R,) float64 or one number."""
         raise NotImplementedError
 
-    def _model(self, options):
+    def _model(self, options: Options) -> Levels:
         """(alpha, sigma, d_x, d_f) of x = alpha*x_0 + sigma*eps and x_0 = d_x*x + d_f*f as diffusers has it, for each row."""
         raise NotImplementedError
 
-    def _lambdas(self, alpha, sigma, d_x):
-        """lambda for each step; 1 where x is noise alone."""
+    def _lambdas(self, alpha: Array, sigma: Array, d_x: Array) -> Array:
+        """lambda for each row; 1 where x is noise alone."""
         says_x0 = ~(np.abs(d_x * alpha - 1) < 1e-9)  # d_x may be infinite
-        alone = self._per_step(scaling.noise_alone(alpha, sigma, says_x0))
-        value, (at, steps) = scaling.as_scaling(self.config.eps_scaling, "eps_scaling"), self._lambda_steps(len(alone))
+        alone, value = scaling.noise_alone(alpha, sigma, says_x0), self._as_scaling()
+        if value.by_level:
+            lambda_t = scaling.lambdas(value, alone, "eps_scaling", levels=scaling.log_snr(alpha, sigma))
+            return np.where(sigma == 0, 1.0, lambda_t)
+        alone = self._per_step(alone)
+        at, steps = self._lambda_steps(len(alone))
         of_all = np.zeros(steps, dtype=bool)
         of_all[at] = alone
         lambda_t = scaling.lambdas(value, of_all, "eps_scaling", functools.partial(say, self))[at]
         lambda_t[self._per_step(sigma) == 0] = 1.0  # without noise, any lambda is 1
-        return lambda_t
+        return self._per_call(lambda_t)
 
-    def _lambda_steps(self, rows):
+    def _as_scaling(self) -> scaling.EpsilonScaling:
+        return scaling.as_scaling(self.config.eps_scaling, "eps_scaling")
+
+    def _lambda_steps(self, rows: int) -> tuple[NDArray[np.integer], int]:
         """(which step each row is of, how many steps lambda is given for)."""
         steps = rows - self._surplus
         return np.minimum(np.arange(rows), steps - 1), steps
 
-    def _per_step(self, values):
+    def _per_step(self, values: np.ndarray) -> np.ndarray:
         return values
 
-    def _input_scale(self):
+    def _input_scale(self) -> list[float] | None:
         """What scale_model_input multiplies by in each step, or None."""
 
-    def _per_call(self, lambda_t):
-        return lambda_t
+    def _per_call(self, values: np.ndarray) -> np.ndarray:
+        return values
 
-    def _plan(self, options, device):
+    def _plan(self, options: Options, device: torch.device) -> Plan:
         """The Plan of the schedule and the configuration as they are now."""
         seen = self._seen
         if seen is None or not seen.is_of(self):
@@ -170,7 +228,7 @@ class Fused(Configured):
         if planned_options == options and planned_device == device:
             return plan
 
-        def make():
+        def make() -> Plan:
             with torch.inference_mode(False):  # what is kept serves calls with gradients too
                 return Plan(*self._scaled_formula(options), device, self._refuses(), self._thresholds)
 
@@ -178,7 +236,7 @@ class Fused(Configured):
         seen.last = options, device, plan
         return plan
 
-    def _look(self):
+    def _look(self) -> Seen:
         """The schedule and the configuration as they are now, looked at anew: a Seen."""
         if type(self._internal_dict) is not Configuration:  # a pipeline may put a FrozenDict there
             by_attribute = set_by_attribute(self._internal_dict)
@@ -196,11 +254,11 @@ class Fused(Configured):
         seen.schedule = SCHEDULES.get(seen.key(self), lambda: Schedule(self.timesteps.tolist(), self._input_scale()))
         return seen
 
-    def _scaled_formula(self, options):
+    def _scaled_formula(self, options: Options) -> tuple[Columns, Draws, Array, Array]:
         with np.errstate(all="ignore"):  # a row that is not finite is not used
             columns, draws = self._formula(options)
             alpha, sigma, d_x, d_f = self._model(options)
-            scale = self._per_call(self._lambdas(alpha, sigma, d_x))
+            scale = self._lambdas(alpha, sigma, d_x)
             on_x = np.where((scale == 1) | (d_f == 0), 0.0, (1 - d_x * alpha) / d_f * (1 - 1 / scale) / alpha)
             length = len(scale)
             levels = max(np.size(column) for column in columns.values()) // length
@@ -218,15 +276,15 @@ class Fused(Configured):
                 columns["c_f"] = columns["c_f"] + m0 * columns["d_f"]
         return columns, draws, scale, on_x
 
-    def _refuses(self):
+    def _refuses(self) -> str | None:
         """Why no row of this configuration can be one launch, or None."""
 
-    def _check_last_steps(self, plan):
+    def _check_last_steps(self, plan: Plan) -> None:
         """Raises ValueError where a trajectory would end at a step that has no numbers, after all its model calls."""
 
     # ---- which step ----
 
-    def _place(self, timestep):
+    def _place(self, timestep: object) -> int | None:
         """The index of a timestep in self.timesteps, or None. A view into it is recognised by its address, without reading it."""
         seen = self._seen
         if isinstance(timestep, torch.Tensor):
@@ -241,7 +299,7 @@ class Fused(Configured):
             timestep = timestep.item()
         return seen.schedule.rank.get(timestep) if isinstance(timestep, (int, float, np.number)) else None
 
-    def _init_step_index(self, timestep):
+    def _init_step_index(self, timestep: Timestep) -> None:
         """diffusers' choice, without reading a timestep back that is one of its own."""
         if getattr(self, "begin_index", None) is not None:
             self._step_index = self._begin_index
@@ -254,7 +312,7 @@ class Fused(Configured):
             same = [j for j, t in enumerate(host) if t == host[i]]
             self._step_index = same[1 if len(same) > 1 else 0]
 
-    def _row(self, plan, timestep):
+    def _row(self, plan: Plan, timestep: Timestep | None) -> Any:
         """Which of the plan's rows this call applies, or None where the schedule does not have the timestep."""
         if self._step_index is None:
             self._init_step_index(timestep)
@@ -265,39 +323,40 @@ class Fused(Configured):
             )
         return i
 
-    def _most_steps(self):
+    def _most_steps(self) -> int:
         return self._length()
 
-    def _length(self):
+    def _length(self) -> int:
         """How many steps the schedule has numbers for, those of timesteps that were cut off too."""
         return len(self.sigmas) - 1
 
-    def _host(self):
+    def _host(self) -> list[Any]:
         return self._seen.schedule.host
 
     # ---- the step ----
 
     @property
-    def seeds(self):
+    def seeds(self) -> Tensor | None:
+        """(B,) int64, a sample's seed each, or None; set as ops.as_seeds takes them, and raises as that."""
         return self._seeds
 
     @seeds.setter
-    def seeds(self, seeds):
+    def seeds(self, seeds: SeedsLike | None) -> None:
         self._seeds = None if seeds is None else as_seeds(seeds)
 
-    def fork(self):
+    def fork(self) -> Self:
         """A scheduler with its own position, history and seeds, for one request; it shares the plan and the configuration."""
         twin = copy.copy(self)
         twin._restart()
         return twin
 
-    def _restart(self):
+    def _restart(self) -> None:
         for name in ("_step_index", "_begin_index"):
             if name in self.__dict__:
                 setattr(self, name, None)
         self._ran = self.path = self._seeds = None
 
-    def _enter(self, f, timestep, x, options=()):
+    def _enter(self, f: Tensor, timestep: Timestep | None, x: Tensor, options: Options = ()) -> Row:
         """The Row that this call applies; its `why` says what keeps it from being one launch, then diffusers' own step runs."""
         if self._needs_steps and self.num_inference_steps is None:
             raise ValueError("set_timesteps: expected a call of it before step")
@@ -319,24 +378,32 @@ class Fused(Configured):
         row = Row(why=f"timestep {timestep} is not one of the schedule's") if number is None else plan.rows[number]
         return row if why is None else row.refused(why)
 
-    def _noise(self, row, f, generator, seeds, given=None, dtype=None):
+    def _noise(
+        self, row: Row, f: Tensor, generator: Generators, seeds: SeedsLike | None, given: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """(noise, seeds) for the step, one or both None: diffusers' own draw from the generator, or the kernel's from seeds."""
         if generator is not None and seeds is not None:
             raise ValueError("generator, seeds: expected one of them, got both")
         if not row.draws:
             return None, None
-        if given is None and generator is None and (seeds is not None or self._seeds is not None):
+        if given is None and generator is None:
             if seeds is not None:
                 seeds = as_seeds(seeds, f.device)
-            else:
-                seeds = self._seeds
-                if seeds.device != f.device:
-                    seeds = self._seeds = seeds.to(f.device)
-            return None, seeds if row.uses_noise else None
+                return None, seeds if row.uses_noise else None
+            kept = self._seeds
+            if kept is not None:
+                if kept.device != f.device:
+                    kept = self._seeds = kept.to(f.device)
+                return None, kept if row.uses_noise else None
         noise = draw_noise(f, generator, dtype) if given is None else given.to(f.device)
         return noise if row.uses_noise else None, None
 
-    def _step(self, row, f, x, noise=None, seeds=None, m1=None, m2=None, y=None, v=None, like_f=False, results=2):
+    def _step(
+        self, row: Row, f: Tensor, x: Tensor, noise: Tensor | None = None, seeds: Tensor | None = None,
+        m1: Tensor | None = None, m2: Tensor | None = None, y: Tensor | None = None, v: Tensor | None = None,
+        like_f: bool = False, results: int = 2,
+    ) -> Any:  # fmt: skip
         """One launch: the first `results` of x', m0, y'; x' of f's dtype if like_f, otherwise of the one that holds x and f.
 
         Noise of more digits than x widens x.
@@ -368,7 +435,10 @@ class Fused(Configured):
             made = (made[0].to(dtype), *made[1:]) if results > 1 else made.to(dtype)
         return made
 
-    def _own(self, row, f, timestep, x, seeds=None, method="step", **arguments):
+    def _own(
+        self, row: Row, f: Tensor, timestep: Timestep, x: Tensor, seeds: SeedsLike | None = None, method: str = "step",
+        **arguments: Any,
+    ) -> Result:  # fmt: skip
         """diffusers' own step, or another of its methods, on the scaled output: f/lambda plus its share of x_0 times x."""
         if (seeds is not None or (self._seeds is not None and arguments.get("generator") is None)) and row.draws:
             raise ValueError(f"seeds: diffusers' own step takes a generator, and it runs here: {row.why}")
@@ -386,10 +456,10 @@ class Fused(Configured):
             f = self._scaled_output(f, x, row.lambda_t, row.to_x)
         return self._call_theirs(method, f, timestep, x, **arguments)
 
-    def _call_theirs(self, method, f, timestep, x, **arguments):
+    def _call_theirs(self, method: str, f: Tensor, timestep: Any, x: Tensor, **arguments: Any) -> Result:
         return getattr(self._theirs, method)(self, f, timestep=timestep, sample=x, **arguments)
 
-    def _go_on(self, kind, why):
+    def _go_on(self, kind: str, why: str | None) -> None:
         """Raises RuntimeError where a trajectory would change between the fused step and diffusers' own."""
         if self._ran not in (None, kind):
             raise RuntimeError(
@@ -397,41 +467,44 @@ class Fused(Configured):
             )
         self._ran = kind
 
-    def _scaled_output(self, f, x, lambda_t, to_x):
+    def _scaled_output(self, f: Tensor, x: Tensor, lambda_t: float | Tensor, to_x: float | Tensor) -> Tensor:
         if f.shape == x.shape:
             return f / lambda_t + to_x * x
         own, v = f.split([x.shape[1], f.shape[1] - x.shape[1]], dim=1)  # learned variance
         return torch.cat([own / lambda_t + to_x * x, v], dim=1)
 
-    def _drawn(self, noise, seeds, x, i):
+    def _drawn(self, noise: Tensor | None, seeds: Tensor | None, x: Tensor, i: int) -> Tensor | None:
         """The noise of step i as a tensor, from seeds too; None where there is none."""
         return noise if seeds is None else normal(seeds, list(x.shape[1:]), draw=i, stream=STREAM_STEP)
 
-    def _threshold(self, row, f, x):
+    def _threshold(self, row: Row, f: Tensor, x: Tensor) -> Tensor:
         """Dynamic thresholding's (B,), as diffusers takes it (arXiv 2205.11487): a quantile of |x_0| in each sample."""
         x0 = row.d_x * x.float() + row.d_f * f.float()
         s = quantile_of_sizes(x0.abs(), self.config.dynamic_thresholding_ratio)
         return s.clamp(min=1, max=self.config.sample_max_value)
 
 
-class InHalves:
+class InHalves(Fused):
     """Two model calls a step, with one lambda; one in the last."""
 
-    def _per_call(self, lambda_t):
-        return np.repeat(lambda_t, 2)[: self._length()]
+    state_in_first_order: bool
+    sample: Tensor | None  # where the step began
 
-    def _per_step(self, values):
+    def _per_call(self, values: np.ndarray) -> np.ndarray:
+        return np.repeat(values, 2)[: self._length()]
+
+    def _per_step(self, values: np.ndarray) -> np.ndarray:
         return values[::2]
 
 
-class FromCleanest:
+class FromCleanest(Fused):
     """Towards noise: lambda's first number is the noisiest step's, which is the last."""
 
-    def _lambda_steps(self, rows):
+    def _lambda_steps(self, rows: int) -> tuple[NDArray[np.integer], int]:
         at, steps = super()._lambda_steps(rows)
         return steps - 1 - at[::-1], steps
 
-    def _per_step(self, values):
+    def _per_step(self, values: np.ndarray) -> np.ndarray:
         return values[::-1]
 
     _per_call = _per_step

@@ -1,30 +1,49 @@
 """On steps counted from the first, x = x_0 + sigma*eps: Euler, EulerAncestral, Heun, EDMEuler."""
 
 import math
+from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import schedulers as theirs
 from torch import Tensor
 
 from .. import solvers
-from .common import as_float64, clip_of, output_of, positive_zeros, refuse_integers, say, widest
+from ..typing import Array, SeedsLike
+from .common import (
+    Formula,
+    Generators,
+    Levels,
+    Options,
+    Result,
+    Timestep,
+    as_float64,
+    clip_of,
+    output_of,
+    positive_zeros,
+    refuse_integers,
+    say,
+    widest,
+)
 from .scheduler import FLOAT32, Fused, InHalves
 
 
 class OnSigmas(Fused):
-    def _sigmas(self):
+    """x = x_0 + sigma*eps at the schedule's sigmas; steps are counted from the first."""
+
+    def _sigmas(self) -> tuple[Array, Any]:
         """sigma at each model call, and where its step ends."""
         return (sigmas := as_float64(self.sigmas))[:-1], sigmas[1:]
 
-    def _input_scale(self):
+    def _input_scale(self) -> list[float] | None:
         return (1 / np.sqrt(as_float64(self.sigmas) ** 2 + self._data_variance())).tolist()
 
-    def _data_variance(self):
+    def _data_variance(self) -> float:
         return 1.0
 
-    def scale_model_input(self, sample, timestep):
+    def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
+        """sample/sqrt(sigma^2 + data's variance) for the step to come, in sample's dtype: what the model reads. Raises IndexError
+        after the last step."""
         if self._step_index is None:
             self._init_step_index(timestep)
         seen = self._seen
@@ -36,7 +55,7 @@ class OnSigmas(Fused):
         self.is_scale_input_called = True
         return sample * scales[i]
 
-    def _output(self, sigma, at=None):
+    def _output(self, sigma: Array, at: Array | None = None) -> tuple[Array, Array]:
         """(d_x, d_f) of x_0; at: the level that v_prediction takes, where it is not sigma."""
         kind = self.config.prediction_type
         kind = "sample" if kind == "original_sample" else kind
@@ -44,16 +63,17 @@ class OnSigmas(Fused):
         c_in = solvers.preconditioned(level, 1.0)[2]  # the network knows x/sqrt(1 + sigma^2)
         return positive_zeros(solvers.x0_of(*output_of(kind, c_in, c_in * level), 1.0, level))
 
-    def _model(self, options):
+    def _model(self, options: Options) -> Levels:
         sigma = self._sigmas()[0]
         return np.ones(len(sigma)), sigma, *self._output(sigma)
 
-    def _result(self, x, m0, return_dict):
+    def _result(self, x: Tensor, m0: Tensor, return_dict: bool) -> Result:
         self._step_index += 1
         return self._output_class(prev_sample=x, pred_original_sample=m0) if return_dict else (x, m0)
 
 
-def warn_of_unscaled_input(scheduler):
+def warn_of_unscaled_input(scheduler: object) -> None:
+    """Says that scale_model_input was not called before step."""
     say(scheduler, "expects scale_model_input to be called on what the model is given, before step, and it was not")
 
 
@@ -62,22 +82,25 @@ class _Euler(OnSigmas):
 
     _options = (0.0, 0.0, math.inf)
 
-    def _hat(self, options):
+    def _hat(self, options: Options) -> tuple[Array, Array]:
         sigma = self._sigmas()[0]
         return sigma, solvers.churned(sigma, len(self.sigmas) - 1, *options)
 
-    def _model(self, options):
+    def _model(self, options: Options) -> Levels:
         sigma, hat = self._hat(options)
         return np.ones(len(sigma)), hat, *self._output(hat, sigma)
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         sigma, hat = self._hat(options)
         d_x, d_f = self._output(hat, sigma)
         c_x, c_m0 = solvers.first_order(1.0, hat, 1.0, self._sigmas()[1])
         churn_std = np.sqrt(hat**2 - sigma**2)
         return {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_m0": c_m0, "churn_std": churn_std, "t": sigma}, churn_std > 0
 
-    def _euler(self, f, timestep, x, churn, s_noise, generator, return_dict, seeds, **more):
+    def _euler(
+        self, f: Tensor, timestep: Timestep, x: Tensor, churn: dict[str, Any], s_noise: float, generator: Generators,
+        return_dict: bool, seeds: SeedsLike | None, **more: Any,
+    ) -> Result:  # fmt: skip
         if type(timestep) is not Tensor or timestep.dtype is not FLOAT32:
             refuse_integers(self, timestep)
         if not self.is_scale_input_called:
@@ -101,60 +124,64 @@ class _Euler(OnSigmas):
         return self._result(x, m0, return_dict)
 
 
-class EulerDiscreteScheduler(_Euler, diffusers.EulerDiscreteScheduler):
+class EulerDiscreteScheduler(_Euler, theirs.scheduling_euler_discrete.EulerDiscreteScheduler):
+    """Euler's step with churn (arXiv 2206.00364, alg. 2, without its second half)."""
+
     _output_class = theirs.scheduling_euler_discrete.EulerDiscreteSchedulerOutput
 
     def step(
         self,
-        model_output,
-        timestep,
-        sample,
-        s_churn=0.0,
-        s_tmin=0.0,
-        s_tmax=float("inf"),
-        s_noise=1.0,
-        generator=None,
-        return_dict=True,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        return_dict: bool = True,
         *,
-        seeds=None,
-    ):
+        seeds: SeedsLike | None = None,
+    ) -> Result:
         """diffusers' step; seeds: (B,), for noise made by the package's generator."""
         churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax}
         return self._euler(model_output, timestep, sample, churn, s_noise, generator, return_dict, seeds)
 
 
-class Preconditioned:
+class Preconditioned(Fused):
     """EDM's c_skip and c_out (arXiv 2206.00364, table 1)."""
 
-    def _output(self, sigma, at=None):
+    def _output(self, sigma: Array, at: Array | None = None) -> tuple[Array, Array]:
         c_skip, c_out, _ = solvers.preconditioned(sigma, self.config.sigma_data)
         signs = {"epsilon": 1.0, "v_prediction": -1.0}
         if self.config.prediction_type not in signs:
             raise ValueError(f"prediction_type: expected one of {tuple(signs)}, got {self.config.prediction_type!r}")
         return c_skip, signs[self.config.prediction_type] * c_out
 
-    def _data_variance(self):
+    def _data_variance(self) -> float:
         return self.config.sigma_data**2
 
 
-class EDMEulerScheduler(Preconditioned, _Euler, diffusers.EDMEulerScheduler):
+class EDMEulerScheduler(Preconditioned, _Euler, theirs.scheduling_edm_euler.EDMEulerScheduler):
+    """Euler's step with churn on EDM's denoiser (arXiv 2206.00364, alg. 2, without its second half)."""
+
     _output_class = theirs.scheduling_edm_euler.EDMEulerSchedulerOutput
 
     def step(
         self,
-        model_output,
-        timestep,
-        sample,
-        s_churn=0.0,
-        s_tmin=0.0,
-        s_tmax=float("inf"),
-        s_noise=1.0,
-        generator=None,
-        return_dict=True,
-        pred_original_sample=None,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        return_dict: bool = True,
+        pred_original_sample: Tensor | None = None,
         *,
-        seeds=None,
-    ):
+        seeds: SeedsLike | None = None,
+    ) -> Result:
         """diffusers' step; seeds: (B,), for noise made by the package's generator."""
         churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax}
         return self._euler(
@@ -163,10 +190,14 @@ class EDMEulerScheduler(Preconditioned, _Euler, diffusers.EDMEulerScheduler):
         )  # fmt: skip
 
 
-class EulerAncestralDiscreteScheduler(OnSigmas, diffusers.EulerAncestralDiscreteScheduler):
+class EulerAncestralDiscreteScheduler(
+    OnSigmas, theirs.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteScheduler
+):
+    """Euler's step to sigma_down, then new noise (k-diffusion's euler_ancestral)."""
+
     _output_class = theirs.scheduling_euler_ancestral_discrete.EulerAncestralDiscreteSchedulerOutput
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         if self.config.prediction_type == "sample":
             raise NotImplementedError("prediction_type: 'sample' is not one of EulerAncestralDiscreteScheduler's")
         sigma, sigma_next = self._sigmas()
@@ -175,7 +206,10 @@ class EulerAncestralDiscreteScheduler(OnSigmas, diffusers.EulerAncestralDiscrete
         c_x, c_m0 = solvers.first_order(1.0, sigma, 1.0, down)
         return {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_m0": c_m0, "c_noise": up, "t": sigma}, True
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,
+        *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         if type(timestep) is not Tensor or timestep.dtype is not FLOAT32:
             refuse_integers(self, timestep)
@@ -189,14 +223,16 @@ class EulerAncestralDiscreteScheduler(OnSigmas, diffusers.EulerAncestralDiscrete
         return self._result(x, m0, return_dict)
 
 
-class HeunDiscreteScheduler(InHalves, OnSigmas, diffusers.HeunDiscreteScheduler):
+class HeunDiscreteScheduler(InHalves, OnSigmas, theirs.scheduling_heun_discrete.HeunDiscreteScheduler):
     """Two rows for each step but the last; the second goes on from the state that the first was given, as diffusers does."""
 
     _output_class = theirs.scheduling_heun_discrete.HeunDiscreteSchedulerOutput
     _mixes = False
-    _first_m0 = None
+    _first_m0: Tensor | None = None
+    dt: float | None
+    prev_derivative: None
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         at, after = self._sigmas()
         second = np.arange(len(at)) % 2 == 1
         start = np.where(second, np.roll(at, 1), at)  # where the step began
@@ -208,7 +244,8 @@ class HeunDiscreteScheduler(InHalves, OnSigmas, diffusers.HeunDiscreteScheduler)
         columns |= {name: np.where(second, column, first.get(name, 0.0)) for name, column in then.items()}
         return columns, False
 
-    def step(self, model_output, timestep, sample, return_dict=True):
+    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:
+        """diffusers' step, which draws no noise. Raises ValueError for a second half of a step whose first half did not run."""
         row = self._enter(model_output, timestep, sample)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)
@@ -222,6 +259,6 @@ class HeunDiscreteScheduler(InHalves, OnSigmas, diffusers.HeunDiscreteScheduler)
             self.prev_derivative = self.dt = self.sample = self._first_m0 = None
         return self._result(next_x, m0, return_dict)
 
-    def _restart(self):
+    def _restart(self) -> None:
         super()._restart()
         self.prev_derivative = self.dt = self.sample = self._first_m0 = None

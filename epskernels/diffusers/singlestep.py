@@ -1,27 +1,30 @@
 """Several calls a step, each from the step's first state: DPMSolverSinglestep."""
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
+from torch import Tensor
 
 from .. import solvers
-from .common import widest
+from ..typing import SeedsLike
+from .common import Formula, Generators, Options, Result, Timestep, widest
 from .multistep import DPMSolver
+from .plan import Plan
 from .scheduler import Fused
 
 
-class DPMSolverSinglestepScheduler(DPMSolver, diffusers.DPMSolverSinglestepScheduler):
+class DPMSolverSinglestepScheduler(DPMSolver, theirs.scheduling_dpmsolver_singlestep.DPMSolverSinglestepScheduler):
     """The rows of order k at position i: (k - 1)*N + i; a step's first state is y in its later calls."""
 
     _tensors = "timesteps", "sigmas"
+    sample: Tensor | None  # where the step began
 
-    def _refuses(self):
+    def _refuses(self) -> str | None:
         config = self.config
         if (config.algorithm_type, config.solver_type, config.solver_order) == ("sde-dpmsolver++", "heun", 3):
             return "diffusers' third order of sde-dpmsolver++ with heun"
         return super()._refuses()
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         config, n = self.config, self._length()
         alpha, sigma, h = self._levels()
         by_noise, sde = config.algorithm_type == "dpmsolver", config.algorithm_type == "sde-dpmsolver++"
@@ -43,21 +46,24 @@ class DPMSolverSinglestepScheduler(DPMSolver, diffusers.DPMSolverSinglestepSched
             rows.append(np.array([of_x, of_y, *weights, noise]))
         names, levels = ("c_x", "c_y", "c_m0", "c_m1", "c_m2", "c_noise"), len(rows)
         columns = dict(zip(names, np.concatenate(rows, axis=1), strict=True))
-        kept = zip(("d_x", "d_f"), self._kept(by_noise), strict=True)
-        return columns | {name: np.tile(column, levels) for name, column in kept}, sde
+        of_x0 = zip(("d_x", "d_f"), self._kept(by_noise), strict=True)
+        return columns | {name: np.tile(column, levels) for name, column in of_x0}, sde
 
-    def _order(self, i):
+    def _order(self, i: int) -> int:
         """diffusers' order of the step at position i: as many outputs as are kept, this one's included."""
         order, kept = self.order_list[i], [*self.model_outputs[1:], True]
         while kept[-order] is None:
             order -= 1
         return order
 
-    def _row(self, plan, timestep):
-        i = Fused._row(self, plan, timestep)
+    def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
+        i: int = Fused._row(self, plan, timestep)
         return (self._order(i) - 1) * self._seen.length + i
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,
+        *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         f, x = model_output, sample
         row = self._enter(f, timestep, x)
@@ -77,6 +83,6 @@ class DPMSolverSinglestepScheduler(DPMSolver, diffusers.DPMSolverSinglestepSched
         self._step_index += 1
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=next_x) if return_dict else (next_x,)
 
-    def _restart(self):
+    def _restart(self) -> None:
         Fused._restart(self)
         self.model_outputs, self.sample = [None] * self.config.solver_order, None

@@ -3,18 +3,17 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import schedulers as theirs
-from diffusers.schedulers import scheduling_sasolver
-from diffusers.schedulers.deprecated.scheduling_karras_ve import KarrasVeOutput
+from diffusers.schedulers.deprecated import scheduling_karras_ve
 from torch import Tensor
 
 from .. import solvers
-from ..ops import as_seeds
-from ..typing import Array
-from .common import as_float64
+from ..ops import as_seeds, normal
+from ..spec import STREAM_STEP
+from ..typing import Array, SeedsLike
+from .common import Formula, Generators, Levels, Options, Result, Timestep, as_float64
 from .multistep import PredictorCorrector
 from .plan import Plan
 from .scheduler import Fused
@@ -25,7 +24,7 @@ def noise_between_200_and_800(t: Tensor) -> int:
     return 1 if 200 <= t <= 800 else 0
 
 
-class SASolverScheduler(PredictorCorrector, diffusers.SASolverScheduler):
+class SASolverScheduler(PredictorCorrector, theirs.scheduling_sasolver.SASolverScheduler):
     """SA-Solver (arXiv 2309.05019), x_0 or eps integrated. y has the step's noise too, of which the corrector keeps as much."""
 
     _reads = "tau_func", "predict_x0"
@@ -37,7 +36,7 @@ class SASolverScheduler(PredictorCorrector, diffusers.SASolverScheduler):
         self._thresholds = config.thresholding and config.algorithm_type == "data_prediction"
         learned = config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon"
         self._channels = 3 if learned else None  # as diffusers has it
-        if getattr(self.tau_func, "__module__", None) == scheduling_sasolver.__name__:
+        if getattr(self.tau_func, "__module__", None) == theirs.scheduling_sasolver.__name__:
             self.tau_func = noise_between_200_and_800
 
     def _refuses(self) -> str | None:
@@ -50,7 +49,7 @@ class SASolverScheduler(PredictorCorrector, diffusers.SASolverScheduler):
             else None
         )
 
-    def _formula(self, options: tuple[Any, ...]) -> tuple[dict[str, Array], bool]:
+    def _formula(self, options: Options) -> Formula:
         config, n, by_x0 = self.config, self._length(), self.predict_x0
         alpha, sigma, h = self._levels()
         i, steps = np.arange(n), len(self.timesteps)  # which may have been cut
@@ -71,9 +70,9 @@ class SASolverScheduler(PredictorCorrector, diffusers.SASolverScheduler):
         return columns | self._corrected(A, *updates, orders, i > 0), True
 
     def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None, return_dict: bool = True, *, seeds: Any = None,
-    ) -> Any:  # fmt: skip
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
+        return_dict: bool = True, *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made by the package's generator."""
         f, x = model_output, sample
         row = self._enter(f, timestep, x)
@@ -96,7 +95,7 @@ class Call(NamedTuple):
     corrects: bool = False
 
 
-class KarrasVeScheduler(Fused, diffusers.KarrasVeScheduler):
+class KarrasVeScheduler(Fused, scheduling_karras_ve.KarrasVeScheduler):
     """A row for each step, then one for each correction. The model's output is -eps; m0 is eps, the slope, and y' x_0."""
 
     _tensors = "timesteps", "schedule"
@@ -125,11 +124,11 @@ class KarrasVeScheduler(Fused, diffusers.KarrasVeScheduler):
                 hat = sigma.astype(kind) + gamma.astype(kind) * sigma.astype(kind)
                 self._steps |= {ends: i for i, ends in enumerate(zip(hat.tolist(), end.tolist(), strict=True))}
 
-    def _model(self, options: tuple[Any, ...]) -> tuple[Array, Array, Array, Array]:
+    def _model(self, options: Options) -> Levels:
         hat, _ = self._ends()
         return np.ones(len(hat)), hat, np.ones(len(hat)), hat
 
-    def _formula(self, options: tuple[Any, ...]) -> tuple[dict[str, Array], bool]:
+    def _formula(self, options: Options) -> Formula:
         hat, end = self._ends()
         zero, one, half = np.zeros(len(hat)), np.ones(len(hat)), (end - hat) / 2
         rows = {
@@ -138,16 +137,16 @@ class KarrasVeScheduler(Fused, diffusers.KarrasVeScheduler):
         }  # fmt: skip
         return {name: np.concatenate(both) for name, both in rows.items()}, False
 
-    def _row(self, plan: Plan, timestep: Call) -> int | None:
+    def _row(self, plan: Plan, timestep: Any) -> int | None:
         i = self._steps.get((float(timestep.sigma_hat), float(timestep.sigma_prev)))
         return i if i is None else i + timestep.corrects * self._seen.length
 
-    def _call_theirs(self, method: str, f: Tensor, timestep: Call, x: Tensor, **arguments: Any) -> Any:
+    def _call_theirs(self, method: str, f: Tensor, timestep: Any, x: Tensor, **arguments: Any) -> Result:
         state = {"sample_prev" if timestep.corrects else "sample_hat": x}
         return getattr(self._theirs, method)(self, f, *timestep[:2], **state, **arguments)
 
     def add_noise_to_input(
-        self, sample: Tensor, sigma: float | Tensor, generator: torch.Generator | None = None, *, seeds: Any = None
+        self, sample: Tensor, sigma: float | Tensor, generator: Generators = None, *, seeds: SeedsLike | None = None
     ) -> Any:
         """diffusers' own; seeds: (B,), for noise made by the package's generator."""
         seeds = self._seeds if seeds is None and generator is None else seeds
@@ -157,28 +156,30 @@ class KarrasVeScheduler(Fused, diffusers.KarrasVeScheduler):
         if not len(step := np.flatnonzero(levels == float(sigma))):
             raise ValueError(f"sigma: expected one of scheduler.schedule, since seeds are given, got {sigma}")
         level, hat = levels[step].item(), raised[step].item()
-        eps = self._drawn(None, as_seeds(seeds, sample.device), sample, step.item())
+        eps = normal(as_seeds(seeds, sample.device), list(sample.shape[1:]), draw=step.item(), stream=STREAM_STEP)
         return torch.add(sample, eps, alpha=self.config.s_noise * (hat**2 - level**2) ** 0.5), hat
 
     def step(
         self, model_output: Tensor, sigma_hat: float | Tensor, sigma_prev: float | Tensor, sample_hat: Tensor,
         return_dict: bool = True,
-    ) -> Any:  # fmt: skip
-        call = Call(sigma_hat, sigma_prev)
+    ) -> Result:  # fmt: skip
+        call: Any = Call(sigma_hat, sigma_prev)  # where others have a timestep
         row = self._enter(model_output, call, sample_hat)
         if row.why is not None:
             return self._own(row, model_output, call, sample_hat, return_dict=return_dict)
         x, derivative, x0 = self._step(row, model_output, sample_hat, results=3)
-        return KarrasVeOutput(x, derivative, x0) if return_dict else (x, derivative)
+        return scheduling_karras_ve.KarrasVeOutput(x, derivative, x0) if return_dict else (x, derivative)
 
     def step_correct(
         self, model_output: Tensor, sigma_hat: float | Tensor, sigma_prev: float | Tensor, sample_hat: Tensor,
         sample_prev: Tensor, derivative: Tensor, return_dict: bool = True,
-    ) -> Any:  # fmt: skip
-        f, x, call = model_output, sample_prev, Call(sigma_hat, sigma_prev, corrects=True)
+    ) -> Result:  # fmt: skip
+        f, x = model_output, sample_prev
+        call: Any = Call(sigma_hat, sigma_prev, corrects=True)
         row = self._enter(f, call, x)
         if row.why is not None:
-            more = {"sample_hat": sample_hat, "derivative": derivative, "return_dict": return_dict}
-            return self._own(row, f, call, x, method="step_correct", **more)
+            return self._own(
+                row, f, call, x, method="step_correct", sample_hat=sample_hat, derivative=derivative, return_dict=return_dict
+            )  # fmt: skip
         x, _, x0 = self._step(row, f, x, m1=derivative, y=sample_hat, results=3)
-        return KarrasVeOutput(x, derivative, x0) if return_dict else (x, derivative)
+        return scheduling_karras_ve.KarrasVeOutput(x, derivative, x0) if return_dict else (x, derivative)

@@ -1,24 +1,42 @@
 """On alphas_cumprod at the timesteps: DDPM, UnCLIP, DDIM, DDIMInverse."""
 
-import diffusers
+from typing import Any
+
 import numpy as np
 from diffusers import schedulers as theirs
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import solvers
-from .common import as_float64, clip_of, eps_of, output_of, x0_of
+from ..typing import Array, SeedsLike
+from .common import (
+    Columns,
+    Formula,
+    Generators,
+    Levels,
+    Options,
+    Result,
+    Timestep,
+    as_float64,
+    clip_of,
+    eps_of,
+    output_of,
+    x0_of,
+)
+from .plan import Plan, Row
 from .scheduler import FLOAT32, FromCleanest, Fused
 
 
 class OnAlphas(Fused):
     """Of alphas_cumprod at the timesteps."""
 
-    _tensors = "timesteps", "alphas_cumprod"
+    _tensors: tuple[str, ...] = ("timesteps", "alphas_cumprod")
+    alphas_cumprod: Tensor
 
-    def _length(self):
+    def _length(self) -> int:
         return len(self.timesteps)
 
-    def _lambda_steps(self, rows):
+    def _lambda_steps(self, rows: int) -> tuple[NDArray[np.integer], int]:
         """Timesteps that are left of those that set_timesteps made keep their lambda."""
         known = {t: i for i, t in enumerate(self._scheduled)}
         places = [known.get(t) for t in self._host()]
@@ -26,26 +44,26 @@ class OnAlphas(Fused):
             return np.arange(rows), rows
         return np.array(places), len(self._scheduled)
 
-    def _t(self):
+    def _t(self) -> NDArray[np.integer]:
         return np.asarray(self._host(), dtype=np.int64)
 
-    def _abar(self, t, beyond=1.0):
+    def _abar(self, t: NDArray[np.integer], beyond: float | Tensor = 1.0) -> Array:
         """alphas_cumprod at t; `beyond` where t < 0, NaN above what there is."""
         abar = as_float64(self.alphas_cumprod)
         inside = abar[np.clip(t, 0, len(abar) - 1)]
         return np.where(t < 0, float(beyond), np.where(t < len(abar), inside, np.nan))
 
-    def _ratio(self, a, b):
+    def _ratio(self, a: Array, b: Array) -> Array:
         """a/b as diffusers rounds it: near t = 0, one minus it has few digits, and lambda 1 promises diffusers' numbers."""
         if self.alphas_cumprod.dtype is not FLOAT32:
             return a / b
         return (a.astype(np.float32) / b.astype(np.float32)).astype(np.float64)
 
-    def _level(self):
+    def _level(self) -> Array:
         """alphas_cumprod of the state that each call of the model is given."""
         return self._abar(self._t())
 
-    def _model(self, options):
+    def _model(self, options: Options) -> Levels:
         abar = self._level()
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
         return alpha, sigma, *x0_of(self.config.prediction_type, alpha, sigma)
@@ -54,7 +72,11 @@ class OnAlphas(Fused):
 class OnTimesteps(OnAlphas):
     """A step is found by its timestep alone: none is counted."""
 
-    def _row(self, plan, timestep):
+    def _abar_next(self, t: NDArray[np.integer]) -> Array:
+        """alphas_cumprod where the step at each timestep ends."""
+        raise NotImplementedError
+
+    def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
         i = self._seen.place(timestep) if isinstance(timestep, Tensor) else None
         return self._place(timestep) if i is None else i
 
@@ -63,13 +85,19 @@ class OnTimesteps(OnAlphas):
 
 
 class Posterior(OnTimesteps):
-    _configured = None
+    """x' drawn from its distribution given x and the estimate of x_0 (`solvers.posterior`)."""
 
-    def _read_config(self):
+    _configured: str | None = None
+    variance_type: str
+
+    def _read_config(self) -> None:
         super()._read_config()
         self._configured = self.config.variance_type
 
-    def _posterior(self, row, f, timestep, x, generator, return_dict, seeds, **more):
+    def _posterior(
+        self, row: Row, f: Tensor, timestep: Timestep, x: Tensor, generator: Generators, return_dict: bool,
+        seeds: SeedsLike | None, **more: Any,
+    ) -> Result:  # fmt: skip
         v, kind = None, self.variance_type
         if kind != self._configured and row.why is None:
             row = row.refused("variance_type is not its configuration's")
@@ -88,10 +116,10 @@ class Posterior(OnTimesteps):
 class DDPM(Posterior):
     """DDPMScheduler, whichever class of diffusers it stands for."""
 
-    def _abar_next(self, t):
+    def _abar_next(self, t: NDArray[np.integer]) -> Array:
         return self._abar(np.append(t[1:], -1))
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         t = self._t()
         abar, abar_prev = self._abar(t), self._abar_next(t)
         ratio = self._ratio(abar, abar_prev)
@@ -100,7 +128,7 @@ class DDPM(Posterior):
         c_x, c_m0, small = solvers.posterior(np.sqrt(ratio), beta, sigma, np.sqrt(abar_prev), np.sqrt(1 - abar_prev))
         small = np.maximum(small, 1e-20)
         kind, inside = self.config.variance_type, t > 0
-        columns = {"d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "t": t, "c_m0": c_m0, "c_x": c_x}
+        columns: Columns = {"d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "t": t, "c_m0": c_m0, "c_x": c_x}
         if kind in ("learned", "learned_range"):
             columns["c_noise"] = np.ones(len(t))
             if kind == "learned_range":
@@ -111,22 +139,29 @@ class DDPM(Posterior):
         columns["c_noise"] = np.where(inside, columns["c_noise"], 0.0)
         return columns, inside
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True, *, seeds=None):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,
+        *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         row = self._enter(model_output, timestep, sample)
         return self._posterior(row, model_output, timestep, sample, generator, return_dict, seeds)
 
 
-class DDPMScheduler(DDPM, diffusers.DDPMScheduler):
+class DDPMScheduler(DDPM, theirs.scheduling_ddpm.DDPMScheduler):
+    """DDPM (arXiv 2006.11239, eq. 6 and 7), with the variances of arXiv 2102.09672 too."""
+
     _output_class = theirs.scheduling_ddpm.DDPMSchedulerOutput
 
 
-class UnCLIPScheduler(Posterior, diffusers.UnCLIPScheduler):
+class UnCLIPScheduler(Posterior, theirs.scheduling_unclip.UnCLIPScheduler):
+    """DDPM's step as unCLIP's prior and decoders take it (arXiv 2204.06125), by default to the timestep below."""
+
     _output_class = theirs.scheduling_unclip.UnCLIPSchedulerOutput
     _options = (False,)
     _tensors = "timesteps", "alphas_cumprod", "alphas", "betas"
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         """options: whether a step goes to the schedule's next timestep, not to the one below."""
         t = self._t()
         prev = np.append(t[1:], t[-1] - 1) if options[0] else t - 1
@@ -138,7 +173,7 @@ class UnCLIPScheduler(Posterior, diffusers.UnCLIPScheduler):
         beta = np.where(near, as_float64(self.betas)[t], 1 - ratio)
         c_x, c_m0, small = solvers.posterior(np.sqrt(ratio), beta, sigma, np.sqrt(abar_prev), np.sqrt(1 - abar_prev))
         d_x, d_f = self._model(options)[2:]
-        columns = {"d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "t": t, "c_m0": c_m0, "c_x": c_x}
+        columns: Columns = {"d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "t": t, "c_m0": c_m0, "c_x": c_x}
         if self.config.variance_type == "learned_range":
             columns |= {"logvar_min": np.log(small), "logvar_max": np.log(beta), "c_noise": 1.0}
         else:
@@ -147,7 +182,10 @@ class UnCLIPScheduler(Posterior, diffusers.UnCLIPScheduler):
             columns[name] = np.where(t > 0, columns[name], 0.0)
         return columns, t > 0
 
-    def step(self, model_output, timestep, sample, prev_timestep=None, generator=None, return_dict=True, *, seeds=None):
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, prev_timestep: Timestep | None = None,
+        generator: Generators = None, return_dict: bool = True, *, seeds: SeedsLike | None = None,
+    ) -> Result:  # fmt: skip
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         row = self._enter(model_output, timestep, sample, (prev_timestep is not None,))
         if row.why is None and prev_timestep is not None and self._place(prev_timestep) != row.step + 1:
@@ -163,18 +201,19 @@ class UnCLIPScheduler(Posterior, diffusers.UnCLIPScheduler):
 class DDIM(OnTimesteps):
     """DDIMScheduler, whichever class of diffusers it stands for."""
 
-    _options = (0.0, False)
+    _options: Options = (0.0, False)
+    final_alpha_cumprod: Tensor
     _tensors = "timesteps", "alphas_cumprod", "final_alpha_cumprod"
     _needs_steps = True
 
-    def _apart(self):
+    def _apart(self) -> int:
         """How far apart the timesteps are, to diffusers' step."""
         return self.config.num_train_timesteps // (self.num_inference_steps or 1)
 
-    def _abar_next(self, t):
+    def _abar_next(self, t: NDArray[np.integer]) -> Array:
         return self._abar(t - self._apart(), self.final_alpha_cumprod)
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         eta, clipped = options[:2]
         t = self._t()
         abar, abar_prev = self._level(), self._abar_next(t)
@@ -184,7 +223,7 @@ class DDIM(OnTimesteps):
         _, _, variance = solvers.posterior(np.sqrt(ratio), 1 - ratio, sigma, alpha_next, sigma_next)
         std = eta * np.sqrt(variance) if eta else np.zeros(len(t))
         towards = np.sqrt(sigma_next**2 - std**2)  # NaN for an eta that is too large, as in diffusers
-        columns = {"d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "c_noise": std, "t": t}
+        columns: Columns = {"d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "c_noise": std, "t": t}
         if clipped:  # eps from x_0 as clamped
             columns["c_x"], columns["c_m0"] = solvers.first_order(alpha, sigma, alpha_next, towards)
         else:
@@ -194,17 +233,17 @@ class DDIM(OnTimesteps):
 
     def step(
         self,
-        model_output,
-        timestep,
-        sample,
-        eta=0.0,
-        use_clipped_model_output=False,
-        generator=None,
-        variance_noise=None,
-        return_dict=True,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
         *,
-        seeds=None,
-    ):
+        seeds: SeedsLike | None = None,
+    ) -> Result:
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         options = (float(eta), bool(use_clipped_model_output))
         row = self._enter(model_output, timestep, sample, options)
@@ -224,28 +263,35 @@ class DDIM(OnTimesteps):
         return self._output_class(prev_sample=x, pred_original_sample=m0)
 
 
-class DDIMScheduler(DDIM, diffusers.DDIMScheduler):
+class DDIMScheduler(DDIM, theirs.scheduling_ddim.DDIMScheduler):
+    """DDIM (arXiv 2010.02502, eq. 12); eta: 0 draws no noise, 1 as much as DDPM."""
+
     _output_class = theirs.scheduling_ddim.DDIMSchedulerOutput
 
 
-class DDIMInverseScheduler(FromCleanest, DDIM, diffusers.DDIMInverseScheduler):
+class DDIMInverseScheduler(FromCleanest, DDIM, theirs.scheduling_ddim_inverse.DDIMInverseScheduler):
+    """DDIM towards noise, from an image."""
+
     _output_class = theirs.scheduling_ddim_inverse.DDIMSchedulerOutput
     _tensors = "timesteps", "alphas_cumprod", "initial_alpha_cumprod"
 
-    def __init__(self, *args, **kwargs):  # by this name diffusers knows a class with deprecated arguments
+    def __init__(
+        self, *args: Any, **kwargs: Any
+    ) -> None:  # by this name diffusers knows a class with deprecated arguments
         super().__init__(*args, **kwargs)
 
-    def _level(self):
+    def _level(self) -> Array:
         t, last = self._t(), self.config.num_train_timesteps - 1
         return self._abar(np.minimum(t - self._apart(), last), self.initial_alpha_cumprod)
 
-    def _abar_next(self, t):
+    def _abar_next(self, t: NDArray[np.integer]) -> Array:
         return self._abar(t)
 
-    def _lambdas(self, alpha, sigma, d_x):
+    def _lambdas(self, alpha: Array, sigma: Array, d_x: Array) -> Array:
         return super()._lambdas(alpha, np.maximum(sigma, 1e-30), d_x)  # eps counts where x is x_0 alone too
 
-    def step(self, model_output, timestep, sample, return_dict=True):
+    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Result:  # type: ignore[override]
+        """diffusers' step, which draws no noise."""
         row = self._enter(model_output, timestep, sample, self._options)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)

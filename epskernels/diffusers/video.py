@@ -1,34 +1,39 @@
 """CogVideoX's schedulers, on alphas_cumprod: neither looks at clipping, and DDIM at no noise either."""
 
-import diffusers
 import numpy as np
 from diffusers import schedulers as theirs
+from torch import Tensor
 
 from .. import solvers
+from ..typing import SeedsLike
+from .common import Formula, Generators, Options, Result, Timestep
 from .timesteps import DDIM
 
 
-class CogVideoXDDIMScheduler(DDIM, diffusers.CogVideoXDDIMScheduler):
+class CogVideoXDDIMScheduler(DDIM, theirs.scheduling_ddim_cogvideox.CogVideoXDDIMScheduler):
+    """DDIM (arXiv 2010.02502, eq. 12) without noise, whatever eta."""
+
     _output_class = theirs.scheduling_ddim_cogvideox.DDIMSchedulerOutput
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         t = self._t()
         abar_next = self._abar_next(t)
         alpha, sigma, d_x, d_f = self._model(options)
         c_x, c_m0 = solvers.first_order(alpha, sigma, np.sqrt(abar_next), np.sqrt(1 - abar_next))
         return {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_m0": c_m0, "t": t}, False
 
-    def step(
+    def step(  # type: ignore[override]
         self,
-        model_output,
-        timestep,
-        sample,
-        eta=0.0,
-        use_clipped_model_output=False,
-        generator=None,
-        variance_noise=None,
-        return_dict=True,
-    ):
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Result:
+        """diffusers' step, which draws no noise."""
         row = self._enter(model_output, timestep, sample, self._options)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)
@@ -36,12 +41,12 @@ class CogVideoXDDIMScheduler(DDIM, diffusers.CogVideoXDDIMScheduler):
         return self._output_class(prev_sample=x, pred_original_sample=m0) if return_dict else (x, m0)
 
 
-class CogVideoXDPMScheduler(DDIM, diffusers.CogVideoXDPMScheduler):
+class CogVideoXDPMScheduler(DDIM, theirs.scheduling_dpm_cogvideox.CogVideoXDPMScheduler):
     """DPM-Solver++ as an SDE: of order two where the last call's x_0 is given. diffusers draws twice there, for one noise."""
 
     _output_class = theirs.scheduling_dpm_cogvideox.DDIMSchedulerOutput
 
-    def _formula(self, options):
+    def _formula(self, options: Options) -> Formula:
         t = self._t()
         abar_next = self._abar_next(t)
         alpha, sigma, d_x, d_f = self._model(options)
@@ -59,21 +64,21 @@ class CogVideoXDPMScheduler(DDIM, diffusers.CogVideoXDPMScheduler):
         once = {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_noise": c_noise, "t": t}
         return columns | {name: np.tile(column, 2) for name, column in once.items()}, True
 
-    def step(
+    def step(  # type: ignore[override]
         self,
-        model_output,
-        old_pred_original_sample,
-        timestep,
-        timestep_back,
-        sample,
-        eta=0.0,
-        use_clipped_model_output=False,
-        generator=None,
-        variance_noise=None,
-        return_dict=False,
+        model_output: Tensor,
+        old_pred_original_sample: Tensor | None,
+        timestep: Timestep,
+        timestep_back: Timestep | None,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = False,
         *,
-        seeds=None,
-    ):
+        seeds: SeedsLike | None = None,
+    ) -> Result:
         """diffusers' step; seeds: (B,), for noise made in the kernel."""
         f, x, m1, second = model_output, sample, old_pred_original_sample, False
         row = self._enter(f, timestep, x, self._options)

@@ -22,7 +22,7 @@ from .common import (
     Schedule,
     grid_of,
     in_space,
-    lambdas_of,
+    lambdas_of_calls,
     make_table,
     number,
     one_call,
@@ -232,10 +232,10 @@ def plms(
     grid, r = _grid("plms", schedule, steps, space, grid_options)
     i = np.arange(len(grid))
     second = i[1:2]  # the extra call, unless there is one step alone: as row 1, at the first step's end
-    lambda_t = lambdas_of(scaling, grid, prediction)[np.insert(i, second, 0)]
     by_call = _by_call(grid.alpha_next * solvers.adams(r, np.arange(len(grid) + 1.0), _orders(grid, 4, False)))
     by_call = np.insert(np.insert(by_call, second, 0.0, axis=0), second, 0.0, axis=1)
     by_call[second, second] = by_call[0, 0] / 2
     by_call[second, 0] = -by_call[0, 0] / 2
-    grid = points(grid, np.insert(i, second, 1))
-    return _table("plms", grid, by_call, array(lambda_t, origin="noisiest"), prediction, guidance)
+    calls = points(grid, np.insert(i, second, 1))
+    lambda_t = lambdas_of_calls(scaling, grid, prediction, calls, np.insert(i, second, 0))
+    return _table("plms", calls, by_call, array(lambda_t, origin="noisiest"), prediction, guidance)

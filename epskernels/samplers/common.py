@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .. import solvers
 from ..scaling import ScalingLike as Scaling
-from ..scaling import as_scaling, lambdas, noise_alone, scale
+from ..scaling import as_scaling, lambdas, log_snr, noise_alone, scale
 from ..schedule import DiscreteSchedule, FlowSchedule, Grid, KarrasSchedule
 from ..table import Table
 from ..typing import Array, Steps
@@ -147,7 +147,14 @@ def _output(prediction: str, grid: Grid, wanted: str) -> tuple[Array, Array]:
 def lambdas_of(scaling: Scaling, grid: Grid, prediction: str) -> Array:
     """lambda_t of each step, (N,). Raises ValueError and TypeError as `scaling.lambdas` and `scaling.as_scaling`."""
     f_x0, _ = solvers.model_output(prediction, grid.alpha, grid.sigma)
-    return lambdas(as_scaling(scaling), noise_alone(grid.alpha, grid.sigma, f_x0), "scaling")
+    alone, levels = noise_alone(grid.alpha, grid.sigma, f_x0), log_snr(grid.alpha, grid.sigma)
+    return lambdas(as_scaling(scaling), alone, "scaling", levels=levels)
+
+
+def lambdas_of_calls(scaling: Scaling, grid: Grid, prediction: str, point: Grid, step: NDArray[np.int64]) -> Array:
+    """lambda_t of model calls at some points, (N,), in these steps of the grid: the step's; by noise level, the point's."""
+    made = as_scaling(scaling)
+    return lambdas_of(made, point, prediction) if made.by_level else lambdas_of(made, grid, prediction)[step]
 
 
 # ---- the columns of model calls, and the table ----
@@ -205,11 +212,13 @@ def several_calls(
     """The table of a method whose steps have several model calls.
 
     grid: where the network is first asked in each step, and the end. calls: first calls of steps, then second ones, then third
-    ones. A row leads to the point of the row after it; lambda_t of a step is that of all its calls. initial_sigma: default the
-    grid's.
+    ones. A row leads to the point of the row after it; lambda_t of a step is that of all its calls, unless it is by noise level.
+    initial_sigma: default the grid's.
     """
-    lambda_t = lambdas_of(scaling, grid, prediction)
-    parts = [call(prediction, point, lambda_t[step]) | own for point, step, own in calls]
+    parts = [
+        call(prediction, point, lambdas_of_calls(scaling, grid, prediction, point, step)) | own
+        for point, step, own in calls
+    ]
     order = np.argsort(np.concatenate([step for _, step, _ in calls]), kind="stable")
     columns: Columns = {}
     for key in dict.fromkeys(key for part in parts for key in part):

@@ -1,5 +1,7 @@
 """EPSKERNELS_* variables, and the package's logger: what a program finds that imports it. In processes of their own."""
 
+import collections
+import json
 import os
 import subprocess
 import sys
@@ -17,11 +19,57 @@ row[0, 3] = row[0, 4] = 1
 """
 
 
-def run(code, **variables):
-    without = {name: value for name, value in os.environ.items() if not name.startswith("EPSKERNELS_")}
-    done = subprocess.run([sys.executable, "-c", code], env=without | variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
+# Imports torch, which takes most of a process's second, and forks for each program.
+SERVER = """
+import json, os, sys, traceback
+import torch
+
+for line in sys.stdin:
+    out, err, environment, code = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number, path in enumerate((os.devnull, out, err)):
+            os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), number)
+        os.environ.clear()
+        os.environ.update(environment)
+        status = 1
+        try:
+            exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+Done = collections.namedtuple("Done", "stdout stderr")
+
+
+@pytest.fixture(scope="module")
+def server():
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """Runs code in a process that has imported nothing of this package: what it wrote, (stdout, stderr)."""
+
+    def run(code, **variables):
+        without = {name: value for name, value in os.environ.items() if not name.startswith("EPSKERNELS_")}
+        paths = tmp_path / "out", tmp_path / "err"
+        for path in paths:
+            path.write_text("")
+        server.stdin.write(json.dumps([*map(str, paths), without | variables, code]) + "\n")
+        server.stdin.flush()
+        status = server.stdout.readline().strip()
+        done = Done(*(path.read_text() for path in paths))
+        assert status == "0", done.stderr
+        return done
+
+    return run
 
 
 # ---- variables ----
@@ -46,27 +94,27 @@ for call in CALLS.values():
 @pytest.mark.parametrize(
     "value", ["nonsense", *(pytest.param(value, marks=pytest.mark.deep) for value in ("2", "Cpu,cuda"))]
 )
-def test_nonsense_lets_the_package_in_and_no_call_run(name, expected, value):
+def test_nonsense_lets_the_package_in_and_no_call_run(run, name, expected, value):
     fault = f"{name}: expected one of {expected}, got {value!r}"
     done = run(TRIED, **{name: value})
     assert done.stdout.splitlines() == [fault, *[f"epskernels: {fault}"] * len(CALLS)]
     assert done.stderr == ""
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_told_at_once(run):
     done = run(TRIED, **dict.fromkeys(NAMES, "nonsense"))
     faults = [f"{name}: expected one of {values}, got 'nonsense'" for name, values in zip(NAMES, EXPECTED, strict=True)]
     assert done.stdout.splitlines() == [*faults, *["epskernels: " + "; ".join(faults)] * len(CALLS)]
 
 
 @pytest.mark.skipif(not build.why_missing("cuda"), reason="the CUDA kernel runs here")
-def test_a_backend_that_is_missing():
+def test_a_backend_that_is_missing(run):
     done = run(TRIED, EPSKERNELS_BACKEND="cuda")
     fault = f"EPSKERNELS_BACKEND: backend 'cuda' is missing: {build.why_missing('cuda')}"
     assert done.stdout.splitlines() == [fault, *[f"epskernels: {fault}"] * len(CALLS)]
 
 
-def test_an_empty_variable_is_none():
+def test_an_empty_variable_is_none(run):
     done = run(TRIED, **dict.fromkeys(NAMES, ""))
     assert done.stdout.splitlines() == ["", *["ran"] * len(CALLS)] and done.stderr == ""
     assert run(STEP + "print(epskernels._C.cpu_capability())", EPSKERNELS_CPU_CAPABILITY="").stdout == (
@@ -75,7 +123,7 @@ def test_an_empty_variable_is_none():
 
 
 @pytest.mark.parametrize("name, value", [*zip(NAMES, ("reference", "debug", "1", "generic"), strict=True)])
-def test_what_is_expected_runs(name, value):
+def test_what_is_expected_runs(run, name, value):
     assert run(TRIED, **{name: value}).stdout.splitlines() == ["", *["ran"] * len(CALLS)]
 
 
@@ -89,7 +137,7 @@ LINE = "step on cpu runs on the CPU kernel"
 LOGGED = STEP + "import logging\nepskernels.step(x, x, row, 0)\n"
 
 
-def test_an_import_leaves_logging_alone():
+def test_an_import_leaves_logging_alone(run):
     code = """
 import logging
 epskernels.step(x, x, row, 0)
@@ -102,7 +150,7 @@ print(len(root.handlers), root.level)
     assert done.stdout.splitlines() == ["[] [] 30 0 True", "1 20"] and done.stderr == ""
 
 
-def test_debug_leaves_the_root_logger_alone():
+def test_debug_leaves_the_root_logger_alone(run):
     done = run(LOGGED + "print(logging.getLogger().handlers, logging.getLogger('another').isEnabledFor(10))",
                EPSKERNELS_LOG="debug")  # fmt: skip
     assert done.stdout == "[] False\n"
@@ -111,7 +159,7 @@ def test_debug_leaves_the_root_logger_alone():
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("level", ["DEBUG", "INFO"])
-def test_no_line_comes_twice(when, level):
+def test_no_line_comes_twice(run, when, level):
     """A program's own handlers take the lines if they take DEBUG; else the package's does."""
     config = "import logging\nlogging.basicConfig(format='ROOT %(message)s')\n"
     config += f"logging.root.handlers[0].setLevel('{level}')\n"
@@ -139,6 +187,6 @@ def test_the_level_is_asked_for_at_run_time(caplog):
         assert said() == []
 
 
-def test_a_warning_is_seen_where_no_logging_is_set_up():
+def test_a_warning_is_seen_where_no_logging_is_set_up(run):
     """So the logger has no NullHandler, which would end it there."""
     assert run(STEP + "epskernels.ops.log.log.warning('seen')").stderr == "seen\n"

@@ -111,6 +111,9 @@ CASES = {
         for name, (why, run) in OWN.items()
         for title, kind, config in (("DDPM", DDPM, {}), ("flow", FLOW, {}), ("stochastic flow", FLOW, STOCHASTIC))
     },
+    "DDPM, a generator where seeds are set": (
+        DDPM, {}, lambda s: with_attributes(s, lambda s: with_generator(s, *seeded(1)), seeds=[3, 4]), "fused",
+    ),
     "DDPM, the last step": (DDPM, {}, lambda s: with_generator(s, *seeded(1), i=3), "fused"),
     "DDPM, a timestep copied": (DDPM, {}, lambda s: go(s, t=lambda t: t.clone()), "fused"),
     "DDPM, a timestep sliced": (DDPM, {}, lambda s: go(s, t=lambda t: t[None]), "fused"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pathlib
 import pickle
 import subprocess
@@ -238,3 +239,107 @@ def test_other_steps_than_published_for_are_said(caplog):
     assert not caplog.records
     scheduler.set_timesteps(50)
     assert "published for ADM, CIFAR-10, 20, linear with 20 steps, used with 50" in caplog.text
+
+
+# ---- lambda by noise level ----
+
+BY_LEVEL = {"kind": "by_level", "levels": [-4.0, 0.0, 4.0], "values": [1.06, 1.02, 0.97]}
+
+
+def level_of_call(scheduler, i, timestep):
+    """log(alpha/sigma) of the state of the i-th model call, from what diffusers keeps."""
+    if isinstance(scheduler, (fused.FlowMatchEulerDiscreteScheduler, fused.FlowMatchHeunDiscreteScheduler)):
+        sigma = float(scheduler.sigmas[i])
+        return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf
+    if hasattr(scheduler, "alphas_cumprod") and not hasattr(scheduler, "sigmas"):
+        abar = float(scheduler.alphas_cumprod[int(timestep)])
+        return 0.5 * math.log(abar / (1 - abar))
+    return -math.log(float(scheduler.sigmas[i]))  # of x_0 + sigma*eps, and of its variance-preserving multiple
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDPM",
+        "DDIM",
+        "PNDM",
+        "EulerDiscrete",
+        "HeunDiscrete",
+        "DPMSolverMultistep",
+        "UniPCMultistep",
+        "FlowMatchEulerDiscrete",
+    ],
+)
+@pytest.mark.parametrize("steps", [4, 9])
+def test_lambda_by_level_is_that_of_each_call_s_own_level(name, steps):
+    scheduler = getattr(fused, f"{name}Scheduler")(eps_scaling=BY_LEVEL)
+    scheduler.set_timesteps(steps)
+    found = scheduler._plan(scheduler._options, scheduler.timesteps.device).lambda_t
+    expected = [
+        np.interp(level_of_call(scheduler, i, t), BY_LEVEL["levels"], BY_LEVEL["values"])
+        for i, t in enumerate(scheduler.timesteps)
+    ]
+    if name.startswith("Flow"):
+        expected[0] = 1.0  # noise alone
+    np.testing.assert_allclose(found[: len(expected)], expected, rtol=2e-6)
+    assert len(set(found)) >= min(steps, 4)
+
+
+def test_lambda_by_level_is_saved_and_needs_a_level(tmp_path):
+    scheduler = fused.DDIMScheduler(eps_scaling=epskernels.scaling.tsr(0.95))
+    scheduler.save_pretrained(tmp_path)
+    loaded = fused.DDIMScheduler.from_pretrained(tmp_path)
+    assert loaded.eps_scaling == {"kind": "tsr", "k": 0.95, "sigma": 1.0, "source": "arXiv 2510.01184"}
+    assert fused.fuse(diffusers.DDIMScheduler(), eps_scaling=loaded.eps_scaling).eps_scaling == loaded.eps_scaling
+    flow = fused.FlowMatchEulerDiscreteScheduler(eps_scaling=BY_LEVEL)
+    flow.set_timesteps(4)
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match="eps_scaling: expected lambda of steps with per_token_timesteps"):
+        flow.step(x, flow.timesteps[0], x, per_token_timesteps=torch.full((2, 3), 500.0))
+
+
+def test_a_batch_at_timesteps_of_its_own_has_lambda_by_level():
+    scheduler = fused.DDIMParallelScheduler(eps_scaling=BY_LEVEL)
+    scheduler.set_timesteps(10)
+    plain = fused.DDIMParallelScheduler()
+    plain.set_timesteps(10)
+    timesteps = torch.tensor([901, 333, 5])
+    x, f = torch.randn(2, 3, 4, 8, 8)
+    abar = scheduler.alphas_cumprod[timesteps].double()
+    lambda_t = np.interp(0.5 * torch.log(abar / (1 - abar)), BY_LEVEL["levels"], BY_LEVEL["values"])
+    scaled = f / torch.from_numpy(lambda_t).float().view(-1, 1, 1, 1)
+    torch.testing.assert_close(
+        scheduler.batch_step_no_noise(f, timesteps, x),
+        plain.batch_step_no_noise(scaled, timesteps, x),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+class OwnDDIM(diffusers.DDIMScheduler):
+    """A user's own, which is scaled before its own step."""
+
+
+class OwnEuler(diffusers.EulerDiscreteScheduler):
+    pass
+
+
+class OwnHeun(diffusers.HeunDiscreteScheduler):
+    pass
+
+
+@pytest.mark.parametrize("kind", [OwnDDIM, OwnEuler])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_scheduler_of_one_s_own_is_scaled_by_level(kind, prediction_type):
+    scheduler = fused.fuse(kind(prediction_type=prediction_type), eps_scaling=BY_LEVEL)
+    scheduler.set_timesteps(5)
+    expected = [
+        np.interp(level_of_call(scheduler, i, t), BY_LEVEL["levels"], BY_LEVEL["values"])
+        for i, t in enumerate(scheduler.timesteps)
+    ]
+    np.testing.assert_allclose(scheduler.lambdas, expected, rtol=2e-6)
+
+
+def test_a_second_call_s_level_is_not_known_of_a_scheduler_of_one_s_own():
+    with pytest.raises(ValueError, match="the sigma of a step's second model call is not known"):
+        fused.fuse(OwnHeun(), eps_scaling=BY_LEVEL)

@@ -223,4 +223,4 @@ def test_quick_row_and_report(experiment, tmp_path, capsys):
     for page, start in zip(pages, (f"| ddim, 3 | 20 | {baseline:.3f} [", f"| ddim | {baseline:.3f} ["), strict=True):
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text and start in text
-    assert (tmp_path / "docs" / "exposure" / "nothing-ddim.svg").stat().st_size > 1000
+    assert (tmp_path / "docs" / "exposure" / "nothing.svg").stat().st_size > 1000

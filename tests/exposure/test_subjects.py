@@ -8,9 +8,10 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 import epskernels
-from epskernels import calibrate, exposure, quality
+from epskernels import calibrate, exposure, images, models, quality, samplers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
@@ -19,6 +20,7 @@ SAMPLERS = {
     "digits_edm": ("edm_euler", "edm_heun", "ddpm", "ddim", "dpmpp_2m"),
     "power": ("ddpm", "ddim", "ddim-unscaled", "edm_euler", "edm_heun", "dpmpp_2m"),
 }
+QUICK = {("digits_edm", "edm_heun"), ("power", "ddpm"), ("power", "edm_euler")}
 # Of noise's distance from the data; eight digits have a distance from any others.
 LIMIT = {"digits": 0.6, "digits_edm": 0.3, "power": 0.02}
 
@@ -108,12 +110,11 @@ def test_denoiser_for_vp_samplers(subjects):
         assert (call(x, torch.full((2,), t)) - expected).abs().max() < 1e-4
 
 
-# Of the bundled network, which costs most, two: test_digits.py has more.
+# Of the bundled network, which costs most, none in `make test`: the last test has it.
 SAMPLED = [
-    (name, sampler)
+    pytest.param(name, sampler, marks=() if (name, sampler) in QUICK else pytest.mark.deep)
     for name in SAMPLERS
     for sampler in SAMPLERS[name]
-    if name != "digits" or sampler[:3] in ("ddp", "dpm")
 ]
 
 
@@ -135,7 +136,10 @@ def test_samples_are_near_the_data(subjects, name, sampler, request):
     assert distance < LIMIT[name] * of_noise
 
 
-@pytest.mark.parametrize("name, sampler", [("digits_edm", "edm_euler"), ("digits_edm", "ddim"), ("power", "ddpm")])
+@pytest.mark.parametrize(
+    "name, sampler",
+    [pytest.param("digits_edm", "edm_euler", marks=pytest.mark.deep), ("digits_edm", "ddim"), ("power", "ddpm")],
+)
 def test_exposure_bias_can_be_measured(subjects, name, sampler, request):
     if name == "power":
         request.getfixturevalue("curves")
@@ -213,3 +217,27 @@ def test_losses_are_their_formulas(subjects):
     assert t.min() == 0 and t.max() == 999
     eps = (x - alpha * x_0) / sigma
     assert loss == pytest.approx(eps.square().mean().item(), rel=1e-4) and loss == pytest.approx(1, abs=0.02)
+
+
+# ---- the bundled network ----
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    digits = images.load("mnist", (1, 28, 28)).astype(np.float64)
+    return LogisticRegression(C=0.05, max_iter=200).fit(digits.reshape(5000, 784), np.arange(5000) // 500)
+
+
+@pytest.mark.parametrize("steps, count", [(20, 64), pytest.param(50, 256, marks=pytest.mark.deep)])
+def test_samples_are_digits_of_all_classes(classifier, steps, count):
+    model = models.load()
+    table = samplers.ddpm(model.schedule, steps, scaling=1.005, variance="learned_range", clip=model.clip)
+    batches = [range(first, first + 64) for first in range(0, count, 64)]
+    samples = torch.cat([epskernels.sample(model.callable(), table, seeds, model.shape) for seeds in batches])
+    assert samples.abs().max() <= 1
+    probabilities = classifier.predict_proba(samples.reshape(count, -1).double().numpy())
+    confident = (probabilities.max(axis=1) > 0.5).mean()
+    counts = np.bincount(probabilities.argmax(axis=1), minlength=10)
+    print(f"{confident:.3f} of {count} with a top probability over 0.5; digits 0 to 9: {counts.tolist()}")
+    assert confident >= 0.9
+    assert (counts > 0).all(), counts

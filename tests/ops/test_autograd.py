@@ -37,7 +37,11 @@ FORMULA = (
     "rescale",
     "threshold",
 )  # in the order of the formula's arguments
-each_set = pytest.mark.parametrize("names", SOME, ids=lambda names: "-".join(names) or "bare")
+each_set = pytest.mark.parametrize(
+    "names",
+    [pytest.param(names, marks=() if names in (SOME[1], SOME[5], ALL) else pytest.mark.deep) for names in SOME],
+    ids=lambda names: "-".join(names) or "bare",
+)
 
 
 def formula(
@@ -650,6 +654,7 @@ def test_compiled_gradients_of_any_size_are_compiled_once():
     assert counter.frame_count == 1
 
 
+@pytest.mark.deep
 def test_compiled_gradients_by_inductor():
     rows, inputs = call((*OPTIONAL, "seeds"), 47, (2, 9))
     index, weights = torch.tensor([1, 2]), torch.randn(3, 2, 9)

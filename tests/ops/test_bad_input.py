@@ -739,6 +739,7 @@ def test_m0_over_out(backend, by):
     refused(backend, good(), "m0: overlaps the memory of out", "step_out", out=out, m0=m0)
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("name", ["out", "m0", "y_out", "model_input", "x"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_output_that_requires_grad(backend, name, layout):
@@ -791,6 +792,7 @@ def test_in_place(backend):
     assert step_(**a) is None and same(a["x"], expected_x)
 
 
+@pytest.mark.interpreted(4)
 @pytest.mark.parametrize(
     "out, m0", [(out, m0) for out in (None, *FLOATS) for m0 in ("m1", "m2", "x", "f") if out != m0]
 )
@@ -802,6 +804,7 @@ def test_outputs_over_inputs(backend, out, m0):
     assert same(result, expected_x) and same(got_m0, expected_m0)
 
 
+@pytest.mark.interpreted(2)
 @pytest.mark.parametrize("names", [("x", "out"), ("out", "x"), ("out", "m0"), ("m0", "out"), ("m1", "m0"), ("x", "f")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_channel_halves(backend, names, dtype):
@@ -820,6 +823,7 @@ def test_channel_halves(backend, names, dtype):
     assert same(outputs["out"], expected_x) and same(outputs["m0"], expected_m0)
 
 
+@pytest.mark.interpreted(3)
 @pytest.mark.parametrize("name", [*FLOATS, "index", "seeds", *PER_SAMPLE])
 def test_expanded_inputs(backend, name):
     part = complete(name)[name][:1]
@@ -839,6 +843,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.interpreted(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FLOATS)
 def test_layouts_of_inputs(backend, name, layout):
@@ -848,6 +853,7 @@ def test_layouts_of_inputs(backend, name, layout):
     assert same(result, expected) and same(m0, expected_m0)
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("name", ["rows", "index", "seeds", *PER_SAMPLE])
 def test_a_sign_bit_on_single_elements(backend, name):
     """Of the tensors that are not read element by element."""
@@ -900,6 +906,7 @@ def test_an_output_may_begin_where_an_input_ends(backend, first):
 OUTPUTS = ("out", "m0", "y_out", "model_input")
 
 
+@pytest.mark.interpreted(2)
 @pytest.mark.parametrize("layout", ["transposed", "batch last", "every other", "offset", "reversed sign bit"])
 @pytest.mark.parametrize("names", [OUTPUTS, *((name,) for name in OUTPUTS)], ids="_".join)
 def test_layouts_of_outputs(backend, layout, names):
@@ -915,6 +922,7 @@ def test_layouts_of_outputs(backend, layout, names):
 NEGATIVE = LAYOUTS["reversed sign bit"]
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_in_place_in_a_view_with_the_negative_bit(backend, layout):
     """x' over x, m0 over m1, y' over y; by the function, and by the op that has x for its output."""
@@ -1013,6 +1021,7 @@ def test_clip_0_and_one_row_of_any_stride(backend, stride):
     assert (call(good(rows=rows), return_m0=True)[1] == 0).all()
 
 
+@pytest.mark.interpreted(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FLOATS)
 def test_nan_in_gives_nan_out(backend, name, dtype):

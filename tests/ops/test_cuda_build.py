@@ -119,8 +119,10 @@ assert not torch._C._dispatch_find_dangling_impls()
 
 
 @without_cuda
-@pytest.mark.parametrize("built", [True, False], ids=["built", "not built"])
-@pytest.mark.parametrize("torch_cuda", ["with", "without"])
+@pytest.mark.parametrize(
+    "torch_cuda, built",
+    [("with", True), ("with", False), *(pytest.param("without", b, marks=pytest.mark.deep) for b in (True, False))],
+)
 def test_without_python_it_comes_where_torch_has_cuda(stand_in, tmp_path, torch_cuda, built):
     """libepskernels.so brings it, and says so where it is wanted and missing."""
     for name in ("libepskernels.so", "libepskernels_cpu.so", *["libepskernels_cuda.so"] * built):

@@ -394,7 +394,7 @@ def main():
     print(json.dumps({"package": epskernels.__file__, **counts}))
 
 
-@pytest.mark.parametrize("calls", [2000, pytest.param(15000, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("calls", [800, pytest.param(15000, marks=pytest.mark.deep)])
 def test_malformed_calls(extension, calls):
     with tempfile.NamedTemporaryFile("r") as progress:
         command = [sys.executable, "-m", "tests.ops.test_fuzz", "--progress", progress.name, str(calls)]

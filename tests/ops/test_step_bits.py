@@ -176,6 +176,7 @@ def test_step(kernel, x_dtype, f_dtype, size, batch, names):
 MIXED_PAIRS = [(torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("index", ["one_row", "row_each"])
 @pytest.mark.parametrize("x_dtype, f_dtype", MIXED_PAIRS, ids=[f"x_{name(x)}-f_{name(f)}" for x, f in MIXED_PAIRS])
 def test_step_of_many_tiles(kernel, x_dtype, f_dtype, index):
@@ -260,6 +261,7 @@ def _tables():
     return {"discrete": epskernels.concat(discrete), "edm": epskernels.concat(edm)}
 
 
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("kind", ["discrete", "edm"])
 @each_dtype
 def test_batch_of_mixed_samplers(kernel, dtype, kind):
@@ -352,6 +354,7 @@ ALL_TENSORS = ("u", "m1", "m2", "v", "grad", "noise", "y")
 SHAPE = (4, 6, 5, 7)
 
 
+@pytest.mark.interpreted(4)
 @pytest.mark.parametrize("layout", READ_LAYOUTS)
 @each_dtype
 def test_layout_of_all_inputs(kernel, dtype, layout):

@@ -1,7 +1,9 @@
-"""The benchmark suite's own program: its statistics, its comparison of runs, its page. No speed is asserted."""
+"""The benchmarks' own programs: their statistics, comparison of runs, page; on a GPU; the load test. No speed is asserted."""
 
 import functools
+import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -10,12 +12,17 @@ import time
 
 import numpy as np
 import pytest
+import torch
+
+import epskernels
 
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import compare  # noqa: E402
 import harness  # noqa: E402
+import load_test  # noqa: E402
+from load_test import OURS, PEER, Setting, Workload  # noqa: E402
 
 
 def bench(path, only, **environment):
@@ -158,3 +165,143 @@ def test_results_that_are_not_there(tmp_path):
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert f"error: no results at {missing}: `make bench` writes benchmarks/results/latest.json" in done.stderr
         assert not list(tmp_path.iterdir())
+
+
+# ---- bench_gpu.py where there is no GPU: it runs on the CPU, judges nothing, and refuses a wrong kernel ----
+
+PROGRAM = FOLDER / "bench_gpu.py"
+
+
+@pytest.fixture
+def bench_gpu():
+    spec = importlib.util.spec_from_file_location("bench_gpu", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def start(path, *arguments):
+    command = [sys.executable, PROGRAM, "--device", "cpu", "--seconds", "1e-5", "--json", path, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "EPSKERNELS_BACKEND": "auto"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_runs_on_the_cpu_and_judges_nothing(bench_gpu, tmp_path):
+    done = start(tmp_path / "results.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results.keys() == {"machine", "providers", "only", "ceilings", "results", "targets"}
+    assert {"device", "torch", "triton", "python", "epskernels", "cuda_targets", "commit"} <= results["machine"].keys()
+    assert results["ceilings"]["smallest kernel, seconds"] > 0
+
+    found = {(tuple(r["shape"]), r["dtype"], r["feature"], r["how"], r["provider"]) for r in results["results"]}
+    missing = results["providers"].keys()  # diffusers may be among them
+    assert missing - {"diffusers"} == {bench_gpu.INDUCTOR, bench_gpu.REDUCE}
+    plans = [
+        (case, how, names) for case in bench_gpu.all_cases("cpu") for how, names in bench_gpu.plan(case, "cpu").items()
+    ]
+    assert found == {(*case[:3], how, name) for case, how, names in plans for name in names if name not in missing}
+    for row in results["results"]:
+        assert row["device"] == "cpu" and row["error"] is None
+        numbers = [row["seconds"], *row["quartiles"], row["bytes"], row["GB/s"], *sum(row["ratios"].values(), [])]
+        assert all(0 < number < math.inf for number in numbers), row
+        assert row["provider"] != "cpu" or row["how"] == "host" or row["feature"] == "normal" or row["copy_share"] > 0
+
+    assert len(results["targets"]) == 6
+    assert all(t["met"] is None and t["worst"] is None and t["claim"] and t["target"] for t in results["targets"])
+    table = done.stdout.rsplit("written to", 1)[1].splitlines()[1:]
+    assert len(table) <= 45 and sum(line.startswith("not measured") for line in table) == 6
+
+
+def test_covers_every_shape_dtype_and_feature_within_45_lines(bench_gpu):
+    cases = list(bench_gpu.all_cases("cuda"))
+    assert len(set(cases)) == len(cases) == 6 * (2 * 6 + 2) + 8
+    assert sum(bench_gpu.INDUCTOR in bench_gpu.plan(case, "cuda")["node"] for case in cases) == 6 * (2 * 3 + 2) + 4
+    step = bench_gpu.Case((1, 4, 64, 64), "float32 of bfloat16", "guidance")
+    assert step.bytes == 16384 * (4 + 4 + 2 + 2)
+
+
+def test_a_provider_that_fails_is_in_the_results(bench_gpu, monkeypatch):
+    def fail():
+        raise RuntimeError("no such\nthing")
+
+    calls_of = bench_gpu.calls_of
+    monkeypatch.setattr(bench_gpu, "calls_of", lambda name, *rest: [fail] if name == "copy" else calls_of(name, *rest))
+    case = next(bench_gpu.all_cases("cpu"))
+    rows = bench_gpu.measure(
+        case, "cpu", 60e6, 1e-5, {bench_gpu.INDUCTOR: "off", bench_gpu.REDUCE: "off", "diffusers": "off"}, {}
+    )
+    errors = {(row["how"], row["provider"]): row["error"] for row in rows}
+    assert errors.pop(("call", "copy")) == "RuntimeError: no such"
+    assert set(errors.values()) == {None}
+
+
+@pytest.mark.parametrize("output", ["out", "m0"])
+def test_refuses_a_kernel_that_is_one_ulp_off(bench_gpu, monkeypatch, output):
+    right = epskernels.step
+
+    def wrong(*args, backend=None, **named):
+        result = right(*args, backend=backend, **named)
+        if backend != "reference" and named.get(output) is not None:
+            written = named[output].view(-1)
+            written[-1:] = torch.nextafter(written[-1:], torch.tensor(math.inf, dtype=written.dtype))
+        return result
+
+    bench_gpu.check_ours("cpu", "cpu")
+    bench_gpu.check_functional("cpu")
+    monkeypatch.setattr(epskernels, "step", wrong)
+    with pytest.raises(AssertionError, match="cpu is not the reference"):
+        bench_gpu.check_ours("cpu", "cpu")
+    assert bench_gpu.who_is_missing("cpu", False)["cpu"].startswith("REFUSED before timing: AssertionError")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu(tmp_path):
+    done = start(tmp_path / "results.json", "--device", "cuda")
+    assert done.returncode == 1 and "no GPU is available" in done.stderr
+
+
+# ---- the load test, on a handful of requests ----
+
+
+def a_load_test(test):
+    quiet = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers under NumPy 2
+    return pytest.mark.usefixtures("one_thread")(quiet(test))
+
+
+SETTINGS = [Setting("ddim", 4, 1.01, 2.0), Setting("dpmpp_2m", 5), Setting("ddpm", 6, 0.99)]
+
+
+def workload(model=load_test.small_model):
+    return Workload("tiny", model, (1, 8, 8), 3, True, SETTINGS, 9, {PEER: (0.9,)}, 2)
+
+
+@a_load_test
+def test_measures_both_sides():
+    result = load_test.measure(workload())
+    assert [row["arrivals"] for row in result["rows"]] == ["all at once", "Poisson, 0.9 of the throughput of diffusers"]
+    for row in result["rows"]:
+        for side in (row[OURS], row[PEER]):
+            assert side["requests"] == 18 and len(side["throughput_of_rounds"]) == 2
+            assert 0 < side["latency_ms"]["p50"] <= side["latency_ms"]["p95"] <= side["latency_ms"]["p99"]
+            assert 1 <= side["mean_batch"] <= 3
+            assert 0 < side["tick_ms"]["model"] + side["tick_ms"]["step"] <= side["tick_ms"]["tick"]
+
+
+@a_load_test
+@pytest.mark.parametrize("side", [OURS, PEER])
+def test_a_side_that_computes_something_else_is_caught(side, monkeypatch):
+    class Wrong(load_test.CONTENDERS[side]):
+        def step(self, f, v, u):
+            super().step(1.01 * f, v, u)
+
+    monkeypatch.setitem(load_test.CONTENDERS, side, Wrong)
+    with pytest.raises(AssertionError):
+        load_test.check(workload())
+
+
+@a_load_test
+def test_the_same_requests_arrive_on_both_sides():
+    sides = [[*workload().requests(side, np.random.default_rng(1))] for side in (OURS, PEER)]
+    for a, b in zip(*sides, strict=True):
+        assert a.seed == b.seed and torch.equal(a.table.rows, b.table.rows) and b.setting.steps == len(b.table)

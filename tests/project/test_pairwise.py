@@ -1,5 +1,7 @@
 import itertools
+import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -47,11 +49,19 @@ def test_of_two(x, y, true):
 @truth
 def test_of_three(letter, x, y, true):
     pass
+
+@pytest.mark.interpreted(2)
+@pytest.mark.parametrize("kernel", ["cpu", "triton"])
+@pytest.mark.parametrize("number", range(6))
+def test_of_kernels(kernel, number):
+    pass
 """
 
 
-@pytest.mark.parametrize("expression, of_three", [("not deep", 6), ("", 12)], ids=["in pairs", "all"])
-def test_a_test_of_three_parametrizations_runs_in_pairs(tmp_path, expression, of_three):
+@pytest.mark.parametrize(
+    "expression, of_three, interpreted", [("not deep", 6, [0, 3]), ("", 12, [*range(6)])], ids=["in pairs", "all"]
+)
+def test_a_test_of_three_parametrizations_runs_in_pairs(tmp_path, expression, of_three, interpreted):
     (tmp_path / "test_products.py").write_text(PRODUCTS)
     command = [
         sys.executable,
@@ -60,7 +70,7 @@ def test_a_test_of_three_parametrizations_runs_in_pairs(tmp_path, expression, of
         "-p",
         "tests.support.pairwise",
         "-o",
-        "markers=deep",
+        "markers=deep\ninterpreted(n)",
         "-m",
         expression,
         "-v",
@@ -68,5 +78,9 @@ def test_a_test_of_three_parametrizations_runs_in_pairs(tmp_path, expression, of
         "/dev/null",
     ]
     root = pathlib.Path(__file__).parents[2]
-    said = subprocess.run([*command, tmp_path], cwd=root, capture_output=True, text=True).stdout
+    interpreter = {**os.environ, "TRITON_INTERPRET": "1"}
+    said = subprocess.run([*command, tmp_path], cwd=root, env=interpreter, capture_output=True, text=True).stdout
     assert said.count("test_of_two[") == 6 and said.count("test_of_three[") == of_three, said
+    assert said.count("-cpu] PASSED") == 6 and re.findall(r"(\d)-triton\] PASSED", said) == [*map(str, interpreted)], (
+        said
+    )

@@ -1,9 +1,10 @@
-"""The package's modules and functions are short, and keep what is private to themselves."""
+"""The package's modules and functions are short, and keep what is private to themselves; the list of faults fits them."""
 
 import ast
 
 import pytest
 
+from .. import mutants
 from ..support.markdown_examples import ROOT
 
 PACKAGE = ROOT / "epskernels"
@@ -65,3 +66,39 @@ def is_private(name):
 def is_module(file, node, name):
     folder = (PACKAGE / file).parents[node.level - 1].joinpath(*(node.module or "").split("."))
     return (folder / f"{name}.py").exists() or (folder / name / "__init__.py").exists()
+
+
+# ---- the list of faults: one that no longer fits the sources is planted nowhere ----
+
+LIST = mutants.read_list()
+
+
+def test_every_text_stands_once_in_its_file():
+    wrong = []
+    for mutant in LIST:
+        try:
+            mutant.planted((mutants.ROOT / mutant.file).read_text())
+        except ValueError as error:
+            wrong.append(str(error))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_fault_in_python_can_be_compiled():
+    """A syntax error is noticed by any test, and shows nothing."""
+    for mutant in LIST:
+        if mutant.file.endswith(".py"):
+            compile(mutant.planted((mutants.ROOT / mutant.file).read_text()), mutant.file, "exec")
+
+
+def test_every_fault_has_a_name_of_its_own_and_tests_that_are_there():
+    assert len({(mutant.file, mutant.name) for mutant in LIST}) == len(LIST)
+    missing = {name for mutant in LIST for name in mutant.tests if not (mutants.ROOT / "tests" / name).is_file()}
+    assert not missing
+
+
+@pytest.mark.parametrize("text", ["a = 2", "a = 1; a = 1"], ids=["nowhere", "twice"])
+def test_a_text_that_does_not_stand_once_is_refused(text):
+    mutant = mutants.Mutant("file.py", "one more", "a = 1", "a = 2", ("ops/test_spec.py",), "", "", "")
+    assert mutant.planted("a = 1\n") == "a = 2\n"
+    with pytest.raises(ValueError, match="file.py: one more: expected once, found . times"):
+        mutant.planted(text)

@@ -14,22 +14,23 @@ PACKAGE = ROOT / "epskernels"
 PAGES = sorted(page.relative_to(ROOT) for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 # What users import: completion shows what `__all__` names.
 MODULES = [
-    "", "build", "calibrate", "exposure", "files", "graphed", "guidance", "images", "models", "ops", "published_settings",
-    "quality", "ranks", "sample", "samplers", "scaling", "schedule", "seeds", "shards", "table", "trajectory", "typing",
+    "", "build", "calibrate", "diffusers.pipelines", "exposure", "files", "graphed", "guidance", "images", "models",
+    "ops", "published_settings", "quality", "ranks", "sample", "samplers", "scaling", "schedule", "seeds", "shards", "table",
+    "trajectory", "typing",
 ]  # fmt: skip
 # Triton reads annotations as the types of a kernel's arguments.
 WITHOUT_ANNOTATIONS = {"ops/triton_kernels.py"}
-NOT_YET = ("diffusers/",)
 
 
 # What a user's checker knows.
 KNOWN = """
-from typing import assert_type
+from typing import Any, assert_type
 
 import torch
 
 import epskernels
 from epskernels import samplers, schedule
+from epskernels.diffusers import DDPMScheduler, fuse, fused, share, unfuse
 
 table = samplers.ddim(schedule.linear(), 3)
 x = torch.zeros(1, 2)
@@ -42,6 +43,32 @@ assert_type(epskernels.calibrate.fit([1.0], "constant").scaling, epskernels.Epsi
 epskernels.step(x, x, table, 0, bakend="cpu")  # type: ignore[call-overload]
 epskernels.step(x, x, table, 0, backend="gpu")  # type: ignore[call-overload]
 epskernels.use_backend("gpu")  # type: ignore[arg-type]
+
+scheduler = DDPMScheduler(num_train_timesteps=100, eps_scaling={"k": 0.0002, "b": 1.004})
+assert_type(scheduler, DDPMScheduler)
+assert_type(scheduler.lambdas, tuple[float, ...])
+assert_type(scheduler.path, str | None)
+assert_type(scheduler.seeds, torch.Tensor | None)
+scheduler.seeds = range(2)
+assert_type(scheduler.fork(), DDPMScheduler)
+assert_type(fused(scheduler, 1.005), DDPMScheduler)
+assert_type(fused(object()), Any)
+scheduler.seeds = 7  # type: ignore[assignment]
+scheduler.eps_scaling = None  # type: ignore[assignment]
+scheduler.step(x, 0, x, seeds=7)  # type: ignore[arg-type]
+
+
+class Pipeline:
+    scheduler = scheduler
+
+
+pipe = Pipeline()
+assert_type(fuse(pipe, eps_scaling=1.005, seeds=[7, 8]), Pipeline)
+assert_type(fuse(scheduler), DDPMScheduler)
+assert_type(share(pipe), Pipeline)
+assert_type(unfuse(pipe), Pipeline)
+assert_type(unfuse(scheduler), Any)
+fuse(pipe, eps_scaling=None, seeds=7)  # type: ignore[arg-type]
 """
 
 
@@ -71,11 +98,19 @@ def test_the_names_that_a_module_lists_are_there(name):
     assert not {key for key in defined if not key.startswith("_")} - set(module.__all__)
 
 
+def test_every_fused_scheduler_is_listed():
+    from epskernels.diffusers import pipelines
+
+    own = {"FUSED", "SchedulerMixin", "fuse", "fused", "share", "unfuse"}
+    assert {twin.__name__ for twin in pipelines.FUSED.values()} == set(pipelines.__all__) - own
+
+
 def public_definitions(node, prefix=""):
     """(dotted name, node) of a module's public functions and classes, and of the classes' public methods."""
     for each in node.body:
         if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not each.name.startswith("_"):
-            if not any(isinstance(mark, ast.Name) and mark.id == "overload" for mark in each.decorator_list):
+            marks = [getattr(mark, "id", getattr(mark, "attr", None)) for mark in each.decorator_list]
+            if "overload" not in marks and "setter" not in marks:  # the words of a setter are its property's
                 yield prefix + each.name, each
             if isinstance(each, ast.ClassDef):
                 yield from public_definitions(each, f"{each.name}.")
@@ -84,7 +119,7 @@ def public_definitions(node, prefix=""):
 PATHS = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if not path.startswith(NOT_YET)])
+@pytest.mark.parametrize("path", PATHS)
 def test_public_functions_are_annotated_and_say_what_they_do(path):
     silent, untyped = [], []
     for name, node in public_definitions(ast.parse((PACKAGE / path).read_text())):

@@ -37,7 +37,7 @@ from .test_distributed import build_model, children, kill_midway, launch
 
 SEEDS = "0-19,40"
 TABLE = samplers.ddim(schedule.linear(), 3)
-SHORT = {"damage": 200, "full": 1, "race": 8, "kill": 3}
+SHORT = {"damage": 100, "full": 1, "race": 4, "kill": 2}
 
 
 def stand_in(x, t):

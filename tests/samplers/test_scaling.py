@@ -324,3 +324,117 @@ def test_a_formula_of_one_s_own_from_the_other_end_is_another_scaling():
 
     ends = [scaling.EpsilonScaling(formula, origin, "mine") for origin in scaling.ORIGINS]
     assert ends[0] != ends[1] and ends[0] == scaling.EpsilonScaling(formula, scaling.ORIGINS[0], "mine")
+
+
+# ---- by noise level ----
+
+
+BETAS = schedule.linear()
+
+
+def test_log_snr():
+    found = scaling.log_snr([1.0, 0.0, 0.6], [0.0, 1.0, 0.8])
+    np.testing.assert_array_equal(found[:2], [np.inf, -np.inf])
+    np.testing.assert_allclose(found[2], math.log(0.75), rtol=1e-15)
+
+
+def tsr_by_hand(alpha, sigma, k, s):
+    """The factor r of eps as the authors write it (arXiv 2510.01184), for one level."""
+    snr = (alpha / sigma) ** 2
+    return (snr * s**2 + 1) / (snr * s**2 / k + 1)
+
+
+@pytest.mark.parametrize("k, s", [(0.93, 1.0), (1.1, 3.0), (1.0, 2.0)])
+def test_tsr_is_the_authors(k, s):
+    alpha = np.array([1e-4, 0.1, 0.5, 0.9, 0.9999])
+    sigma = np.sqrt(1 - alpha**2)
+    found = scaling.tsr(k, s).values(5, scaling.log_snr(alpha, sigma))
+    np.testing.assert_allclose(
+        1 / found, [tsr_by_hand(a, b, k, s) for a, b in zip(alpha, sigma, strict=True)], rtol=1e-14
+    )
+    np.testing.assert_allclose(scaling.tsr(k, s).values(2, [-np.inf, np.inf]), [1.0, 1 / k], rtol=1e-15)
+
+
+def test_a_table_of_levels():
+    made = scaling.by_level([-2.0, 0.0, 1.0], [1.1, 1.0, 0.9])
+    np.testing.assert_allclose(
+        made.values(6, [-np.inf, -3, -1, 0.5, 2, np.inf]), [1.1, 1.1, 1.05, 0.95, 0.9, 0.9], rtol=1e-15
+    )
+    own = scaling.by_level(lambda level: 1 + 0.01 * np.tanh(level))
+    np.testing.assert_allclose(own.values(2, [-np.inf, 0.0]), [0.99, 1.0])
+
+
+BY_LEVEL = {"tsr": scaling.tsr(0.95, 1.5), "table": scaling.by_level([-3.0, 0.0, 4.0], [1.05, 1.02, 0.97])}
+
+
+@pytest.mark.parametrize("made", BY_LEVEL.values(), ids=[*BY_LEVEL])
+def test_a_scaling_by_level_is_saved_and_named_by_a_dict(made, tmp_path, caplog):
+    made.save(tmp_path / "lambda.json", steps=20)
+    loaded, notes = scaling.load(tmp_path / "lambda.json")
+    assert loaded == dataclasses.replace(made, steps=20) and loaded.by_level
+    assert made == scaling.as_scaling(made.to_dict()) == pickle.loads(pickle.dumps(made))
+    assert scaling.as_json(made) == made.to_dict() and scaling.as_json(made.to_dict()) == made.to_dict()
+    with caplog.at_level("WARNING"):
+        loaded.values(7, np.arange(7.0))
+    assert not caplog.records  # another number of steps means nothing to it
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: scaling.tsr(0.0), "k, sigma: expected values above 0, got 0 and 1"),
+        (lambda: scaling.tsr(1.0, math.nan), "sigma: expected a finite number, got nan"),
+        (lambda: scaling.by_level([0.0, 0.0], [1.0, 1.0]), "levels: expected finite values of .* that rise"),
+        (lambda: scaling.by_level([0.0, np.inf], [1.0, 1.0]), "levels: expected finite values of .* that rise"),
+        (lambda: scaling.by_level([0.0, 1.0], [1.0]), r"levels, values: expected \(N,\) each, got \(2,\) and \(1,\)"),
+        (lambda: scaling.by_level([0.0], [-1.0]), "lambda: expected finite values above 0, got -1.0"),
+        (lambda: scaling.by_level([0.0, 1.0]), "values: expected lambda at each of the levels, got None"),
+        (lambda: scaling.by_level(np.tanh, [1.0]), "values: expected none beside a function"),
+        (lambda: scaling.tsr(0.9).values(3), r"lambda: expected log\(alpha/sigma\) of each of 3 steps"),
+        (
+            lambda: scaling.tsr(0.9).values(3, [0.0, 1.0]),
+            r"since TSR k=0.9 sigma=1 is by noise level, got shape \(2,\)",
+        ),
+        (
+            lambda: samplers.ddim(BETAS, 4, scaling={"kind": "tsr", "k": -1}),
+            "scaling: k, sigma: expected values above 0",
+        ),
+    ],
+)
+def test_bad_scalings_by_level(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+LEVEL_TABLES = {
+    "ddpm": (samplers.ddpm, BETAS, {}),
+    "ddim": (samplers.ddim, BETAS, {}),
+    "plms": (samplers.plms, BETAS, {}),
+    "unipc": (samplers.unipc, BETAS, {}),
+    "edm_euler": (samplers.edm_euler, schedule.KarrasSchedule(model=BETAS), {"S_churn": 5.0}),
+    "edm_heun": (samplers.edm_heun, schedule.KarrasSchedule(model=BETAS), {"S_churn": 5.0}),
+    "dpmpp_sde": (samplers.dpmpp_sde, schedule.KarrasSchedule(model=BETAS), {}),
+    "flow": (samplers.euler, schedule.FlowSchedule(), {"prediction": "flow", "space": "vp"}),
+}
+
+
+@pytest.mark.parametrize("made", BY_LEVEL.values(), ids=[*BY_LEVEL])
+@pytest.mark.parametrize("name", LEVEL_TABLES)
+@pytest.mark.parametrize("steps", [3, 10])
+def test_each_call_reads_lambda_at_its_own_level(name, steps, made):
+    """Of a second call within a step too, and at sigma as churn has raised it; 1 where x is noise alone."""
+    sampler, over, options = LEVEL_TABLES[name]
+    table = sampler(over, steps, scaling=made, **options)
+    levels = scaling.log_snr(table["alpha_in"], table["sigma_in"])
+    alone = scaling.noise_alone(table["alpha_in"], table["sigma_in"], table["f_x0"])
+    np.testing.assert_array_equal(table["lambda_t"], np.where(alone, 1.0, made.values(len(table), levels)))
+    assert len(np.unique(table["lambda_t"])) >= min(3, steps)
+
+
+def test_steps_in_common_have_one_lambda():
+    """Which is what a schedule of steps cannot promise."""
+    made, fine = BY_LEVEL["table"], samplers.ddim(BETAS, 100, scaling=BY_LEVEL["table"])
+    coarse = samplers.ddim(BETAS, 10, scaling=made)
+    at = dict(zip(fine["t"], fine["lambda_t"], strict=True))
+    shared = [t for t in coarse["t"] if t in at]
+    assert len(shared) == 10 and [at[t] for t in shared] == coarse["lambda_t"].tolist()

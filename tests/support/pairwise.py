@@ -1,5 +1,7 @@
 """Of a product of parameters, a few combinations that hold every pair of values; the others are marked `deep`.
 
+So are, beyond a number that a test gives, its cases for Triton's interpreter.
+
 A fault shows at one value, or where two meet: a dtype and a layout, a kernel and an input. Whatever meets in the product meets
 in the cover; the rest of the product repeats it beside other values.
 """
@@ -9,6 +11,8 @@ import heapq
 import itertools
 
 import pytest
+
+from epskernels import build
 
 
 def pairs(combination):
@@ -41,9 +45,26 @@ def pytest_collection_modifyitems(items):
     """A test with three parametrizations or more, those of its fixtures included, runs in pairs."""
     products = collections.defaultdict(list)
     for item in items:
-        if hasattr(item, "callspec") and len(item.callspec._idlist) > 2:  # one id from each parametrization
+        of_many = hasattr(item, "callspec") and len(item.callspec._idlist) > 2  # one id from each parametrization
+        if of_many and not item.get_closest_marker("deep"):
             products[item.path, item.originalname].append(item)
     for product in products.values():
         chosen = cover([item.callspec._idlist for item in product])
         for i in set(range(len(product))).difference(chosen):
             product[i].add_marker(pytest.mark.deep)
+    _thin_interpreted(items)
+
+
+def _thin_interpreted(items):
+    """`@pytest.mark.interpreted(n)`: n of a test's cases for Triton's interpreter stay, spread over all of them."""
+    if not build.interprets_triton():
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and "triton" in item.callspec._idlist and item.get_closest_marker("interpreted"):
+            cases[item.path, item.originalname].append(item)
+    for found in cases.values():
+        (most,) = found[0].get_closest_marker("interpreted").args
+        chosen = {i * len(found) // most for i in range(most)}
+        for i in set(range(len(found))).difference(chosen):
+            found[i].add_marker(pytest.mark.deep)

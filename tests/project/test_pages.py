@@ -1,13 +1,17 @@
-"""The README's Python blocks run as they stand, and the names that the pages give are there."""
+"""The Python blocks of the README and of pages run as they stand, and the names that the pages give are there."""
 
 import re
 import subprocess
 import sys
 
+import numpy as np
+import pytest
 import torch
 
-from epskernels import samplers
+import epskernels
+from epskernels import exposure, samplers, scaling
 
+from ..support import markdown_examples
 from ..support.markdown_examples import ROOT, blocks, environment
 
 
@@ -20,7 +24,6 @@ def test_examples_run_and_agree():
     exec(equivalent, names)
     table, f, seeds = names["table"], names["f"], names["seeds"]
     x = torch.randn(8, 3, 32, 32)
-    import epskernels
     from epskernels.table import COLUMNS
 
     row = type("Row", (), dict(zip(COLUMNS, table.rows[4].tolist(), strict=True)))
@@ -70,3 +73,22 @@ for name in late:
 """
     result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_exposure_page(tmp_path):
+    names = markdown_examples.run("docs/exposure.md", tmp_path)
+    np.testing.assert_array_equal(exposure.Exposure.load(tmp_path / "exposure.json").norm_gap, names["found"].norm_gap)
+    assert scaling.load(tmp_path / "lambda.json")[0].values(3).tolist() == names["matched"].lambda_t.tolist()
+    assert (tmp_path / "exposure.png").stat().st_size > 1000 and (tmp_path / "trials.json").exists()
+
+
+@pytest.mark.deep
+@pytest.mark.usefixtures("one_thread")
+def test_serving_page(tmp_path):
+    names = markdown_examples.run("docs/production_serving.md", tmp_path)
+    samples = [*names["samples"], names["late"].result(), names["image"]]
+    assert len(samples) >= 13 and all(s.shape == (3, 32, 32) and s.isfinite().all() for s in samples)
+    request = lambda x, t: names["model"](x, t, torch.tensor([1]))  # noqa: E731
+    assert torch.equal(samples[1], epskernels.sample(request, names["tables"][1], [1], (3, 32, 32))[0])
+    assert names["everything"].shape == (42, 1, 28, 28)
