@@ -125,8 +125,14 @@ class KarrasVeScheduler(Fused, scheduling_karras_ve.KarrasVeScheduler):
                 self._steps |= {ends: i for i, ends in enumerate(zip(hat.tolist(), end.tolist(), strict=True))}
 
     def _model(self, options: Options) -> Levels:
-        hat, _ = self._ends()
-        return np.ones(len(hat)), hat, np.ones(len(hat)), hat
+        level = np.concatenate(self._ends())  # of the states that the calls are asked at
+        return np.ones(len(level)), level, np.ones(len(level)), level
+
+    def _per_step(self, values: np.ndarray) -> np.ndarray:
+        return values[: self._length()]
+
+    def _per_call(self, values: np.ndarray) -> np.ndarray:
+        return np.tile(values, 2)
 
     def _formula(self, options: Options) -> Formula:
         hat, end = self._ends()

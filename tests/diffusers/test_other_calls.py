@@ -3,6 +3,7 @@
 import copy
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -372,6 +373,18 @@ def test_karras_ve_scales_both_calls():
     _, found = karras_ve(fused, eps_scaling=lam)
     _, expected = karras_ve(diffusers, lam=lambda call: lam[call // 2])
     assert_close([f[:1] for f in found], [e[:1] for e in expected], 3e-5)
+
+
+def test_karras_ve_scales_by_level():
+    """Each call at the level of the state that it is asked at."""
+    made = epskernels.scaling.by_level([-4.0, 0.0, 4.0], [1.05, 1.02, 1.0])
+    scheduler, found = karras_ve(fused, eps_scaling=made)
+    hat, end = scheduler._ends()
+    with np.errstate(divide="ignore"):
+        lam = np.interp(-np.log(np.stack([hat, end], axis=1).reshape(-1)), [-4.0, 0.0, 4.0], [1.05, 1.02, 1.0])
+    _, expected = karras_ve(diffusers, lam=lambda call: lam[call])
+    assert_close([f[:1] for f in found], [e[:1] for e in expected], 3e-5)
+    assert len(scheduler.lambdas) == STEPS
 
 
 def test_karras_ve_churns_by_seeds():
