@@ -276,6 +276,8 @@ class PredictorCorrector(Multistep):
 
 
 class UniPC(PredictorCorrector):
+    """UniPC's rows (arXiv 2302.04867), of whichever class of diffusers."""
+
     _reads = "predict_x0", "disable_corrector", "solver_p"
     predict_x0: bool
     disable_corrector: list[int]

@@ -169,6 +169,7 @@ class KarrasVeScheduler(Fused, scheduling_karras_ve.KarrasVeScheduler):
         self, model_output: Tensor, sigma_hat: float | Tensor, sigma_prev: float | Tensor, sample_hat: Tensor,
         return_dict: bool = True,
     ) -> Result:  # fmt: skip
+        """diffusers' step, which draws no noise."""
         call: Any = Call(sigma_hat, sigma_prev)  # where others have a timestep
         row = self._enter(model_output, call, sample_hat)
         if row.why is not None:
@@ -180,6 +181,7 @@ class KarrasVeScheduler(Fused, scheduling_karras_ve.KarrasVeScheduler):
         self, model_output: Tensor, sigma_hat: float | Tensor, sigma_prev: float | Tensor, sample_hat: Tensor,
         sample_prev: Tensor, derivative: Tensor, return_dict: bool = True,
     ) -> Result:  # fmt: skip
+        """diffusers' correction of what step made, which draws no noise."""
         f, x = model_output, sample_prev
         call: Any = Call(sigma_hat, sigma_prev, corrects=True)
         row = self._enter(f, call, x)
