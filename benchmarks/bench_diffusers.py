@@ -20,6 +20,7 @@ import diffusers
 import harness
 import numpy as np
 import torch
+from diffusers.utils import is_torchsde_available
 from harness import OURS, Comparison
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,45 +30,123 @@ from epskernels import diffusers as fused
 THEIRS, SHAPE, STEPS = "diffusers", (1, 4, 16, 16), 20
 
 
+def plain(scheduler, f, i, t, x, before, call):
+    """The results of a step, x' first. before: those of the step before, or None."""
+    return scheduler.step(f, t, x, return_dict=False, **call)
+
+
+def wuerstchen(scheduler, f, i, t, x, before, call):
+    return scheduler.step(f, t.expand(len(x)), x, return_dict=False)
+
+
+def cogvideo(scheduler, f, i, t, x, before, call):
+    back = scheduler.timesteps[i - 1] if i else None
+    return scheduler.step(f, before and before[1], t, back, x)
+
+
+def predicted(scheduler, f, i, t, x, before, call):
+    return scheduler.step_pred(f, t, x, return_dict=False)
+
+
+def repainted(scheduler, f, i, t, x, before, call):
+    return scheduler.step(f, t, x, torch.zeros(SHAPE), torch.ones(SHAPE), return_dict=False)
+
+
+def corrected(scheduler, f, i, t, x, before, call):
+    """KarrasVe's step, and its correction."""
+    sigma_hat, sigma_prev = scheduler.schedule[STEPS - 1 - i], scheduler.schedule[STEPS - 2 - i] if i < STEPS - 1 else 0
+    state, derivative = scheduler.step(f, sigma_hat, sigma_prev, x, return_dict=False)
+    if i == STEPS - 1:
+        return (state,)
+    return scheduler.step_correct(f, sigma_hat, sigma_prev, x, state, derivative, return_dict=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A scheduler, its configuration, the arguments of step, how many times faster it is to be, and our seeds, if any."""
+    """A scheduler, its configuration, the arguments of step, how many times faster it is to be, and our seeds, if any.
+
+    steps: set_timesteps' arguments. go: how a step is called. calls: of the model, where there are more timesteps.
+    """
 
     name: str
     config: dict = dataclasses.field(default_factory=dict)
     call: dict = dataclasses.field(default_factory=dict)
     times: float | None = None
     seeds: tuple | None = None
+    steps: dict = dataclasses.field(default_factory=lambda: {"num_inference_steps": STEPS})
+    go: object = plain
+    calls: int | None = None
 
 
 SDE, SIGMA_MIN = {"algorithm_type": "sde-dpmsolver++"}, {"final_sigmas_type": "sigma_min"}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+QUICK = {"num_train_timesteps": 100}  # KDPM2 computes a timestep for each of the training's, one by one
+FIRST, MULTISTEP = 2, 5  # how many times faster
 KINDS = {
     "DDPM": Kind("DDPMScheduler", times=10),
     "DDPM, seeds": Kind("DDPMScheduler", seeds=(7,), times=10),
+    "DDPMParallel": Kind("DDPMParallelScheduler", times=FIRST),
+    "UnCLIP": Kind("UnCLIPScheduler", times=FIRST),
     "DDIM": Kind("DDIMScheduler", times=5),
     "DDIM, eta 1": Kind("DDIMScheduler", call={"eta": 1.0}),
-    "EulerDiscrete": Kind("EulerDiscreteScheduler", times=2),
+    "DDIMParallel": Kind("DDIMParallelScheduler", times=FIRST),
+    "DDIMInverse": Kind("DDIMInverseScheduler", times=FIRST),
+    "CogVideoXDDIM": Kind("CogVideoXDDIMScheduler", times=FIRST),
+    "CogVideoXDPM": Kind("CogVideoXDPMScheduler", go=cogvideo, times=MULTISTEP),
+    "DDPMWuerstchen": Kind("DDPMWuerstchenScheduler", go=wuerstchen, calls=STEPS, times=FIRST),
+    "RePaint": Kind("RePaintScheduler", go=repainted, times=FIRST),
+    "ScoreSdeVe": Kind("ScoreSdeVeScheduler", go=predicted, times=FIRST),
+    "KarrasVe": Kind("KarrasVeScheduler", {"s_churn": 0.0}, go=corrected),
+    "EulerDiscrete": Kind("EulerDiscreteScheduler", times=FIRST),
     "EulerDiscrete, churn": Kind("EulerDiscreteScheduler", call={"s_churn": 4.0}),
-    "EulerAncestralDiscrete": Kind("EulerAncestralDiscreteScheduler"),
+    "EulerAncestralDiscrete": Kind("EulerAncestralDiscreteScheduler", times=FIRST),
     "HeunDiscrete": Kind("HeunDiscreteScheduler"),
+    "KDPM2Discrete": Kind("KDPM2DiscreteScheduler", QUICK),
+    "KDPM2AncestralDiscrete": Kind("KDPM2AncestralDiscreteScheduler", QUICK),
     "DPMSolverMultistep, dpmsolver++ 2M": Kind("DPMSolverMultistepScheduler", times=8),
     "DPMSolverMultistep, dpmsolver++ 3M": Kind("DPMSolverMultistepScheduler", {"solver_order": 3}, times=8),
     "DPMSolverMultistep, sde-dpmsolver++ 2M": Kind("DPMSolverMultistepScheduler", SDE, times=8),
     "DPMSolverMultistep, dpmsolver 2M": Kind(
-        "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", **SIGMA_MIN}
+        "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", **SIGMA_MIN}, times=MULTISTEP
     ),
     "DPMSolverMultistep, thresholding": Kind("DPMSolverMultistepScheduler", {"thresholding": True}),
+    "DPMSolverMultistepInverse": Kind("DPMSolverMultistepInverseScheduler", times=MULTISTEP),
+    "DPMSolverSinglestep": Kind("DPMSolverSinglestepScheduler", times=MULTISTEP),
     "UniPCMultistep, bh2 order 2": Kind("UniPCMultistepScheduler", times=15),
     "UniPCMultistep, bh2 order 3": Kind("UniPCMultistepScheduler", {"solver_order": 3}, times=15),
     "UniPCMultistep, flow": Kind("UniPCMultistepScheduler", FLOW, times=15),
-    "EDMEuler": Kind("EDMEulerScheduler", times=2),
-    "EDMDPMSolverMultistep": Kind("EDMDPMSolverMultistepScheduler"),
-    "LCM": Kind("LCMScheduler"),
-    "TCD": Kind("TCDScheduler"),
-    "FlowMatchEulerDiscrete": Kind("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, times=2),
-    "FlowMatchEulerDiscrete, stochastic": Kind("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    "SASolver": Kind("SASolverScheduler", times=MULTISTEP),
+    "SASolver, seeds": Kind("SASolverScheduler", seeds=(7,), times=MULTISTEP),
+    "PNDM": Kind("PNDMScheduler", {"skip_prk_steps": True}, times=MULTISTEP),
+    "LMSDiscrete": Kind("LMSDiscreteScheduler", times=MULTISTEP),
+    "IPNDM": Kind("IPNDMScheduler", times=MULTISTEP),
+    "DEISMultistep": Kind("DEISMultistepScheduler", times=MULTISTEP),
+    "EDMEuler": Kind("EDMEulerScheduler", times=FIRST),
+    "EDMDPMSolverMultistep": Kind("EDMDPMSolverMultistepScheduler", times=MULTISTEP),
+    "LCM": Kind("LCMScheduler", times=FIRST),
+    "TCD": Kind("TCDScheduler", times=FIRST),
+    "SCM": Kind(
+        "SCMScheduler", steps={"num_inference_steps": STEPS, "intermediate_timesteps": None}, calls=STEPS, times=FIRST
+    ),
+    "CMStochasticIterative": Kind("CMStochasticIterativeScheduler", times=FIRST),
+    "ConsistencyDecoder": Kind("ConsistencyDecoderScheduler", steps={"num_inference_steps": 2}, times=FIRST),
+    "FlowMatchEulerDiscrete": Kind("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, times=FIRST),
+    "FlowMatchEulerDiscrete, stochastic": Kind(
+        "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, times=FIRST
+    ),
+    "FlowMatchHeunDiscrete": Kind("FlowMatchHeunDiscreteScheduler"),
+    "FlowMatchLCM": Kind("FlowMatchLCMScheduler", times=FIRST),
+    "FlowMapEulerDiscrete": Kind("FlowMapEulerDiscreteScheduler", times=FIRST),
+    "LTXEulerAncestralRF": Kind("LTXEulerAncestralRFScheduler", times=FIRST),
+    "MiniMaxH3": Kind("MiniMaxH3Scheduler", times=FIRST, steps={"num_inference_steps": STEPS + 1}),
+    "Helios": Kind("HeliosScheduler", {"stages": 1, "stage_range": [0, 1]}, times=MULTISTEP),
 }
+if is_torchsde_available():  # whose motions cost more than all else
+    KINDS |= {
+        "CosineDPMSolverMultistep": Kind("CosineDPMSolverMultistepScheduler"),
+        "DPMSolverSDE": Kind("DPMSolverSDEScheduler", {"noise_sampler_seed": 3}),
+    }
+LASTING = ("_seen", "noise_sampler", "num_inference_steps")  # what a trajectory does not begin anew with
 
 
 def trajectory(kind, package):
@@ -75,28 +154,28 @@ def trajectory(kind, package):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of diffusers about itself
         scheduler = getattr(package, kind.name)(**kind.config)
-        scheduler.set_timesteps(STEPS)
+        scheduler.set_timesteps(**kind.steps)
+        if hasattr(scheduler, "set_sigmas"):
+            scheduler.set_sigmas(STEPS)
     scheduler.is_scale_input_called = True
-    timesteps, x0, f = list(scheduler.timesteps), torch.randn(SHAPE), torch.randn(SHAPE)
+    timesteps, x0, f = list(scheduler.timesteps)[: kind.calls], torch.randn(SHAPE), torch.randn(SHAPE)
     begin = {
         name: value
-        for name, value in {
-            "_step_index": None, "lower_order_nums": 0, "last_sample": None, "dt": None, "prev_derivative": None,
-            "model_outputs": [None] * getattr(scheduler.config, "solver_order", 1),
-        }.items()
-        if name in vars(scheduler)
-    }  # fmt: skip
+        for name, value in vars(scheduler).items()
+        if name not in LASTING and (value is None or isinstance(value, (int, list)))
+    }
 
     def run():
         vars(scheduler).update(
             {name: list(value) if isinstance(value, list) else value for name, value in begin.items()}
         )
-        x = x0
-        for t in timesteps:
-            x = scheduler.step(f, t, x, return_dict=False, **kind.call)[0]
+        x, result = x0, None
+        for i, t in enumerate(timesteps):
+            result = kind.go(scheduler, f, i, t, x, result, kind.call)
+            x = result[0]
         return x
 
-    run.scheduler = scheduler
+    run.scheduler, run.steps = scheduler, len(timesteps)
     return run
 
 
@@ -115,14 +194,14 @@ def ops(run):
     run()
     with Count() as count:
         run()
-    return count.calls / len(run.scheduler.timesteps)
+    return count.calls / run.steps
 
 
 def made(kind):
     torch.manual_seed(1)
     ours = trajectory(kind, fused)
     torch.manual_seed(1)
-    theirs = trajectory(kind, diffusers)
+    theirs = trajectory(kind, diffusers.schedulers)
     results = []
     for run in (ours, theirs):
         torch.manual_seed(2)

@@ -438,19 +438,22 @@ def er_sde(r: Array, r_next: Array, scaler: Callable[[Array], Array]) -> tuple[A
 
 
 def stochastic_adams(
-    h: Array, alpha_next: Array, tau: Array
+    h: Array, scale_next: Array, tau: Array, by_x0: bool = True, simplified: bool = False
 ) -> tuple[dict[int, Array], dict[int, tuple[Array, Array]]]:
     """SA-Solver's weights for each order: of m0, m1, m2, (3, N), in the predictor; those and that of m_next, (N,), in the
     corrector.
 
-    The predictor has orders 1 to 3, the corrector 1 to 4. h: (N,) step lengths in log SNR. tau: of each step's noise, (N,). The
-    polynomial of x_0 through the estimates is integrated, times (1 + tau^2)*exp((1 + tau^2)*(lambda - lambda_next)). Source:
-    Xue et al., arXiv 2309.05019, eq. 15 and 18.
+    The predictor has orders 1 to 3, the corrector 1 to 4. h: (N,) step lengths in log SNR. scale_next: alpha_next, or
+    sigma_next where eps is integrated (by_x0 False). tau: of each step's noise, (N,). The polynomial of x_0 through the
+    estimates is integrated, times (1 + tau^2)*exp((1 + tau^2)*(lambda - lambda_next)); that of eps, times -(1 + tau^2)*
+    exp(lambda_next - lambda). simplified: order two of x_0 as the authors' code has it, which adds terms of higher order.
+    Source: Xue et al., arXiv 2309.05019, eq. 15 and 18; for eps its authors' code.
     """
     zero = np.zeros_like(h)
     speed = (1 + tau**2)[:, None]
     at, counts = quadrature(zero, h)
-    counts = counts * speed * np.exp(speed * (at - h[:, None])) * alpha_next[:, None]
+    rate = speed if by_x0 else -np.ones_like(speed)
+    counts = counts * (speed if by_x0 else -speed) * np.exp(rate * (at - h[:, None])) * scale_next[:, None]
     nodes = [zero, -earlier(h, 1), -earlier(h, 1) - earlier(h, 2)]
 
     def padded(weights: Array) -> Array:
@@ -461,6 +464,14 @@ def stochastic_adams(
     for order in (1, 2, 3, 4):
         of_next, *others = lagrange([h, *nodes[: order - 1]], at, counts)
         correctors[order] = padded(np.array(others).reshape(-1, len(h))), of_next
+    if by_x0 and simplified:
+        v = 1 + tau**2
+        more = scale_next * (v * h**2 / 2 - h - np.expm1(-v * h) / v)
+        with np.errstate(invalid="ignore", divide="ignore"):  # of steps of length 0, whose corrector nobody asks for
+            of_step, of_earlier = more / h, more / earlier(h, 1)
+        predictors[2] += of_earlier * np.array([[1.0], [-1.0], [0.0]])
+        weights, of_next = correctors[2]
+        correctors[2] = weights - of_step * np.array([[1.0], [0.0], [0.0]]), of_next + of_step
     return predictors, correctors
 
 

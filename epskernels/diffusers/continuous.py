@@ -43,15 +43,8 @@ class DDPMWuerstchenScheduler(OnTimesteps, theirs.scheduling_ddpm_wuerstchen.DDP
         _, sigma, d_x, d_f = self._model(options)
         ratio, ends = np.sqrt(abar / abar_next), as_float64(self.timesteps)[1:] == 0
         c_x, c_m0, variance = solvers.posterior(ratio, 1 - ratio**2, sigma, np.sqrt(abar_next), np.sqrt(1 - abar_next))
-        c_noise = np.where(ends, 0.0, np.sqrt(variance))
-        return {
-            "d_x": d_x,
-            "d_f": d_f,
-            "c_x": c_x,
-            "c_m0": c_m0,
-            "c_noise": c_noise,
-            "t": as_float64(self.timesteps)[:-1],
-        }, True
+        columns = {"d_x": d_x, "d_f": d_f, "c_x": c_x, "c_m0": c_m0, "c_noise": np.where(ends, 0.0, np.sqrt(variance))}
+        return columns | {"t": as_float64(self.timesteps)[:-1]}, True
 
     def _lambda_steps(self, rows: int) -> tuple[NDArray[np.integer], int]:
         return np.arange(rows), rows
@@ -105,6 +98,7 @@ class ScoreSdeVeScheduler(OnTimesteps, theirs.scheduling_sde_ve.ScoreSdeVeSchedu
     def _formula(self, options: Options) -> Formula:
         sigma, below = self._levels()
         variance = sigma**2 - below**2
+        of_x0 = variance / sigma**2
         columns = {
             "d_x": np.ones(len(sigma)),
             "d_f": sigma**2,
@@ -112,11 +106,7 @@ class ScoreSdeVeScheduler(OnTimesteps, theirs.scheduling_sde_ve.ScoreSdeVeSchedu
             "c_f": variance,
             "c_noise": np.sqrt(variance),
         }
-        return columns | {
-            "k_x": 1 - variance / sigma**2,
-            "k_m0": variance / sigma**2,
-            "t": np.asarray(self._host()),
-        }, True
+        return columns | {"k_x": 1 - of_x0, "k_m0": of_x0, "t": np.asarray(self._host())}, True
 
     def step_pred(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None, return_dict: bool = True,

@@ -57,6 +57,6 @@ class HeliosScheduler(UniPC, theirs.scheduling_helios.HeliosScheduler):
         else:
             left = len(self.timesteps) - row.step if self.config.lower_order_final else self.config.solver_order
             self.this_order = min(self.config.solver_order, left, self.lower_order_nums + 1)
-            results = {"prev_sample": self.unipc_step(row, f, x), "model_outputs": None}
+            results = {"prev_sample": self.corrected_step(row, f, x), "model_outputs": None}
             results |= {"last_sample": self.last_sample, "this_order": self.this_order}
         return theirs.scheduling_helios.HeliosSchedulerOutput(**results) if return_dict else tuple(results.values())

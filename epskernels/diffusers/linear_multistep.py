@@ -120,7 +120,7 @@ class IPNDMScheduler(_LinearMultistep, theirs.scheduling_ipndm.IPNDMScheduler):
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)
         x, m0 = self._step(row, model_output, sample, **self._earlier())
-        self.ets = [*self.ets, m0]
+        self.ets = [*self.ets[-3:], m0]  # diffusers keeps all, and reads four
         self._step_index += 1
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)
 

@@ -11,7 +11,19 @@ from torch import Tensor
 
 from .. import solvers
 from ..typing import Array, SeedsLike
-from .common import Formula, Generators, Levels, Options, Result, Timestep, as_dtype_of, as_float64, eps_of, x0_of
+from .common import (
+    Columns,
+    Formula,
+    Generators,
+    Levels,
+    Options,
+    Result,
+    Timestep,
+    as_dtype_of,
+    as_float64,
+    eps_of,
+    x0_of,
+)
 from .plan import Plan, Row
 from .scheduler import FromCleanest, Fused
 from .sigmas import OnSigmas, Preconditioned
@@ -63,7 +75,7 @@ class Multistep(Fused):
     def _keep(self, m0: Tensor) -> None:
         """m0 into the history that diffusers keeps too."""
         self.model_outputs = [*self.model_outputs[1:], m0]
-        self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
+        self.lower_order_nums = min(self.lower_order_nums + 1, len(self.model_outputs))
 
     def _history(self, row: Row) -> tuple[Tensor | None, Tensor | None]:
         """(m1, m2), as many as the row reads."""
@@ -71,7 +83,7 @@ class Multistep(Fused):
 
     def _restart(self) -> None:
         super()._restart()
-        self.model_outputs, self.lower_order_nums = [None] * self.config.solver_order, 0
+        self.model_outputs, self.lower_order_nums = [None] * len(self.model_outputs), 0
 
 
 class DPMSolver(Multistep):
@@ -219,15 +231,57 @@ class EDMDPMSolverMultistepScheduler(
         return self.dpm_step(model_output, timestep, sample, generator, None, return_dict, seeds)
 
 
-class UniPC(Multistep):
+class PredictorCorrector(Multistep):
     """x is what the predictor made; y carries the part of the corrected state that was known before the model's call."""
 
     _mixes = False
+    last_sample: Tensor | None
+
+    def _most_steps(self) -> int:
+        """By lower_order_final the order of a step is at most the number of timesteps that are left: none where they were cut."""
+        return min(self._length(), len(self.timesteps)) if self.config.lower_order_final else self._length()
+
+    def _corrected(
+        self, A: Array, predictors: dict[int, Array], correctors: dict[int, tuple[Array, Array]],
+        orders: list[tuple[NDArray[Any], NDArray[Any]]], corrects: NDArray[np.bool_],
+    ) -> Columns:  # fmt: skip
+        """The columns of each step, for each number of calls before it.
+
+        orders: by that number, those of the predictor and of the corrector that the next call completes, (N,) each. A,
+        predictors, correctors, corrects: as `solvers` has them.
+        """
+        completed = {order: weights for order, (weights, _) in correctors.items()}
+        of_next = {order: np.roll(weight, 1) for order, (_, weight) in correctors.items()}
+        corrects_next, levels = np.append(corrects[1:], False), []
+        for before, (order, order_of_corrector) in enumerate(orders):
+            P = solvers.of_order(order, predictors)
+            Q = np.where(corrects_next, solvers.of_order(order_of_corrector, completed), 0.0)  # nobody reads the others
+            of_before = solvers.of_order(np.roll(orders[max(before - 1, 0)][1], 1), of_next)
+            levels.append(solvers.predictor_corrector(A, P, Q, of_before, corrects & (before > 0), corrects_next))
+        return {name: np.concatenate([level[name] for level in levels]) for name in levels[0]}
+
+    def corrected_step(self, row: Row, f: Tensor, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x', once the row is known. noise: as a tensor, since the state that the next call corrects has it too."""
+        m1, m2 = self._history(row)
+        y = self.last_sample if self.lower_order_nums else None
+        next_x, m0, y = self._step(row, f, x, noise, m1=m1, m2=m2, y=y, results=3)
+        self.last_sample = y if noise is None else torch.add(y, noise, alpha=row.c_noise)
+        self._keep(m0)
+        self._step_index += 1
+        return as_dtype_of(next_x, x)
+
+    def _restart(self) -> None:
+        super()._restart()
+        self.last_sample = None
+
+
+class UniPC(PredictorCorrector):
+    """UniPC's rows (arXiv 2302.04867), of whichever class of diffusers."""
+
     _reads = "predict_x0", "disable_corrector", "solver_p"
     predict_x0: bool
     disable_corrector: list[int]
     solver_p: Any  # a scheduler, or None
-    last_sample: Tensor | None
 
     def _read_config(self) -> None:
         self._thresholds = self.config.thresholding and self.predict_x0
@@ -240,30 +294,16 @@ class UniPC(Multistep):
         predictors, correctors = solvers.bh_updates(
             h, first, ends[0][1:], config.solver_order, config.solver_type, self.predict_x0
         )
-        completed = {order: weights for order, (weights, _) in correctors.items()}
-        of_next = {order: np.roll(of_next, 1) for order, (_, of_next) in correctors.items()}
         i = np.arange(n)
         left = len(self.timesteps) - i  # fewer where timesteps were cut: diffusers has no order 0
         most = np.minimum(config.solver_order, left) if config.lower_order_final else np.full(n, config.solver_order)
-        corrects = ~np.isin(i - 1, list(self.disable_corrector)) & (i > 0)
-        corrects_next = np.append(corrects[1:], False)
-        levels = []
-        for before in range(config.solver_order + 1):
-            order, order_before = np.minimum(most, before + 1), np.minimum(np.roll(most, 1), max(before, 1))
-            P, Q = solvers.of_order(order, predictors), solvers.of_order(order, completed)
-            Q = np.where(corrects_next, Q, 0.0)  # nobody reads the others
-            of_before = solvers.of_order(order_before, of_next)
-            levels.append(solvers.predictor_corrector(A, P, Q, of_before, corrects & (before > 0), corrects_next))
-        columns = {name: np.concatenate([level[name] for level in levels]) for name in levels[0]}
+        corrects, levels = ~np.isin(i - 1, list(self.disable_corrector)) & (i > 0), config.solver_order + 1
+        orders = [(order, order) for order in (np.minimum(most, before + 1) for before in range(levels))]
+        columns = self._corrected(A, predictors, correctors, orders, corrects)
         columns |= {
-            name: np.tile(c, len(levels))
-            for name, c in zip(("d_x", "d_f"), self._kept(not self.predict_x0), strict=True)
+            name: np.tile(c, levels) for name, c in zip(("d_x", "d_f"), self._kept(not self.predict_x0), strict=True)
         }
         return columns, False
-
-    def _most_steps(self) -> int:
-        """By lower_order_final the order of a step is at most the number of timesteps that are left: none where they were cut."""
-        return min(self._length(), len(self.timesteps)) if self.config.lower_order_final else self._length()
 
     def _check_last_steps(self, plan: Plan) -> None:
         n = self._length()
@@ -280,19 +320,6 @@ class UniPC(Multistep):
             return "solver_p is another scheduler's step"
         return None
 
-    def unipc_step(self, row: Row, f: Tensor, x: Tensor) -> Tensor:
-        """x', once the row is known."""
-        m1, m2 = self._history(row)
-        y = self.last_sample if self.lower_order_nums else None
-        next_x, m0, self.last_sample = self._step(row, f, x, m1=m1, m2=m2, y=y, results=3)
-        self._keep(m0)
-        self._step_index += 1
-        return as_dtype_of(next_x, x)
-
-    def _restart(self) -> None:
-        super()._restart()
-        self.last_sample = None
-
 
 class UniPCMultistepScheduler(UniPC, theirs.scheduling_unipc_multistep.UniPCMultistepScheduler):
     """UniPC (arXiv 2302.04867): bh1 and bh2, orders one to three."""
@@ -302,5 +329,5 @@ class UniPCMultistepScheduler(UniPC, theirs.scheduling_unipc_multistep.UniPCMult
         row = self._enter(model_output, timestep, sample)
         if row.why is not None:
             return self._own(row, model_output, timestep, sample, return_dict=return_dict)
-        x = self.unipc_step(row, model_output, sample)
+        x = self.corrected_step(row, model_output, sample)
         return theirs.scheduling_utils.SchedulerOutput(prev_sample=x) if return_dict else (x,)

@@ -44,6 +44,7 @@ from .scaled import scaled_class
 from .scheduler import Configured
 from .sigmas import EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from .singlestep import DPMSolverSinglestepScheduler
+from .stochastic import KarrasVeScheduler, SASolverScheduler
 from .timesteps import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, UnCLIPScheduler
 from .two_calls import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
 from .video import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
@@ -56,10 +57,10 @@ __all__ = [
     "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "FUSED", "FlowMapEulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "HeliosScheduler",
-    "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
-    "LMSDiscreteScheduler", "LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler", "PNDMScheduler", "RePaintScheduler",
-    "SCMScheduler", "SchedulerMixin", "ScoreSdeVeScheduler", "TCDScheduler", "UnCLIPScheduler", "UniPCMultistepScheduler",
-    "fuse", "fused", "share", "unfuse",
+    "HeunDiscreteScheduler", "IPNDMScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KarrasVeScheduler", "LCMScheduler", "LMSDiscreteScheduler", "LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler",
+    "PNDMScheduler", "RePaintScheduler", "SASolverScheduler", "SCMScheduler", "SchedulerMixin", "ScoreSdeVeScheduler",
+    "TCDScheduler", "UnCLIPScheduler", "UniPCMultistepScheduler", "fuse", "fused", "share", "unfuse",
 ]  # fmt: skip
 
 _log = logging.getLogger("epskernels")
@@ -78,7 +79,7 @@ FUSED: dict[type, type[Configured]] = {
         HeliosScheduler, MiniMaxH3Scheduler, SCMScheduler, CMStochasticIterativeScheduler, ConsistencyDecoderScheduler,
         DDIMInverseScheduler, DDIMParallelScheduler, DDPMParallelScheduler, UnCLIPScheduler, CogVideoXDDIMScheduler,
         CogVideoXDPMScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler,
-        DDPMWuerstchenScheduler, RePaintScheduler, ScoreSdeVeScheduler,
+        DDPMWuerstchenScheduler, RePaintScheduler, ScoreSdeVeScheduler, SASolverScheduler, KarrasVeScheduler,
     )
 }  # fmt: skip
 if is_torchsde_available():

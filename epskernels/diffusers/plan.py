@@ -34,8 +34,8 @@ class Row:
     step: which step, as lambda counts them; None where the schedule has no such timestep. table, index: what the op takes.
     why: what keeps the row from being applied, so that diffusers' own step runs; None where nothing does. draws: whether the step
     draws noise; uses_noise: whether it is used. churn_std: the standard deviation of what raises x before the launch. history:
-    how many earlier m0 it reads. thresholds: whether m0 is thresholded. d_x, d_f, t: those columns. lambda_t, to_x: the scaled
-    output is f/lambda_t + to_x*x.
+    how many earlier m0 it reads. thresholds: whether m0 is thresholded. c_noise, d_x, d_f, t: those columns. lambda_t, to_x: the
+    scaled output is f/lambda_t + to_x*x.
     """
 
     step: int = None  # type: ignore[assignment]  # but where `why` says so, it is a number
@@ -47,6 +47,7 @@ class Row:
     churn_std: float = 0.0
     history: int = 0
     thresholds: bool = False
+    c_noise: float = 0.0
     d_x: float | Tensor = 1.0
     d_f: float | Tensor = 0.0
     t: float = 0.0
@@ -97,6 +98,7 @@ class Plan:
             "uses_noise": ((values["c_noise"] != 0) | (churn_std != 0)) & finite,
             "churn_std": churn_std,
             "history": np.where(reads[1], 2, reads[0]),
+            "c_noise": values["c_noise"],
             "d_x": values["d_x"],
             "d_f": values["d_f"],
             "t": values["t"],
@@ -263,9 +265,11 @@ class Seen:
     def key(self, scheduler: Any) -> tuple[Any, ...]:
         """What schedules are kept by."""
         reads = [_value(None, scheduler, name) for name in scheduler._reads]
+        # A function itself, which is kept with the key: its text has an address, where another may lie later.
+        reads = [value if callable(value) else repr(value) for value in reads]
         tensors = [_content(scheduler.__dict__[name]) for name in scheduler._tensors if name in scheduler.__dict__]
         of_config = self.config.content(), repr(self.config.eps_scaling)  # which may have been written into
-        return type(scheduler), *of_config, self.count, scheduler._scheduled, scheduler._surplus, repr(reads), *tensors
+        return type(scheduler), *of_config, self.count, scheduler._scheduled, scheduler._surplus, *reads, *tensors
 
     def place(self, timestep: Tensor) -> int | None:
         """The index of a timestep that is a view into the schedule's, without reading it; None for any other."""

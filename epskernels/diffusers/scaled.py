@@ -298,7 +298,7 @@ def _arguments(step: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
 
 
 def named(name: str) -> type[Any]:
-    """The class that a saved pipeline names: "SASolverScheduler", or "module.Class" of a module that is imported.
+    """The class that a saved pipeline names: "PiflowScheduler", or "module.Class" of a module that is imported.
 
     Raises AttributeError where there is none.
     """

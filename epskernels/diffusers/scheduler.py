@@ -454,6 +454,9 @@ class Fused(Configured):
             )
         if row.lambda_t != 1:
             f = self._scaled_output(f, x, row.lambda_t, row.to_x)
+        return self._call_theirs(method, f, timestep, x, **arguments)
+
+    def _call_theirs(self, method: str, f: Tensor, timestep: Any, x: Tensor, **arguments: Any) -> Result:
         return getattr(self._theirs, method)(self, f, timestep=timestep, sample=x, **arguments)
 
     def _go_on(self, kind: str, why: str | None) -> None:

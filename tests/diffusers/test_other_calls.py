@@ -3,9 +3,11 @@
 import copy
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
+import epskernels
 from epskernels import diffusers as fused
 
 pytestmark = [
@@ -58,6 +60,16 @@ def brownian(scheduler, f, i, x, before, call):
     return scheduler.step(f, scheduler.timesteps[i], x, return_dict=False, **call)
 
 
+def churned(scheduler, f, i, x, before, call):
+    t = scheduler.timesteps[i]
+    sigma, sigma_prev = scheduler.schedule[t], scheduler.schedule[t - 1] if t else 0
+    state, sigma_hat = scheduler.add_noise_to_input(x, sigma, **call)
+    x, derivative = scheduler.step(f, sigma_hat, sigma_prev, state, return_dict=False)
+    if sigma_prev:
+        x, _ = scheduler.step_correct(f, sigma_hat, sigma_prev, state, x, derivative, return_dict=False)
+    return (x,)
+
+
 # label: (class, configuration, one step, set_timesteps)
 CASES = {
     f"CogVideoXDPM-{label}": ("CogVideoXDPMScheduler", config, cogvideo, None)
@@ -73,6 +85,8 @@ CASES = {
     "RePaint-eta": ("RePaintScheduler", {"eta": 1.0, "clip_sample": False}, repaint, None),
     "RePaint-jumps": ("RePaintScheduler", {"eta": 0.5}, repaint, jumps),
     "ScoreSdeVe": ("ScoreSdeVeScheduler", {}, predicted, score_sde),
+    "KarrasVe": ("KarrasVeScheduler", {}, churned, None),
+    "KarrasVe-edm": ("KarrasVeScheduler", {"sigma_max": 9.0, "s_churn": 2.5, "s_noise": 1.0}, churned, None),
 }  # fmt: skip
 if hasattr(fused, "DPMSolverSDEScheduler"):
     BROWNIAN = {"noise_sampler_seed": 4}
@@ -168,6 +182,8 @@ def test_seeds_and_forks(label):
     assert scheduler.path == "fused"
     again = trajectory(label, scheduler.fork(), count=3, seeds=SEEDS)
     assert torch.equal(together[-1][0], again[-1][0])
+    if label.startswith("KarrasVe"):  # whose step draws none
+        return
     with pytest.raises(ValueError, match="seeds: diffusers' own step takes a generator, and it runs here: of dtypes"):
         trajectory(label, scheduler.fork(), torch.float64, count=2, seeds=SEEDS)
 
@@ -301,3 +317,102 @@ def test_a_batch_keeps_its_rows_while_a_fork_steps(dtype, monkeypatch):
 
     monkeypatch.setattr(type(scheduler), "_enter", interrupted)
     assert torch.equal(scheduler.batch_step_no_noise(f, t, x), alone)
+
+
+# ---- KarrasVe, whose calls are known by their sigmas ----
+
+
+@torch.no_grad()
+def karras_ve(kind, dtype=torch.float32, of=lambda level: level, lam=lambda call: 1.0, **made):
+    """[(state, slope, x_0)] of the calls of a trajectory, in float64.
+
+    of: what a user makes of a level of the schedule. lam: by which call's output is divided.
+    """
+    scheduler = kind.KarrasVeScheduler(sigma_max=9.0, s_churn=2.7, **made)
+    draw, found = torch.Generator().manual_seed(3), []
+
+    def model(x, sigma):  # -eps of a denoiser
+        return (torch.tanh(x) - x) / float(sigma) / lam(len(found))
+
+    scheduler.set_timesteps(STEPS)
+    levels = scheduler.schedule.to(dtype)
+    x = (torch.randn(SHAPE, generator=draw) * scheduler.init_noise_sigma).to(dtype)
+    for t in scheduler.timesteps:
+        sigma, sigma_prev = of(levels[t]), of(levels[t - 1]) if t else 0
+        state, sigma_hat = scheduler.add_noise_to_input(x, sigma, generator=draw)
+        result = scheduler.step(model(state, sigma_hat), sigma_hat, sigma_prev, state)
+        found.append(result)
+        assert getattr(scheduler, "path", "fused") == "fused"
+        if sigma_prev:
+            more = (state, result.prev_sample, result.derivative)
+            result = scheduler.step_correct(model(result.prev_sample, sigma_prev), sigma_hat, sigma_prev, *more)
+            found.append(result)
+        x = result.prev_sample
+    return scheduler, [[value.double() for value in result.values()] for result in found]
+
+
+@pytest.mark.parametrize("of", [lambda level: level, float], ids=["tensors", "numbers"])
+def test_karras_ve_is_as_close_as_diffusers(of):
+    _, exact = karras_ve(diffusers, torch.float64, of)
+    _, theirs = karras_ve(diffusers, of=of)
+    scheduler, ours = karras_ve(fused, of=of)
+    assert scheduler.path == "fused" and len(ours) == 2 * STEPS - 1  # the last step is not corrected
+
+    def errors(found):
+        return [
+            max(float((a[k] - b[k]).norm() / b[k].norm()) for a, b in zip(found, exact, strict=True)) for k in range(3)
+        ]
+
+    for a, b in zip(errors(ours), errors(theirs), strict=True):
+        assert a <= 1.25 * b + 3e-7, (errors(ours), errors(theirs))
+
+
+def test_karras_ve_scales_both_calls():
+    """One lambda for a step and its correction, the noisiest first."""
+    lam = [1.01 + i / 500 for i in range(STEPS)]
+    _, found = karras_ve(fused, eps_scaling=lam)
+    _, expected = karras_ve(diffusers, lam=lambda call: lam[call // 2])
+    assert_close([f[:1] for f in found], [e[:1] for e in expected], 3e-5)
+
+
+def test_karras_ve_scales_by_level():
+    """Each call at the level of the state that it is asked at."""
+    made = epskernels.scaling.by_level([-4.0, 0.0, 4.0], [1.05, 1.02, 1.0])
+    scheduler, found = karras_ve(fused, eps_scaling=made)
+    hat, end = scheduler._ends()
+    with np.errstate(divide="ignore"):
+        lam = np.interp(-np.log(np.stack([hat, end], axis=1).reshape(-1)), [-4.0, 0.0, 4.0], [1.05, 1.02, 1.0])
+    _, expected = karras_ve(diffusers, lam=lambda call: lam[call])
+    assert_close([f[:1] for f in found], [e[:1] for e in expected], 3e-5)
+    assert len(scheduler.lambdas) == STEPS
+
+
+def test_karras_ve_churns_by_seeds():
+    scheduler, x = fused.KarrasVeScheduler(sigma_max=9.0), torch.randn(SHAPE)
+    scheduler.set_timesteps(STEPS)
+    sigma = scheduler.schedule[5]  # of the third step
+    state, sigma_hat = scheduler.add_noise_to_input(x, sigma, seeds=SEEDS)
+    assert sigma_hat > float(sigma)
+    std = 1.007 * (sigma_hat**2 - float(sigma) ** 2) ** 0.5
+    expected = x + std * epskernels.normal(SEEDS, [3, 4, 4], draw=2, stream=0)
+    torch.testing.assert_close(state, expected)
+    alone = scheduler.add_noise_to_input(x[1:], sigma, seeds=SEEDS[1:])[0]
+    assert torch.equal(alone, state[1:])
+    scheduler.step(x, sigma_hat, scheduler.schedule[4], state)
+    assert scheduler.path == "fused"
+    with pytest.raises(ValueError, match="^sigma: expected one of scheduler.schedule, since seeds are given, got 3.0"):
+        scheduler.add_noise_to_input(x, 3.0, seeds=SEEDS)
+
+
+def test_karras_ve_between_other_sigmas_is_diffusers_own():
+    x, f, found = torch.randn(SHAPE), torch.randn(SHAPE), []
+    for kind in (diffusers, fused):
+        scheduler = kind.KarrasVeScheduler()
+        scheduler.set_timesteps(STEPS)
+        first = scheduler.step(f, 5.0, 3.0, x)
+        found.append(scheduler.step_correct(f, 5.0, 3.0, x, first.prev_sample, first.derivative).prev_sample)
+    assert torch.equal(*found) and scheduler.path.startswith("diffusers: timestep Call(sigma_hat=5.0, sigma_prev=3.0")
+    scheduler.eps_scaling = 1.01
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(ValueError, match="is not one of the schedule's, so that it has no lambda"):
+        scheduler.step(f, 5.0, 3.0, x)

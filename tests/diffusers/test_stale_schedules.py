@@ -388,7 +388,8 @@ PREDICTIONS_THAT_ARE_NONE = {
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("of_x, of_f", list(itertools.product(HALVES, HALVES)), ids=str)
 def test_the_state_has_diffusers_dtype(name, of_x, of_f):
-    configs = [{}, {"solver_order": 3}, {"algorithm_type": "sde-dpmsolver++"}, {"stochastic_sampling": True}]
+    algorithm = "noise_prediction" if name == "SASolverScheduler" else "sde-dpmsolver++"
+    configs = [{}, {"solver_order": 3}, {"algorithm_type": algorithm}, {"stochastic_sampling": True}]
     configs += [{"prediction_type": kind} for kind in ("sample", "v_prediction")]
     if name == "DPMSolverMultistepScheduler":
         configs += [{"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}]

@@ -479,6 +479,25 @@ add(
         "own": "diffusers' third order of sde-dpmsolver++ with heun",
     },
 )  # fmt: skip
+SA = {
+    f"{algorithm}-{predictor}-{corrector}": {
+        "algorithm_type": f"{algorithm}_prediction", "predictor_order": predictor, "corrector_order": corrector
+    }
+    for algorithm in ("data", "noise") for predictor, corrector in ((1, 1), (2, 2), (1, 4), (2, 3), (3, 4))
+}  # fmt: skip
+add("SASolver", **configs(**SA, **PREDICTIONS, **SPACINGS, **BETAS, **SIGMAS))
+add(
+    "SASolver",
+    **configs(
+        half={"tau_func": lambda t: 0.5}, silent={"tau_func": lambda t: 0},
+        loud={"tau_func": lambda t: t / 500, **SA["noise-3-4"]},
+        flow={**FLOW, "flow_shift": 3.0}, unfinished={**SA["data-3-4"], "lower_order_final": False},
+        v_noise={**V, **SA["noise-2-2"]}, sample_noise={**PREDICTIONS["sample"], **SA["noise-2-2"]},
+    ),
+    many={"config": SA["data-3-4"], "steps": {"num_inference_steps": 20}}, image_to_image={"begin": 4},
+    generators={"generators": 2},
+    fourth={"config": {"predictor_order": 4}, "own": "orders 4 and 2 are not within 3 and 4"},
+)  # fmt: skip
 INVERSE = {
     name: {key: value for key, value in config.items() if key != "final_sigmas_type"}
     for name, config in SINGLE.items()
@@ -579,6 +598,7 @@ for name in (
     "UniPCMultistep",
     "DEISMultistep",
     "DPMSolverSinglestep",
+    "SASolver",
 ):
     add(name, thresholding={"config": THRESHOLD, "steps": FOUR if name == "LCM" else {"num_inference_steps": 12}})
 add(
@@ -605,7 +625,7 @@ def one_of_each_class(names, values, always):
 def allowed(case, theirs):
     """Of the states and of the other result, given diffusers' own errors: both are draws, and other ones on another processor,
     whose tanh and sin differ."""
-    several = any(kind in case.name for kind in ("Multistep", "PNDM", "Helios"))
+    several = any(kind in case.name for kind in ("Multistep", "PNDM", "Helios", "SASolver"))
     states = 2.5 if case.name == "UnCLIPScheduler" else 2.0 if several else 1.25  # UnCLIP: alpha 5e-5 at its start
     factors = [states, 2.5][: len(theirs)]
     return np.array(factors) * theirs + FEW_ULP
@@ -829,7 +849,19 @@ ROUNDS_MIDWAY = (
     "UniPC",
 )  # the others of diffusers compute in float32
 # m1, m2 and y, rounded where the state is
-STORES_HISTORY = ("DPMSolver", "EDMDPM", "UniPC", "Heun", "Helios", "Cosine", "PNDM", "LMS", "IPNDM", "DEIS")
+STORES_HISTORY = (
+    "DPMSolver",
+    "EDMDPM",
+    "UniPC",
+    "Heun",
+    "Helios",
+    "Cosine",
+    "PNDM",
+    "LMS",
+    "IPNDM",
+    "DEIS",
+    "SASolver",
+)
 
 
 @pytest.mark.parametrize(
@@ -1015,6 +1047,7 @@ STOCHASTIC = {  # (configuration, arguments of step)
     "FlowMatchEulerDiscreteScheduler": ({"stochastic_sampling": True}, {}),
     "FlowMatchHeunDiscreteScheduler": ({}, CHURN), "FlowMatchLCMScheduler": ({}, {}), "LTXEulerAncestralRFScheduler": ({}, {}),
     "SCMScheduler": ({}, {}), "CMStochasticIterativeScheduler": ({}, {}), "ConsistencyDecoderScheduler": ({}, {}),
+    "SASolverScheduler": ({"algorithm_type": "noise_prediction"}, {}),
 }  # fmt: skip
 
 
@@ -1547,6 +1580,61 @@ def test_bh1_to_sigma_0_has_a_number():
             y = scheduler.step(f, t, y, return_dict=False)[0]
         last[kind] = y
     assert last[diffusers].isnan().all() and last[fused].isfinite().all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Tau:
+    """Of a step. Its text does not say which: as two functions, the second at the address of the first, which is gone."""
+
+    tau: float = dataclasses.field(repr=False)
+
+    def __call__(self, t):
+        return self.tau
+
+
+def test_sa_solver_sees_another_tau_and_another_state():
+    """What is made of a state between two steps counts for the model alone, as in diffusers."""
+    x, f, runs = torch.randn(SHAPE), 0.5 * torch.randn(9, *SHAPE), {diffusers: [], fused: []}
+    for kind, found in runs.items():
+        for tau in (0.0, 0.4, 0.8, 1.2):
+            scheduler = kind.SASolverScheduler(predictor_order=3)
+            scheduler.set_timesteps(9)
+            scheduler.tau_func = Tau(tau)
+            state, draw = x, torch.Generator().manual_seed(4)
+            for i, t in enumerate(scheduler.timesteps):
+                state = scheduler.step(f[i], t, state, generator=draw).prev_sample
+                state[:, :, :2] = 0.1 * i
+            found.append(state)
+    assert scheduler.path == "fused" and len({float(state[0, 0, 3, 3]) for state in runs[fused]}) == 4
+    for ours, theirs in zip(runs[fused], runs[diffusers], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
+def test_sa_solver_with_a_learned_variance():
+    """diffusers draws noise of the variance's shape too, and cannot add it; here it is cut off before."""
+    x, f, found = torch.randn(SHAPE), torch.randn(2, 6, *SHAPE[2:]), []
+    for output, config in ((f, {"variance_type": "learned_range"}), (f[:, :3], {})):
+        scheduler = fused.SASolverScheduler(**config)
+        scheduler.set_timesteps(9)
+        scheduler.set_begin_index(3)
+        draw = torch.Generator().manual_seed(4)
+        found.append(scheduler.step(output, scheduler.timesteps[3], x, generator=draw).prev_sample)
+        assert scheduler.path == "fused"
+    assert torch.equal(*found)
+
+
+def test_sa_solver_at_a_timestep_of_another_step():
+    """tau is the timestep's that is given: here of a schedule that was cut, and counted from a begin index."""
+    x, f, found = torch.randn(SHAPE), torch.randn(SHAPE), []
+    for kind in (diffusers, fused):
+        scheduler = kind.SASolverScheduler()
+        scheduler.set_timesteps(9)
+        scheduler.timesteps = scheduler.timesteps[2:]
+        scheduler.set_begin_index(2)
+        draw = torch.Generator().manual_seed(4)
+        found.append(scheduler.step(f, scheduler.timesteps[0], x, generator=draw).prev_sample)
+    assert torch.equal(*found)
+    assert scheduler.path.endswith("which tau is of, is not that of step 2")
 
 
 def test_mixed_dtypes_end_where_diffusers_ends():

@@ -4,6 +4,7 @@ Where the reference has NaN the kernel has NaN, of any payload; every other valu
 included.
 """
 
+import inspect
 import itertools
 
 import hypothesis
@@ -271,6 +272,18 @@ def test_batch_of_mixed_samplers(kernel, dtype, kind):
     check(table.rows, permuted, inputs)
     for i in range(batch):
         check(table.rows, table.row_index[i], {key: value[:2] for key, value in inputs.items()})
+
+
+def test_rows_of_every_sampler(kernel):
+    vp, karras, flow = schedule.linear(), schedule.KarrasSchedule(), schedule.FlowSchedule()
+    rows = []
+    for name, sampler in samplers.SAMPLERS.items():
+        by_timesteps = "grid_options" in inspect.signature(sampler).parameters or name in ("lcm", "tcd")
+        path = flow if name == "flow_euler" else vp if by_timesteps else karras
+        rows.append(sampler(path, 5, scaling=1.003).rows)
+    rows = torch.cat(rows)[:: 5 if kernel.name == "triton" else 1]  # whose interpreter takes 40 ms a row
+    inputs = make_inputs((len(rows), 37), ("m1", "m2", "seeds", "y"), 33)
+    check(rows, torch.arange(len(rows)), inputs)
 
 
 @pytest.mark.parametrize("layout", ["wider", "strided_rows", "offset"])

@@ -194,6 +194,7 @@ HIGHER = {
         3,
     ),
     "sa_solver": (functools.partial(samplers.sa_solver, tau=0), open_flow, "flow", 4),
+    "ddim_inverse": (samplers.ddim_inverse, open_flow, "flow", 1),
 }
 ORDERS |= {
     "gradient_estimation": (samplers.gradient_estimation, karras, "sample", 1),
