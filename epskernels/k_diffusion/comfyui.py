@@ -1,6 +1,6 @@
 """ComfyUI's samplers beyond k-diffusion's, by its signatures and names, on x_0 + sigma*eps and on flows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -62,24 +62,6 @@ def sample_lcm(
     )  # fmt: skip
 
 
-def heunpp(levels: Sequence[Array], sigma_next: Array, sigma_max: float) -> list[Array]:
-    """Heun++ on x = x_0 + sigma*eps: Euler from call to call, and at last the step by the slopes of all: states, each (4, N).
-
-    levels: of the step's one to three calls. A slope after the first counts sigma/(calls*sigma_max), the first the rest. The
-    states are shares, as solvers.probed has them. Source: ComfyUI's heunpp2.
-    """
-    x, *m = solvers.basis(levels[0])
-    at, slopes, states = x, [], []
-    for k, sigma in enumerate(levels):
-        slopes.append((at - m[k]) / sigma)
-        if k < len(levels) - 1:
-            at = at + (levels[k + 1] - sigma) * slopes[k]
-            states.append(at)
-    later = [sigma / (len(levels) * sigma_max) for sigma in levels[1:]]
-    mean = (1 - sum(later)) * slopes[0] + sum(w * slope for w, slope in zip(later, slopes[1:], strict=True))
-    return [*states, x + (sigma_next - levels[0]) * mean]
-
-
 def _heunpp2(schedule: KarrasSchedule, steps: int, *, scaling: scaling.ScalingLike = 1.0, prediction: str) -> Table:
     """Up to three calls in a step, the third at the level after next; two in the last but one, one in the last."""
     grid = karras(schedule).grid(steps)
@@ -89,7 +71,7 @@ def _heunpp2(schedule: KarrasSchedule, steps: int, *, scaling: scaling.ScalingLi
         step = np.arange(steps)[which]
         if len(step):
             levels = [ends[step + k] for k in range(count)]
-            rows = solvers.from_before(heunpp(levels, ends[step + 1], ends[0]))
+            rows = solvers.from_before(solvers.heunpp(levels, ends[step + 1], ends[0]))
             for k, row in enumerate(rows):
                 calls[k].append((points(grid, step + k), step, row))
     return several_calls("heunpp2", grid, sum(calls, []), scaling, prediction, None, 1.0)

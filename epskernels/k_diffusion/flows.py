@@ -118,22 +118,6 @@ def along_ratio(table: Table, lambda_t: Array) -> Table:
 # ---- ComfyUI's ancestral steps of two calls ----
 
 
-def leapt(sigma: Array, sigma_middle: Array, sigma_next: Array) -> list[Array]:
-    """Euler to the middle, then from the step's start by the estimate of x_0 there: the states at the two ends, each (4, N).
-
-    They are shares, as solvers.probed has them. Source: DPM-Solver++(2S) (arXiv 2211.01095, alg. 1) where eps - x_0 is followed.
-    """
-    x, m_0, m_1, _ = solvers.basis(sigma)
-    return [m + (x - m) * end / sigma for m, end in ((m_0, sigma_middle), (m_1, sigma_next))]
-
-
-def flow_middle(sigma: Array, sigma_next: Array) -> Array:
-    """The middle of a flow's step in log SNR; 0.9999 from sigma = 1, which has none (ComfyUI)."""
-    with np.errstate(divide="ignore"):
-        ratio = np.sqrt(sigma / (1 - sigma) * sigma_next / (1 - sigma_next))
-    return np.where(sigma < 1, 1 / (1 + 1 / ratio), 0.9999)
-
-
 def _ancestral(
     name: str,
     grid: Grid,
@@ -144,7 +128,7 @@ def _ancestral(
     middle: Callable[[Array, Array], Array],
     states: Callable[[Array, Array, Array], Sequence[Array]],
 ) -> Table:
-    """Two calls down to sigma_down, the second at the level `middle`, then noise up; one call to 0. states: of solvers.py."""
+    """Two calls down to sigma_down, the second at the level `middle`, then noise up; one call to 0. states: of solvers."""
     twice, once = np.flatnonzero(grid.sigma_next > 0), np.flatnonzero(grid.sigma_next == 0)
     sigma, end = grid.sigma[twice], grid.sigma_next[twice]
     down, kept, noise = solvers.flow_down(sigma, end, eta, eta > 0)
@@ -170,4 +154,4 @@ def dpmpp_2s_ancestral(
     grid: Grid, steps: int, *, scaling: ScalingLike, prediction: str, eta: float, S_noise: float
 ) -> Table:
     """Euler to the middle in log SNR, and to a flow's sigma_down by the estimate from there, then noise up."""
-    return _ancestral("dpmpp_2s_ancestral", grid, scaling, prediction, eta, S_noise, flow_middle, leapt)
+    return _ancestral("dpmpp_2s_ancestral", grid, scaling, prediction, eta, S_noise, solvers.flow_middle, solvers.leapt)

@@ -2,7 +2,7 @@
 
 Each works out, in float64, the row of every model call: the step's ends (alpha, sigma) -> (alpha_next, sigma_next), the
 denoised estimate m0 from the model's output with lambda_t folded in, and x' as a linear combination of x, m0 and friends, whose
-weights are `solvers.py`'s.
+weights are those of `solvers`.
 """
 
 from collections.abc import Callable
