@@ -55,8 +55,8 @@ $(READY): $(VENV)/.torch $(SOURCES)
 sample: $(READY)
 	$(BIN)/epskernels sample --steps $(STEPS) --lambda $(LAMBDA) --compare --seeds $(SEEDS) --out samples.png
 
-# Each worker on one thread; modules whose fixtures are expensive stay on one worker (xdist_group).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+# Each worker on one thread; modules whose fixtures are expensive stay on one worker (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # For the loop of working: the bits, the refusals and the tables, without Triton's interpreter.
 check: $(READY)

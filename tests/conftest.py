@@ -1,4 +1,5 @@
 import os
+import pathlib
 
 import pytest
 import torch
@@ -66,11 +67,17 @@ ON_ONE_WORKER = (
 )
 
 
-def pytest_collection_modifyitems(config, items):
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.module.__name__.rpartition(".")[2] in ON_ONE_WORKER:
-                item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """xdist's own marker for this, xdist_group, does nothing under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = pathlib.PurePath(nodeid.partition("::")[0])
+            return str(file) if file.stem in ON_ONE_WORKER else nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_sessionfinish(session):

@@ -45,12 +45,19 @@ def in_new_process(code, *arguments, without=()):
 
 
 RUN = """
-import json, sys, torch, diffusers
+import json, pathlib, sys, torch, diffusers
 pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
 image = pipe(generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
 kind = type(pipe.scheduler)
-print(json.dumps([kind.__module__, kind.__name__, dict(pipe.scheduler.config).get("eps_scaling"), image.tolist()]))
+found = {}
+for folder in map(pathlib.Path, sys.argv[2:]):  # schedulers alone
+    of_class = json.loads((folder / "scheduler_config.json").read_text())["_class_name"]
+    named = getattr(sys.modules["epskernels.diffusers"], of_class)
+    loaded = named.from_pretrained(folder)
+    found[folder.name] = [named.__module__, named.__name__, loaded.eps_scaling, hasattr(named, "_enter")]
+of_pipe = [kind.__module__, kind.__name__, dict(pipe.scheduler.config).get("eps_scaling"), image.tolist()]
+print(json.dumps([*of_pipe, found]))
 """
 
 
@@ -67,34 +74,19 @@ def image_of(pipe):
     ],
 )
 def test_a_saved_fused_pipeline_loads_in_a_new_process(first, tmp_path):
-    """With the lambda that it was saved with, here one of a file that is gone by then."""
+    """With the lambda that it was saved with, here one of a file that is gone by then; and so does every scheduler."""
     scaling.linear(0.01, 1.01, origin="cleanest").save(tmp_path / "lambda.json", steps=4)
     pipe = fused.fuse(digits(), eps_scaling=tmp_path / "lambda.json")
     (tmp_path / "lambda.json").unlink()
     pipe.save_pretrained(tmp_path / "pipe")
-    module, name, eps_scaling, image = in_new_process(f"{first}\n{RUN}", tmp_path / "pipe")
+    linear, saved = {"k": 0.01, "b": 1.0}, {name: tmp_path / name for name in NAMES}
+    for name, folder in saved.items():
+        getattr(fused, name)(eps_scaling=linear).save_pretrained(folder)
+    module, name, eps_scaling, image, found = in_new_process(f"{first}\n{RUN}", tmp_path / "pipe", *saved.values())
+    assert found == {name: ["epskernels.diffusers", name, linear, True] for name in NAMES}
     assert (module, name) == ("epskernels.diffusers", "DDPMScheduler")
     assert scaling.as_scaling(eps_scaling) == scaling.as_scaling(pipe.scheduler.eps_scaling)
     assert np.array_equal(image, image_of(pipe))
-
-
-LOAD_ALL = """
-import json, pathlib, sys, epskernels
-found = {}
-for folder in pathlib.Path(sys.argv[1]).iterdir():
-    kind = getattr(epskernels.diffusers, json.loads((folder / "scheduler_config.json").read_text())["_class_name"])
-    scheduler = kind.from_pretrained(folder)
-    found[folder.name] = [kind.__module__, kind.__name__, scheduler.eps_scaling, hasattr(kind, "_enter")]
-print(json.dumps(found))
-"""
-
-
-def test_every_saved_scheduler_loads_in_a_new_process(tmp_path):
-    linear = {"k": 0.01, "b": 1.0}
-    for name in NAMES:
-        getattr(fused, name)(eps_scaling=linear).save_pretrained(tmp_path / name)
-    found = in_new_process(LOAD_ALL, tmp_path)
-    assert found == {name: ["epskernels.diffusers", name, linear, True] for name in NAMES}
 
 
 def test_an_unfused_pipeline_loads_without_this_package(tmp_path):
@@ -106,7 +98,7 @@ def test_an_unfused_pipeline_loads_without_this_package(tmp_path):
     assert np.array_equal(image_of(pipe), expected)
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", "DDPMScheduler"]
-    module, name, eps_scaling, image = in_new_process(RUN, tmp_path, without=["epskernels"])
+    module, name, eps_scaling, image, _ = in_new_process(RUN, tmp_path, without=["epskernels"])
     assert (name, eps_scaling) == ("DDPMScheduler", None) and np.array_equal(image, expected)
 
 

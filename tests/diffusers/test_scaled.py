@@ -396,7 +396,9 @@ LEFT = [
 ]
 
 
-@pytest.mark.parametrize("kind", [*(getattr(diffusers.schedulers, name) for name in LEFT[:1]), Plain])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(getattr(diffusers.schedulers, name), marks=pytest.mark.deep) for name in LEFT), Plain]
+)
 def test_saved_pipelines_load_again(kind, tmp_path):
     class_of = scaled_class(kind)
     pipe = Pipeline(class_of(**MADE.get(kind.__name__, ({},))[0]))

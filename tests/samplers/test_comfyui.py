@@ -561,7 +561,7 @@ def test_steps_of_length_0_and_none(name):
         ("lcm", {"seeds": [1]}, "seeds: expected one for each of 2 samples, got 1"),
         ("deis", {"x": torch.zeros(0, 3)}, "x: expected .B, ..... .* not empty"),
     ],
-    ids=str,
+    ids=lambda part: str(part) if isinstance(part, str) else "-".join(part),
 )
 def test_refuses(name, options, message):
     given = {"x": torch.zeros(SHAPE), "sigmas": torch.tensor(EDM), "disable": True} | options

@@ -402,7 +402,7 @@ def test_dpm_seeds(name, dtype):
         (
             "dpm_adaptive",
             {"eps_scaling": [1.0, 1.01]},
-            "eps_scaling: expected one number, since the steps are not known",
+            "eps_scaling: expected one number, or lambda by noise level, since",
         ),
     ],
     ids=str,
