@@ -59,7 +59,11 @@ def test_of_kernels(kernel, number):
 
 
 @pytest.mark.parametrize(
-    "expression, of_three, interpreted", [("not deep", 6, [0, 3]), ("", 12, [*range(6)])], ids=["in pairs", "all"]
+    "expression, of_three, interpreted",
+    [
+        pytest.param("not deep", 6, [0, 3], id="in pairs"),
+        pytest.param("", 12, [*range(6)], id="all", marks=pytest.mark.deep),
+    ],
 )
 def test_a_test_of_three_parametrizations_runs_in_pairs(tmp_path, expression, of_three, interpreted):
     (tmp_path / "test_products.py").write_text(PRODUCTS)

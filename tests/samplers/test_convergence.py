@@ -216,7 +216,7 @@ COUNTS = [64, 128, 256, 512, 1024]
 
 
 @pytest.mark.parametrize("name", ORDERS)
-@pytest.mark.parametrize("lam", [1.0, 1.02], ids="lambda={}".format)
+@pytest.mark.parametrize("lam", [pytest.param(1.0, marks=pytest.mark.deep), 1.02], ids="lambda={}".format)
 def test_order(name, lam):
     sampler, grid, prediction, expected = ORDERS[name]
     found = errors(sampler, grid, prediction, lam, COUNTS, exact_rows=2 if "exact" in name else 0)

@@ -715,7 +715,9 @@ def test_float32_trajectory(case, scaling_name):
 
 
 @cases
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.deep)], ids=["bfloat16", "float16"]
+)
 def test_half_trajectory(case, dtype):
     trial = Trial(case, "constant")
     x = trial.start(dtype)
