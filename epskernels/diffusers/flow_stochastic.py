@@ -4,12 +4,14 @@ from typing import Any
 
 import numpy as np
 from diffusers import schedulers as theirs
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from .. import solvers
 from ..typing import SeedsLike
 from .common import Formula, Generators, Options, Result, Timestep, as_dtype_of, refuse_integers
 from .flow import OnFlow
+from .plan import set_by_attribute
 from .scheduler import FLOAT32
 
 
@@ -49,6 +51,16 @@ class LTXEulerAncestralRFScheduler(OnFlow, theirs.scheduling_ltx_euler_ancestral
     """Euler's step to a level below, then new noise up to the schedule's (`solvers.flow_ancestral`)."""
 
     _needs_steps = True
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers makes another scheduler of the configuration there, which would say that it ignores eps_scaling."""
+        own = self._internal_dict
+        self._internal_dict = FrozenDict({name: value for name, value in own.items() if name != "eps_scaling"})
+        self._internal_dict.__dict__.update(set_by_attribute(own))
+        try:
+            super()._set_timesteps(*args, **kwargs)
+        finally:
+            self._internal_dict = own
 
     def _formula(self, options: Options) -> Formula:
         sigma, sigma_next = self._sigmas()

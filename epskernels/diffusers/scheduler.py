@@ -162,7 +162,7 @@ class Fused(Configured):
 
         @functools.wraps(parent.set_timesteps)  # pipelines look at its signature
         def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-            parent.set_timesteps(self, *args, **kwargs)
+            self._set_timesteps(*args, **kwargs)
             self._seen = self._ran = None
             self._scheduled = tuple(self.timesteps.tolist())
             self._surplus = max(0, self._length() - len(self._scheduled))
@@ -170,6 +170,9 @@ class Fused(Configured):
                 self._check_last_steps(self._plan(self._options, self.timesteps.device))
 
         cls.set_timesteps = set_timesteps  # type: ignore[attr-defined]  # declared, it would hide diffusers' signature
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        self._theirs.set_timesteps(self, *args, **kwargs)
 
     @property
     def lambdas(self) -> tuple[float, ...]:

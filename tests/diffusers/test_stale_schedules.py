@@ -8,6 +8,7 @@ import itertools
 import logging
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -524,3 +525,32 @@ def test_nothing_is_logged_of_a_usual_run(caplog):
         for name in NAMES:
             steps_of(made(fused, name))
     assert not [record for record in caplog.records if record.name == "epskernels"]
+
+
+def test_lambda_is_given_for_timesteps_of_which_there_are_fewer_than_sigmas():
+    """diffusers leaves out equal timesteps, and not their sigmas."""
+    given = np.linspace(0.9, 1.1, 999)
+    scheduler = fused.DPMSolverMultistepInverseScheduler(eps_scaling=given.tolist())
+    scheduler.set_timesteps(1000)
+    assert len(scheduler.timesteps) == 999 and len(scheduler.sigmas) == 1001
+    np.testing.assert_allclose(scheduler.lambdas[-999:], given)
+    x = torch.randn(2, 3, 4, 4)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    assert scheduler.path == "fused"
+
+
+def test_a_fork_has_no_seeds_of_its_own():
+    scheduler = fused.DDPMScheduler()
+    scheduler.seeds = [3, 4]
+    assert scheduler.fork().seeds is None and scheduler.seeds.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_set_timesteps_does_not_say_that_lambda_is_ignored(name, monkeypatch):
+    """As diffusers does where it makes another scheduler of a configuration."""
+    said = []
+    monkeypatch.setattr(diffusers.configuration_utils.logger, "warning", lambda *args: said.append(args))
+    scheduler = getattr(fused, name)(**CONFIGS.get(name, {}), eps_scaling=1.01)
+    set_steps(scheduler, 2)
+    assert not [args for args in said if "eps_scaling" in str(args)]
+    assert scheduler.eps_scaling == 1.01
