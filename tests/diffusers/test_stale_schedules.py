@@ -551,6 +551,6 @@ def test_set_timesteps_does_not_say_that_lambda_is_ignored(name, monkeypatch):
     said = []
     monkeypatch.setattr(diffusers.configuration_utils.logger, "warning", lambda *args: said.append(args))
     scheduler = getattr(fused, name)(**CONFIGS.get(name, {}), eps_scaling=1.01)
-    set_steps(scheduler, 2)
+    set_steps(scheduler, 2 if "Decoder" in name else 4)
     assert not [args for args in said if "eps_scaling" in str(args)]
     assert scheduler.eps_scaling == 1.01
