@@ -19,7 +19,7 @@ from epskernels.diffusers.scaled import scaled_class
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array:DeprecationWarning"),
 ]
 SHAPE = (2, 3, 5, 7)
 

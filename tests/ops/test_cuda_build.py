@@ -153,9 +153,9 @@ def test_a_torch_without_cuda_does_not_load_it():
 def kernels(architecture):
     """{(kernel, template arguments): (code, registers, stack)}"""
     code, used = sass.kernels(LIBRARY, architecture), sass.registers(LIBRARY, architecture)
-    result = {}
+    result, written = {}, sass.demangle([*code])
     for mangled, instructions in code.items():
-        name = re.search(r"::(\w+_kernel)(?:<(.*?)>)?\(", sass.demangle(mangled))
+        name = re.search(r"::(\w+_kernel)(?:<(.*?)>)?\(", written[mangled])
         arguments = re.findall(r"(?:\(\w[\w:]*\)|\b)(\d+|true|false)u?\b", (name[2] or "").replace("epskernels::", ""))
         result[name[1], *arguments] = (instructions, *used[mangled])
     return result

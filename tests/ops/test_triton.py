@@ -344,6 +344,7 @@ def _capture():
     print(json.dumps(seen))
 
 
+@pytest.mark.deep
 def test_inductor_sees_the_kernel(tmp_path):
     """One launch, which writes the outputs and is known to write nothing else, and no opaque call; in a gradient's forward
     pass, and in its backward pass, which makes the noise again."""

@@ -17,8 +17,12 @@ def cuobjdump(*arguments):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def demangle(name):
-    return subprocess.run([shutil.which("c++filt"), name], check=True, capture_output=True, text=True).stdout.strip()
+def demangle(names):
+    """{mangled name: as it was written}"""
+    command = [shutil.which("c++filt"), *names]
+    return dict(
+        zip(names, subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines(), strict=True)
+    )
 
 
 @dataclasses.dataclass
@@ -51,7 +55,9 @@ def registers(path, architecture):
 
 
 def count(code, pattern):
-    return sum(re.fullmatch(pattern, instruction.name) is not None for instruction in code)
+    """How many instructions have such a name, of which there are few different ones."""
+    names = collections.Counter(instruction.name for instruction in code)
+    return sum(number for name, number in names.items() if re.fullmatch(pattern, name))
 
 
 def fast_path(code, stores):
