@@ -129,7 +129,7 @@ def _res_multistep(eta: float, s_noise: float) -> Weights:
 def _dpmpp_2m(alpha: Array, sigma: Array, sigma_next: Array) -> dict[str, Any]:
     h, kept = np.log(sigma / sigma_next), sigma_next / sigma
     second = (sigma_next > 0) & (np.arange(len(sigma)) > 0)
-    more = np.where(second, -np.expm1(-h) * h / (2 * solvers.earlier(h, 1)), 0.0)
+    more = np.where(second, solvers.integrals(1.0, -h)[0] * h / (2 * solvers.earlier(h, 1)), 0.0)
     return {"c_x": kept, "c_y": 1 + more, "c_m0": -kept, "c_m1": -more}
 
 
