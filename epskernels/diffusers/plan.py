@@ -177,7 +177,7 @@ class Schedule:
 
     def __init__(self, host: list[float], input_scale: list[float] | None) -> None:
         self.host, self.input_scale, self.plans = host, input_scale, Recent(16)
-        self.rank = {t: i for i, t in reversed(list(enumerate(host)))}
+        self.rank = {t: i for i, t in enumerate(host)}
 
 
 SCHEDULES = Recent(32)

@@ -281,8 +281,7 @@ class DDIMInverseScheduler(FromCleanest, DDIM, theirs.scheduling_ddim_inverse.DD
         super().__init__(*args, **kwargs)
 
     def _level(self) -> Array:
-        t, last = self._t(), self.config.num_train_timesteps - 1
-        return self._abar(np.minimum(t - self._apart(), last), self.initial_alpha_cumprod)
+        return self._abar(self._t() - self._apart(), self.initial_alpha_cumprod)
 
     def _abar_next(self, t: NDArray[np.integer]) -> Array:
         return self._abar(t)

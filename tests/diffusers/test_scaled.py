@@ -433,3 +433,40 @@ def test_share():
     pipe.scheduler.set_timesteps(4)
     twin = fused.share(pipe)
     assert twin.scheduler is not pipe.scheduler and twin.scheduler.lambdas == pipe.scheduler.lambdas == (1.02,) * 4
+
+
+class Recording(Plain):
+    """It remembers what its step was given."""
+
+    def step(self, model_output, timestep, sample, return_dict=False):
+        self.given = model_output
+        return super().step(model_output, timestep, sample, return_dict)
+
+
+def test_the_scaled_output_keeps_its_dtype_beside_a_state_of_another():
+    scheduler = fused.fuse(Recording(), eps_scaling=1.02)
+    scheduler.set_timesteps(4)
+    f, x = torch.randn(2, 3, 4, 4).bfloat16(), torch.randn(2, 3, 4, 4)
+    scheduler.step(f, scheduler.timesteps[0], x)
+    assert scheduler.given.dtype is torch.bfloat16
+    torch.testing.assert_close(scheduler.given.float(), f.float() / 1.02, rtol=8e-3, atol=0)
+
+
+def test_a_shallow_copy_is_scaled_by_its_own_schedule():
+    scheduler = fused.fuse(Plain(), eps_scaling={"k": 0.01, "b": 1.0})
+    scheduler.set_timesteps(7)
+    assert len(scheduler.lambdas) == 7
+    twin = copy.copy(scheduler)
+    twin.set_timesteps(3)
+    assert twin.lambdas == (1.02, 1.01, 1.0) and len(scheduler.lambdas) == 7
+
+
+class OwnFlow(diffusers.FlowMatchEulerDiscreteScheduler):
+    pass
+
+
+def test_a_flow_whose_sigmas_are_above_1_is_not_scaled():
+    """Its x is not (1 - sigma)*x_0 + sigma*eps."""
+    scheduler = fused.fuse(OwnFlow(), eps_scaling=1.01)
+    with pytest.raises(ValueError, match="its sigmas are inverted, or above 1"):
+        scheduler.set_timesteps(sigmas=[4.0, 2.0, 1.0])

@@ -554,3 +554,13 @@ def test_set_timesteps_does_not_say_that_lambda_is_ignored(name, monkeypatch):
     set_steps(scheduler, 2 if "Decoder" in name else 4)
     assert not [args for args in said if "eps_scaling" in str(args)]
     assert scheduler.eps_scaling == 1.01
+
+
+def test_churn_that_would_come_after_the_scaling_is_refused():
+    """diffusers' own step, here for float64, adds churn to x, of which the scaled output already has a share."""
+    scheduler = fused.EulerDiscreteScheduler(prediction_type="v_prediction", eps_scaling=1.01)
+    scheduler.set_timesteps(4)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    scheduler.scale_model_input(x, scheduler.timesteps[0])
+    with pytest.raises(ValueError, match="eps_scaling: diffusers' own step adds churn after the scaling"):
+        scheduler.step(x, scheduler.timesteps[0], x, s_churn=1.0)
