@@ -564,3 +564,15 @@ def test_churn_that_would_come_after_the_scaling_is_refused():
     scheduler.scale_model_input(x, scheduler.timesteps[0])
     with pytest.raises(ValueError, match="eps_scaling: diffusers' own step adds churn after the scaling"):
         scheduler.step(x, scheduler.timesteps[0], x, s_churn=1.0)
+
+
+@pytest.mark.parametrize("name", ["HeunDiscrete", "FlowMatchHeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"])
+def test_a_trajectory_does_not_begin_at_the_second_half_of_a_step(name):
+    scheduler = getattr(fused, f"{name}Scheduler")()
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(1)
+    x = torch.randn(2, 3, 4, 4)
+    if hasattr(scheduler, "scale_model_input"):
+        scheduler.scale_model_input(x, scheduler.timesteps[1])
+    with pytest.raises(ValueError, match="begins at the second half of a step|expected the first half of a step first"):
+        scheduler.step(x, scheduler.timesteps[1], x)
