@@ -16,6 +16,7 @@ import torch
 import epskernels
 from epskernels import diffusers as fused
 from epskernels import models, scaling
+from epskernels.diffusers import plan
 
 from ..support.schedulers import ONE_SCHEDULE, set_steps
 
@@ -335,3 +336,15 @@ def test_a_scheduler_of_one_s_own_is_scaled_by_level(kind, prediction_type):
 def test_a_second_call_s_level_is_not_known_of_a_scheduler_of_one_s_own():
     with pytest.raises(ValueError, match="the sigma of a step's second model call is not known"):
         fused.fuse(OwnHeun(), eps_scaling=BY_LEVEL)
+
+
+def test_unfuse_keeps_what_was_set_by_attribute():
+    scheduler = fused.DDPMScheduler(eps_scaling=1.01)
+    scheduler.config.clip_sample = False  # as pipelines set it
+    plain = fused.unfuse(scheduler)
+    assert plain.config.clip_sample is False and type(plain) is diffusers.DDPMScheduler
+
+
+def test_a_column_that_no_row_has_is_refused():
+    with pytest.raises(ValueError, match=r"columns: unknown \['c_z'\]"):
+        plan.Plan({"c_x": np.ones(2), "c_z": 1.0}, False, np.ones(2), np.zeros(2), torch.device("cpu"))

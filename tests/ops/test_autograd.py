@@ -772,3 +772,14 @@ def test_lambda_is_found_by_gradient_descent(compiled):
 
     optimizer.step(closure)
     torch.testing.assert_close(learned.detach(), hidden, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", ["cuda_on_host"], indirect=True)
+def test_an_index_out_of_range_spoils_no_other_sample_s_gradient(kernel):
+    """Where a kernel reads rows itself, it answers NaN, and the way back reads no row outside of the table."""
+    rows, inputs = call((), 3, (2, 5))
+    x = inputs["x"].requires_grad_()
+    epskernels.step(x, inputs["f"], rows, torch.tensor([1, 9]))[0].sum().backward()
+    good = inputs["x"].detach()[:1].requires_grad_()
+    epskernels.step(good, inputs["f"][:1], rows, torch.tensor([1])).sum().backward()
+    assert torch.equal(x.grad[:1], good.grad)

@@ -589,3 +589,16 @@ def test_a_table_made_in_inference_mode_serves_calls_with_gradients():
     x, f = torch.ones(1, 3, 4), torch.ones(1, 3, 4, requires_grad=True)
     epskernels.step(x, f, table, 1).sum().backward()
     assert f.grad.isfinite().all() and not table.index.is_inference()
+
+
+def test_churn_acts_at_both_of_its_bounds():
+    sigma = np.array([1.0, 2.0, 5.0, 6.0])
+    raised = solvers.churned(sigma, 10, 1.0, 2.0, 5.0) > sigma
+    assert raised.tolist() == [False, True, True, False]
+
+
+def test_lcm_s_boundary_is_that_of_sigma_data():
+    """arXiv 2310.04378, section 4.1: c_skip = sigma_data^2/((s*t)^2 + sigma_data^2)."""
+    table = samplers.lcm(schedule.linear(), 4, sigma_data=2.0, timestep_scaling=0.01)
+    c_skip = 4 / ((0.01 * table["t"]) ** 2 + 4)
+    np.testing.assert_allclose(table["c_x"][:-1], table["alpha_in"][1:] * c_skip[:-1], rtol=1e-12)
