@@ -334,3 +334,8 @@ def test_the_results_are_diffusers_own_objects(i):
         result = scheduler.step(x, scheduler.timesteps[i], x)
         assert type(result).__name__ == f"{kind.__name__}Output" and list(result) == names
         assert all(value.shape == x.shape for value in result.values())
+
+
+def test_a_column_that_no_row_has_is_refused():
+    with pytest.raises(ValueError, match=r"columns: unknown \['c_z'\]"):
+        Plan({"c_x": np.ones(2), "c_z": 1.0}, False, np.ones(2), np.zeros(2), torch.device("cpu"))

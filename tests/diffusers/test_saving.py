@@ -16,7 +16,6 @@ import torch
 import epskernels
 from epskernels import diffusers as fused
 from epskernels import models, scaling
-from epskernels.diffusers import plan
 
 from ..support.schedulers import ONE_SCHEDULE, set_steps
 
@@ -343,8 +342,3 @@ def test_unfuse_keeps_what_was_set_by_attribute():
     scheduler.config.clip_sample = False  # as pipelines set it
     plain = fused.unfuse(scheduler)
     assert plain.config.clip_sample is False and type(plain) is diffusers.DDPMScheduler
-
-
-def test_a_column_that_no_row_has_is_refused():
-    with pytest.raises(ValueError, match=r"columns: unknown \['c_z'\]"):
-        plan.Plan({"c_x": np.ones(2), "c_z": 1.0}, False, np.ones(2), np.zeros(2), torch.device("cpu"))
