@@ -126,7 +126,7 @@ class Matched:
         values = np.where(kept, self.lambda_t, 1)
         if kind == "array":
             return scaling.array(values, origin="noisiest")
-        known = self.levels > math.log(scaling.NOISE_ALONE)  # below, x is noise alone
+        known = (self.levels > math.log(scaling.NOISE_ALONE)) & np.isfinite(self.levels)  # below, x is noise alone
         return scaling.by_level(self.levels[known], values[known])
 
     def plot(self, path: FilePath, kind: str | None = None, skip: int | None = None) -> None:
@@ -135,7 +135,7 @@ class Matched:
         figure, (axis,) = figures(1)
         i = np.arange(len(self.lambda_t))
         axis.errorbar(i, self.lambda_t, 2 * self.standard_error, fmt="o", markersize=3, capsize=2, label="matched")
-        if kind is not None and kind != "array":
+        if kind in FITS:
             line = fit(self.lambda_t, kind, skip)
             axis.plot(i, line(i[::-1]), label=f"{kind}, R^2 {line.r2:.3f}")
         axis.axhline(1, color="black", linewidth=0.8)

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from . import solvers
 from .files import read_object, reading, write_whole
 from .typing import Array, FilePath, Floats
 
@@ -193,8 +194,7 @@ def array(values: ArrayLike, *, origin: str) -> EpsilonScaling:
 
 def log_snr(alpha: ArrayLike, sigma: ArrayLike) -> Array:
     """log(alpha/sigma) of x = alpha*x_0 + sigma*eps, float64: -infinity where x is noise alone, +infinity where it has none."""
-    with np.errstate(divide="ignore"):
-        return np.log(np.asarray(alpha, dtype=np.float64)) - np.log(np.asarray(sigma, dtype=np.float64))
+    return solvers.log_snr(*(np.asarray(level, dtype=np.float64) for level in (alpha, sigma)))
 
 
 def by_level(levels: ArrayLike | Callable[[Array], ArrayLike], values: ArrayLike | None = None) -> EpsilonScaling:

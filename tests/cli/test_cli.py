@@ -578,7 +578,7 @@ def calibrate(*arguments):
     return cli.main(["calibrate", "--quiet", *arguments])
 
 
-@pytest.mark.parametrize("fit", ["array", "linear"])
+@pytest.mark.parametrize("fit", ["array", "linear", "by_level"])
 def test_calibrates_and_samples_with_it(tiny, data, fit, tmp_path, capsys):
     out, npz = tmp_path / "new" / "lambda.json", tmp_path / "samples.npz"
     settings = ["--model", tiny["plain"], "--sampler", "ddim", "--steps", "4"]
@@ -595,7 +595,7 @@ def test_calibrates_and_samples_with_it(tiny, data, fit, tmp_path, capsys):
 
     assert run(*settings, "--seeds", "0-2", "--scaling", str(out), "--compare", "--out", str(npz)) == 0
     captured = capsys.readouterr()
-    assert fit in captured.out and not captured.err
+    assert {"by_level": "noise levels"}.get(fit, fit) in captured.out and not captured.err
     saved, model = np.load(npz), models.load(tiny["plain"])
     table = samplers.ddim(model.schedule, 4, scaling=fitted, clip=model.clip)
     expected = epskernels.sample(model.callable(), table, [0, 1, 2], model.shape)

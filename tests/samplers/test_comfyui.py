@@ -1195,4 +1195,6 @@ def test_adaptive_steps_read_lambda_by_level():
     x = start([20.0])
     got = k_diffusion.sample_dpm_adaptive(model, x, 0.05, 20.0, disable=True, eps_scaling=BY_LEVEL)
     by_hand = k_diffusion.sample_dpm_adaptive(scaled_by_hand(model, lambda at: 1.0), x, 0.05, 20.0, disable=True)
+    plain = k_diffusion.sample_dpm_adaptive(model, x, 0.05, 20.0, disable=True)
+    assert (got - plain).abs().max() > 1e-2
     torch.testing.assert_close(got, by_hand, rtol=0, atol=2e-3)  # the step's length follows the last bits of the error
