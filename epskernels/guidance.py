@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .ops import fail, moments, rows_and_index, step
-from .table import COLUMNS, Table, denoising_rows, describe
+from .spec import ROW_WIDTHS, ROWS_SHAPE
+from .table import Table, denoising_rows, describe
 from .typing import Backend, Index
 
 __all__ = ["abs_m0", "dynamic_threshold", "guidance_rescale", "quantile_of_sizes"]
@@ -98,9 +99,9 @@ def abs_m0(x: Tensor, f: Tensor, table: Table | Tensor, index: Index, **named: A
         fail(f"x: expected a tensor, got {describe(x)}")
     rows, index = rows_and_index(table, index, x)
     if not isinstance(rows, torch.Tensor):
-        fail(f"table: expected a Table, or its rows: a float32 tensor (R, {len(COLUMNS)}), got {describe(rows)}")
-    if rows.dim() != 2 or rows.shape[1] != len(COLUMNS):
-        fail(f"rows: expected shape (R, {len(COLUMNS)}), got {tuple(rows.shape)}")
+        fail(f"table: expected a Table, or its rows: a float32 tensor {ROWS_SHAPE}, got {describe(rows)}")
+    if rows.dim() != 2 or rows.shape[1] not in ROW_WIDTHS:
+        fail(f"rows: expected shape {ROWS_SHAPE}, got {tuple(rows.shape)}")
     if isinstance(table, Table) and table.device != x.device:
         fail(f"table: expected one on {x.device}, as x is, got one on {table.device}: Table.to(device) makes it")
     return step(x.float(), f, denoising_rows(rows), index, return_m0=True, **named)[1].abs()

@@ -22,6 +22,18 @@ COLUMNS = (
     "t", "c_in",  # what the caller feeds the model; the kernels do not use them
 )  # fmt: skip
 SECOND_STATE = ("k_x", "k_m0", "k_m1", "k_m2", "k_y")  # of y'
+# Four more, of rows that correct the low Haar band of x' (corrections.py): the shape of `rows` says whether they are there, so
+# that a launch knows it without reading them.
+BAND_COLUMNS = ("l_next", "l_m0", "l_x", "band_dims")
+ROW_WIDTHS = (len(COLUMNS), len(COLUMNS) + len(BAND_COLUMNS))
+ROWS_SHAPE = " or ".join(f"(R, {width})" for width in ROW_WIDTHS)
+
+
+def band_dims_of(dims: int) -> int:
+    """In how many of a tensor's last dimensions its bands are taken: one of (B, L) and (B, C, L), two of (B, C, H, W) and
+    (B, C, F, H, W), none of others (0)."""
+    return {2: 1, 3: 1, 4: 2, 5: 2}.get(dims, 0)
+
 
 # The terms of a row, each a bit, in this order.
 TERM_NAMES = (
@@ -29,6 +41,7 @@ TERM_NAMES = (
     "Y_OUT",  # y' is written
     "CHANNELS",  # some channels are not guided
     "RESCALE", "THRESHOLD",
+    "BAND",  # the low band of x' is corrected
 )  # fmt: skip
 TERMS = {name: 1 << bit for bit, name in enumerate(TERM_NAMES)}
 # What most samplers are made of; the CPU kernel's combinations of the rest are not compiled apart.
@@ -115,7 +128,10 @@ namespace epskernels {{
 struct StepRow {{
   float {", ".join(COLUMNS)};
 }};
-constexpr int ROW_COLUMNS = {len(COLUMNS)};
+struct BandRow {{  // behind a StepRow, where rows are so wide
+  float {", ".join(BAND_COLUMNS)};
+}};
+constexpr int ROW_COLUMNS = {ROW_WIDTHS[0]}, WIDE_ROW_COLUMNS = {ROW_WIDTHS[1]};
 enum StepTerm : unsigned {{ {terms} }};
 constexpr unsigned COMMON_TERMS = {COMMON_TERMS};
 

@@ -8,6 +8,8 @@ are m_x0*x_0 + m_eps*eps, as a rule x_0; the second state y = y_x0*x_0 + y_eps*e
 the constructor checks them, so a table that breaks them cannot exist. So do k_x*alpha_in + (k_m0 + k_m1 + k_m2)*m_x0 + k_y*y_x0
 = y_out_x0 and k_x*sigma_in + (k_m0 + k_m1 + k_m2)*m_eps + k_y*y_eps = y_out_eps, the second state's; and each row reads the
 second state that the row before it wrote. A wrong split between c_m0 and c_m1 passes.
+
+A row that corrects its x' (corrections.py) has w_next*(the sampler's x') + w_m0*m0 + w_x*x: that is taken off before the proof.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,18 +22,22 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .scaling import noise_alone, scale
-from .spec import COLUMNS, SECOND_STATE
+from .spec import BAND_COLUMNS, COLUMNS, SECOND_STATE
 from .typing import Array, Device
 
-__all__ = ["COLUMNS", "PROVENANCE", "Table", "check_one_sampler", "concat", "denoising_rows", "describe"]
+__all__ = ["COLUMNS", "PROVENANCE", "VALUES", "Table", "check_one_sampler", "concat", "denoising_rows", "describe"]
 
 # Where a row comes from: the path's two ends, lambda_t, what the model's output is made of, the variance that the sampler adds on
-# purpose beyond sigma_out^2 (fixed_large, S_noise), what the second state is made of, before and after, and what m0 estimates.
+# purpose beyond sigma_out^2 (fixed_large, S_noise), what the second state is made of, before and after, what m0 estimates, what a
+# correction has made of the sampler's x', and whether the row ends a step (1 or 0).
 PROVENANCE = (
     "alpha_in", "sigma_in", "alpha_out", "sigma_out", "lambda_t", "f_x0", "f_eps", "excess",
-    "y_x0", "y_eps", "y_out_x0", "y_out_eps", "m_x0", "m_eps",
+    "y_x0", "y_eps", "y_out_x0", "y_out_eps", "m_x0", "m_eps", "w_next", "w_m0", "w_x", "ends_step",
 )  # fmt: skip
-DEFAULTS: dict[str, float] = {"clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0, "m_x0": 1.0}
+VALUES = COLUMNS + BAND_COLUMNS + PROVENANCE  # all that a table holds by name
+DEFAULTS: dict[str, float] = {
+    "clip": np.inf, "g": 1.0, "c_in": 1.0, "lambda_t": 1.0, "m_x0": 1.0, "w_next": 1.0, "ends_step": 1.0,
+}  # fmt: skip
 _TOLERANCE = 1e-9
 
 
@@ -61,7 +67,7 @@ else:
 class Table:
     """An immutable table of R rows.
 
-    values: for each name of COLUMNS and PROVENANCE, R numbers or one for all (absent: 0; clip inf; g, c_in, lambda_t, m_x0 1;
+    values: for each name of VALUES, R numbers or one for all (absent: 0; clip inf; g, c_in, lambda_t, m_x0, w_next, ends_step 1;
     c_in_next that of the row after, and 1 for the last).
     name: what repr shows. initial_sigma: standard deviation of the initial latent, which starts at row 0.
     discrete: the model's t is an integer timestep, not a noise level.
@@ -70,9 +76,9 @@ class Table:
     integer in [0, 2^24) (nor guided_channels), lambda_t <= 0, rows that break the mean or the variance above, or an m0 that
     estimates one thing in some of a sampler's rows and another in others.
 
-    Attributes: rows, float32 (R, 24) on the table's device; index, int64 (R,), 0 to R - 1, there too; row_index, the same as
-    a tuple of R scalar tensors, ready to pass to the ops; parts, a (name, first row, rows, initial_sigma) for each table that
-    this one was concatenated from.
+    Attributes: rows, float32 (R, 24) on the table's device, (R, 28) where a band is corrected; index, int64 (R,), 0 to R - 1,
+    there too; row_index, the same as a tuple of R scalar tensors, ready to pass to the ops; parts, a (name, first row, rows,
+    initial_sigma) for each table that this one was concatenated from.
     """
 
     __slots__ = ("_values", "_unscaled", "_traits", "rows", "index", "row_index", "parts", "discrete", "__weakref__")
@@ -98,13 +104,13 @@ class Table:
     ):
         if not isinstance(values, Mapping):
             raise TypeError(f"values: expected a mapping of columns, got {type(values).__name__}")
-        if unknown := set(values) - set(COLUMNS) - set(PROVENANCE):
-            raise ValueError(f"values: unknown columns {sorted(unknown)}, expected some of {COLUMNS + PROVENANCE}")
+        if unknown := set(values) - set(VALUES):
+            raise ValueError(f"values: unknown columns {sorted(unknown)}, expected some of {VALUES}")
         length = max((np.size(column) for column in values.values()), default=0)
         if length == 0:
             raise ValueError("values: expected at least one row, got none")
         columns = {}
-        for key in COLUMNS + PROVENANCE:
+        for key in VALUES:
             try:
                 column = np.asarray(values.get(key, DEFAULTS.get(key, 0.0)), dtype=np.float64)
             except (TypeError, ValueError):
@@ -122,7 +128,8 @@ class Table:
         _check(columns, parts)
 
         with torch.inference_mode(False):  # a table outlives the mode it is made in, whose tensors take no gradient
-            rows = torch.from_numpy(np.stack([columns[key] for key in COLUMNS], axis=1).astype(np.float32)).to(device)
+            names = COLUMNS + BAND_COLUMNS if _by_band(columns).any() else COLUMNS
+            rows = torch.from_numpy(np.stack([columns[key] for key in names], axis=1).astype(np.float32)).to(device)
             index = torch.arange(length, device=device)
             row_index, unscaled = index.unbind(), _unscaled(columns)
         for attribute, value in (
@@ -152,7 +159,7 @@ class Table:
     def __getitem__(self, column: str) -> Array:
         """A column or provenance as a read-only float64 array of R values."""
         if column not in self._values:
-            raise KeyError(f"{column!r}: expected one of {COLUMNS + PROVENANCE}")
+            raise KeyError(f"{column!r}: expected one of {VALUES}")
         return self._values[column]
 
     @property
@@ -191,6 +198,16 @@ class Table:
     def second_state(self) -> bool:
         """Some row writes, or reads, the second state y."""
         return any(self[key].any() for key in ("c_y", *SECOND_STATE))
+
+    @_trait
+    def corrected(self) -> bool:
+        """Some row corrects its x': see corrections.py."""
+        return bool((self["w_next"] != 1).any() or self["w_m0"].any() or self["w_x"].any() or self.band_dims)
+
+    @_trait
+    def band_dims(self) -> int:
+        """In how many of the last dimensions some row corrects a band of x': 0 for none."""
+        return int(np.max(self["band_dims"] * _by_band(self._values)))
 
     @_trait
     def needs_noise(self) -> bool:
@@ -251,7 +268,8 @@ class Table:
 
     def __repr__(self) -> str:
         shown = ["t", "lambda_t", "d_x", "d_f", "c_x", "c_m0"]
-        shown += [key for key in ("c_f", "c_m1", "c_m2", "c_y", "c_noise", "c_grad", *SECOND_STATE) if self[key].any()]
+        others = ("c_f", "c_m1", "c_m2", "c_y", "c_noise", "c_grad", *SECOND_STATE, *BAND_COLUMNS)
+        shown += [key for key in others if self[key].any()]
         head = "  row" + "".join(f"{key:>12}" for key in shown)
         picked = range(len(self)) if len(self) <= 8 else [0, 1, 2, None, len(self) - 2, len(self) - 1]
         lines = ["  ..." if i is None else f"{i:>5}" + "".join(f"{self[k][i]:>12.6g}" for k in shown) for i in picked]
@@ -300,7 +318,7 @@ def concat(tables: Iterable[Table]) -> Table:
         raise ValueError(f"tables: expected one device, got {sorted({str(table.device) for table in tables})}")
     if len({table.discrete for table in tables}) > 1:
         raise ValueError("tables: expected all with discrete timesteps or all with noise levels, got both")
-    values = {key: np.concatenate([table[key] for table in tables]) for key in COLUMNS + PROVENANCE}
+    values = {key: np.concatenate([table[key] for table in tables]) for key in VALUES}
     parts: list[Part] = []
     first = 0
     for table in tables:
@@ -325,6 +343,11 @@ def _unscaled(columns: Mapping[str, Array]) -> Tensor | None:
     return torch.from_numpy(np.stack([d_x, d_f, x_0_by, noise_alone(alpha, sigma, f_x0)]))
 
 
+def _by_band(columns: Mapping[str, Array]) -> NDArray[np.bool_]:
+    """Which rows correct a band."""
+    return np.any([columns[key] != 0 for key in BAND_COLUMNS[:3]], axis=0)
+
+
 def _check(columns: Mapping[str, Array], parts: Sequence[Part]) -> None:
     names = "+".join(part[0] for part in parts)
 
@@ -344,8 +367,13 @@ def _check(columns: Mapping[str, Array], parts: Sequence[Part]) -> None:
         count = columns[key]
         refuse(key, (count < 0) | (count >= 2**24) | (count != np.floor(count)), "an integer in [0, 2^24)")
     refuse("lambda_t", columns["lambda_t"] <= 0, "a value above 0")
+    refuse("band_dims", _by_band(columns) & ~np.isin(columns["band_dims"], (1, 2)), "1 or 2")
+    refuse("ends_step", ~np.isin(columns["ends_step"], (0, 1)), "0 or 1")
+    refuse("w_next", columns["w_next"] == 0, "a value other than 0")
 
-    c = columns
+    c = dict(columns)  # without what a correction has added
+    for key in ("c_x", "c_f", "c_m0", "c_m1", "c_m2", "c_y", "c_noise"):
+        c[key] = (c[key] - c.get(f"w_{key[2:]}", 0.0)) / c["w_next"]
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows does not agree
         _agree_sum("mean", [c["c_x"] * c["alpha_in"], c["c_f"] * c["f_x0"], *_kept(c, "c", "m_x0"),
                             c["c_y"] * c["y_x0"]], c["alpha_out"], names)  # fmt: skip

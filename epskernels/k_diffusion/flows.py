@@ -13,8 +13,7 @@ from .. import solvers
 from ..samplers.common import Calls, noise_columns, points, several_calls
 from ..scaling import ScalingLike, scale
 from ..schedule import Grid
-from ..spec import COLUMNS
-from ..table import PROVENANCE, Table
+from ..table import VALUES, Table
 from ..typing import Array
 
 _LOOKED_THROUGH = 4  # ComfyUI's samplers are given a wrapper of a wrapper of the model
@@ -79,7 +78,7 @@ def flow_grid(levels: Array) -> Grid:
 
 
 def _values(table: Table) -> dict[str, Array]:
-    return {key: table[key] for key in COLUMNS + PROVENANCE}
+    return {key: table[key] for key in VALUES}
 
 
 def _scaled(values: dict[str, Array], table: Table, lambda_t: Array) -> Table:

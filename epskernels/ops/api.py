@@ -11,7 +11,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from ..spec import COLUMNS, INPUTS, OUTPUTS, REQUIRED, STREAM_INITIAL
+from ..spec import INPUTS, OUTPUTS, REQUIRED, ROWS_SHAPE, STREAM_INITIAL
 from ..table import Table, describe
 from ..typing import Backend, Device, Index, SeedsLike, Shape
 from . import backends
@@ -28,7 +28,7 @@ _increment_version = torch._C._increment_version  # as autograd.graph.increment_
 _EXPECTED = {
     "x": "a tensor",
     "f": "a tensor",
-    "rows": f"a Table, or its rows: a float32 tensor (R, {len(COLUMNS)})",
+    "rows": f"a Table, or its rows: a float32 tensor {ROWS_SHAPE}",
     "index": "an int, or an int64 tensor, () or (B,)",
     "seeds": "an int64 tensor (B,), as epskernels.as_seeds makes from integers",
 }

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import COLUMNS, INPUTS, OPTIONAL, SECOND_STATE
+from ..spec import BAND_COLUMNS, COLUMNS, INPUTS, OPTIONAL, ROW_WIDTHS, ROWS_SHAPE, SECOND_STATE, band_dims_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -106,9 +106,9 @@ def check_step(
     _check_device("rows", rows, x)
     if rows.dtype != torch.float32:
         fail(f"rows: expected dtype float32, got {dtype_name(rows)}")
-    if rows.dim() != 2 or rows.shape[1] != len(COLUMNS) or rows.shape[0] < 1:
-        fail(f"rows: expected shape (R, {len(COLUMNS)}) with R >= 1, got {shape_of(rows)}")
-    if rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < len(COLUMNS)):
+    if rows.dim() != 2 or rows.shape[1] not in ROW_WIDTHS or rows.shape[0] < 1:
+        fail(f"rows: expected shape {ROWS_SHAPE} with R >= 1, got {shape_of(rows)}")
+    if rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
         fail(f"rows: expected contiguous rows, got strides {tuple(rows.stride())}")
     _check_integers("index", index, True, x)
     if seeds is not None:
@@ -141,7 +141,7 @@ def rows_in_use(rows: Tensor, index: Tensor) -> dict[int, dict[str, float]]:
             fail(f"index: expected values in [0, {len(rows)}), got {i}")
     found = {}
     for i in used:
-        row = found[i] = dict(zip(COLUMNS, rows[i].tolist(), strict=True))
+        row = found[i] = dict(zip(COLUMNS + BAND_COLUMNS, rows[i].tolist(), strict=False))
         for column, (name, value) in enumerate(row.items()):
             # No negative zero for a clip: its bounds have the signs that one expects.
             good_clip = value >= 0 and math.copysign(1, value) > 0
@@ -171,6 +171,13 @@ def check_values(inputs: Mapping[str, Any], writes_y: bool) -> None:
         for argument, why, asked in needs:
             if asked and argument not in given:
                 fail(f"{argument}: missing, and row {i} needs it ({why})")
+        if any(row.get(column) for column in BAND_COLUMNS[:3]):
+            dims = band_dims_of(inputs["x"].dim())
+            if row["band_dims"] != dims or dims == 0:
+                expected = {1: "(B, L) or (B, C, L)", 2: "(B, C, H, W) or (B, C, F, H, W)"}.get(int(row["band_dims"]))
+                if expected is None:
+                    fail(f"rows: expected band_dims to be 1 or 2, got {row['band_dims']} in row {i}")
+                fail(f"x: expected shape {expected}, as row {i} corrects a band of it, got {shape_of(inputs['x'])}")
     if "threshold" in given:
         for sample, value in enumerate(inputs["threshold"].tolist()):
             if value <= 0 or value == math.inf:

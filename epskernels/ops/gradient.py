@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import COLUMNS, EXP_LEAST, EXP_MOST
-from .reference import guided_elements
+from ..spec import BAND_COLUMNS, COLUMNS, EXP_LEAST, EXP_MOST, band_dims_of
+from .reference import guided_elements, low_band
 
 
 def noise_rows(rows: Tensor) -> Tensor:
@@ -52,8 +52,13 @@ def step_gradients(
     each = (-1, *[1] * (x.dim() - 1))  # one number for each sample
     # By index_select, which does not wait for the device; a sample whose index is out of range is NaN already.
     which = index.reshape(-1).clamp(0, rows.shape[0] - 1)
-    columns = rows.index_select(0, which).to(dtype).reshape(-1, len(COLUMNS), *each[1:]).unbind(1)
-    row = dict(zip(COLUMNS, columns, strict=True))
+    columns = rows.index_select(0, which).to(dtype).reshape(-1, rows.shape[1], *each[1:]).unbind(1)
+    row = dict(zip(COLUMNS + BAND_COLUMNS, columns, strict=False))
+    # L is symmetric: what the corrected x' passes on to the row's own, and the sums behind the band's coefficients.
+    band_bar: Tensor | None = None
+    if "l_next" in row and (dims := band_dims_of(x.dim())):
+        band_bar = low_band(next_bar, dims)
+        next_bar = next_bar + row["l_next"] * band_bar
 
     def held(tensor: Any, idle: Tensor) -> Any:
         return tensor if tensor is None else torch.where(idle & ~tensor.isfinite(), 0.0, tensor)
@@ -77,6 +82,7 @@ def step_gradients(
     m0 = clamped = p.clamp(-row["clip"], row["clip"])
     m0_total = through("c_m0", "k_m0")
     m0_total = m0_total if m0_bar is None else m0_bar + m0_total
+    m0_total = m0_total if band_bar is None else m0_total + row["l_m0"] * band_bar
     clamped_bar = m0_total
     if threshold is not None:
         bound = threshold.to(dtype).reshape(each)
@@ -104,6 +110,8 @@ def step_gradients(
     bars = {}
     if "x" in wanted:
         bars["x"] = through("c_x", "k_x") + row["d_x"] * p_bar
+        if band_bar is not None:
+            bars["x"] = bars["x"] + row["l_x"] * band_bar
     if "f" in wanted:
         bars["f"] = output_bar if gain is None else gain * output_bar
     if "u" in wanted and gain is not None:
@@ -146,8 +154,15 @@ def step_gradients(
                 terms[f"c_{name}"] = next_bar * held(tensor, row[f"c_{name}"] == 0)
                 if second_bar is not None:
                     terms[f"k_{name}"] = second_bar * held(tensor, row[f"k_{name}"] == 0)
+        if band_bar is not None:
+            own = row["c_x"] * x + row["c_f"] * fhat + row["c_m0"] * m0  # the row's x'
+            for name, tensor in (("c_m1", m1), ("c_m2", m2), ("c_y", y), ("c_grad", grad), ("c_noise", z)):
+                if tensor is not None:
+                    power = 1.0 if s is None else {"c_grad": s * s, "c_noise": s}.get(name, 1.0)
+                    own = own + row[name] * power * held(tensor, row[name] == 0)
+            terms |= {"l_next": band_bar * own, "l_m0": band_bar * m0, "l_x": band_bar * x}
         sums = {name: term.sum_to_size(row["c_x"].shape).flatten() for name, term in terms.items()}
         none = torch.zeros_like(sums["c_x"])
-        by_sample = torch.stack([sums.get(name, none) for name in COLUMNS], 1)
+        by_sample = torch.stack([sums.get(name, none) for name in row], 1)
         bars["rows"] = torch.zeros_like(rows).index_add(0, which, by_sample.to(rows.dtype))
     return {name: bar.to(dtypes[name]) for name, bar in bars.items()}

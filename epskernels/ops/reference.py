@@ -5,6 +5,8 @@
     x'   = c_x*x + c_f*fhat + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_y*y + c_grad*(s^2*grad) + c_noise*(s*z)
     y'   = k_x*x + k_m0*m0 + k_m1*m1 + k_m2*m2 + k_y*y
 
+and, where rows have the columns of the band, x' + L(l_next*x' + l_m0*m0 + l_x*x) in the place of x', L being `low_band`.
+
 Every other backend returns these bits. Mirrors csrc/step.h::step_value and csrc/philox.h. Constants and columns
 are those of epskernels/spec.py. It does not check its arguments: reference_backend.py does.
 """
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..spec import (
+    BAND_COLUMNS,
     COLUMNS,
     COS,
     EXP,
@@ -31,6 +34,7 @@ from ..spec import (
     SQRT_HALF_BITS,
     STREAM_STEP,
     TURN,
+    band_dims_of,
 )
 
 _WORD = 0xFFFFFFFF
@@ -130,6 +134,22 @@ def clamp(value: Tensor, bound: Tensor) -> Tensor:
     return torch.where(value > bound, bound, value)
 
 
+def low_band(values: Tensor, dims: int) -> Tensor:
+    """The low band of one level of Haar's wavelet, over the last one or two dimensions: every element becomes the mean of its
+    pair, or of its 2x2 block, ((a + b) + (c + d))/4. What lies outside counts as 0, as zero padding has it."""
+    size = values.shape[-dims:]
+    sums = values
+    for dim in range(-1, -dims - 1, -1):
+        odd = size[dim] % 2
+        padded = torch.nn.functional.pad(sums, (*[0] * (2 * (-dim - 1)), 0, odd))
+        even, uneven = padded.unflatten(dim, (-1, 2)).unbind(dim)
+        sums = even + uneven
+    means = sums * 0.5**dims
+    for dim in range(-1, -dims - 1, -1):
+        means = means.repeat_interleave(2, dim).narrow(dim, 0, size[dim])
+    return means
+
+
 def tree_sum(values: Tensor) -> Tensor:
     """The sum over the last dimension, padded with zeros to a power of two: its halves are added, again and again."""
     size = 1
@@ -188,8 +208,8 @@ def step_reference(
     """(x', m0, y', the next model input): the first three in x's shape and dtype, the last in f's dtype. Arguments as in
     epskernels.step, already checked."""
     dtype, f_dtype, shape = x.dtype, f.dtype, x.shape
-    columns = rows.index_select(0, index.reshape(-1)).reshape(-1, len(COLUMNS), *[1] * (x.dim() - 1)).unbind(1)
-    row = dict(zip(COLUMNS, columns, strict=True))
+    columns = rows.index_select(0, index.reshape(-1)).reshape(-1, rows.shape[1], *[1] * (x.dim() - 1)).unbind(1)
+    row = dict(zip(COLUMNS + BAND_COLUMNS, columns, strict=False))  # the band's may be missing
     x, f = x.float(), f.float()
     u, m1, m2, v, grad, noise, y = (t if t is None else t.float() for t in (u, m1, m2, v, grad, noise, y))
     each = (-1, *[1] * (x.dim() - 1))  # one number for each sample
@@ -228,6 +248,11 @@ def step_reference(
     total = term(total, "c_y", y)
     total = term(total, "c_grad", grad)
     total = term(total, "c_noise", z)
+    if "l_next" in row and (dims := band_dims_of(x.dim())):
+        band = row["l_next"] * total + row["l_m0"] * m0
+        band = term(band, "l_x", x)
+        idle = (row["l_next"] == 0) & (row["l_m0"] == 0) & (row["l_x"] == 0)
+        total = torch.where(idle, total, total + low_band(band, dims))
     next_x = total.to(dtype)
 
     second = row["k_x"] * x + row["k_m0"] * m0

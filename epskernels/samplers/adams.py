@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .. import solvers
 from ..scaling import array
@@ -18,6 +18,7 @@ from ..table import Table
 from ..typing import Array, Steps
 from .common import (
     ANY_SCHEDULE,
+    Correction,
     Scaling,
     Schedule,
     grid_of,
@@ -61,18 +62,22 @@ def _table(
     grid: Grid,
     by_call: Array,
     scaling: Scaling,
+    correction: Correction,
     prediction: str,
     guidance: float,
     misses: Array | float = 0.0,
+    ends_step: ArrayLike = 1.0,
 ) -> Table:
     """The table of x' = alpha'/alpha*x + the weights of each call's estimate of eps in each row, (N, N).
 
-    misses: by how much the weights of a step, (N,), add up to more than the step of sigma/alpha.
+    misses: by how much the weights of a step, (N,), add up to more than the step of sigma/alpha. ends_step: (N,), 0 for a call
+    that does not end one.
     """
     grid, columns = one_call(grid, len(grid), scaling, prediction, None, guidance, {}, keeps="eps")
     columns["c_x"] = grid.alpha_next / grid.alpha
     columns["excess"] = (grid.sigma_next + grid.alpha_next * misses) ** 2 - grid.sigma_next**2
-    return make_table(name, grid, columns | solvers.delay_line(by_call))
+    columns["ends_step"] = ends_step
+    return make_table(name, grid, columns | solvers.delay_line(by_call), correction=correction)
 
 
 def lms(
@@ -80,6 +85,7 @@ def lms(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     guidance: float = 1.0,
     order: int = 4,
@@ -94,7 +100,7 @@ def lms(
     """
     grid, r = _grid("lms", schedule, steps, space, grid_options)
     weights = solvers.adams(r, r, _orders(grid, order, False))
-    return _table("lms", grid, _by_call(grid.alpha_next * weights), scaling, prediction, guidance)
+    return _table("lms", grid, _by_call(grid.alpha_next * weights), scaling, correction, prediction, guidance)
 
 
 def ipndm(
@@ -102,6 +108,7 @@ def ipndm(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     guidance: float = 1.0,
     order: int = 4,
@@ -116,7 +123,7 @@ def ipndm(
     """
     grid, r = _grid("ipndm", schedule, steps, space, grid_options)
     weights = solvers.adams(r, np.arange(len(grid) + 1.0), _orders(grid, order, True))
-    return _table("ipndm", grid, _by_call(grid.alpha_next * weights), scaling, prediction, guidance)
+    return _table("ipndm", grid, _by_call(grid.alpha_next * weights), scaling, correction, prediction, guidance)
 
 
 def ipndm_v(
@@ -124,6 +131,7 @@ def ipndm_v(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     guidance: float = 1.0,
     order: int = 4,
@@ -145,7 +153,7 @@ def ipndm_v(
     orders = _orders(grid, order, True)
     made = solvers.published_adams(r, orders) if weights == "published" else solvers.adams(r, r, orders)
     misses = made.sum(0) - np.diff(r)
-    return _table("ipndm_v", grid, _by_call(grid.alpha_next * made), scaling, prediction, guidance, misses)
+    return _table("ipndm_v", grid, _by_call(grid.alpha_next * made), scaling, correction, prediction, guidance, misses)
 
 
 def deis(
@@ -153,6 +161,7 @@ def deis(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     guidance: float = 1.0,
     order: int = 3,
@@ -182,7 +191,7 @@ def deis(
     with np.errstate(divide="ignore"):
         u = r if u_of is None else u_of(r)
     weights = solvers.adams(r, u, _orders(grid, order, True), u_of)
-    return _table("deis", grid, _by_call(grid.alpha_next * weights), scaling, prediction, guidance)
+    return _table("deis", grid, _by_call(grid.alpha_next * weights), scaling, correction, prediction, guidance)
 
 
 def gradient_estimation(
@@ -190,6 +199,7 @@ def gradient_estimation(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     guidance: float = 1.0,
     gamma: float = 2.0,
@@ -208,7 +218,9 @@ def gradient_estimation(
     more = np.where(_orders(grid, 2, True) == 2, gamma - 1, 0.0)
     zero = np.zeros(len(grid))
     weights = np.diff(r) * np.array([1 + more, -more, zero, zero])
-    return _table("gradient_estimation", grid, _by_call(grid.alpha_next * weights), scaling, prediction, guidance)
+    return _table(
+        "gradient_estimation", grid, _by_call(grid.alpha_next * weights), scaling, correction, prediction, guidance
+    )
 
 
 def plms(
@@ -216,6 +228,7 @@ def plms(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     guidance: float = 1.0,
     space: str = "vp",
@@ -238,4 +251,6 @@ def plms(
     by_call[second, 0] = -by_call[0, 0] / 2
     calls = points(grid, np.insert(i, second, 1))
     lambda_t = lambdas_of_calls(scaling, grid, prediction, calls, np.insert(i, second, 0))
-    return _table("plms", calls, by_call, array(lambda_t, origin="noisiest"), prediction, guidance)
+    ends = (np.arange(len(calls)) != 0) | (len(second) == 0)
+    scaling = array(lambda_t, origin="noisiest")
+    return _table("plms", calls, by_call, scaling, correction, prediction, guidance, ends_step=ends)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
+from ..corrections import CorrectionLike, as_correction, corrected
 from ..scaling import ScalingLike as Scaling
 from ..scaling import as_scaling, lambdas, log_snr, noise_alone, scale
 from ..schedule import DiscreteSchedule, FlowSchedule, Grid, KarrasSchedule
@@ -15,6 +16,7 @@ from ..table import Table
 from ..typing import Array, Steps
 
 Schedule = DiscreteSchedule | KarrasSchedule | FlowSchedule | Grid
+Correction = CorrectionLike | None
 Columns = dict[str, Any]  # a table's columns and provenance by name: arrays, or one number for all rows
 # Where the network is asked, in which steps, and the columns that the rows have of their own.
 Calls = tuple[Grid, NDArray[np.int64], Columns]
@@ -208,6 +210,7 @@ def several_calls(
     clip: float | None,
     guidance: float,
     initial_sigma: float | None = None,
+    correction: Correction = None,
 ) -> Table:
     """The table of a method whose steps have several model calls.
 
@@ -219,8 +222,9 @@ def several_calls(
         call(prediction, point, lambdas_of_calls(scaling, grid, prediction, point, step)) | own
         for point, step, own in calls
     ]
-    order = np.argsort(np.concatenate([step for _, step, _ in calls]), kind="stable")
-    columns: Columns = {}
+    step_of = np.concatenate([step for _, step, _ in calls])
+    order = np.argsort(step_of, kind="stable")
+    columns: Columns = {"ends_step": np.append(np.diff(step_of[order]) > 0, True)}
     for key in dict.fromkeys(key for part in parts for key in part):
         columns[key] = np.concatenate(
             [np.broadcast_to(part.get(key, 0.0), len(point)) for part, (point, _, _) in zip(parts, calls, strict=True)]
@@ -228,7 +232,7 @@ def several_calls(
     columns["alpha_out"] = np.append(columns["alpha_in"][1:], grid.alpha_end)
     columns["sigma_out"] = np.append(columns["sigma_in"][1:], grid.sigma_end)
     columns |= {"clip": clip_value(clip), "g": number("guidance", guidance)}
-    return make_table(name, grid, columns, initial_sigma)
+    return make_table(name, grid, columns, initial_sigma, correction)
 
 
 def noise_columns(noise: Array, S_noise: float = 1.0) -> Columns:
@@ -236,9 +240,13 @@ def noise_columns(noise: Array, S_noise: float = 1.0) -> Columns:
     return {"c_noise": S_noise * noise, "excess": (S_noise**2 - 1) * noise**2}
 
 
-def make_table(name: str, grid: Grid, columns: Columns, initial_sigma: float | None = None) -> Table:
-    """The table, each row with a noise of its own. initial_sigma: default the grid's."""
+def make_table(
+    name: str, grid: Grid, columns: Columns, initial_sigma: float | None = None, correction: Correction = None
+) -> Table:
+    """The table, each row with a noise of its own. initial_sigma: default the grid's. Raises as corrections.corrected."""
     calls = len(columns["t"])
+    made = as_correction(correction)
+    columns = columns if made is None else corrected(columns, made)
     columns["draw"] = np.arange(calls)
     sigma = grid.initial_sigma if initial_sigma is None else initial_sigma
     return Table(columns, name=f"{name}[{calls}]", initial_sigma=float(sigma), discrete=grid.discrete)

@@ -7,7 +7,7 @@ from .. import solvers
 from ..schedule import DiscreteSchedule
 from ..table import Table
 from ..typing import Steps
-from .common import Scaling, Schedule, karras, make_table, number, one_call
+from .common import Correction, Scaling, Schedule, karras, make_table, number, one_call
 
 
 def consistency(
@@ -15,6 +15,7 @@ def consistency(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -28,7 +29,7 @@ def consistency(
     grid, columns = one_call(karras(schedule), steps, scaling, prediction, clip, guidance, {})
     noise = solvers.rest(grid.sigma_next, np.minimum(grid.sigma[-1], grid.sigma_next))
     columns |= {"c_m0": np.ones(len(grid)), "c_noise": noise, "excess": noise**2 - grid.sigma_next**2}
-    return make_table("consistency", grid, columns)
+    return make_table("consistency", grid, columns, correction=correction)
 
 
 def _distilled(schedule: Schedule, steps: Steps, original_steps: int) -> tuple[DiscreteSchedule, NDArray[np.int64]]:
@@ -52,6 +53,7 @@ def lcm(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -73,7 +75,7 @@ def lcm(
     # The boundary condition moves the mean, and leaves some of x's noise in.
     columns["alpha_out"] = grid.alpha_next * (c_skip * grid.alpha + c_out)
     columns["excess"] = (columns["c_x"] * grid.sigma) ** 2
-    return make_table("lcm", grid, columns)
+    return make_table("lcm", grid, columns, correction=correction)
 
 
 def tcd(
@@ -81,6 +83,7 @@ def tcd(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -104,4 +107,4 @@ def tcd(
     down = grid.alpha_next / model.alpha[s] * model.sigma[s]
     columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, down)
     columns["c_noise"] = solvers.rest(grid.sigma_next, down) * (np.append(t[1:], 0) > s)
-    return make_table("tcd", grid, columns)
+    return make_table("tcd", grid, columns, correction=correction)

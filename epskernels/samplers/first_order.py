@@ -6,10 +6,20 @@ import numpy as np
 
 from .. import solvers
 from ..schedule import DiscreteSchedule, FlowSchedule, Grid, linear
-from ..spec import COLUMNS
-from ..table import PROVENANCE, Table
+from ..table import VALUES, Table
 from ..typing import Steps
-from .common import Scaling, Schedule, call, grid_of, lambdas_of, make_table, noise_columns, number, one_call
+from .common import (
+    Correction,
+    Scaling,
+    Schedule,
+    call,
+    grid_of,
+    lambdas_of,
+    make_table,
+    noise_columns,
+    number,
+    one_call,
+)
 
 _TRAINED = (DiscreteSchedule, FlowSchedule)
 
@@ -19,6 +29,7 @@ def ddpm(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     variance: str = "fixed_small",
     clip: float | None = 1.0,
@@ -61,7 +72,7 @@ def ddpm(
         columns["excess"] = small * (inside - 1)
     else:
         raise ValueError(f"variance: expected 'fixed_small', 'fixed_large' or 'learned_range', got {variance!r}")
-    return make_table("ddpm", grid, columns)
+    return make_table("ddpm", grid, columns, correction=correction)
 
 
 def dit(
@@ -81,7 +92,7 @@ def dit(
     steps = str(steps) if isinstance(steps, (int, np.integer)) else steps
     options = {"variance": "learned_range", "clip": None} | options
     table = ddpm(linear(T), steps, scaling=scaling, guidance=guidance, **options)
-    values = {key: table[key] for key in COLUMNS + PROVENANCE} | {"guided_channels": guided_channels}
+    values = {key: table[key] for key in VALUES} | {"guided_channels": guided_channels}
     return Table(values, name=f"dit[{len(table)}]", initial_sigma=table.initial_sigma, discrete=True)
 
 
@@ -90,6 +101,7 @@ def ddim(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     eta: float = 0.0,
     direction: str = "scaled",
@@ -125,7 +137,7 @@ def ddim(
         columns["c_x"], columns["c_f"], columns["c_m0"] = towards * e_x, towards * e_f, grid.alpha_next
     else:
         raise ValueError(f"direction: expected 'scaled' or 'unscaled', got {direction!r}")
-    return make_table("ddim", grid, columns)
+    return make_table("ddim", grid, columns, correction=correction)
 
 
 def ddim_inverse(
@@ -163,6 +175,7 @@ def euler(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -178,7 +191,7 @@ def euler(
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next)
-    return make_table("euler", grid, columns)
+    return make_table("euler", grid, columns, correction=correction)
 
 
 def euler_ancestral(
@@ -186,6 +199,7 @@ def euler_ancestral(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -205,7 +219,7 @@ def euler_ancestral(
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     down, up = solvers.ancestral(grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next, eta)
     columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, down)
-    return make_table("euler_ancestral", grid, columns | noise_columns(up, S_noise))
+    return make_table("euler_ancestral", grid, columns | noise_columns(up, S_noise), correction=correction)
 
 
 def flow_euler(
@@ -213,6 +227,7 @@ def flow_euler(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "flow",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -239,4 +254,4 @@ def flow_euler(
         keep = np.zeros(len(grid)) if stochastic else grid.sigma_next
         columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, keep)
         noise = solvers.rest(grid.sigma_next, keep)
-    return make_table("flow_euler", grid, columns | noise_columns(noise, S_noise))
+    return make_table("flow_euler", grid, columns | noise_columns(noise, S_noise), correction=correction)

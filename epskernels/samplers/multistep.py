@@ -11,7 +11,18 @@ from .. import solvers
 from ..schedule import Grid
 from ..table import Table
 from ..typing import Array, Steps
-from .common import Columns, Scaling, Schedule, make_table, noise_columns, number, one_call, one_of, require_alpha
+from .common import (
+    Columns,
+    Correction,
+    Scaling,
+    Schedule,
+    make_table,
+    noise_columns,
+    number,
+    one_call,
+    one_of,
+    require_alpha,
+)
 
 
 def _finite_steps(h: Array) -> NDArray[np.int64]:
@@ -69,6 +80,7 @@ def dpmpp_2m(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -85,7 +97,9 @@ def dpmpp_2m(
     argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
-    return make_table("dpmpp_2m", grid, columns | _dpmpp(grid, 2, lower_order_final, solver=solver))
+    return make_table(
+        "dpmpp_2m", grid, columns | _dpmpp(grid, 2, lower_order_final, solver=solver), correction=correction
+    )
 
 
 def dpmpp_2m_sde(
@@ -93,6 +107,7 @@ def dpmpp_2m_sde(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -112,7 +127,7 @@ def dpmpp_2m_sde(
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     own = _dpmpp(grid, 2, lower_order_final, solver=solver, eta=eta, S_noise=S_noise)
-    return make_table("dpmpp_2m_sde", grid, columns | own)
+    return make_table("dpmpp_2m_sde", grid, columns | own, correction=correction)
 
 
 def dpmpp_3m(
@@ -120,6 +135,7 @@ def dpmpp_3m(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -136,7 +152,9 @@ def dpmpp_3m(
     (sigma/alpha)*eps. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
-    return make_table("dpmpp_3m", grid, columns | _dpmpp(grid, 3, lower_order_final, third=third))
+    return make_table(
+        "dpmpp_3m", grid, columns | _dpmpp(grid, 3, lower_order_final, third=third), correction=correction
+    )
 
 
 def dpmpp_3m_sde(
@@ -144,6 +162,7 @@ def dpmpp_3m_sde(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -161,7 +180,12 @@ def dpmpp_3m_sde(
     the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
-    return make_table("dpmpp_3m_sde", grid, columns | _dpmpp(grid, 3, lower_order_final, eta=eta, S_noise=S_noise))
+    return make_table(
+        "dpmpp_3m_sde",
+        grid,
+        columns | _dpmpp(grid, 3, lower_order_final, eta=eta, S_noise=S_noise),
+        correction=correction,
+    )
 
 
 def res_multistep(
@@ -169,6 +193,7 @@ def res_multistep(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -194,7 +219,7 @@ def res_multistep(
         weights = solvers.multistep(h, solvers.integrals(grid.alpha_next, -h), "heun")
     columns |= _weights(solvers.of_order(np.minimum(2, _finite_steps(h)), weights))
     columns["c_x"] = down / grid.sigma
-    return make_table("res_multistep", grid, columns | noise_columns(up, S_noise))
+    return make_table("res_multistep", grid, columns | noise_columns(up, S_noise), correction=correction)
 
 
 def er_sde(
@@ -202,6 +227,7 @@ def er_sde(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -229,7 +255,12 @@ def er_sde(
     order_of_step = np.minimum(order, _finite_steps(_log_snr_steps(grid)))
     columns |= _weights(grid.alpha_next * solvers.of_order(order_of_step, weights))
     columns["c_x"] = kept * grid.alpha_next / grid.alpha
-    return make_table("er_sde", grid, columns | noise_columns(grid.alpha_next * noise, number("S_noise", S_noise, 0)))
+    return make_table(
+        "er_sde",
+        grid,
+        columns | noise_columns(grid.alpha_next * noise, number("S_noise", S_noise, 0)),
+        correction=correction,
+    )
 
 
 def unipc(
@@ -237,6 +268,7 @@ def unipc(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -279,7 +311,7 @@ def unipc(
     columns["y_out_x0"] = np.where(corrects_next, grid.alpha_next - of_next, 0.0)
     columns["y_out_eps"] = np.where(corrects_next, grid.sigma_next, 0.0)
     columns["y_x0"], columns["y_eps"] = (np.append(0.0, columns[f"y_out_{key}"][:-1]) for key in ("x0", "eps"))
-    return make_table("unipc", grid, columns)
+    return make_table("unipc", grid, columns, correction=correction)
 
 
 def sa_solver(
@@ -287,6 +319,7 @@ def sa_solver(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -335,4 +368,4 @@ def sa_solver(
     )
     columns |= solvers.corrected_later(A, P, Q, of_next)
     noise = solvers.sde_noise(grid.sigma_next, faded, 1.0)
-    return make_table("sa_solver", grid, columns | noise_columns(noise, S_noise))
+    return make_table("sa_solver", grid, columns | noise_columns(noise, S_noise), correction=correction)

@@ -13,7 +13,7 @@ from .. import solvers
 from ..schedule import Grid, KarrasSchedule
 from ..table import Table
 from ..typing import Array
-from .common import Calls, Scaling, Schedule, karras, noise_columns, number, one_of, points, several_calls
+from .common import Calls, Correction, Scaling, Schedule, karras, noise_columns, number, one_of, points, several_calls
 
 # Of each order: where the calls after the first lie in log SNR.
 _RATIOS: dict[int, tuple[float, ...]] = {1: (), 2: (0.5,), 3: (1 / 3, 2 / 3)}
@@ -25,6 +25,7 @@ def _singlestep(
     grid: Grid,
     orders: NDArray[np.integer],
     scaling: Scaling,
+    correction: Correction,
     prediction: str,
     clip: float | None,
     guidance: float,
@@ -61,7 +62,7 @@ def _singlestep(
                 noise = solvers.sde_noise(levels[k + 1], log_snr[k + 1] - log_snr[k], eta)
             point = points(grid, step) if k == 0 else schedule.grid_at(levels[k])
             calls[k].append((point, step, row | noise_columns(noise, S_noise)))
-    return several_calls(name, grid, sum(calls, []), scaling, prediction, clip, guidance)
+    return several_calls(name, grid, sum(calls, []), scaling, prediction, clip, guidance, correction=correction)
 
 
 def dpmpp_2s(
@@ -69,6 +70,7 @@ def dpmpp_2s(
     steps: int,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -86,7 +88,7 @@ def dpmpp_2s(
     grid = karras(schedule).grid(steps)
     down, up = solvers.ancestral(1.0, grid.sigma, 1.0, grid.sigma_next, eta)
     return _singlestep(
-        "dpmpp_2s", karras(schedule), grid, np.full(len(grid), 2), scaling, prediction, clip, guidance,
+        "dpmpp_2s", karras(schedule), grid, np.full(len(grid), 2), scaling, correction, prediction, clip, guidance,
         down=down, up=up, S_noise=S_noise,
     )  # fmt: skip
 
@@ -96,6 +98,7 @@ def dpmpp_3s(
     steps: int,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -109,7 +112,7 @@ def dpmpp_3s(
     """
     grid = karras(schedule).grid(steps)
     return _singlestep(
-        "dpmpp_3s", karras(schedule), grid, np.full(len(grid), 3), scaling, prediction, clip, guidance
+        "dpmpp_3s", karras(schedule), grid, np.full(len(grid), 3), scaling, correction, prediction, clip, guidance
     )  # fmt: skip
 
 
@@ -118,6 +121,7 @@ def dpm_solver(
     steps: int,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -144,7 +148,7 @@ def dpm_solver(
     down, _ = solvers.ancestral(1.0, grid.sigma, 1.0, grid.sigma_next, eta)
     down = np.maximum(down, np.minimum(least, grid.sigma_next))
     return _singlestep(
-        "dpm_solver", karras(schedule), grid, np.broadcast_to(orders, len(grid)), scaling, prediction, clip, guidance,
+        "dpm_solver", karras(schedule), grid, np.broadcast_to(orders, len(grid)), scaling, correction, prediction, clip, guidance,
         ratios=_RATIOS | {2: (float(r),)}, by_x0=False, down=down, up=solvers.rest(grid.sigma_next, down), S_noise=S_noise,
     )  # fmt: skip
 
@@ -154,6 +158,7 @@ def seeds_2(
     steps: int,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -175,7 +180,7 @@ def seeds_2(
         raise ValueError(f"r: expected a value in (0, 1], got {r!r}")
     grid = karras(schedule).grid(steps)
     return _singlestep(
-        "seeds_2", karras(schedule), grid, np.full(len(grid), 2), scaling, prediction, clip, guidance,
+        "seeds_2", karras(schedule), grid, np.full(len(grid), 2), scaling, correction, prediction, clip, guidance,
         ratios=_RATIOS | {2: (float(r),)}, solver=solver, eta=eta, S_noise=S_noise,
     )  # fmt: skip
 
@@ -185,6 +190,7 @@ def seeds_3(
     steps: int,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -200,6 +206,6 @@ def seeds_3(
     eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
     grid = karras(schedule).grid(steps)
     return _singlestep(
-        "seeds_3", karras(schedule), grid, np.full(len(grid), 3), scaling, prediction, clip, guidance,
+        "seeds_3", karras(schedule), grid, np.full(len(grid), 3), scaling, correction, prediction, clip, guidance,
         eta=eta, S_noise=S_noise,
     )  # fmt: skip

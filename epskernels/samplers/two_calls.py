@@ -17,6 +17,7 @@ from .common import (
     ANY_SCHEDULE,
     Calls,
     Columns,
+    Correction,
     Scaling,
     Schedule,
     grid_of,
@@ -47,6 +48,7 @@ def _edm(
     schedule: Schedule,
     steps: int,
     scaling: Scaling,
+    correction: Correction,
     prediction: str,
     clip: float | None,
     guidance: float,
@@ -57,6 +59,10 @@ def _edm(
     log sigma, or None."""
     grid = karras(schedule).grid(steps)
     sigma_hat, added = _churned(grid, *churn)
+    if correction is not None and added.any():
+        raise ValueError(
+            "S_churn: expected 0 beside a correction: the state that a step leaves has the next one's churn in it"
+        )
     at_hat, S_noise = dataclasses.replace(karras(schedule).grid_at(sigma_hat), sigma_end=grid.sigma_end), churn[3]
     # Churn before the next step is noise at the end of this one; that of the first step is in the initial latent.
     noise = noise_columns(np.sqrt(np.append(added[1:], 0.0)), S_noise)
@@ -78,7 +84,7 @@ def _edm(
     if len(twice):
         corrector |= {key: column[twice] for key, column in noise.items()}
         calls.append((karras(schedule).grid_at(middle), twice, corrector))
-    return several_calls(name, at_hat, calls, scaling, prediction, clip, guidance, initial_sigma)
+    return several_calls(name, at_hat, calls, scaling, prediction, clip, guidance, initial_sigma, correction=correction)
 
 
 def edm_euler(
@@ -86,6 +92,7 @@ def edm_euler(
     steps: int,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -102,7 +109,7 @@ def edm_euler(
     guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
     """
     churn = (S_churn, S_min, S_max, S_noise)
-    return _edm("edm_euler", schedule, steps, scaling, prediction, clip, guidance, churn, None)
+    return _edm("edm_euler", schedule, steps, scaling, correction, prediction, clip, guidance, churn, None)
 
 
 def edm_heun(
@@ -110,6 +117,7 @@ def edm_heun(
     steps: int,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -125,7 +133,7 @@ def edm_heun(
     clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
     """
     churn = (S_churn, S_min, S_max, S_noise)
-    return _edm("edm_heun", schedule, steps, scaling, prediction, clip, guidance, churn, "end")
+    return _edm("edm_heun", schedule, steps, scaling, correction, prediction, clip, guidance, churn, "end")
 
 
 def pfgmpp(
@@ -133,6 +141,7 @@ def pfgmpp(
     steps: int,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -142,7 +151,7 @@ def pfgmpp(
     D is nowhere in the table: it is the network's, and the prior's. schedule: a KarrasSchedule. steps: noise levels, two calls
     each but the last. scaling, clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
     """
-    return _edm("pfgmpp", schedule, steps, scaling, prediction, clip, guidance, _NO_CHURN, "end")
+    return _edm("pfgmpp", schedule, steps, scaling, correction, prediction, clip, guidance, _NO_CHURN, "end")
 
 
 def dpm_2(
@@ -150,6 +159,7 @@ def dpm_2(
     steps: int,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -165,7 +175,7 @@ def dpm_2(
     S_noise scales it. scaling, clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
     """
     churn = (S_churn, S_min, S_max, S_noise)
-    return _edm("dpm_2", schedule, steps, scaling, prediction, clip, guidance, churn, "middle")
+    return _edm("dpm_2", schedule, steps, scaling, correction, prediction, clip, guidance, churn, "middle")
 
 
 def dpm_2_ancestral(
@@ -173,6 +183,7 @@ def dpm_2_ancestral(
     steps: int,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -198,7 +209,7 @@ def dpm_2_ancestral(
     calls: list[Calls] = [(grid, np.arange(len(grid)), first)]
     if len(twice):
         calls.append((karras(schedule).grid_at(middle), twice, rows[1] | noise_columns(up[twice], S_noise)))
-    return several_calls("dpm_2_ancestral", grid, calls, scaling, prediction, clip, guidance)
+    return several_calls("dpm_2_ancestral", grid, calls, scaling, prediction, clip, guidance, correction=correction)
 
 
 def dpmpp_sde(
@@ -206,6 +217,7 @@ def dpmpp_sde(
     steps: int,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "sample",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -236,7 +248,7 @@ def dpmpp_sde(
     calls: list[Calls] = [(points(grid, twice), twice, one), (points(grid, once), once, to_0)]
     if len(twice):
         calls.append((karras(schedule).grid_at(middle), twice, two))
-    return several_calls("dpmpp_sde", grid, calls, scaling, prediction, clip, guidance)
+    return several_calls("dpmpp_sde", grid, calls, scaling, prediction, clip, guidance, correction=correction)
 
 
 def heun(
@@ -244,6 +256,7 @@ def heun(
     steps: Steps,
     *,
     scaling: Scaling = 1.0,
+    correction: Correction = None,
     prediction: str = "epsilon",
     clip: float | None = None,
     guidance: float = 1.0,
@@ -266,4 +279,4 @@ def heun(
         (grid, every, {"c_x": c_x, "c_m0": c_m0}),
         (points(grid, slice(1, None)), every[:-1], {"c_x": np.ones(len(grid) - 1), "c_m0": kappa, "c_m1": -kappa}),
     ]
-    return several_calls("heun", grid, calls, scaling, prediction, clip, guidance)
+    return several_calls("heun", grid, calls, scaling, prediction, clip, guidance, correction=correction)

@@ -1,0 +1,277 @@
+"""Corrections of a sampler's states that need no training, folded into its rows: they add no pass over memory.
+
+    dc           x' + s*(x' - m0)                                                    all of x'
+    dcw          x' + s_low*L(x' - m0) + s_high*(x' - m0 - L(x' - m0))               by band
+    frequency    w_low*L(x') + w_high*(x' - L(x'))                                   by band, without m0
+
+after every step but those that lead to an image without noise. x' is what the sampler's step makes, m0 its estimate of x_0,
+with lambda_t in it; of a step of several model calls the last call's. L is the projection on the low band of one level of Haar's
+wavelet: the mean of each 2x2 block of the last two dimensions, or of each pair in the last one. What lies outside counts as 0.
+
+dc and dcw: "Elucidating the SNR-t Bias of Diffusion Probabilistic Models", arXiv 2604.16044. frequency: frequency regulation,
+arXiv 2507.10072. A row then has w_next*x' + w_m0*m0 + w_x*x in the place of x', and L(l_next*x' + l_m0*m0 + l_x*x) of that is the
+band's share, which the kernels add in the same pass (`ops.reference`).
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .files import read_object, reading, write_whole
+from .scaling import log_snr
+from .table import describe
+from .typing import Array, FilePath
+
+__all__ = ["Correction", "CorrectionLike", "as_correction", "corrected", "dc", "dcw", "frequency", "load"]
+
+FORMAT = 1  # of the JSON files
+KINDS, SCHEDULES, TARGETS = ("dc", "dcw", "frequency"), ("constant", "sigma"), ("m0", "alpha*m0")
+# A weight: of every step; of each, the noisiest first; or {"levels": , "values": } over log(alpha/sigma), linear between them.
+Weight = float | Sequence[float] | np.ndarray | Tensor | Mapping[str, Sequence[float]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Correction:
+    """A correction of every step's x'. Made by `dc`, `dcw` or `frequency`, which say what its weights are.
+
+    kind: which of them. low, high: the two bands' weights; dc has the same for both. schedule: "constant"; or "sigma", where the
+    low band's weight falls as the noise does, and the high band's rises. target: what x' is compared with. dims: the bands are
+    those of a sample's last two dimensions (images, video), or of the last one (signals).
+    Raises ValueError and TypeError naming the argument.
+    """
+
+    kind: str
+    low: Weight
+    high: Weight
+    schedule: str = "constant"
+    target: str = "m0"
+    dims: int = 2
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kind", KINDS), ("schedule", SCHEDULES), ("target", TARGETS), ("dims", (1, 2))):
+            if getattr(self, name) not in choices:
+                *most, last = map(repr, choices)
+                raise ValueError(f"{name}: expected {', '.join(most)} or {last}, got {getattr(self, name)!r}")
+        for name in ("low", "high"):
+            object.__setattr__(self, name, _kept(name, getattr(self, name)))
+
+    def weights(self, levels: Array, sigma: Array, sigma_max: float) -> tuple[Array, Array]:
+        """(low, high), (steps,) float64 each: how much of each band's difference is added; 0 is nothing.
+
+        levels, sigma: log(alpha/sigma) and sigma where each step begins. Raises ValueError for another number of weights.
+        """
+        low, high = (_values(name, getattr(self, name), levels) for name in ("low", "high"))
+        if self.kind == "frequency":  # factors
+            low, high = low - 1, high - 1
+        if self.schedule == "sigma":
+            fraction = sigma / sigma_max if sigma_max > 0 else np.zeros_like(sigma)
+            low, high = low * fraction, high * (fraction if self.kind == "dc" else 1 - fraction)
+        return low, high
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold of it, and `as_correction` takes: {"kind": "dcw", "low": , "high": , ...}."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: FilePath, **notes: Any) -> None:
+        """To JSON, for `load`. notes: kept beside it, such as the sampler and the steps that it was fitted for."""
+        text = json.dumps({"format": FORMAT, **self.to_dict(), "notes": notes}, indent=1, allow_nan=False) + "\n"
+        write_whole(pathlib.Path(path), lambda file: file.write(text.encode()))
+
+    def _identity(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    def __eq__(self, other: object) -> bool:
+        return self._identity() == other._identity() if isinstance(other, Correction) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+
+def _kept(name: str, weight: Weight) -> Weight:
+    """A weight as JSON holds it: a float, a list, or a dict of levels and values. Raises ValueError and TypeError."""
+    expected = (
+        "a number, numbers (one for each step, the noisiest first), or {'levels': , 'values': } over log(alpha/sigma)"
+    )
+    if isinstance(weight, Mapping):
+        if set(weight) != {"levels", "values"}:
+            raise ValueError(f"{name}: expected {expected}, got the keys {list(weight)}")
+        levels, values = (np.array(weight[key], dtype=np.float64) for key in ("levels", "values"))
+        if levels.ndim != 1 or levels.size == 0 or levels.shape != values.shape or not (np.diff(levels) > 0).all():
+            raise ValueError(
+                f"{name}: expected as many values as levels, which rise, got {values.shape} and {levels.tolist()}"
+            )
+        if not (np.isfinite(levels).all() and np.isfinite(values).all()):
+            raise ValueError(f"{name}: expected finite levels and values, got {dict(weight)}")
+        return {"levels": levels.tolist(), "values": values.tolist()}
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, (Real, Sequence, np.ndarray, Tensor))
+        or isinstance(weight, str)
+    ):
+        raise TypeError(f"{name}: expected {expected}, got {describe(weight)}")
+    values = np.asarray(weight.detach().cpu() if isinstance(weight, Tensor) else weight)
+    if values.dtype.kind not in "iuf" or values.ndim > 1 or values.size == 0:
+        raise ValueError(f"{name}: expected {expected}, got {describe(weight)}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: expected finite weights, got {values.tolist()}")
+    return values.astype(np.float64).tolist()
+
+
+def _values(name: str, weight: Any, levels: Array) -> Array:
+    """The weight of each step."""
+    if isinstance(weight, dict):
+        return np.interp(levels, weight["levels"], weight["values"])
+    if isinstance(weight, list) and len(weight) != len(levels):
+        raise ValueError(
+            f"correction: expected {len(levels)} weights of the {name} band, one for each step, got {len(weight)}"
+        )
+    return np.broadcast_to(np.asarray(weight, dtype=np.float64), levels.shape)
+
+
+def dc(s: Weight, *, schedule: str = "constant", target: str = "m0") -> Correction:
+    """Differential correction of all of x': x' + s_t*(x' - m0) (arXiv 2604.16044, eq. 17). It folds into the row: no cost.
+
+    s: a number, numbers (one for each step, the noisiest first), or {"levels": , "values": } over log(alpha/sigma), linear
+    between them. The authors' are positive and small (0.005 for EDM in 13 steps); the sign is a matter of the model. schedule:
+    "constant", or "sigma": s*sigma_t/sigma_max, where the step begins. target: "m0", as published; or "alpha*m0", which is what
+    x' holds of the image by the estimate m0: s then scales the noise of x' alone. On paths x_0 + sigma*eps they are the same.
+    Raises ValueError and TypeError naming the argument.
+    """
+    return Correction("dc", s, s, schedule, target)
+
+
+def dcw(low: Weight, high: Weight = 0.0, *, schedule: str = "sigma", target: str = "m0", dims: int = 2) -> Correction:
+    """Differential correction in the wavelet domain (arXiv 2604.16044, eq. 18 to 21): each band of x' - m0 with its own weight.
+
+    low, high: as `dc`'s s. schedule: "sigma", as the authors recommend: low*sigma_t/sigma_max, high*(1 - sigma_t/sigma_max); or
+    "constant": the weights as they are. dims: 2 for images and video, 1 for signals. Search low first, then high beside the best
+    low. The other arguments as in `dc`. Raises ValueError and TypeError naming the argument.
+    """
+    return Correction("dcw", low, high, schedule, target, dims)
+
+
+def frequency(low: Weight, high: Weight = 1.0, *, schedule: str = "constant", dims: int = 2) -> Correction:
+    """Frequency regulation (W++, arXiv 2507.10072): low*L(x') + high*(x' - L(x')); 1 leaves a band as it is.
+
+    low, high: factors, above 0: a number, numbers, or a table of levels, as `dc`'s s. schedule: "constant", or "sigma":
+    what differs from 1 is taken times sigma_t/sigma_max in the low band, 1 - sigma_t/sigma_max in the high one.
+    The arguments as in `dcw`. Raises ValueError and TypeError naming the argument.
+    """
+    made = Correction("frequency", low, high, schedule, dims=dims)
+    for name in ("low", "high"):
+        weight = getattr(made, name)
+        values = weight["values"] if isinstance(weight, dict) else weight
+        if np.min(values) <= 0:
+            raise ValueError(f"{name}: expected factors above 0, got {np.min(values):g}")
+    return made
+
+
+CorrectionLike = Correction | Mapping[str, Any] | str | os.PathLike[str]
+
+
+def _from_dict(saved: Mapping[str, Any]) -> Correction:
+    """The Correction of `to_dict`; what is left out has the default of its kind's function."""
+    kind, given = saved.get("kind"), {key: value for key, value in saved.items() if key != "kind"}
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+    if kind == "dc":
+        weights = [given.pop(key) for key in ("s", "low", "high") if key in given]
+        given.pop("dims", None)
+        if not weights or any(weight != weights[0] for weight in weights):
+            raise ValueError(f"s: expected one weight of all bands, got {weights}")
+        return dc(weights[0], **given)
+    if kind == "frequency" and given.pop("target", "m0") != "m0":
+        raise ValueError("target: expected none for 'frequency', which compares with nothing")
+    return (dcw if kind == "dcw" else frequency)(**given)
+
+
+def load(path: FilePath) -> tuple[Correction, dict[str, Any]]:
+    """The Correction of a JSON file, and the notes beside it. Raises ValueError, naming the file, for anything else."""
+    path, expected = pathlib.Path(path), f"expected a correction saved by Correction.save, format {FORMAT},"
+    saved = read_object(path, expected)
+    with reading(path, expected):
+        if saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']!r}")
+        notes = dict(saved.get("notes", {}))
+        return _from_dict({key: value for key, value in saved.items() if key not in ("format", "notes")}), notes
+
+
+def as_correction(value: CorrectionLike | None, name: str = "correction") -> Correction | None:
+    """The Correction that a value names: the one grammar, of samplers, schedulers, k_diffusion and files. None stays None.
+
+    value: a Correction; a dict that `to_dict` made, such as {"kind": "dcw", "low": -0.1}; or the path of a file that
+    `Correction.save` or `epskernels calibrate` wrote. name: what the caller calls the argument; errors begin with it.
+    Raises TypeError for another type, ValueError for a bad value, FileNotFoundError.
+    """
+    if value is None or isinstance(value, Correction):
+        return value
+    try:
+        if isinstance(value, Mapping):
+            return _from_dict(value)
+        if isinstance(value, (str, os.PathLike)):
+            return load(value)[0]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: expected a file saved by Correction.save, and there is no {value}") from None
+    except OSError as error:
+        raise type(error)(f"{name}: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    raise TypeError(f"{name}: expected a Correction, a dict or a .json file, got {describe(value)}")
+
+
+def corrected(columns: Mapping[str, Any], correction: Correction) -> dict[str, Any]:
+    """The columns of a sampler's rows with a correction folded in; those that it does not touch are the same arrays.
+
+    columns: float64, (R,) or a number each, by name: COLUMNS, and of PROVENANCE alpha_in, sigma_in, alpha_out, m_x0, m_eps and
+    ends_step. A row that does not end a step stays as it is, and so does one that leads to an image without noise (sigma_out 0).
+    Raises ValueError where m0 says nothing of x_0, or where the high band would be left out altogether.
+    """
+    rows = max(np.size(column) for column in columns.values())
+    defaults = {"ends_step": 1.0, "m_x0": 1.0}
+
+    def column(key: str) -> Array:
+        return np.broadcast_to(np.asarray(columns.get(key, defaults.get(key, 0.0)), dtype=np.float64), (rows,))
+
+    alpha, sigma, alpha_out = column("alpha_in"), column("sigma_in"), column("alpha_out")
+    ends = column("ends_step") == 1
+    begins = np.append(0, np.flatnonzero(ends)[:-1] + 1)  # of each step, its first row
+    low, high = (np.zeros(rows), np.zeros(rows))
+    low[ends], high[ends] = correction.weights(
+        log_snr(alpha[begins], sigma[begins]), sigma[begins], float(np.max(sigma[begins]))
+    )
+    acts = column("sigma_out") != 0
+    low, high = np.where(acts, low, 0.0), np.where(acts, high, 0.0)
+
+    # m0's estimate of x_0: of_m0*m0 + of_x*x, since m0 = m_x0*x_0 + m_eps*eps and x = alpha*x_0 + sigma*eps.
+    m_x0, m_eps = column("m_x0"), column("m_eps")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        by_eps = np.where(m_eps == 0, 0.0, m_eps / sigma)
+        of_m0 = 1 / (m_x0 - by_eps * alpha)
+        of_x = -by_eps * of_m0
+    share = alpha_out if correction.target == "alpha*m0" else np.ones(rows)
+    if correction.kind == "frequency":
+        share = np.zeros(rows)
+    needed = ((low != 0) | (high != 0)) & (share != 0)
+    if not (np.isfinite(of_m0) & np.isfinite(of_x))[needed].all():
+        raise ValueError("correction: expected a sampler whose steps estimate x_0, to compare x' with")
+    of_m0, of_x = np.where(needed, of_m0 * share, 0.0), np.where(needed, of_x * share, 0.0)
+
+    w_next = 1 + high
+    if (w_next == 0).any():
+        raise ValueError(
+            "correction: expected a weight of the high band other than -1, which leaves nothing of it to correct"
+        )
+    difference = (low - high) / w_next
+    added = {"w_next": w_next, "w_m0": -high * of_m0, "w_x": -high * of_x}
+    added |= {"l_next": difference, "l_m0": -difference * of_m0, "l_x": -difference * of_x}
+    added["band_dims"] = np.where(difference != 0, float(correction.dims), 0.0)
+    scaled = {key: w_next * column(key) for key in ("c_x", "c_f", "c_m0", "c_m1", "c_m2", "c_y", "c_grad", "c_noise")}
+    scaled["c_x"], scaled["c_m0"] = scaled["c_x"] + added["w_x"], scaled["c_m0"] + added["w_m0"]
+    return {**columns, **{key: value for key, value in scaled.items() if key in columns or value.any()}, **added}
