@@ -8,6 +8,7 @@ import torch
 
 import epskernels
 from epskernels import exposure, samplers, schedule
+from epskernels.bands import low_band
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +43,63 @@ def images(n, seed=0):
 def equal(a, b):
     assert a.rows.keys() == b.rows.keys() and (a.sampler, a.images, a.seed) == (b.sampler, b.images, b.seed)
     return all(np.array_equal(a.rows[name], b.rows[name], equal_nan=True) for name in a.rows)
+
+
+# ---- bands ----
+
+
+def pair_means(n):
+    """(n, n): the mean of each pair at both of its elements; of a last one without partner, half of it."""
+    pairs = np.arange(n) // 2
+    return (pairs[:, None] == pairs) * 0.5
+
+
+BANDS = [((6,), 1), ((7,), 1), ((1,), 1), ((3, 24), 1), ((2, 8, 6), 2), ((2, 5, 8), 2), ((3, 8, 7), 2), ((5, 7), 2),
+         ((1, 1), 2), ((2, 3, 9, 33), 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, dims", BANDS, ids=str)
+def test_low_band_is_a_product_of_pair_means(shape, dims):
+    """P x along one dimension, P x P' along two; and in float32 the bits of its written order."""
+    x = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = x.numpy() @ pair_means(shape[-1])
+    if dims == 2:
+        expected = pair_means(shape[-2]) @ expected
+    found = low_band(x, dims)
+    assert found.shape == x.shape and found.dtype == x.dtype
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-14, atol=1e-15)
+
+    x = x.float()
+    found, padded = low_band(x, dims), np.zeros((*x.shape[:-dims], *(n + n % 2 for n in shape[-dims:])), np.float32)
+    padded[tuple(slice(n) for n in x.shape)] = x.numpy()
+    a = padded[..., 0::2] + padded[..., 1::2]
+    a = a * np.float32(0.5) if dims == 1 else (a[..., 0::2, :] + a[..., 1::2, :]) * np.float32(0.25)
+    assert found.dtype == torch.float32
+    for index in np.ndindex(*x.shape):  # each element has its block's number
+        assert found[index] == a[(*index[:-dims], *(i // 2 for i in index[-dims:]))]
+
+
+@pytest.mark.parametrize("shape, dims", BANDS, ids=str)
+def test_low_band_is_pywavelets(shape, dims):
+    """The inverse transform of the transform's approximation, its details left out, cut to size."""
+    pywt = pytest.importorskip("pywt")
+    x = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    if dims == 1:
+        expected = pywt.idwt(pywt.dwt(x.numpy(), "haar", mode="zero")[0], None, "haar", mode="zero")
+    else:
+        expected = pywt.idwt2((pywt.dwt2(x.numpy(), "haar", mode="zero")[0], (None,) * 3), "haar", mode="zero")
+    cut = expected[tuple(slice(n) for n in x.shape)]
+    np.testing.assert_allclose(low_band(x, dims).numpy(), cut, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "x, dims, message",
+    [(torch.ones(4, 4), 3, "dims: expected 1 or 2, got 3"), (torch.ones(4), 2, "x: expected floating point with 2"),
+     (torch.ones(4, 4, dtype=torch.int64), 2, "x: expected .* got torch.int64")],
+)  # fmt: skip
+def test_low_band_refuses(x, dims, message):
+    with pytest.raises(ValueError, match=message):
+        low_band(x, dims)
 
 
 # ---- errors that are known ----
