@@ -18,7 +18,8 @@ from .table import Table, concat
 __version__ = "0.1.0"
 __all__ = [
     "Correction", "EpsilonScaling", "GraphedSampler", "Table", "as_seeds", "concat", "corrections", "diffusers",
-    "dynamic_threshold", "guidance_rescale", "moments", "normal", "pfgmpp_prior", "published", "sample", "samplers", "scaling", "schedule", "step", "use_backend",
+    "dynamic_threshold", "guidance_rescale", "moments", "normal", "pfgmpp_prior", "published", "sample", "samplers",
+    "scaling", "schedule", "step", "use_backend",
 ]  # fmt: skip
 
 # Imported at first use: they are there without an import of their own, and what they need is read by those who use them. Of

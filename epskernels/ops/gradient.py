@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bands import low_band
 from ..spec import BAND_COLUMNS, COLUMNS, EXP_LEAST, EXP_MOST, band_dims_of
-from .reference import guided_elements, low_band
+from .reference import guided_elements
 
 
 def noise_rows(rows: Tensor) -> Tensor:
