@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import _C, samplers, schedule
+from epskernels import _C, samplers, schedule, time_shift
 from epskernels.ops import DTYPES
 from epskernels.table import COLUMNS
 
@@ -248,6 +248,7 @@ GRAPHED = {
     "ddpm": lambda: samplers.ddpm(schedule.linear(), 7, scaling=1.01),
     "edm_heun": lambda: samplers.edm_heun(schedule.KarrasSchedule(), 5, S_churn=10),
     "dpmpp_2m": lambda: samplers.dpmpp_2m(schedule.linear(), 7, scaling=1.005),
+    "ddim, time shift": lambda: time_shift.ShiftedTable(samplers.ddim, schedule.linear(), 7, window=30, scaling=1.005),
 }
 
 
