@@ -169,9 +169,8 @@ def variance(x: Tensor, *, backend: Backend | None = None) -> Tensor:
     if n < 2:
         raise ValueError(f"x: expected samples of at least 2 elements, which have a variance, got {tuple(x.shape)}")
     total, squares = moments(x.detach(), backend=backend).unbind(1)
-    return (squares - total * total * (1 / n)) * (
-        1 / (n - 1)
-    )  # CUDA's division by a number is not rounded as the CPU's
+    by_n, by_rest = 1 / n, 1 / (n - 1)  # CUDA's division by a number is not rounded as the CPU's
+    return (squares - total * total * by_n) * by_rest
 
 
 def nearest(variance: Tensor, levels: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import epskernels
-from epskernels import GraphedSampler, samplers, schedule
+from epskernels import GraphedSampler, cli, models, samplers, schedule
 from epskernels.time_shift import UNUSED, ShiftedTable, nearest, variance
 
 from ..serving.test_serving import ALL, TABLES, Batch, Request, alone, model, serve
@@ -484,3 +485,39 @@ def test_it_is_no_table_where_its_choice_would_be_lost():
         epskernels.step(x, x, LOOPS["ddim"], 0)
     with pytest.raises(TypeError, match="tables: expected Tables"):
         epskernels.concat([LOOPS["ddim"]])
+
+
+# ---- the command line ----
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
+def test_the_command_takes_a_window_and_a_cutoff(sampler, tmp_path, capsys):
+    out = tmp_path / "samples.npz"
+    arguments = ["--sampler", sampler, "--steps", "4", "--seeds", "3,4", "--compare", "--quiet", "--out", str(out)]
+    assert cli.main(["sample", *arguments, "--time-shift", "40,100"]) == 0
+    assert f"{sampler}, 4 steps, 2 seeds" in (said := capsys.readouterr().out) and "window 40, cutoff 100" in said
+    digits, saved = models.load(), np.load(out)
+    options, path = {"prediction": digits.prediction, "window": 40, "cutoff": 100}, digits.schedule
+    if sampler == "dpm_solver":
+        path = schedule.KarrasSchedule(model=path)
+    else:
+        options |= digits.grid | ({"final": digits.final} if sampler == "ddim" else {})
+    table = ShiftedTable(
+        getattr(samplers, sampler), path, 4, **options | ({"clip": digits.clip} if sampler != "plms" else {})
+    )
+    for name, each in (("samples", table), ("baseline", table.table)):
+        expected = epskernels.sample(digits.callable(), each, [3, 4], digits.shape)
+        assert np.array_equal(saved[name], expected.numpy())
+    assert not np.array_equal(saved["samples"], saved["baseline"])
+
+
+@pytest.mark.parametrize("text", ["wide", "1.5", "30,300,1", ""])
+def test_the_command_refuses_another_window(text, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--time-shift", text])
+    assert f"expected WINDOW or WINDOW,CUTOFF, such as 30,300, got {text!r}" in capsys.readouterr().err
+
+
+def test_the_command_says_what_the_table_says(capsys):
+    assert cli.main(["sample", "--time-shift", "1"]) == 2
+    assert re.search("window: expected an integer of at least 2, got 1", capsys.readouterr().err)
