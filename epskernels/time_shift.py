@@ -23,7 +23,7 @@ from .ops import moments
 from .schedule import DiscreteSchedule, Grid, KarrasSchedule
 from .spec import COLUMNS
 from .table import PROVENANCE, Table, check_one_sampler, describe
-from .typing import Array, Backend, Device, Steps
+from .typing import Array, Backend, Device, Index, Steps
 
 __all__ = ["FORMS", "UNUSED", "ShiftedTable", "nearest", "on_device", "variance"]
 
@@ -144,18 +144,21 @@ class ShiftedTable:
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
-    def choose(self, i: int | Tensor, x: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
+    def choose(self, i: Index, x: Tensor, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
         """(index, t) of model call i for the states x, (B, ...): which of `rows`, int64 () or (B,), and the network's t, (B,).
 
-        i: an integer, or an int64 tensor, () for all samples or (B,) for each, whose values the host never reads. Raises
-        ValueError for samples of one element, which have no variance; and as `moments`.
+        i: an integer, or an int64 tensor, () for all samples or (B,) for each, whose values the host never reads. backend: of the
+        sums, as in `moments`. Raises IndexError for an integer that is no model call's, ValueError for samples of one element,
+        which have no variance; and as `moments`.
         """
-        if isinstance(i, int) and not self.shifts[i]:
-            return self._first[i], self.t[i * self.candidates].expand(len(x))
-        if isinstance(i, int):
-            levels, first = self.levels[i], self._first[i]
-        else:
+        if isinstance(i, torch.Tensor):
             levels, first = self.levels.index_select(0, i.reshape(-1)), i.reshape(-1) * self.candidates
+        else:
+            if not 0 <= i < len(self):
+                raise IndexError(f"i: expected a model call in [0, {len(self)}), got {i}")
+            levels, first = self.levels[i], self._first[i]
+            if not self.shifts[i]:
+                return first, self.t[i * self.candidates].expand(len(x))
         index = first + nearest(variance(x, backend=backend), levels)
         return index, self.t.index_select(0, index)
 

@@ -114,6 +114,24 @@ def test_never_waits_for_the_device(backend):
         torch.cuda.set_sync_debug_mode(before)
 
 
+def test_time_shift_chooses_without_waiting_for_the_device():
+    """The row that the CPU takes, from the same bits of the variance."""
+    table = time_shift.ShiftedTable(samplers.ddim, schedule.linear(), 7, window=30)
+    x = epskernels.normal(range(64), (3, 9, 7)) * torch.linspace(0.8, 1.1, 64).reshape(-1, 1, 1, 1)
+    there, at = table.to("cuda"), x.cuda()
+    calls = [1, *(torch.tensor(i) for i in (1, [i % 7 for i in range(64)]))]
+    on_device = [i.cuda() if isinstance(i, torch.Tensor) else i for i in calls]
+    there.choose(1, at)  # loads
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = [there.choose(i, at) for i in on_device]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(time_shift.variance(at).cpu(), time_shift.variance(x))
+    for i, (index, t) in zip(calls, got, strict=True):
+        assert all(torch.equal(*pair) for pair in zip((index.cpu(), t.cpu()), table.choose(i, x), strict=True))
+
+
 @each_backend
 def test_takes_no_memory_but_its_outputs(backend):
     inputs = on_gpu(make_inputs((2, 1000), NAMES, 7))

@@ -203,7 +203,7 @@ def test_a_state_takes_the_time_whose_variance_it_has(by_tensor):
     below, above = (weight * sigma2[496:504] + (1 - weight) * sigma2[497:505] for weight in (0.6, 0.4))
     levels = torch.tensor(np.concatenate([sigma2[496:505], [0.0, 1e3], below, above]), dtype=torch.float32)
     x = torch.tensor([-1.0, 1.0, 0.0]) * levels.sqrt()[:, None]  # their variances
-    index, t = table.choose(torch.tensor(1) if by_tensor else 1, x)
+    index, t = table.choose(torch.tensor(1) if by_tensor else np.int64(1), x)
     assert t.tolist() == [*range(496, 505), 496, 504, *range(496, 504), *range(497, 505)]
     assert index.dtype == torch.int64 and torch.equal(table.t[index], t)
     calls = (torch.arange(len(x)) + 2) % 3
@@ -472,6 +472,12 @@ def test_a_window_beyond_the_step_s_end_is_fine_without_noise():
     """As published: the state then goes up a little."""
     table = ShiftedTable(samplers.ddim, LINEAR, 100, window=30, cutoff=300)
     assert epskernels.sample(network, table, SEEDS, SHAPE).isfinite().all()
+
+
+@pytest.mark.parametrize("i", [-1, 6])
+def test_a_call_that_the_table_does_not_have(i):
+    with pytest.raises(IndexError, match=rf"i: expected a model call in \[0, 6\), got {i}$"):
+        LOOPS["ddim"].choose(i, torch.zeros(2, 3))
 
 
 def test_samples_that_have_no_variance():
