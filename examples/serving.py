@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import epskernels
-from epskernels.table import COLUMNS
+from epskernels.spec import BAND_COLUMNS, COLUMNS, band_dims_of
 from epskernels.time_shift import UNUSED, ShiftedTable, nearest, on_device, variance
 from epskernels.trajectory import f_and_u
 from epskernels.typing import Backend, Device, ModelOutput, Shape
@@ -104,7 +104,8 @@ class Rows:
     """The rows of all tables in use, in one device buffer; equal tables lie there once, and leave with their last user."""
 
     def __init__(self, capacity: int, device: Device):
-        self.buffer = torch.zeros(capacity, len(COLUMNS), dtype=torch.float32, device=device)
+        wide = len(COLUMNS) + len(BAND_COLUMNS)
+        self.buffer = torch.zeros(capacity, wide, dtype=torch.float32, device=device)
         self.levels = torch.full((capacity,), UNUSED, dtype=torch.float64, device=device)
         self._spans: dict[bytes, list[int]] = {}  # by the rows' bytes: [first, end, users]
 
@@ -123,7 +124,8 @@ class Rows:
         first = self.find(key, len(rows))
         assert first is not None  # what does not fit waits: Batch.fits
         if key not in self._spans:
-            self.buffer[first : first + len(rows)].copy_(rows)
+            self.buffer[first : first + len(rows), : rows.shape[1]] = rows
+            self.buffer[first : first + len(rows), rows.shape[1] :] = 0
             self.levels[first : first + len(rows)] = UNUSED if levels is None else levels
             self._spans[key] = [first, first + len(rows), 0]
         self._spans[key][2] += 1
@@ -205,6 +207,9 @@ class Batch:
         for asked, limit, what in limits:
             if asked > limit:
                 raise ValueError(f"table: {table.name} needs {asked} ({what} is {limit} in this engine)")
+        if table.band_dims not in (0, band_dims_of(1 + len(self.shape))):
+            expected = f"bands in {band_dims_of(1 + len(self.shape))} dimensions for samples of {self.shape}"
+            raise ValueError(f"table: expected {expected}, got {table.name}, which corrects them in {table.band_dims}")
         if not isinstance(request.condition, Mapping):
             raise ValueError(f"condition: expected a mapping, got {request.condition!r}")
         if unknown := set(request.condition) - set(self.defaults):
@@ -265,6 +270,8 @@ class Batch:
         self._second_state = any(table.second_state for table in tables)
         self._scales_input = any((table["c_in"] != 1).any() for table in tables)
         self._shifts = any(job.candidates > 1 for job in self.jobs)
+        by_band = any(table.band_dims for table in tables)  # else the launch that knows no bands
+        self._applied = self.rows.buffer if by_band else self.rows.buffer[:, : len(COLUMNS)]
 
     @torch.no_grad()
     def tick(self) -> list[tuple[_Job, Tensor]]:
@@ -317,7 +324,7 @@ class Batch:
         m0 = m2 if self._depth == 2 else m1  # over the oldest, which is read for the last time
         y = self.y[0][:count] if self._second_state else None
         inputs = {"u": u, "v": v, "m1": m1, "m2": m2, "y": y, "seeds": self.seeds[:count], "backend": self.backend}
-        epskernels.step(x, f, self.rows.buffer, index, **inputs, out=x, m0=m0, y_out=y)
+        epskernels.step(x, f, self._applied, index, **inputs, out=x, m0=m0, y_out=y)
         if self._depth == 2:
             self.history.reverse()
         self.index[:count] += self.candidates[:count, 0]
