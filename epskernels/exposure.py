@@ -98,7 +98,7 @@ def closed_form(
     with g = c_m0 for most samplers. error: e_t, standard deviation of d = m0 - x_0. covariance: of d and eps; the paper's error
     model, m0 = x_0 + e_t*(fresh noise), has 0, and then this is its 1 - abar + (sqrt(abar)*beta/(1 - abar)*e)^2. The best
     possible denoiser has alpha*e^2/sigma (its error is orthogonal to x). noise: s^2, mean variance of the noise of rows with
-    learned variance (default exp(logvar_min); 1 without). NaN for rows that read history or a second state.
+    learned variance (default exp(logvar_min); 1 without). NaN for rows that read history or a second state, or are corrected.
     For rows with c_f exact without clipping. Derived; for DDPM eq. 9 of arXiv 2308.15321.
     """
     c = {name: table[name] for name in ("c_x", "c_f", "c_m0", "c_noise", "alpha_in", "sigma_in", "f_x0", "f_eps")}
@@ -115,7 +115,7 @@ def closed_form(
         )
         of_error = c["c_m0"] - np.where(by_f != 0, by_f * lambda_t / sigma, 0)
     variance = of_eps**2 + 2 * of_eps * of_error * covariance + (of_error * error) ** 2 + c["c_noise"] ** 2 * noise
-    others = [table[name] != 0 for name in ("c_m1", "c_m2", "c_y")]
+    others = [table.corrected_rows, *(table[name] != 0 for name in ("c_m1", "c_m2", "c_y"))]
     return np.where(np.any(others, axis=0), np.nan, variance)
 
 

@@ -9,7 +9,7 @@ import pywt
 import torch
 
 import epskernels
-from epskernels import corrections, samplers, schedule
+from epskernels import corrections, exposure, samplers, schedule
 from epskernels.table import COLUMNS, VALUES
 
 VP, KARRAS, FLOW = schedule.linear(), schedule.KarrasSchedule(), schedule.FlowSchedule(shift=2.0)
@@ -156,6 +156,12 @@ def test_the_authors_edm_euler():
     )
     # The last of their steps corrects x' = m0 by x' - m0, which is nothing.
     assert np.abs(got.double().numpy() - expected).max() < 2e-5
+
+
+def test_the_closed_form_leaves_corrected_rows_out():
+    table = make("ddim", correction=corrections.dcw([0.0, 0.1, 0.1, 0.1], schedule="constant"))
+    assert (np.isnan(exposure.closed_form(table, 0.1)) == table.corrected_rows).all()
+    assert table.corrected_rows.tolist() == [False, True, True, False]
 
 
 def test_bands_of_signals_and_video():
