@@ -181,7 +181,7 @@ template <int UNIT>
 struct BandTile {
   static_assert(UNIT % 4 == 0);
   int64_t sample, begin, second;  // elements: of the sample before the first unit, from there to the second unit
-  int columns[2];                 // of each unit, inside its image row
+  int columns, columns_behind;    // of each unit, inside its image row
   bool inside, shifted, whole;    // shifted: image rows begin anywhere in a counter's four; whole: in 16-byte words
 
   __device__ __forceinline__ BandTile(const StepOperands& a, bool aligned) : sample(layer_of_block()) {
@@ -196,9 +196,9 @@ struct BandTile {
     }
     const int64_t column = int64_t{thread - of_plane * units} * (pairs_rows ? UNIT : 2 * UNIT), left = a.width - column;
     begin = (plane * a.height + row) * a.width + column;
-    columns[0] = left < UNIT ? static_cast<int>(left) : UNIT;
-    columns[1] = pairs_rows ? (row + 1 < a.height ? columns[0] : 0) : left > UNIT ? left < 2 * UNIT ? static_cast<int>(left) - UNIT : UNIT : 0;
-    second = columns[1] == 0 ? 0 : pairs_rows ? a.width : UNIT;
+    columns = left < UNIT ? static_cast<int>(left) : UNIT;
+    columns_behind = pairs_rows ? (row + 1 < a.height ? columns : 0) : left > UNIT ? left < 2 * UNIT ? static_cast<int>(left) - UNIT : UNIT : 0;
+    second = columns_behind == 0 ? 0 : pairs_rows ? a.width : UNIT;
     inside = begin < a.sample_numel;
     shifted = a.width % 4 != 0;
     whole = aligned && a.width % UNIT == 0;
@@ -206,7 +206,8 @@ struct BandTile {
 
   __device__ __forceinline__ int64_t index(int i) const { return i == 0 ? begin : begin + second; }
   __device__ __forceinline__ bool outside(int64_t batch) const { return sample >= batch || !inside; }
-  __device__ __forceinline__ bool has(int i) const { return i == 0 || columns[1] > 0; }
+  __device__ __forceinline__ bool has(int i) const { return count(i) > 0; }
+  __device__ __forceinline__ int count(int i) const { return i == 0 ? columns : columns_behind; }
 
   template <Dtype dtype>
   __device__ __forceinline__ char* address(const Batch& tensor, int i) const {
@@ -216,7 +217,7 @@ struct BandTile {
   template <Dtype dtype>
   __device__ __forceinline__ void load(Unit<dtype, UNIT>& unit, const Batch& tensor, int i) const {
     if (whole) unit.load(address<dtype>(tensor, i));
-    else unit.load_first(columns[i], address<dtype>(tensor, i));
+    else unit.load_first(count(i), address<dtype>(tensor, i));
   }
 
   template <Dtype dtype>
@@ -225,7 +226,7 @@ struct BandTile {
     Unit<dtype, UNIT> unit;
     unit.set(values);
     if (whole) unit.store(address<dtype>(tensor, i));
-    else unit.store_first(columns[i], address<dtype>(tensor, i));
+    else unit.store_first(count(i), address<dtype>(tensor, i));
   }
 
   __device__ __forceinline__ void normals(uint64_t seed, uint32_t draw, uint32_t stream, int i, float (&z)[UNIT]) const {
@@ -331,7 +332,7 @@ __device__ __forceinline__ void add_band(const BandTile<UNIT>& tile, int dims, f
   if (!tile.whole || !tile.has(1)) {  // what lies outside counts as 0
 #pragma unroll
     for (int j = 0; j < 2 * UNIT; ++j)
-      if (j % UNIT >= tile.columns[j / UNIT]) values[j / UNIT][j % UNIT] = 0.0f;
+      if (j % UNIT >= tile.count(j / UNIT)) values[j / UNIT][j % UNIT] = 0.0f;
   }
 #pragma unroll
   for (int j = 0; j < UNIT; j += 2) {
@@ -351,7 +352,6 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
   using Shape = Shape<X, F, tensors, form>;
   constexpr int UNIT = Shape::UNIT, UNITS = Shape::UNITS;
   constexpr bool may_guide = tensors & TERM_GUIDANCE, may_use_m1 = tensors & TERM_M1, may_draw = tensors & TERM_NOISE;
-  constexpr bool unit_by_unit = Shape::everything && Shape::by_band;  // both units' tensors at once are too many registers
   const StepOperands& a = p.operands;
   const auto tile = Shape::tile(p);
   if (tile.outside(a.batch)) return;
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
     tile.load(x[i], a.x, i);
     tile.load(f[i], a.f, i);
   }
-    const SampleRow s = read_row<Shape::by_band>(p, tile.sample, Shape::everything ? p.present : TERM_CLIP | TERM_F | tensors);
+  const SampleRow s = read_row<Shape::by_band>(p, tile.sample, Shape::everything ? p.present : TERM_CLIP | TERM_F | tensors);
   const unsigned reads = Shape::everything ? tensor_terms(s.terms) : s.terms;
   const bool guides = may_guide && (reads & TERM_GUIDANCE), uses_m1 = may_use_m1 && (reads & TERM_M1);
   const bool noise_given = Shape::everything && a.noise.data;
@@ -374,26 +374,23 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
   // Only what the row asks for: the rest may be uninitialised.
   Unit<F, UNIT> u[UNITS], v[UNITS];
   Unit<X, UNIT> m1[UNITS], m2[UNITS], y[UNITS], grad[UNITS], noise[UNITS];
-  const auto load_others = [&](int i) {
+#pragma unroll
+  for (int i = 0; i < UNITS; ++i) {
     if (guides) tile.load(u[i], a.u, i);
     if (uses_m1) tile.load(m1[i], a.m1, i);
-    if constexpr (!Shape::everything) return;
-    if (reads & TERM_M2) tile.load(m2[i], a.m2, i);
-    if (reads & TERM_Y) tile.load(y[i], a.y, i);
-    if (s.terms & TERM_GRAD) tile.load(grad[i], a.grad, i);
-    if ((s.terms & TERM_NOISE) && noise_given) tile.load(noise[i], a.noise, i);
-    if (learned) tile.load(v[i], a.v, i);
-  };
-  if constexpr (!unit_by_unit) {
-#pragma unroll
-    for (int i = 0; i < UNITS; ++i) load_others(i);
+    if constexpr (Shape::everything) {
+      if (reads & TERM_M2) tile.load(m2[i], a.m2, i);
+      if (reads & TERM_Y) tile.load(y[i], a.y, i);
+      if (s.terms & TERM_GRAD) tile.load(grad[i], a.grad, i);
+      if ((s.terms & TERM_NOISE) && noise_given) tile.load(noise[i], a.noise, i);
+      if (learned) tile.load(v[i], a.v, i);
+    }
   }
 
   float z[UNITS][UNIT] = {};
   if (draws) {
 #pragma unroll
-    for (int i = 0; i < UNITS; ++i)
-      tile.normals(s.seed, static_cast<uint32_t>(s.row.draw), STREAM_STEP, i, z[i]);
+    for (int i = 0; i < UNITS; ++i) tile.normals(s.seed, static_cast<uint32_t>(s.row.draw), STREAM_STEP, i, z[i]);
   }
 
   float next[UNITS][UNIT], low_band[UNITS][UNIT];
@@ -408,7 +405,6 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
   };
 #pragma unroll
   for (int i = 0; i < UNITS; ++i) {
-    if constexpr (unit_by_unit) load_others(i);
     float scaled_grad[UNIT] = {}, m0[UNIT], second[UNIT];
     if constexpr (Shape::everything) {
 #pragma unroll
@@ -444,8 +440,6 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
     constexpr unsigned all = Shape::everything ? ~TERM_VARIANCE : TERM_F | TERM_CHANNELS | tensors;
     if ((s.terms & all & ~TERM_CLIP) == mostly)
       step_unit<TERM_CLIP | mostly, 0>(s, value, next[i], m0, second);
-    else if (unit_by_unit && !(s.terms & all & ~TERM_CLIP))
-      step_unit<TERM_CLIP, 0>(s, value, next[i], m0, second);
     else
       step_unit<0, TERM_CLIP | all>(s, value, next[i], m0, second);
     if constexpr (Shape::by_band) {
@@ -466,7 +460,7 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
     if (s.corrects) add_band(tile, a.band_dims, low_band, next);
 #pragma unroll
     for (int i = 0; i < UNITS; ++i) {
-        tile.template store<X>(next[i], a.out, i);
+      tile.template store<X>(next[i], a.out, i);
       write_model_input(i);
     }
   }
