@@ -202,7 +202,8 @@ class Table:
     @_trait
     def corrected(self) -> bool:
         """Some row corrects its x': see corrections.py."""
-        return bool((self["w_next"] != 1).any() or self["w_m0"].any() or self["w_x"].any() or self.band_dims)
+        added = (self["w_next"] != 1) | (self["w_m0"] != 0) | (self["w_x"] != 0)
+        return bool((added | _by_band(self._values)).any())
 
     @_trait
     def band_dims(self) -> int:

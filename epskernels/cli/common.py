@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ import torch
 from .. import models, samplers, schedule
 from ..files import check_writable
 from ..scaling import EpsilonScaling
-from ..table import Table
 from ..typing import ModelCall
 
 # Samplers that do not go from noise to an image with the networks of UNet2DModel pipelines.
@@ -88,9 +87,15 @@ def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[mo
         raise UsageError(error) from error
 
 
-def make_table(args: argparse.Namespace, model: models.Model, scaling: EpsilonScaling | float) -> Table:
+def make_table(
+    args: argparse.Namespace,
+    model: models.Model,
+    scaling: EpsilonScaling | float,
+    make: Callable[..., Any] = lambda sampler, *arguments, **options: sampler(*arguments, **options),
+) -> Any:
     """The table of the sampler that the arguments name, for this model. The sampler's signature says which options it takes.
 
+    make: what is called with the sampler and its arguments, such as time_shift.ShiftedTable; by default the sampler itself.
     Raises UsageError for an option that the sampler does not take, ValueError and TypeError as the sampler does.
     """
     sampler = samplers.SAMPLERS[args.sampler]
@@ -111,11 +116,11 @@ def make_table(args: argparse.Namespace, model: models.Model, scaling: EpsilonSc
         if args.sampler == "ddim":
             grid["final"] = model.final
     try:
-        return sampler(model.schedule, args.steps, **options, **grid)
+        return make(sampler, model.schedule, args.steps, **options, **grid)
     except TypeError as error:
         if not str(error).startswith("schedule: expected a KarrasSchedule"):
             raise
-    return sampler(schedule.KarrasSchedule(model=model.schedule), args.steps, **options)
+    return make(sampler, schedule.KarrasSchedule(model=model.schedule), args.steps, **options)
 
 
 def fitted_for(args: argparse.Namespace) -> dict[str, Any]:
