@@ -117,7 +117,7 @@ class FlowMatchEulerDiscreteScheduler(
         if per_token_timesteps is None:
             x = self._step(row, f, sample, noise, seeds, like_f=True, results=1)
         else:
-            if self.config.correction is not None:
+            if self.correction is not None:
                 raise ValueError(
                     "correction: expected None with per_token_timesteps, whose rows are made on the device"
                 )

@@ -39,7 +39,7 @@ class _Parallel(OnTimesteps):
         of_steps = np.array(self._plan(options[:-1], self.timesteps.device).lambda_t)
         order = np.argsort(t, kind="stable")
         made = [of_steps]
-        if (correction := as_correction(self.config.correction)) is not None:
+        if (correction := as_correction(self.correction)) is not None:
             made += super()._weights(correction, *self._model(options)[:2])
         dense = [np.interp(np.arange(self.config.num_train_timesteps), t[order], each[order]) for each in made]
         twin._dense, twin._dense_weights = dense[0], tuple(dense[1:])

@@ -247,7 +247,7 @@ class Seen:
         # What most schedulers do not have: (object, or None for the scheduler, attribute, its value).
         others = [(None, name) for name in scheduler._reads]
         for name in OURS:
-            if isinstance(getattr(self.config, name), (list, dict)):  # which may be written into
+            if isinstance(getattr(self.config, name, None), (list, dict)):  # which may be written into
                 others.append((self.config, name))
         self.others = [(of, name, _kept(_value(of, scheduler, name))) for of, name in others]
         self.length, self.most, timesteps = scheduler._length(), scheduler._most_steps(), held["timesteps"]
@@ -286,7 +286,7 @@ class Seen:
         reads = [value if callable(value) else repr(value) for value in reads]
         tensors = [_content(scheduler.__dict__[name]) for name in scheduler._tensors if name in scheduler.__dict__]
         # repr: what may have been written into
-        of_config = self.config.content(), *(repr(getattr(self.config, name)) for name in OURS)
+        of_config = self.config.content(), *(repr(getattr(self.config, name, None)) for name in OURS)
         of_scheduler = self.count, scheduler._scheduled, scheduler._surplus, *reads, *tensors
         return type(scheduler), *of_config, *of_scheduler
 

@@ -129,13 +129,13 @@ class Configured(_Theirs):
 
     @eps_scaling.setter
     def eps_scaling(self, eps_scaling: ScalingLike) -> None:
-        self._adopt(eps_scaling, self.config.correction)
+        self._adopt(eps_scaling, self.correction)
 
     @property
     def correction(self) -> Any:
         """The correction of x' as the configuration keeps it, a dict or None; set as corrections.as_correction takes it, and
         raises as that."""
-        return self.config.correction
+        return getattr(self.config, "correction", None)  # a pipeline may put a configuration without it there
 
     @correction.setter
     def correction(self, correction: CorrectionLike | None) -> None:
@@ -281,7 +281,7 @@ class Fused(Configured):
         def make() -> Plan:
             with torch.inference_mode(False):  # what is kept serves calls with gradients too
                 why = self._refuses()
-                if why is not None and self.config.correction is not None:
+                if why is not None and self.correction is not None:
                     raise ValueError(f"correction: expected None, since diffusers' own step runs here: {why}")
                 return Plan(*self._scaled_formula(options), device, why, self._thresholds)
 
@@ -319,7 +319,7 @@ class Fused(Configured):
             lambda_t, to_x = np.tile(scale, levels), np.tile(on_x, levels)
             columns["draw"] = np.tile(np.arange(length), levels)
             zero = np.zeros(levels * length)
-            if (correction := as_correction(self.config.correction)) is not None:
+            if (correction := as_correction(self.correction)) is not None:
                 columns = self._correct(correction, columns, model, self._ends_of(options))
             for x, f in (("d_x", "d_f"), ("c_x", "c_f")):
                 of_f = columns.get(f, zero)
@@ -534,7 +534,7 @@ class Fused(Configured):
 
     def _refuse_uncorrected(self, row: Row) -> None:
         """Raises ValueError where diffusers' own step would run and the row is one to correct."""
-        if self.config.correction is not None and (row.step is None or row.corrects):
+        if self.correction is not None and (row.step is None or row.corrects):
             raise ValueError(f"correction: expected None, since diffusers' own step runs here: {row.why}")
 
     def _call_theirs(self, method: str, f: Tensor, timestep: Any, x: Tensor, **arguments: Any) -> Result:
