@@ -84,7 +84,7 @@ def estimate(scheduler, name, f, t, x, i, results, converted):
 
 
 IN_HALVES = ("HeunDiscrete", "FlowMatchHeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete")
-TO_AN_IMAGE = ("DDPM", "UnCLIP", "DDPMParallel", "LCM", "ConsistencyDecoder", "CMStochasticIterative", "IPNDM")
+TO_AN_IMAGE = ("DDPM", "UnCLIP", "DDPMParallel", "LCM", "ConsistencyDecoder", "IPNDM")
 
 
 class Patched:
@@ -117,6 +117,8 @@ class Patched:
         if self.name == "PNDM":
             ends = i % 4 == 3 if not self.config.skip_prk_steps and i < 12 else i > 0
             return ends and not (self.config.set_alpha_to_one and i == calls - 1)
+        if self.name == "CMStochasticIterative":  # to sigma_min without noise
+            return bool(self.sigmas[i + 1] > 1.001 * self.config.sigma_min)
         if self.name == "SCM":
             return bool(self.timesteps[i + 1] != 0)
         if self.name == "TCD":
