@@ -225,7 +225,7 @@ class _Sampling:
                 check_bands("--correction", torch.empty(0, *self.model.shape), table.band_dims)
             if args.time_shift:
                 shifted = functools.partial(ShiftedTable, **args.time_shift)
-                self.tables["samples"] = make_table(args, self.model, *asked["samples"], shifted).to(device)
+                self.tables["samples"] = make_table(args, self.model, self.scaling, self.correction, shifted).to(device)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
         self.seed_bytes = 4 * math.prod(self.model.shape) * len(self.tables)  # on the host: samples are float32 there
