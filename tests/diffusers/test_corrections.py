@@ -72,7 +72,8 @@ def estimate(scheduler, name, f, t, x, i, results, converted):
         return scheduler.alphas[i] * x - scheduler.betas[i] * f
     if name == "CMStochasticIterative":
         c_skip, c_out = scheduler.get_scalings_for_boundary_condition(scheduler.sigmas[i])
-        return (c_out * f + c_skip * x).clamp(-1, 1)
+        x0 = c_out * f + c_skip * x
+        return x0.clamp(-1, 1) if config.clip_denoised else x0
     if name == "ConsistencyDecoder":
         return scheduler.c_out[int(t)] * f + scheduler.c_skip[int(t)] * x
     if not converted:

@@ -801,6 +801,7 @@ def test_tables_are_the_samplers_corrected_ones(name, monkeypatch):
     getattr(k_diffusion, f"sample_{name}")(model, start(EDM), *levels, disable=True, correction=CORRECTION)
     last = len(found[0]) if "uni_pc" not in name else len(found[0]) - 1  # to 0.001, which stands for 0
     assert torch.allclose(found[0].rows[:last], made[0].rows[:last], rtol=1e-6, atol=1e-7) and found[0].corrected
+    assert (found[0]["w_next"][-1] == 1) == (name != "dpm_fast")  # which does not lead to an image
 
 
 def test_a_correction_on_a_flow():
