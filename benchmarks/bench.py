@@ -23,19 +23,22 @@ import torch
 from harness import OURS, Comparison
 
 import epskernels
-from epskernels import build, models, samplers, schedule
+from epskernels import build, corrections, models, samplers, schedule
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 COPY, COMPILED, EAGER = "a copy of the same bytes", "torch.compile", "eager PyTorch"
 ROW, LATENT, IMAGES = 7, (16, 4, 64, 64), (16, 3, 256, 256)
 VP = {"schedule": schedule.linear(), "steps": 20, "scaling": 1.005}
 KARRAS = schedule.KarrasSchedule()
+BAND = corrections.dcw(-0.1, 0.05)
 FEATURES = {  # the table, the further inputs, and the functional step
     "plain": (samplers.ddim(**VP, clip=1.0), (), peers.plain),
     "guidance": (samplers.ddim(**VP, clip=1.0, guidance=7.5), ("u",), peers.guidance),
     "history": (samplers.dpmpp_2m(**VP), ("m1",), peers.history),
     "noise": (samplers.ddpm(**VP), ("seeds",), peers.noise),
     "guidance and noise": (samplers.ddpm(**VP, guidance=7.5), ("u", "seeds"), peers.guidance_noise),
+    "band": (samplers.ddim(**VP, clip=1.0, correction=BAND), (), peers.band),
+    "band and noise": (samplers.ddpm(**VP, correction=BAND), ("seeds",), peers.band_noise),
     "learned variance": (samplers.ddpm(**VP, variance="learned_range"), ("v", "seeds"), peers.learned),
 }
 step = epskernels.step
@@ -64,7 +67,10 @@ def check(feature, dtype):
         assert torch.equal(a, b), f"{feature}: not the reference's bits"
     seeds = tensors.pop("seeds", None)
     z = None if seeds is None else epskernels.normal(seeds, x.shape[1:], draw=ROW, stream=0)
-    theirs = peers.functional_step(x, f, table.rows[ROW], **tensors, z=z)[0]
+    if feature.startswith("band"):
+        theirs = peers.band(x, f, table.rows[ROW], z=z)
+    else:
+        theirs = peers.functional_step(x, f, table.rows[ROW], **tensors, z=z)[0]
     tolerance = {} if dtype == FLOAT else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(theirs, got[0] if keeps else got, **tolerance)
 
@@ -150,6 +156,19 @@ def by_feature():
         for shape in (LATENT, IMAGES):
             yield Comparison("feature", f"{feature}, {shape}", step_and_peers(feature, shape, FLOAT, [COMPILED, EAGER, COPY]),
                              {"feature": feature, "shape": shape}, {COMPILED: 1.0})  # fmt: skip
+
+
+def by_band():
+    """A step that corrects the low band of x' beside the one that does not, both into given tensors."""
+    for feature, without in (("band", "plain"), ("band and noise", "noise")):
+        for shape in (LATENT, IMAGES):
+
+            def make(feature=feature, without=without, shape=shape):
+                contenders = into_out(feature, shape, [])()
+                return contenders | {"without a band": into_out(without, shape, [])()[OURS]}
+
+            yield Comparison("band", f"{feature} into out, {shape}", make, {"feature": feature, "shape": shape},
+                             {"without a band": 1.25})  # fmt: skip
 
 
 def by_dtype():
@@ -453,7 +472,8 @@ def gpu_results():
 
 def comparisons(full, only):
     everything = [
-        *by_limit(), *by_size(full), *by_feature(), *by_dtype(), *by_scheduler(), *by_formula(), *by_batch(), *by_growth(full),
+        *by_limit(), *by_size(full), *by_feature(), *by_band(),
+        *by_dtype(), *by_scheduler(), *by_formula(), *by_batch(), *by_growth(full),
         *by_rows(),
         *by_threads(), *by_loop(full), *by_real_model(), *by_call(),
     ]  # fmt: skip

@@ -25,6 +25,7 @@ import sys
 import time
 import typing
 
+import peers
 import torch
 
 import epskernels
@@ -141,27 +142,13 @@ def functional_rescaled_step(x, f, row, u, phi=0.7):
     return functional_step(x, (phi * ratio + (1 - phi)) * fhat, row)
 
 
-def haar(values):
-    """One level of Haar's wavelet over the last two dimensions, as a wavelet library has it: [LL, LH, HL, HH]."""
-    height, width = values.shape[-2:]
-    values = torch.nn.functional.pad(values, (0, width % 2, 0, height % 2))
-    a, b, c, d = (values[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
-    return [(a + b + c + d) / 2, (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b - c + d) / 2]
-
-
-def inverse_haar(bands, like):
-    low, lh, hl, hh = bands
-    rows = [torch.stack([low + s * lh + t * hl + s * t * hh for t in (1, -1)], -1).flatten(-2) / 2 for s in (1, -1)]
-    return torch.stack(rows, -2).flatten(-3, -2)[..., : like.shape[-2], : like.shape[-1]]
-
-
 def functional_band_step(x, f, row):
     """As the correction's authors write it: the step, the wavelets of x' and m0, their bands moved apart, the inverse."""
     dtype, x, f = x.dtype, x.float(), f.float()
     m0 = torch.clamp(row[0] * x + row[1] * f, -row[2], row[2])
     next_x = row[4] * x + row[6] * m0  # with what the rows' own coefficients have of the high bands in it
-    of_next, of_m0 = haar(next_x), haar(m0)
-    return inverse_haar([of_next[0] * (1 + row[24]) + of_m0[0] * row[25], *of_next[1:]], x).to(dtype)
+    of_next, of_m0 = peers.haar(next_x), peers.haar(m0)
+    return peers.inverse_haar([of_next[0] * (1 + row[24]) + of_m0[0] * row[25], *of_next[1:]], x).to(dtype)
 
 
 FUNCTIONS = {"band": functional_band_step, "noise": functional_noisy_step, "rescale": functional_rescaled_step}

@@ -49,6 +49,34 @@ def learned(x, f, row, v):
     return functional_step(x, f, row, z=torch.randn_like(x, dtype=torch.float32), v=v)[0]
 
 
+# ---- the correction of a band, as its authors write it (arXiv 2604.16044) ----
+
+
+def haar(values):
+    """One level of Haar's wavelet over the last two dimensions, as a wavelet library has it: [LL, LH, HL, HH]."""
+    height, width = values.shape[-2:]
+    values = torch.nn.functional.pad(values, (0, width % 2, 0, height % 2))
+    a, b, c, d = (values[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
+    return [(a + b + c + d) / 2, (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b - c + d) / 2]
+
+
+def inverse_haar(bands, like):
+    low, lh, hl, hh = bands
+    rows = [torch.stack([low + s * lh + t * hl + s * t * hh for t in (1, -1)], -1).flatten(-2) / 2 for s in (1, -1)]
+    return torch.stack(rows, -2).flatten(-3, -2)[..., : like.shape[-2], : like.shape[-1]]
+
+
+def band(x, f, row, z=None):
+    """The step, the wavelets of x' and m0, their low bands moved apart, and the inverse."""
+    (next_x, m0), l_next, l_m0 = functional_step(x, f, row, z=z), row[len(COLUMNS)], row[len(COLUMNS) + 1]
+    of_next, of_m0 = haar(next_x.float()), haar(m0.float())
+    return inverse_haar([of_next[0] * (1 + l_next) + of_m0[0] * l_m0, *of_next[1:]], x).to(x.dtype)
+
+
+def band_noise(x, f, row):
+    return band(x, f, row, z=torch.randn_like(x, dtype=torch.float32))
+
+
 # ---- the formulas of EDM (arXiv 2206.00364, algorithm 1) and DPM-Solver++ (arXiv 2211.01095) on the denoised estimate ----
 
 

@@ -18,6 +18,7 @@ TITLES = {
     "limit": "The limit: the same bytes, the same noise",
     "size": "By size",
     "feature": "By feature",
+    "band": "With the low band corrected",
     "dtype": "By dtype",
     "scheduler": "Beside diffusers' schedulers: one step",
     "formula": "Beside the papers' formulas in eager PyTorch",
