@@ -202,7 +202,9 @@ class Table:
     @_trait
     def corrected(self) -> bool:
         """Some row corrects its x': see corrections.py."""
-        return bool((self["w_next"] != 1).any() or self["w_m0"].any() or self["w_x"].any() or _by_band(self._values).any())
+        return bool(
+            (self["w_next"] != 1).any() or self["w_m0"].any() or self["w_x"].any() or _by_band(self._values).any()
+        )
 
     @_trait
     def band_dims(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import models, samplers, schedule
+from ..corrections import Correction
 from ..files import check_writable
 from ..scaling import EpsilonScaling
 from ..table import Table
@@ -88,7 +89,26 @@ def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[mo
         raise UsageError(error) from error
 
 
-def make_table(args: argparse.Namespace, model: models.Model, scaling: EpsilonScaling | float) -> Table:
+def lambda_value(text: str) -> Any:
+    """What the text of --lambda says: a number, a list of numbers, what JSON holds, or a name or path as it is."""
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"--lambda: expected JSON, got {text!r}: {error}") from None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        return text
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def make_table(
+    args: argparse.Namespace,
+    model: models.Model,
+    scaling: EpsilonScaling | float,
+    correction: Correction | None = None,
+) -> Table:
     """The table of the sampler that the arguments name, for this model. The sampler's signature says which options it takes.
 
     Raises UsageError for an option that the sampler does not take, ValueError and TypeError as the sampler does.
@@ -96,6 +116,8 @@ def make_table(args: argparse.Namespace, model: models.Model, scaling: EpsilonSc
     sampler = samplers.SAMPLERS[args.sampler]
     takes = inspect.signature(sampler).parameters
     options: dict[str, Any] = {"scaling": scaling, "prediction": model.prediction, "guidance": args.guidance}
+    if correction is not None:
+        options["correction"] = correction
     if "clip" in takes:  # what keeps eps from call to call has no x_0 to hold to a range
         options["clip"] = model.clip
     for name in ("eta", "direction", "variance"):
