@@ -33,7 +33,7 @@ class Subject:
     sample of all.
     features: (N, *shape), an array or a tensor, -> float64 (N, D).
     to_stored: samples, a float32 tensor (N, *shape), -> the array that is kept. from_stored: that -> float32 (N, *shape).
-    samplers: {name: (steps, scaling) -> Table}, lambda_t as samplers take it.
+    samplers: {name: (steps, scaling, correction=None) -> Table}, as samplers take them.
     trial: samples over which a lambda is chosen.
     """
 
@@ -97,13 +97,21 @@ def digits():
     model = models.load()
     path, karras = model.schedule, schedule.KarrasSchedule(model=model.schedule)
     tables = {
-        "ddpm": lambda steps, s: samplers.ddpm(path, steps, scaling=s, variance="learned_range", clip=1.0),
+        "ddpm": lambda steps, s, c=None: samplers.ddpm(
+            path, steps, scaling=s, correction=c, variance="learned_range", clip=1.0
+        ),
         # ADM-style and LDM-style DDIM, as the paper's code bases clip them.
-        "ddim": lambda steps, s: samplers.ddim(path, steps, scaling=s, clip=1.0),
-        "ddim-unscaled": lambda steps, s: samplers.ddim(path, steps, scaling=s, direction="unscaled"),
-        "edm_euler": lambda steps, s: samplers.edm_euler(karras, steps, scaling=s, prediction="epsilon"),
-        "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s, prediction="epsilon"),
-        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, spacing="leading"),
+        "ddim": lambda steps, s, c=None: samplers.ddim(path, steps, scaling=s, correction=c, clip=1.0),
+        "ddim-unscaled": lambda steps, s, c=None: samplers.ddim(
+            path, steps, scaling=s, correction=c, direction="unscaled"
+        ),
+        "edm_euler": lambda steps, s, c=None: samplers.edm_euler(
+            karras, steps, scaling=s, correction=c, prediction="epsilon"
+        ),
+        "edm_heun": lambda steps, s, c=None: samplers.edm_heun(
+            karras, steps, scaling=s, correction=c, prediction="epsilon"
+        ),
+        "dpmpp_2m": lambda steps, s, c=None: samplers.dpmpp_2m(path, steps, scaling=s, correction=c, spacing="leading"),
     }
     weights = (models.DIGITS / "unet" / "diffusion_pytorch_model.safetensors", quality.WEIGHTS)
     return Subject(name="digits", weights=weights, schedule=path, call=model.callable(), samplers=tables, **DIGITS)
@@ -161,11 +169,13 @@ def digits_edm():
 
     vp = {"prediction": "sample", "clip": 1.0}
     tables = {
-        "edm_euler": lambda steps, s: samplers.edm_euler(karras, steps, scaling=s),
-        "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s),
-        "ddpm": lambda steps, s: samplers.ddpm(path, steps, scaling=s, **vp),
-        "ddim": lambda steps, s: samplers.ddim(path, steps, scaling=s, **vp),
-        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, prediction="sample", spacing="leading"),
+        "edm_euler": lambda steps, s, c=None: samplers.edm_euler(karras, steps, scaling=s, correction=c),
+        "edm_heun": lambda steps, s, c=None: samplers.edm_heun(karras, steps, scaling=s, correction=c),
+        "ddpm": lambda steps, s, c=None: samplers.ddpm(path, steps, scaling=s, correction=c, **vp),
+        "ddim": lambda steps, s, c=None: samplers.ddim(path, steps, scaling=s, correction=c, **vp),
+        "dpmpp_2m": lambda steps, s, c=None: samplers.dpmpp_2m(
+            path, steps, scaling=s, correction=c, prediction="sample", spacing="leading"
+        ),
     }
     weights = (weights_of("digits_edm"), quality.WEIGHTS)
     return Subject(name="digits_edm", weights=weights, schedule=path, call=call, samplers=tables, **DIGITS)
@@ -234,12 +244,18 @@ def power():
     karras = schedule.KarrasSchedule(model=path)
     # No clipping: curves have no bounds.
     tables = {
-        "ddpm": lambda steps, s: samplers.ddpm(path, steps, scaling=s, clip=None),
-        "ddim": lambda steps, s: samplers.ddim(path, steps, scaling=s),
-        "ddim-unscaled": lambda steps, s: samplers.ddim(path, steps, scaling=s, direction="unscaled"),
-        "edm_euler": lambda steps, s: samplers.edm_euler(karras, steps, scaling=s, prediction="epsilon"),
-        "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s, prediction="epsilon"),
-        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, spacing="leading"),
+        "ddpm": lambda steps, s, c=None: samplers.ddpm(path, steps, scaling=s, correction=c, clip=None),
+        "ddim": lambda steps, s, c=None: samplers.ddim(path, steps, scaling=s, correction=c),
+        "ddim-unscaled": lambda steps, s, c=None: samplers.ddim(
+            path, steps, scaling=s, correction=c, direction="unscaled"
+        ),
+        "edm_euler": lambda steps, s, c=None: samplers.edm_euler(
+            karras, steps, scaling=s, correction=c, prediction="epsilon"
+        ),
+        "edm_heun": lambda steps, s, c=None: samplers.edm_heun(
+            karras, steps, scaling=s, correction=c, prediction="epsilon"
+        ),
+        "dpmpp_2m": lambda steps, s, c=None: samplers.dpmpp_2m(path, steps, scaling=s, correction=c, spacing="leading"),
     }
     return Subject(
         name="power", weights=(weights_of("power"),), shape=CURVE, schedule=path, call=network, real=real_curves,
