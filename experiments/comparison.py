@@ -7,7 +7,7 @@ dc               x' + s*(x' - m0): s by trials; "dc, alpha*m0" compares with alp
 dcw low          the same of the low band, with the published schedule of its weight ("sigma") and a constant one
 dcw double       beside the better of these, the high band
 frequency        the low band's factor, then the high band's beside it
-pair             the best scaling of these by the trials, and beside it the best correction of one weight, which is searched again
+pair             the best scaling and the best correction of one weight: the better stays, the other is searched again beside it
 
 Weights are chosen over the selection's samples. They start where they change nothing, and go both ways. What is found lies in
 the setting's row under "corrected", as `records` says.
@@ -25,6 +25,7 @@ SAMPLES = {"power": 5000, "digits": 2000, "digits_edm": 2000}
 LONG, SAMPLES_LONG = 50, {"digits": 1000, "digits_edm": 1000}  # from so many model calls on
 FITTED_AT = 20  # model calls, of the norm gap by level
 NOTHING = scaling.constant(1.0)
+WEIGHT_OF = {"uniform": ("b", scaling.constant), "tsr": ("k", functools.partial(scaling.tsr, sigma=1.0))}
 SAMPLERS = ("ddim", "ddpm", "edm_euler", "dpmpp_2m", "edm_heun")
 # (model, model calls), what says most for its price first.
 ORDER = (
@@ -89,7 +90,8 @@ class Compared:
         yield "uniform", (scaling.constant(b), None), {"b": b}, trials[b]
         fitted = self.by_level()
         yield "by level", (fitted, None), {}, self.distance("by level", (), fitted)
-        yield "tsr", *self.search("tsr", {"k": 1.0}, lambda k: (scaling.tsr(k, 1.0), None))
+        weight, make = WEIGHT_OF["tsr"]
+        yield "tsr", *self.search("tsr", {weight: 1.0}, lambda **w: (make(**w), None))
 
     def corrections(self):
         """Of which each is (name, (scaling, correction), weights, distance); of one weight, but the last two."""
@@ -113,19 +115,26 @@ class Compared:
         yield "frequency", *self.search("frequency", {"low": 1.0, "high": 1.0}, beside(NOTHING, make))
 
     def pair(self, scalings, found):
-        """(name, (scaling, correction), weights, distance) of the best scaling with the best correction of one weight beside it.
+        """(name, (scaling, correction), weights, distance) of the best scaling and the best correction of one weight together.
 
-        The weight is searched again: what both mend, both together overdo.
+        The one that does better alone stays, and the other's weight is searched again beside it: what both mend, both overdo.
         """
-        name, (best, _), _, distance = min(scalings, key=lambda one: one[-1])
-        correction, (_, one), weights, _ = min(found, key=lambda one: one[-1])
-        start = dict.fromkeys(weights, 0.0)
-        options = {key: value for key, value in one.to_dict().items() if key in ("schedule", "target", "dims")}
-        if one.kind == "dc":
-            options.pop("dims")
-        make = functools.partial(getattr(corrections, one.kind), **options)
-        made, weights, distance = self.search(f"{name} + {correction}", start, beside(best, make), distance)
-        return "pair", made, {"scaling": name, "correction": correction, **weights}, distance
+        scaled, (lambda_t, _), _, by_scaling = min(scalings, key=lambda one: one[-1])
+        corrected, (_, correction), weights, by_correction = min(found, key=lambda one: one[-1])
+        method = f"{scaled} + {corrected}" if by_scaling <= by_correction else f"{corrected} + {scaled}"
+        if by_scaling <= by_correction:
+            options = {key: getattr(correction, key) for key in ("schedule", "target")}
+            if correction.kind == "dcw":
+                options["dims"] = correction.dims
+            make = functools.partial(getattr(corrections, correction.kind), **options)
+            best = self.search(method, dict.fromkeys(weights, 0.0), beside(lambda_t, make), by_scaling)
+        elif scaled in WEIGHT_OF:
+            weight, make = WEIGHT_OF[scaled]
+            best = self.search(method, {weight: 1.0}, lambda **w: (make(**w), correction), by_correction)
+        else:
+            best = (lambda_t, correction), {}, self.distance(method, (), lambda_t, correction)
+        made, searched, distance = best
+        return "pair", made, {"together": method, **searched}, distance
 
     def candidates(self):
         """{name: (scaling, correction)} of all methods, the weights chosen."""

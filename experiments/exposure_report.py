@@ -223,8 +223,8 @@ def methods(rows):
 
 def weights(chosen):
     """A method's weights, in short; of those that have a number."""
-    numbers = [f"{key} {value:.3g}" for key, value in chosen.items() if not isinstance(value, str)]
-    return "<br>".join([*(value for key, value in chosen.items() if key in ("scaling", "correction")), *numbers])
+    said = [value for key, value in chosen.items() if key == "together"]
+    return "<br>".join([*said, *(f"{key} {value:.4g}" for key, value in chosen.items() if not isinstance(value, str))])
 
 
 def corrections(subject, rows):

@@ -276,7 +276,7 @@ def test_quick_row_and_report(compared, tmp_path, capsys):
     change = corrected["tables"]["20"]["dc, alpha*m0"]["frechet_difference"][0]
     said = f"{change:+.3f}" if change else "as baseline"
     line = next(line for line in pages[0].read_text().splitlines() if line.startswith("| ddim, 3 | 20 |"))
-    assert said in line and f"s {corrected['chosen']['dc, alpha*m0']['s']:.3g}" in line or not change
+    assert said in line and f"s {corrected['chosen']['dc, alpha*m0']['s']:.4g}" in line or not change
     assert "Not measured yet" not in pages[0].read_text()
     for page, start in zip(pages, (f"| ddim, 3 | 20 | {baseline:.3f} [", f"| ddim | {baseline:.3f} ["), strict=True):
         text = page.read_text()
