@@ -228,6 +228,11 @@ struct StepViews {
   int64_t batch() const { return x.sizes[0]; }
   int64_t sample_numel() const { return x.numel() / batch(); }
   int64_t channel_numel() const { return x.dim > 1 ? sample_numel() / x.sizes[1] : 1; }
+  // In how many of x's last dimensions these rows may correct a band: mirrors epskernels/spec.py::band_dims_of.
+  int band_dims() const {
+    const bool wide = rows.sizes[1] == WIDE_ROW_COLUMNS;
+    return !wide || x.dim < 2 || x.dim > 5 ? 0 : x.dim > 3 ? 2 : 1;
+  }
 };
 
 #undef TENSOR
@@ -237,9 +242,9 @@ struct StepViews {
 
 inline void check_rows(const View& rows) {
   if (rows.dtype != aoti_torch_dtype_float32()) fail("rows: expected dtype float32, got ", dtype_name(rows.dtype));
-  if (rows.dim != 2 || rows.sizes[1] != ROW_COLUMNS || rows.sizes[0] < 1)
-    fail("rows: expected shape (R, ", ROW_COLUMNS, ") with R >= 1, got ", rows.shape());
-  if (rows.strides[1] != 1 || (rows.sizes[0] > 1 && rows.strides[0] < ROW_COLUMNS))
+  if (rows.dim != 2 || (rows.sizes[1] != ROW_COLUMNS && rows.sizes[1] != WIDE_ROW_COLUMNS) || rows.sizes[0] < 1)
+    fail("rows: expected shape (R, ", ROW_COLUMNS, ") or (R, ", WIDE_ROW_COLUMNS, ") with R >= 1, got ", rows.shape());
+  if (rows.strides[1] != 1 || (rows.sizes[0] > 1 && rows.strides[0] < rows.sizes[1]))
     fail("rows: expected contiguous rows, got strides (", rows.strides[0], ", ", rows.strides[1], ")");
 }
 

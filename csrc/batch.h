@@ -22,6 +22,8 @@ struct StepOperands {
   bool out_is_new = false;                   // its pages may not be there yet
   bool doubled = false;                      // model_input has a second half, of `batch` samples more
   int64_t batch, sample_numel, channel_numel;
+  int band_dims = 0;              // in how many of a sample's last dimensions rows may correct a band; 0 where they cannot
+  int64_t height = 1, width = 1;  // of the planes whose bands they are
   int64_t guided_period;  // elements after which channels begin anew: a sample's, where a batch is taken for one long sample too
 };
 

@@ -120,6 +120,9 @@ struct Ops {
     operands.sample_numel = a.sample_numel();
     operands.channel_numel = a.channel_numel();
     operands.guided_period = operands.sample_numel;
+    operands.band_dims = a.band_dims();
+    if (operands.band_dims > 0) operands.width = a.x.sizes[a.x.dim - 1];
+    if (operands.band_dims > 1) operands.height = a.x.sizes[a.x.dim - 2];
     Backend::run(operands, rows);
     layouts.finish();
   }

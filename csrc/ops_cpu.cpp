@@ -32,13 +32,18 @@ struct Cpu {
     const bool cached = operands.out_is_new || operands.out.data == operands.x.data;
     const bool stream = !cached && operands.batch * operands.sample_numel * size_of(operands.x_dtype) >= STREAM_BYTES;
     const StepCall call{operands, rows.samples.data(), stream};
-    const int64_t numel = operands.sample_numel, tiles = (numel + TILE - 1) / TILE;
-    const int64_t grain = std::max<int64_t>(1, (rows.draws ? GRAIN_NOISE : GRAIN_STEP) / std::min(TILE, numel));
-    torch::stable::parallel_for(0, operands.batch * tiles, grain, [&](int64_t first, int64_t last) {
+    // What a thread takes at a time: a tile, or so many whole blocks of a band.
+    const Strips strips(operands);
+    const bool by_band = std::any_of(rows.samples.begin(), rows.samples.end(), [](const Sample& s) { return s.terms & TERM_BAND; });
+    const int64_t numel = operands.sample_numel, pieces = by_band ? strips.count : (numel + TILE - 1) / TILE;
+    const int64_t piece_numel = std::min(by_band ? strips.length : TILE, numel);
+    const int64_t grain = std::max<int64_t>(1, (rows.draws ? GRAIN_NOISE : GRAIN_STEP) / piece_numel);
+    torch::stable::parallel_for(0, operands.batch * pieces, grain, [&](int64_t first, int64_t last) {
       while (first < last) {
-        const int64_t sample = first / tiles, tile = first % tiles;
-        const int64_t count = std::min(last - first, tiles - tile);
-        kernels.step(call, sample, tile * TILE, std::min((tile + count) * TILE, numel));
+        const int64_t sample = first / pieces, piece = first % pieces;
+        const int64_t count = std::min(last - first, pieces - piece);
+        if (by_band) kernels.step_by_band(call, sample, strips, piece, piece + count);
+        else kernels.step(call, sample, piece * TILE, std::min((piece + count) * TILE, numel));
         first += count;
       }
     });
@@ -62,7 +67,7 @@ struct Cpu {
     std::vector<std::pair<float, int64_t>> guidance(a.batch, {1.0f, numel});
     for (int64_t b = 0; a.u.data && b < a.batch; ++b) {
       const StepRow& row = row_at(rows, integer_at(index, b));
-      check_row(row, integer_at(index, b));
+      check_row(row, integer_at(index, b), rows.sizes[1]);
       guidance[b] = {row.g, guided_numel(row, numel, a.channel_numel)};
     }
     const CpuKernels& kernels = cpu_kernels();

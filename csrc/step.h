@@ -36,6 +36,12 @@ HOST_DEVICE unsigned row_terms(const StepRow& row) {
   return terms;
 }
 
+// Rows of 28 columns have a BandRow behind them: x' + L(l_next*x' + l_m0*m0 + l_x*x) comes in the place of x', where L takes each
+// element to the mean of its pair or 2x2 block, ((a + b) + (c + d))/4; what lies outside counts as 0.
+HOST_DEVICE bool corrects_band(const BandRow& band) {
+  return band.l_next != 0.0f || band.l_m0 != 0.0f || band.l_x != 0.0f;
+}
+
 // Which tensors a row's terms read: the terms that stand for the tensors in StepCall and StepParameters.
 HOST_DEVICE unsigned tensor_terms(unsigned terms) {
   if (terms & TERM_K_M1) terms |= TERM_M1;

@@ -3,6 +3,7 @@
 #include "step_cpu.h"
 
 #include <utility>
+#include <vector>
 
 #include "halves.h"
 
@@ -281,54 +282,110 @@ void model_input_tile(float c_in, const float* x, float* model_input, int64_t co
   for (int64_t i = 0; i < count; ++i) model_input[i] = c_in * x[i];
 }
 
+// ---- the low band of x': the sums of blocks, halved or quartered, added to their elements ----
+
+void band_values(const BandRow& band_in_memory, const float* next, const float* m0, const float* x, float* values, int64_t count) {
+  const BandRow band = band_in_memory;
+  if (band.l_x == 0.0f) {
+    for (int64_t i = 0; i < count; ++i) values[i] = band.l_next * next[i] + band.l_m0 * m0[i];
+  } else {
+    for (int64_t i = 0; i < count; ++i) values[i] = band.l_next * next[i] + band.l_m0 * m0[i] + band.l_x * x[i];
+  }
+}
+
+// Lanes of whole pairs; either of a pair adds the other, in whichever order: a sum of two is the same.
+typedef float Pairs __attribute__((vector_size(32)));
+constexpr int64_t PAIRS = sizeof(Pairs) / sizeof(float);
+
+inline Pairs load_pairs(const float* source) {
+  Pairs pairs;
+  std::memcpy(&pairs, source, sizeof pairs);
+  return pairs;
+}
+
+inline Pairs with_neighbour(Pairs pairs) {
+#if defined(__clang__)
+  return pairs + __builtin_shufflevector(pairs, pairs, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+  typedef int32_t Lanes __attribute__((vector_size(32)));
+  return pairs + __builtin_shuffle(pairs, Lanes{1, 0, 3, 2, 5, 4, 7, 6});
+#endif
+}
+
+inline void add_pairs(Pairs mean, float* target) {
+  const Pairs sum = load_pairs(target) + mean;
+  std::memcpy(target, &sum, sizeof sum);
+}
+
+// Two image rows of `width` elements.
+void add_band(const float* upper, const float* lower, float* next_upper, float* next_lower, int64_t width) {
+  int64_t i = 0;
+  for (; i + PAIRS <= width; i += PAIRS) {
+    const Pairs mean = (with_neighbour(load_pairs(upper + i)) + with_neighbour(load_pairs(lower + i))) * 0.25f;
+    add_pairs(mean, next_upper + i);
+    add_pairs(mean, next_lower + i);
+  }
+  for (; i < width; i += 2) {
+    const bool both = i + 1 < width;
+    const float mean = ((upper[i] + (both ? upper[i + 1] : 0.0f)) + (lower[i] + (both ? lower[i + 1] : 0.0f))) * 0.25f;
+    next_upper[i] += mean, next_lower[i] += mean;
+    if (both) next_upper[i + 1] += mean, next_lower[i + 1] += mean;
+  }
+}
+
+// One row: in two dimensions the last of an odd number, below which there are zeros.
+void add_last_band(const float* row, float* next, int64_t width, int band_dims) {
+  const float below = band_dims == 2 ? 0.0f : -0.0f, share = band_dims == 2 ? 0.25f : 0.5f;  // -0 adds nothing, to a -0 either
+  int64_t i = 0;
+  for (; i + PAIRS <= width; i += PAIRS) add_pairs((with_neighbour(load_pairs(row + i)) + below) * share, next + i);
+  for (; i < width; i += 2) {
+    const bool both = i + 1 < width;
+    const float mean = ((row[i] + (both ? row[i + 1] : 0.0f)) + below) * share;
+    next[i] += mean;
+    if (both) next[i + 1] += mean;
+  }
+}
+
 // Room for one tensor's tile each.
 enum Buffer { ABSENT, X, F, U, M1, M2, Y, GRAD, NOISE, V, SCALED_NOISE, SCALED_GRAD, OUT, M0, Y_OUT, MODEL_INPUT, BUFFERS };
 
-void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
-  const StepOperands& operands = call.operands;
-  const Sample& sample = call.samples[index];
-  const StepRow& row = *sample.row;
-  const unsigned terms = sample.terms, reads = tensor_terms(terms);
-  const Dtype x_dtype = operands.x_dtype, f_dtype = operands.f_dtype;
-  const bool common = !(terms & ~(COMMON_TERMS | TERM_VARIANCE)), keep_m0 = operands.m0.data != nullptr;
-  const int64_t guided = terms & TERM_CHANNELS ? guided_numel(row, operands.sample_numel, operands.channel_numel) : end;
-  const TermMasks masks(terms);
-  const auto at = [](const Batch& batch, int64_t sample) { return batch.data + sample * batch.stride; };
-  alignas(64) float buffers[BUFFERS][TILE];
-  if (!common) std::memset(buffers[ABSENT], 0, sizeof buffers[ABSENT]);
+// One sample's step, some elements of it at a time.
+class Stepper {
+ public:
+  Stepper(const StepCall& call, int64_t index)
+      : call(call), a(call.operands), index(index), sample(call.samples[index]), row(*sample.row), terms(sample.terms & ~TERM_BAND),
+        reads(tensor_terms(terms)), common(!(terms & ~(COMMON_TERMS | TERM_VARIANCE))), masks(terms),
+        guided(terms & TERM_CHANNELS ? guided_numel(row, a.sample_numel, a.channel_numel) : a.sample_numel) {
+    if (!common) std::memset(buffers[ABSENT], 0, sizeof buffers[ABSENT]);
+  }
 
-  for (; begin < end; begin += TILE) {
-    const int64_t count = end - begin < TILE ? end - begin : TILE;
+  // Elements [begin, begin + count) to where `out` says, m0 as well where it is wanted. Returns x. Of noise made here begin must be a
+  // multiple of 4, or begin % 4 + count at most TILE.
+  const float* compute(int64_t begin, int64_t count, const TileOutputs& out, bool keep_m0) {
     const auto read = [&](bool present, Dtype dtype, const Batch& tensor, Buffer buffer) {
       return present ? widen_tile(dtype, at(tensor, index), begin, count, buffers[buffer]) : buffers[ABSENT];
     };
     TileInputs in{};
-    in.x = read(true, x_dtype, operands.x, X);
-    in.f = read(true, f_dtype, operands.f, F);
-    in.u = read(reads & TERM_GUIDANCE, f_dtype, operands.u, U);
-    in.m1 = read(reads & TERM_M1, x_dtype, operands.m1, M1);
-    in.m2 = read(reads & TERM_M2, x_dtype, operands.m2, M2);
-    in.y = read(reads & TERM_Y, x_dtype, operands.y, Y);
-    in.grad = read(reads & TERM_GRAD, x_dtype, operands.grad, GRAD);
-    in.z = read((reads & TERM_NOISE) && operands.noise.data, x_dtype, operands.noise, NOISE);
-    if ((terms & TERM_NOISE) && !operands.noise.data) {
-      normal_tile(sample.seed, static_cast<uint32_t>(row.draw), STREAM_STEP, begin, count, buffers[NOISE]);
-      in.z = buffers[NOISE];
+    in.x = read(true, a.x_dtype, a.x, X);
+    in.f = read(true, a.f_dtype, a.f, F);
+    in.u = read(reads & TERM_GUIDANCE, a.f_dtype, a.u, U);
+    in.m1 = read(reads & TERM_M1, a.x_dtype, a.m1, M1);
+    in.m2 = read(reads & TERM_M2, a.x_dtype, a.m2, M2);
+    in.y = read(reads & TERM_Y, a.x_dtype, a.y, Y);
+    in.grad = read(reads & TERM_GRAD, a.x_dtype, a.grad, GRAD);
+    in.z = read((reads & TERM_NOISE) && a.noise.data, a.x_dtype, a.noise, NOISE);
+    if ((terms & TERM_NOISE) && !a.noise.data) {
+      const int64_t skipped = begin % 4;  // of the first counter's normals
+      normal_tile(sample.seed, static_cast<uint32_t>(row.draw), STREAM_STEP, begin - skipped, skipped + count, buffers[NOISE]);
+      in.z = buffers[NOISE] + skipped;
     }
     if ((terms & TERM_VARIANCE) && (terms & (TERM_NOISE | TERM_GRAD))) {
-      const float* v = read(true, f_dtype, operands.v, V);
+      const float* v = read(true, a.f_dtype, a.v, V);
       learned_tile(row, v, terms & TERM_NOISE ? in.z : nullptr, buffers[SCALED_NOISE],
                    terms & TERM_GRAD ? in.grad : nullptr, buffers[SCALED_GRAD], count);
       in.z = buffers[SCALED_NOISE];
       in.grad = buffers[SCALED_GRAD];
     }
-
-    // float32 goes straight to its tensor, but for what is to go past the caches.
-    const auto target = [&](const Batch& tensor, Buffer buffer) {
-      const bool direct = x_dtype == Dtype::float32 && tensor.data && !call.stream;
-      return direct ? reinterpret_cast<float*>(at(tensor, index)) + begin : buffers[buffer];
-    };
-    const TileOutputs out{target(operands.out, OUT), target(operands.m0, M0), target(operands.y_out, Y_OUT)};
     if (common) {
       STEP_TILES.of[(terms & COMMON_TERMS) + (keep_m0 ? KEEP_M0 : 0)](row, in, out, count);
     } else {
@@ -337,18 +394,107 @@ void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
       in.guided = guided - begin;
       step_tile_any(row, masks, in, out, count);
     }
-    const auto write = [&](float* tile, const Batch& tensor, Buffer buffer) {
-      if (tensor.data && tile == buffers[buffer]) store_tile(x_dtype, tile, at(tensor, index), begin, count, call.stream);
-    };
-    write(out.x, operands.out, OUT);
-    write(out.m0, operands.m0, M0);
-    write(out.y, operands.y_out, Y_OUT);
-    if (!operands.model_input.data) continue;
-    if (x_dtype != Dtype::float32) as_stored(x_dtype, out.x, count);
-    model_input_tile(row.c_in_next, out.x, buffers[MODEL_INPUT], count);
-    for (int64_t half = 0; half <= operands.doubled; ++half)
-      store_tile(f_dtype, buffers[MODEL_INPUT], at(operands.model_input, index + half * operands.batch), begin, count, call.stream);
+    return in.x;
   }
+
+  // float32 goes straight to its tensor, but for what is to go past the caches.
+  float* target(const Batch& tensor, Buffer buffer, int64_t begin) {
+    const bool direct = a.x_dtype == Dtype::float32 && tensor.data && !call.stream;
+    return direct ? reinterpret_cast<float*>(at(tensor, index)) + begin : buffers[buffer];
+  }
+
+  // What was computed into a buffer, to its tensor.
+  void write(const float* tile, const Batch& tensor, Buffer buffer, int64_t begin, int64_t count) {
+    if (tensor.data && tile == buffers[buffer]) store_tile(a.x_dtype, tile, at(tensor, index), begin, count, call.stream);
+  }
+
+  // The model's next input, of x' as its tensor holds it. Writes to `next`.
+  void write_model_input(float* next, int64_t begin, int64_t count) {
+    if (!a.model_input.data) return;
+    if (a.x_dtype != Dtype::float32) as_stored(a.x_dtype, next, count);
+    model_input_tile(row.c_in_next, next, buffers[MODEL_INPUT], count);
+    for (int64_t half = 0; half <= a.doubled; ++half)
+      store_tile(a.f_dtype, buffers[MODEL_INPUT], at(a.model_input, index + half * a.batch), begin, count, call.stream);
+  }
+
+  void step(int64_t begin, int64_t count) {
+    const TileOutputs out{target(a.out, OUT, begin), target(a.m0, M0, begin), target(a.y_out, Y_OUT, begin)};
+    compute(begin, count, out, a.m0.data != nullptr);
+    write(out.x, a.out, OUT, begin, count);
+    write(out.m0, a.m0, M0, begin, count);
+    write(out.y, a.y_out, Y_OUT, begin, count);
+    write_model_input(out.x, begin, count);
+  }
+
+  // A strip of whole blocks. next, values: room for it each.
+  void step_by_band(const BandRow& band, int64_t begin, int64_t end, float* next, float* values) {
+    for (int64_t first = begin; first < end;) {
+      const int64_t most = TILE - first % 4, count = end - first < most ? end - first : most;
+      const TileOutputs out{next + (first - begin), target(a.m0, M0, first), target(a.y_out, Y_OUT, first)};
+      const float* x = compute(first, count, out, true);
+      band_values(band, out.x, out.m0, x, values + (first - begin), count);
+      write(out.m0, a.m0, M0, first, count);
+      write(out.y, a.y_out, Y_OUT, first, count);
+      first += count;
+    }
+    const int64_t plane = a.height * a.width;
+    for (int64_t first = begin; first < end;) {
+      const int64_t inside = first % plane, column = inside % a.width;
+      const bool pair = inside / a.width + 1 < a.height;
+      const int64_t left = end - first, width = left < a.width - column ? left : a.width - column;
+      float* rows = next + (first - begin);
+      const float* of_rows = values + (first - begin);
+      if (pair) add_band(of_rows, of_rows + a.width, rows, rows + a.width, width);
+      else add_last_band(of_rows, rows, width, a.band_dims);
+      first += pair ? 2 * a.width : width;
+    }
+    for (int64_t first = begin; first < end; first += TILE) {
+      const int64_t count = end - first < TILE ? end - first : TILE;
+      store_tile(a.x_dtype, next + (first - begin), at(a.out, index), first, count, call.stream);
+      write_model_input(next + (first - begin), first, count);
+    }
+  }
+
+ private:
+  const StepCall& call;
+  const StepOperands& a;
+  const int64_t index;
+  const Sample& sample;
+  const StepRow& row;
+  const unsigned terms, reads;
+  const bool common;
+  const TermMasks masks;
+  const int64_t guided;
+  alignas(64) float buffers[BUFFERS][TILE];
+
+  static char* at(const Batch& batch, int64_t sample) { return batch.data + sample * batch.stride; }
+};
+
+void step(const StepCall& call, int64_t index, int64_t begin, int64_t end) {
+  Stepper stepper(call, index);
+  for (; begin < end; begin += TILE) stepper.step(begin, end - begin < TILE ? end - begin : TILE);
+#if defined(__SSE2__)
+  if (call.stream) _mm_sfence();
+#endif
+}
+
+void step_by_band(const StepCall& call, int64_t index, const Strips& strips, int64_t first, int64_t last) {
+  const Sample& sample = call.samples[index];
+  if (!(sample.terms & TERM_BAND)) {  // others of its batch do
+    for (int64_t begin = strips.begin(first), end = strips.end(last - 1); begin < end;) {
+      const int64_t next = (begin / TILE + 1) * TILE < end ? (begin / TILE + 1) * TILE : end;
+      step(call, index, begin, next);
+      begin = next;
+    }
+    return;
+  }
+  const BandRow& band = *reinterpret_cast<const BandRow*>(sample.row + 1);
+  alignas(64) float tiles[2][TILE];
+  std::vector<float> room(strips.length > TILE ? 2 * strips.length : 0);  // one pair of long image rows
+  float* next = room.empty() ? tiles[0] : room.data();
+  float* values = room.empty() ? tiles[1] : room.data() + strips.length;
+  Stepper stepper(call, index);
+  for (; first < last; ++first) stepper.step_by_band(band, strips.begin(first), strips.end(first), next, values);
 #if defined(__SSE2__)
   if (call.stream) _mm_sfence();
 #endif
@@ -389,6 +535,6 @@ void moments(const MomentsOperands& operands, int64_t index, float g, int64_t gu
 
 }  // namespace
 
-extern const CpuKernels kernels{EPSKERNELS_NAME(EPSKERNELS_CAPABILITY), &step, &moments, &normal};
+extern const CpuKernels kernels{EPSKERNELS_NAME(EPSKERNELS_CAPABILITY), &step, &step_by_band, &moments, &normal};
 
 }  // namespace epskernels::EPSKERNELS_CAPABILITY

@@ -5,7 +5,8 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from . import diffusers, samplers, scaling, schedule
+from . import corrections, diffusers, samplers, scaling, schedule, time_shift
+from .corrections import Correction
 from .graphed import GraphedSampler
 from .guidance import dynamic_threshold, guidance_rescale
 from .ops import as_seeds, moments, normal, step, use_backend
@@ -16,8 +17,9 @@ from .table import Table, concat
 
 __version__ = "0.1.0"
 __all__ = [
-    "EpsilonScaling", "GraphedSampler", "Table", "as_seeds", "concat", "diffusers", "dynamic_threshold", "guidance_rescale",
-    "moments", "normal", "pfgmpp_prior", "published", "sample", "samplers", "scaling", "schedule", "step", "use_backend",
+    "Correction", "EpsilonScaling", "GraphedSampler", "Table", "as_seeds", "concat", "corrections", "diffusers",
+    "dynamic_threshold", "guidance_rescale", "moments", "normal", "pfgmpp_prior", "published", "sample", "samplers",
+    "scaling", "schedule", "step", "time_shift", "use_backend",
 ]  # fmt: skip
 
 # Imported at first use: they are there without an import of their own, and what they need is read by those who use them. Of

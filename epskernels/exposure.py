@@ -3,6 +3,7 @@
     delta_t = (std(xhat_t - alpha_t*x_0) - sigma_t)^2       variance error, after all steps down to t, or after one
     DeltaN(t) = ||eps_sampling|| / ||eps_training||         norm gap, each an average over images
     e_t = rms(m0 - x_0)                                     prediction error, x_t = alpha_t*x_0 + sigma_t*eps
+    ||L(x_t)||, ||x_t - L(x_t)||, and of eps                norms of the low and the high Haar band, L of `bands.py`
 
 Per row of a sampler's table (arXiv 2308.15321, sections 3 and 4). Streaming: a batch at a time, merged by Chan's formula. It does
 not judge samples (`quality.py`) nor choose lambda_t (`calibrate.py`).
@@ -24,8 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .bands import low_band
 from .files import check_writable, read_object, reading, write_whole
 from .ops import moments, normal
+from .ops.reference import guided_output
 from .table import Table, check_one_sampler, denoising_rows
 from .trajectory import Trajectory
 from .typing import Array, Device, FilePath, ModelCall, Outputs
@@ -35,15 +38,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "PARTS", "Exposure", "Moments", "batches", "closed_form", "epsilon_norm", "figures", "measure", "noised", "save_figure",
+    "BANDS", "PARTS", "Exposure", "Moments", "batches", "closed_form", "epsilon_norm", "figures", "measure", "noised",
+    "save_figure",
 ]  # fmt: skip
 
 Images = Iterable[Any]  # of images, or of tuples that begin with one; a DataLoader of batches of them
-FORMAT = 1
+FORMAT = 1  # of an Exposure's file
+STATE_FORMAT = 2  # of measure's state: 1 had no bands
 PARTS = ("training", "chain", "samples")
+BANDS = ("state_low", "noise_low", "state_high", "noise_high")
 STREAM_DATA = 2  # of the generator: the noise that is added to real images
 _PIXELS = ("single", "error", "chain")  # per-pixel statistics
-_SCALARS = {"training": ("norm", "error", "covariance", "noise"), "chain": ("norm",), "samples": ("norm",)}
+_BAND_ROWS = {f"{name}_{part}{suffix}" for name in BANDS for part in PARTS for suffix in ("", "_se")}
+_NORMS = ("norm", *BANDS)
+_SCALARS = {"training": (*_NORMS, "error", "covariance", "noise"), "chain": _NORMS, "samples": _NORMS}
 
 
 # ---- streaming statistics ----
@@ -90,7 +98,7 @@ def closed_form(
     with g = c_m0 for most samplers. error: e_t, standard deviation of d = m0 - x_0. covariance: of d and eps; the paper's error
     model, m0 = x_0 + e_t*(fresh noise), has 0, and then this is its 1 - abar + (sqrt(abar)*beta/(1 - abar)*e)^2. The best
     possible denoiser has alpha*e^2/sigma (its error is orthogonal to x). noise: s^2, mean variance of the noise of rows with
-    learned variance (default exp(logvar_min); 1 without). NaN for rows that read history or a second state.
+    learned variance (default exp(logvar_min); 1 without). NaN for rows that read history or a second state, or are corrected.
     For rows with c_f exact without clipping. Derived; for DDPM eq. 9 of arXiv 2308.15321.
     """
     c = {name: table[name] for name in ("c_x", "c_f", "c_m0", "c_noise", "alpha_in", "sigma_in", "f_x0", "f_eps")}
@@ -107,11 +115,34 @@ def closed_form(
         )
         of_error = c["c_m0"] - np.where(by_f != 0, by_f * lambda_t / sigma, 0)
     variance = of_eps**2 + 2 * of_eps * of_error * covariance + (of_error * error) ** 2 + c["c_noise"] ** 2 * noise
-    others = [table[name] != 0 for name in ("c_m1", "c_m2", "c_y")]
+    others = [table.corrected_rows, *(table[name] != 0 for name in ("c_m1", "c_m2", "c_y"))]
     return np.where(np.any(others, axis=0), np.nan, variance)
 
 
 # ---- the result ----
+
+
+def _gap(name: str, said: str) -> tuple[property, property]:
+    """The properties of a norm's gap and of its standard error."""
+
+    def sides(self: "Exposure") -> tuple[Array, Array, Array, Array]:
+        training, chain, samples = (getattr(self, f"{name}_{part}") for part in PARTS)
+        training_se, chain_se, samples_se = (getattr(self, f"{name}_{part}_se") for part in PARTS)
+        of_chain = np.isnan(samples)
+        return np.where(of_chain, chain, samples), np.where(of_chain, chain_se, samples_se), training, training_se
+
+    def gap(self: "Exposure") -> Array:
+        sampling, _, training, _ = sides(self)
+        return sampling / training
+
+    def gap_se(self: "Exposure") -> Array:
+        sampling, sampling_se, training, training_se = sides(self)
+        return sampling / training * np.hypot(sampling_se / sampling, training_se / training)
+
+    return (
+        property(gap, doc=f"{said}: of the samples where they were measured, else of the chain from real images."),
+        property(gap_se, doc="Its standard error, as if the two sides were independent."),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +152,9 @@ class Exposure:
     t: what the model is told. lambda_t, alpha_in, sigma_in, alpha_out, sigma_out: the table's.
     norm_training, norm_chain, norm_samples: mean of ||eps_theta||, over C*H*W, with x_t from real images; down a chain that
     began with real images at the first t; and down one from pure noise, as in sampling. The last two are divided by lambda_t.
-    norm_*_se: standard errors.
+    state_low_*, state_high_*, noise_low_*, noise_high_*: the same of the two Haar bands of x_t and of eps_theta, in the last two
+    dimensions of a sample, in the last one of (L,) and (C, L). NaN where these have one element, and where a file has none.
+    norm_*_se and so on: standard errors.
     error: e_t, rms of m0 - x_0. error_std: without its mean at each pixel. covariance: of m0 - x_0 and eps.
     std_single, std_chain: standard deviation of x' - alpha_out*x_0 over images at a pixel, averaged over pixels, after one step
     and after all. variance_single: the squares', averaged. variance_paper, variance_closed: `closed_form` with the paper's
@@ -137,21 +170,15 @@ class Exposure:
         rows = self.__dict__.get("rows", {})
         if name in rows:
             return rows[name]
+        if name in _BAND_ROWS and "t" in rows:  # saved before there were any
+            return np.full(len(rows["t"]), np.nan)
         raise AttributeError(f"Exposure has no {name!r}, expected one of {sorted(rows)}")
 
-    @property
-    def norm_gap(self) -> Array:
-        """DeltaN(t): of the samples where they were measured, else of the chain from real images."""
-        sampled = np.where(np.isnan(self.norm_samples), self.norm_chain, self.norm_samples)
-        return sampled / self.norm_training
-
-    @property
-    def norm_gap_se(self) -> Array:
-        """Its standard error, as if the two sides were independent."""
-        of_samples = ~np.isnan(self.norm_samples)
-        sampled = np.where(of_samples, self.norm_samples, self.norm_chain)
-        error = np.where(of_samples, self.norm_samples_se, self.norm_chain_se)
-        return self.norm_gap * np.hypot(error / sampled, self.norm_training_se / self.norm_training)
+    norm_gap, norm_gap_se = _gap("norm", "DeltaN(t)")
+    state_gap_low, state_gap_low_se = _gap("state_low", "||L(x_t)||, sampling over training")
+    state_gap_high, state_gap_high_se = _gap("state_high", "||x_t - L(x_t)||, sampling over training")
+    noise_gap_low, noise_gap_low_se = _gap("noise_low", "DeltaN(t) of the low band of eps_theta")
+    noise_gap_high, noise_gap_high_se = _gap("noise_high", "DeltaN(t) of the high band of eps_theta")
 
     @property
     def delta_chain(self) -> Array:
@@ -207,11 +234,31 @@ class Exposure:
             axes[2].plot(i, excess, line, markersize=3, label=said)
         axes[2].set(title="variance after one step, less sigma^2")
         axes[2].set_yscale("symlog", linthresh=1e-5)
+        self._save(figure, axes, path)
+
+    def plot_bands(self, path: FilePath) -> None:
+        """The gaps of the Haar bands, of states and of predictions. Raises ValueError where there are none."""
+        if np.isnan(self.state_gap_low).all():
+            raise ValueError(
+                "bands: expected an Exposure that has them in both training and sampling, got NaN for all rows"
+            )
+        figure, axes = figures(2)
+        for axis, (name, said) in zip(axes, (("state", "states x_t"), ("noise", "predictions eps_theta")), strict=True):
+            for band, marker in (("low", "o"), ("high", "s")):
+                gap, error = (getattr(self, f"{name}_gap_{band}{suffix}") for suffix in ("", "_se"))
+                axis.errorbar(
+                    np.arange(len(gap)), gap, 2 * error, marker=marker, markersize=3, capsize=2, label=f"{band} band"
+                )
+            axis.axhline(1, color="black", linewidth=0.8)
+            axis.set(title=f"norm gap of {said}", ylabel="sampling / training, two standard errors")
+        self._save(figure, axes, path)
+
+    def _save(self, figure: "Figure", axes: "list[Axes]", path: FilePath) -> None:
         for axis in axes:
             axis.set_xlabel("row, the noisiest first")
             axis.grid(alpha=0.3)
-        axes[1].legend(fontsize=8)
-        axes[2].legend(fontsize=8)
+            if axis.get_legend_handles_labels()[1]:
+                axis.legend(fontsize=8)
         figure.suptitle(f"{self.sampler}, {self.images} images", fontsize=10)
         save_figure(figure, path)
 
@@ -269,7 +316,7 @@ def measure(
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
     settings = {
-        "format": FORMAT, "sampler": table.name, "rows": _sha256(table.rows.cpu().numpy()), "seed": int(seed),
+        "format": STATE_FORMAT, "sampler": table.name, "rows": _sha256(table.rows.cpu().numpy()), "seed": int(seed),
         "batch": batch, "parts": sorted(parts), "key": str(key),
     }  # fmt: skip
     checkpoint, digest = _Checkpoint(state, settings, save_every), ""
@@ -392,16 +439,36 @@ def noised(table: Table, i: int, x_0: Tensor, seeds: Tensor) -> Tensor:
     return table["alpha_in"][i] * x_0.to(table.device) + table["sigma_in"][i] * eps
 
 
-def epsilon_norm(table: Table, i: int, x: Tensor, output: Outputs) -> Tensor:
-    """||eps_theta|| of each sample at row i, before lambda_t, after guidance: float64 (B,)."""
+def _epsilon(table: Table, i: int, x: Tensor, output: Outputs) -> Tensor:
+    """eps_theta of each sample at row i, before lambda_t, after guidance: float32 (B, *shape)."""
     f, u, _ = output
+    if u is not None:
+        f = guided_output(f, u, table.rows[i : i + 1], torch.zeros(1, dtype=torch.int64, device=f.device))
     alpha, sigma, f_x0, f_eps = (table[name][i] for name in ("alpha_in", "sigma_in", "f_x0", "f_eps"))
     if f_x0 == 0 and f_eps == 1:
-        sums = moments(f) if u is None else moments(f, u, table, i)
-        return sums[:, -1].sqrt()
-    f = f.float() if u is None else u.float() + table["g"][i] * (f.float() - u.float())
+        return f.float()
     determinant = alpha * f_eps - sigma * f_x0
-    return moments((alpha / determinant) * f - (f_x0 / determinant) * x)[:, 1].sqrt()
+    return (alpha / determinant) * f.float() - (f_x0 / determinant) * x
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Of each sample: float64 (B,)."""
+    return moments(x)[:, 1].sqrt()
+
+
+def epsilon_norm(table: Table, i: int, x: Tensor, output: Outputs) -> Tensor:
+    """||eps_theta|| of each sample at row i, before lambda_t, after guidance: float64 (B,)."""
+    return _norm(_epsilon(table, i, x, output))
+
+
+def _norms(table: Table, i: int, x: Tensor, output: Outputs) -> list[Tensor]:
+    """Of each sample, float64 (B,): ||eps_theta||, and the norms of the bands of x and eps_theta, in the order of BANDS."""
+    eps = _epsilon(table, i, x, output)
+    dims = 1 if x.dim() < 4 else 2
+    if max(x.shape[-dims:]) == 1:
+        return [_norm(eps), *torch.full((len(BANDS), len(x)), math.nan, dtype=torch.float64, device=x.device)]
+    low = [low_band(each, dims) for each in (x, eps)]
+    return [_norm(each) for each in (eps, *low, x - low[0], eps - low[1])]
 
 
 class _Run:
@@ -466,7 +533,7 @@ class _Run:
                 m0 = (x - table["sigma_in"][i] * m0) / table["alpha_in"][i]
             error = m0 - x_0
             scalars = [
-                epsilon_norm(table, i, x, output), moments(error)[:, 1] / elements, moments(error * eps)[:, 0] / elements,
+                *_norms(table, i, x, output), moments(error)[:, 1] / elements, moments(error * eps)[:, 0] / elements,
                 self._noise(i, output[2], elements, seeds),
             ]  # fmt: skip
             self.scalars["training"].add(i, torch.stack(scalars, 1).cpu())
@@ -478,8 +545,9 @@ class _Run:
         table, chain = self.table, Trajectory(self.table, x, rows=self.table.rows)
         for i in range(len(table)):
             output = chain.call(self.model, i)
-            norm = epsilon_norm(table, i, chain.x, output)
-            self.scalars[part].add(i, (norm / table["lambda_t"][i])[:, None].cpu())
+            norms = dict(zip(_NORMS, _norms(table, i, chain.x, output), strict=True))
+            scaled = [norm if name.startswith("state") else norm / table["lambda_t"][i] for name, norm in norms.items()]
+            self.scalars[part].add(i, torch.stack(scaled, 1).cpu())
             chain.step(i, *output, seeds=seeds)
             if x_0 is not None:
                 self.pixels["chain"].add(i, chain.x.double() - table["alpha_out"][i] * x_0.double())
@@ -502,8 +570,8 @@ class _Run:
             for k, name in enumerate(_SCALARS[part]):
                 means[part, name] = kept.mean[:, k].numpy().copy() if measured else nan
                 errors[part, name] = np.sqrt(kept.variance[:, k].numpy() / kept.count) if measured else nan
-        for part in PARTS:
-            rows |= {f"norm_{part}": means[part, "norm"], f"norm_{part}_se": errors[part, "norm"]}
+        for part, name in itertools.product(PARTS, _NORMS):
+            rows |= {f"{name}_{part}": means[part, name], f"{name}_{part}_se": errors[part, name]}
 
         def of_pixels(name: str, reduce: Callable[[Tensor], Tensor]) -> Array:
             kept = self.pixels[name]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .ops import DTYPES, as_seeds, normal
 from .sample import check_callables
-from .table import Table, check_one_sampler
+from .table import Table
+from .time_shift import ShiftedTable, on_device
 from .trajectory import Trajectory, f_and_u, outputs
 from .typing import Device, ModelCall, SeedsLike, Shape
 
@@ -27,7 +28,8 @@ class GraphedSampler:
     model: any callable (x, t) -> f, or -> (f, u), as in `sample`; what it is conditioned on it reads from tensors of its own,
     which may be written between calls. doubled: it takes and returns (2B, ...) instead, u in the first half and f in the second.
     x comes in model_dtype (default: dtype), and f must have it too; t is (B,) or (2B,), int64 timesteps or float32 noise levels.
-    table: one sampler's Table. batch, shape: of the samples, (batch, *shape). dtype: of the state. device: default the table's.
+    table: one sampler's Table, or a ShiftedTable (`time_shift`). batch, shape: of the samples, (batch, *shape). dtype: of the
+    state. device: default the table's.
     whole: capture the loop over all rows, one replay per call of the sampler; else a graph of one row, replayed for each, its
     index advancing on the device: less memory for long tables, and a few small kernels more for each row.
 
@@ -41,7 +43,7 @@ class GraphedSampler:
     def __init__(
         self,
         model: ModelCall,
-        table: Table,
+        table: Table | ShiftedTable,
         batch: int,
         shape: Shape,
         *,
@@ -51,7 +53,7 @@ class GraphedSampler:
         whole: bool = True,
         device: Device | None = None,
     ):
-        check_one_sampler(table)
+        table, self._shifted = on_device(table, device)
         check_callables(model=model)
         if not isinstance(shape, (tuple, list)) or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ValueError(f"shape: expected a list or tuple of sizes of at least 1, got {shape!r}")
@@ -60,7 +62,7 @@ class GraphedSampler:
         for name, value in (("dtype", dtype), ("model_dtype", model_dtype or dtype)):
             if value not in DTYPES:
                 raise ValueError(f"{name}: expected float32, float16 or bfloat16, got {value}")
-        self.table = table = table.to(device or table.device)
+        self.table = table
         self.model, self.doubled, self.whole = model, doubled, whole
         device, copies = table.device, 2 if doubled else 1
         timesteps = torch.tensor(table["t"], dtype=torch.int64 if table.discrete else torch.float32, device=device)
@@ -69,7 +71,7 @@ class GraphedSampler:
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
         self._index = torch.zeros((), dtype=torch.int64, device=device)
         self._x = torch.zeros(batch, *shape, dtype=dtype, device=device)
-        self._run = Trajectory(table, self._x, rows=table.rows, in_place=True)
+        self._run = Trajectory(table, self._x, rows=(self._shifted or table).rows, in_place=True)
         self._model_input = torch.zeros(copies * batch, *shape, dtype=model_dtype or dtype, device=device)
         self._lock = threading.Lock()
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -127,8 +129,11 @@ class GraphedSampler:
         for half in self._model_input.split(len(self._x)):
             half.copy_(first)
 
-    def _row(self, index: Tensor, t: Tensor) -> None:
-        """One model call and one step, in place."""
+    def _row(self, i: int | Tensor, index: Tensor, t: Tensor) -> None:
+        """Model call i and its step, in place. index, t: of a table without time shift."""
+        if self._shifted:
+            index, t = self._shifted.choose(i, self._x)
+            t = t.repeat(len(self._model_input) // len(self._x))
         output = self.model(self._model_input, t)
         if self.doubled:
             both, beside = f_and_u(output)
@@ -143,11 +148,11 @@ class GraphedSampler:
     def _loop(self) -> None:
         self._begin()
         for i, index in enumerate(self.table.row_index):
-            self._row(index, self._timestep_rows[i])
+            self._row(i, index, self._timestep_rows[i])
 
     def _next_row(self) -> None:
         history = self._run.m
-        self._row(self._index, self._timesteps.index_select(0, self._index.reshape(1))[0])
+        self._row(self._index, self._index, self._timesteps.index_select(0, self._index.reshape(1))[0])
         for tensor, value in zip(history, [m.clone() for m in self._run.m] if len(history) > 1 else (), strict=False):
             tensor.copy_(value)  # the tensors of a graph cannot change places, but their contents can
         self._run.m = history

@@ -10,7 +10,8 @@ from torch.compiler import is_dynamo_compiling
 from tqdm.auto import tqdm
 
 from .ops import DTYPES, as_seeds, normal
-from .table import Table, check_one_sampler, describe
+from .table import Table, describe
+from .time_shift import ShiftedTable, on_device
 from .trajectory import Trajectory, outputs
 from .typing import Device, ModelCall, SeedsLike, Shape
 
@@ -20,7 +21,7 @@ __all__ = ["check_callables", "pfgmpp_prior", "sample"]
 @torch.no_grad()
 def sample(
     model: ModelCall,
-    table: Table,
+    table: Table | ShiftedTable,
     seeds: SeedsLike,
     shape: Shape,
     *,
@@ -37,21 +38,21 @@ def sample(
     diffusers' networks return it, counts as f. x is c_in times the state, t a tensor (B,), int64 timesteps or float32 noise
     levels. f has x's shape, or twice its channels where the variance is learned: the second half is then v, which tables without
     learned variance ignore.
-    table: one sampler's Table. seeds: int64 (B,), or a list or range of integers. shape: of one sample. dtype: of the state.
-    device: default the table's. start: the state to start from, (B, *shape); default initial_sigma times the seeds' normals.
+    table: one sampler's Table, or a ShiftedTable (`time_shift`). seeds: int64 (B,), or a list or range of integers. shape: of one
+    sample. dtype: of the state. device: default the table's. start: the state to start from, (B, *shape); default initial_sigma
+    times the seeds' normals.
     cond_fn: (x, t) -> gradient of log p(y | x), for tables with classifier guidance. progress: show a bar.
     callback: called as callback(i, x, m0) after row i; m0 estimates x_0, or eps where table.keeps_x0 is False.
     Raises ValueError for a table of several samplers, another dtype, a start of another shape, a model output without the second
     half that the table needs, or a cond_fn that the table cannot use; TypeError for an argument, or an output of the model or of
     cond_fn, that is no such thing at all; RuntimeError from the step for other mismatches.
     """
-    check_one_sampler(table)
+    table, shifted = on_device(table, device)
     check_callables(model=model, cond_fn=cond_fn, callback=callback)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     if cond_fn is not None and not table.takes_grad:
         raise ValueError(f"cond_fn: {table.name} has no classifier guidance (c_grad is 0)")
-    table = table.to(device or table.device)
     seeds = as_seeds(seeds, table.device)
     t_dtype = torch.int64 if table.discrete else torch.float32
     timesteps = torch.tensor([t for t, _ in table.calls], dtype=t_dtype, device=table.device)
@@ -65,13 +66,14 @@ def sample(
     if x.shape != (len(seeds), *shape):
         raise ValueError(f"start: expected shape {(len(seeds), *shape)}, got {tuple(x.shape)}")
     x = x.to(dtype)
-    trajectory = Trajectory(table, x)
+    trajectory = Trajectory(table, x, rows=shifted.rows if shifted else table)
     rows = range(len(table))
     for i in rows if is_dynamo_compiling() else tqdm(rows, desc=table.name, disable=not progress):
-        x, t, c_in = trajectory.x, timesteps[i].expand(len(seeds)), table.calls[i][1]
+        x, c_in = trajectory.x, table.calls[i][1]
+        index, t = shifted.choose(i, x) if shifted else (i, timesteps[i].expand(len(seeds)))
         f, u, v = outputs(model(x if c_in == 1 else c_in * x, t), x, table)
         grad = None if cond_fn is None else _gradient(cond_fn(x, t)).to(dtype)
-        m0 = trajectory.step(i, f, u, v, grad=grad, seeds=seeds, returns_m0=callback is not None)
+        m0 = trajectory.step(index, f, u, v, grad=grad, seeds=seeds, returns_m0=callback is not None)
         if callback is not None and m0 is not None:
             callback(i, trajectory.x, m0)
     return trajectory.x

@@ -199,12 +199,16 @@ class Table:
         """Some row writes, or reads, the second state y."""
         return any(self[key].any() for key in ("c_y", *SECOND_STATE))
 
+    @property
+    def corrected_rows(self) -> NDArray[np.bool_]:
+        """Which rows correct their x', (R,): see corrections.py."""
+        added = (self["w_next"] != 1) | (self["w_m0"] != 0) | (self["w_x"] != 0)
+        return added | _by_band(self._values)
+
     @_trait
     def corrected(self) -> bool:
-        """Some row corrects its x': see corrections.py."""
-        return bool(
-            (self["w_next"] != 1).any() or self["w_m0"].any() or self["w_x"].any() or _by_band(self._values).any()
-        )
+        """Some row corrects its x'."""
+        return bool(self.corrected_rows.any())
 
     @_trait
     def band_dims(self) -> int:

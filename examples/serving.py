@@ -5,9 +5,9 @@
            index += 1
 
 Index, seeds, history and conditions are tensors with an entry for each slot, and the rows of all tables lie in one buffer, so a
-tick does nothing per request; joining and leaving, between ticks, do. A request comes out with the bits of epskernels.sample
-alone, if the model gives a sample the same bits in any batch: convolutions and matrix products in general do not (see Batch,
-`padded`).
+tick does nothing per request; joining and leaving, between ticks, do. With time shift a slot takes one of several rows that lie
+from its index on. A request comes out with the bits of epskernels.sample alone, if the model gives a sample the same bits in any
+batch: convolutions and matrix products in general do not (see Batch, `padded`).
 
     python examples/serving.py      # unlike requests for digits, sampled together
 """
@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 import epskernels
-from epskernels.table import COLUMNS
+from epskernels.spec import BAND_COLUMNS, COLUMNS, band_dims_of
+from epskernels.time_shift import UNUSED, ShiftedTable, nearest, on_device, variance
 from epskernels.trajectory import f_and_u
 from epskernels.typing import Backend, Device, ModelOutput, Shape
 
@@ -45,23 +46,28 @@ class Closed(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """table: one sampler's, with its steps, lambda and guidance. condition: what the model gets beside x and t, by name.
-    shape: of the sample; default the batch's."""
+    """table: one sampler's, with its steps, lambda and guidance, or a ShiftedTable. condition: what the model gets beside x and
+    t, by name. shape: of the sample; default the batch's."""
 
-    table: epskernels.Table
+    table: epskernels.Table | ShiftedTable
     seed: int
     condition: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shape: Shape | None = None
 
 
 class _Job:
-    """A request on its way: its future, its rows, and, while it runs, its slot and the tick after which it is done."""
+    """A request on its way: its future, its rows, and, while it runs, its slot and the tick after which it is done.
+
+    candidates: of each model call, the rows among which time shift chooses by `levels`; 1 without it.
+    """
 
     def __init__(self, request: Request, condition: dict[str, Tensor]):
         self.request, self.condition = request, condition
         self.future: concurrent.futures.Future[Tensor] = concurrent.futures.Future()
-        self.rows = request.table.rows.cpu()
-        self.key = self.rows.numpy().tobytes()
+        self.table, shifted = on_device(request.table, "cpu")
+        self.rows, self.candidates = (shifted or self.table).rows, shifted.candidates if shifted else 1
+        self.levels = shifted.levels.flatten() if shifted else None
+        self.key = b"".join(each.numpy().tobytes() for each in (self.rows, self.levels) if each is not None)
         self.slot: int | None = None
         self.end = 0
         self.resolved = False
@@ -98,7 +104,9 @@ class Rows:
     """The rows of all tables in use, in one device buffer; equal tables lie there once, and leave with their last user."""
 
     def __init__(self, capacity: int, device: Device):
-        self.buffer = torch.zeros(capacity, len(COLUMNS), dtype=torch.float32, device=device)
+        wide = len(COLUMNS) + len(BAND_COLUMNS)
+        self.buffer = torch.zeros(capacity, wide, dtype=torch.float32, device=device)
+        self.levels = torch.full((capacity,), UNUSED, dtype=torch.float64, device=device)
         self._spans: dict[bytes, list[int]] = {}  # by the rows' bytes: [first, end, users]
 
     def find(self, key: bytes, length: int) -> int | None:
@@ -112,11 +120,13 @@ class Rows:
             first = end
         return first if len(self.buffer) - first >= length else None
 
-    def put(self, key: bytes, rows: Tensor) -> int:
+    def put(self, key: bytes, rows: Tensor, levels: Tensor | None = None) -> int:
         first = self.find(key, len(rows))
         assert first is not None  # what does not fit waits: Batch.fits
         if key not in self._spans:
-            self.buffer[first : first + len(rows)].copy_(rows)
+            self.buffer[first : first + len(rows), : rows.shape[1]] = rows
+            self.buffer[first : first + len(rows), rows.shape[1] :] = 0
+            self.levels[first : first + len(rows)] = UNUSED if levels is None else levels
             self._spans[key] = [first, first + len(rows), 0]
         self._spans[key][2] += 1
         return first
@@ -134,7 +144,7 @@ class Batch:
     c_in times the states; t: (B,) float32, in which timesteps are exact.
     slots: the most requests that run at once. max_rows: of all their tables. conditions: for each name that the model takes, the
     tensor of a request that does not give it. history: the most earlier m0 that a table may read. second_state: tables may have
-    one.
+    one. window: the widest window of a ShiftedTable; its tables have some window + 1 rows for each model call.
     padded: call the model on all slots, idle ones too. Convolutions and matrix products choose their algorithm, and so the
     order of their sums, by the batch's size: results then do not depend on the load, but are those of a batch of `slots`.
     """
@@ -151,6 +161,7 @@ class Batch:
         learned_variance: bool = False,
         history: int = 1,
         second_state: bool = False,
+        window: int = 0,
         padded: bool = False,
         dtype: torch.dtype = torch.float32,
         device: Device = "cpu",
@@ -163,6 +174,8 @@ class Batch:
         self.conditions = {n: default.expand(slots, *default.shape).clone() for n, default in self.defaults.items()}
         self.x = torch.zeros(slots, *self.shape, dtype=dtype, device=device)
         self.index, self.seeds = torch.zeros(2, slots, dtype=torch.int64, device=device)
+        self.candidates = torch.ones(slots, 1, dtype=torch.int64, device=device)
+        self.window, self._all_candidates = window, torch.arange(2 * (window // 2) + 1, device=device)
         # Never initialised: a table's first rows do not read them.
         self.history = [torch.empty_like(self.x) for _ in range(history)]
         self.y = [torch.empty_like(self.x)] if second_state else []
@@ -175,14 +188,17 @@ class Batch:
         """The request's conditions as tensors; ValueError where this batch can never run it."""
         if not isinstance(request, Request):
             raise ValueError(f"request: expected a Request, got {request!r}")
-        table, shape = request.table, request.shape
+        table, shape, candidates = request.table, request.shape, 1
+        if isinstance(table, ShiftedTable):
+            candidates, table = table.candidates, table.table
         if not isinstance(table, epskernels.Table) or len(table.parts) != 1:
             raise ValueError(f"table: expected one sampler's Table, got {getattr(table, 'name', table)!r}")
         if shape is not None and (not isinstance(shape, (tuple, list)) or tuple(shape) != self.shape):
             raise ValueError(f"shape: this engine makes samples of {self.shape}, got {shape!r}")
         epskernels.as_seeds([request.seed])
         limits = (
-            (len(table), len(self.rows.buffer), "rows, max_rows"),
+            (len(table) * candidates, len(self.rows.buffer), "rows, max_rows"),
+            (candidates, len(self._all_candidates), f"candidates, window, now {self.window},"),
             (table.history, len(self.history), "earlier m0, history"),
             (table.second_state, bool(self.y), "the second state, second_state"),
             (table.guided, self.guided, "the unconditional output, guided"),
@@ -191,6 +207,9 @@ class Batch:
         for asked, limit, what in limits:
             if asked > limit:
                 raise ValueError(f"table: {table.name} needs {asked} ({what} is {limit} in this engine)")
+        if table.band_dims not in (0, band_dims_of(1 + len(self.shape))):
+            expected = f"bands in {band_dims_of(1 + len(self.shape))} dimensions for samples of {self.shape}"
+            raise ValueError(f"table: expected {expected}, got {table.name}, which corrects them in {table.band_dims}")
         if not isinstance(request.condition, Mapping):
             raise ValueError(f"condition: expected a mapping, got {request.condition!r}")
         if unknown := set(request.condition) - set(self.defaults):
@@ -214,14 +233,15 @@ class Batch:
     @torch.no_grad()
     def join(self, job: _Job) -> None:
         """Into the first idle slot, at the job's first row."""
-        slot, table = len(self.jobs), job.request.table
+        slot, table = len(self.jobs), job.table
         seeds = epskernels.as_seeds([job.request.seed], self.x.device)
         self.x[slot] = (table.initial_sigma * epskernels.normal(seeds, self.shape, backend=self.backend))[0]
         self.seeds[slot] = seeds[0]
         for name, buffer in self.conditions.items():
             buffer[slot] = job.condition.get(name, self.defaults[name])
-        self.index[slot] = self.rows.put(job.key, job.rows)
-        job.slot, job.end = slot, self.ticks + len(job.rows)
+        self.index[slot] = self.rows.put(job.key, job.rows, job.levels)
+        self.candidates[slot] = job.candidates
+        job.slot, job.end = slot, self.ticks + len(table)
         self.jobs.append(job)
         self._ends[job.end].append(job)
         self._members_changed()
@@ -232,10 +252,11 @@ class Batch:
         assert job.slot is not None  # it runs
         last = self.jobs.pop()
         if last is not job:
-            for tensor in (self.x, self.index, self.seeds, *self.history, *self.y, *self.conditions.values()):
+            own = self.x, self.index, self.candidates, self.seeds, *self.history, *self.y, *self.conditions.values()
+            for tensor in own:
                 tensor[job.slot] = tensor[last.slot]
             self.jobs[job.slot], last.slot = last, job.slot
-        self.index[len(self.jobs)] = 0  # a row that is there, for `padded`
+        self.index[len(self.jobs)], self.candidates[len(self.jobs)] = 0, 1  # a row that is there, for `padded`
         self.rows.drop(job.key)
         self._ends[job.end].remove(job)
         if not self._ends[job.end]:
@@ -244,15 +265,19 @@ class Batch:
         self._members_changed()
 
     def _members_changed(self) -> None:
-        tables = [job.request.table for job in self.jobs]
+        tables = [job.table for job in self.jobs]
         self._depth = max((table.history for table in tables), default=0)
         self._second_state = any(table.second_state for table in tables)
         self._scales_input = any((table["c_in"] != 1).any() for table in tables)
+        self._shifts = any(job.candidates > 1 for job in self.jobs)
+        by_band = any(table.band_dims for table in tables)  # else the launch that knows no bands
+        self._applied = self.rows.buffer if by_band else self.rows.buffer[:, : len(COLUMNS)]
 
     @torch.no_grad()
     def tick(self) -> list[tuple[_Job, Tensor]]:
         """One model call and one step; [(job, sample)] of those that are done by it, which have left."""
         called = self.slots if self.padded else len(self.jobs)
+        self.chosen = self.choose(called)
         output = self.model(*self.model_input(called), **{n: buffer[:called] for n, buffer in self.conditions.items()})
         f, u = f_and_u(output)
         if self.guided != (u is not None):
@@ -269,12 +294,22 @@ class Batch:
             self.leave(job)
         return done
 
+    def choose(self, called: int) -> Tensor:
+        """The row that each slot applies: with time shift, the candidate that is nearest to its state's variance."""
+        index = self.index[:called]
+        if not self._shifts:
+            return index
+        candidates = (index[:, None] + self._all_candidates).clamp_(max=len(self.rows.buffer) - 1)
+        own = self._all_candidates < self.candidates[:called]
+        levels = torch.where(own, self.rows.levels[candidates], UNUSED)
+        return index + nearest(variance(self.x[:called], backend=self.backend), levels)
+
     def model_input(self, called: int) -> tuple[Tensor, Tensor]:
         """x and t of the model call."""
-        index, x = self.index[:called], self.x[:called]
+        x = self.x[:called]
         if self._scales_input:
-            x = (self.rows.buffer[index, C_IN].reshape(-1, *[1] * len(self.shape)) * x).to(x.dtype)
-        return x, self.rows.buffer[index, T]
+            x = (self.rows.buffer[self.chosen, C_IN].reshape(-1, *[1] * len(self.shape)) * x).to(x.dtype)
+        return x, self.rows.buffer[self.chosen, T]
 
     def step(self, f: Tensor, v: Tensor | None, u: Tensor | None) -> None:
         """One launch, in place, on the active slots.
@@ -283,16 +318,16 @@ class Batch:
         how much of it is read and how many slots take part, so that every tick would have to cut its tensors and put them back.
         """
         count = len(self.jobs)
-        x, index = self.x[:count], self.index[:count]
+        x, index = self.x[:count], self.chosen[:count]
         u, v = None if u is None else _halves(u, self.shape)[0], v if self.learned_variance else None
         m1, m2 = ([m[:count] for m in self.history[: self._depth]] + [None, None])[:2]
         m0 = m2 if self._depth == 2 else m1  # over the oldest, which is read for the last time
         y = self.y[0][:count] if self._second_state else None
         inputs = {"u": u, "v": v, "m1": m1, "m2": m2, "y": y, "seeds": self.seeds[:count], "backend": self.backend}
-        epskernels.step(x, f, self.rows.buffer, index, **inputs, out=x, m0=m0, y_out=y)
+        epskernels.step(x, f, self._applied, index, **inputs, out=x, m0=m0, y_out=y)
         if self._depth == 2:
             self.history.reverse()
-        index += 1
+        self.index[:count] += self.candidates[:count, 0]
 
 
 def _halves(f: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:

@@ -195,7 +195,7 @@ class _Task:
     def table(self, candidate: EpsilonScaling | Correction | None = None) -> Table:
         scaled = candidate if isinstance(candidate, EpsilonScaling) else self.beside
         correction = candidate if isinstance(candidate, Correction) else None
-        return make_table(self.args, self.model, scaled, correction).to(self.args.device)
+        return make_table(self.args, self.model, scaled, correction=correction).to(self.args.device)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from .. import models, samplers, schedule
 from ..corrections import Correction
 from ..files import check_writable
 from ..scaling import EpsilonScaling
-from ..table import Table
 from ..typing import ModelCall
 
 # Samplers that do not go from noise to an image with the networks of UNet2DModel pipelines.
@@ -107,10 +106,12 @@ def make_table(
     args: argparse.Namespace,
     model: models.Model,
     scaling: EpsilonScaling | float,
+    make: Callable[..., Any] = lambda sampler, *arguments, **options: sampler(*arguments, **options),
     correction: Correction | None = None,
-) -> Table:
+) -> Any:
     """The table of the sampler that the arguments name, for this model. The sampler's signature says which options it takes.
 
+    make: what is called with the sampler and its arguments, such as time_shift.ShiftedTable; by default the sampler itself.
     Raises UsageError for an option that the sampler does not take, ValueError and TypeError as the sampler does.
     """
     sampler = samplers.SAMPLERS[args.sampler]
@@ -133,11 +134,11 @@ def make_table(
         if args.sampler == "ddim":
             grid["final"] = model.final
     try:
-        return sampler(model.schedule, args.steps, **options, **grid)
+        return make(sampler, model.schedule, args.steps, **options, **grid)
     except TypeError as error:
         if not str(error).startswith("schedule: expected a KarrasSchedule"):
             raise
-    return sampler(schedule.KarrasSchedule(model=model.schedule), args.steps, **options)
+    return make(sampler, schedule.KarrasSchedule(model=model.schedule), args.steps, **options)
 
 
 def fitted_for(args: argparse.Namespace) -> dict[str, Any]:

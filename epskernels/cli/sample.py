@@ -1,6 +1,7 @@
 """`epskernels sample`: samples of a trained model, in memory or into a directory that many processes share."""
 
 import argparse
+import functools
 import math
 import os
 import pathlib
@@ -21,6 +22,7 @@ from ..ranks import Ranks
 from ..sample import sample
 from ..seeds import Seeds
 from ..seeds import parse as parse_ranges
+from ..time_shift import ShiftedTable
 from .common import (
     UsageError,
     add_sampler_arguments,
@@ -55,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampler_arguments(parser)
     _add_scaling_arguments(parser)
     parser.add_argument(
+        "--time-shift",
+        type=_window_and_cutoff,
+        metavar="WINDOW[,CUTOFF]",
+        help="each step takes, among the timesteps within WINDOW/2 of its own, the one whose noise its state has, while they are "
+        "above CUTOFF (default 0): such as 30,300; in the sampler's default form (epskernels.time_shift)",
+    )
+    parser.add_argument(
         "--seeds", type=parse_seeds, default="0-63", help="such as 0-63 or 1,2,5-9; default: %(default)s"
     )
     parser.add_argument("--batch", type=int, default=64, help="samples per model call; default: %(default)s")
@@ -62,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=ops.BACKENDS, default="auto", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument(
-        "--compare", action="store_true", help="also sample the same seeds without scaling, shown on the left"
+        "--compare",
+        action="store_true",
+        help="also sample the same seeds without scaling and time shift, shown on the left",
     )
     parser.add_argument(
         "--out",
@@ -114,6 +125,14 @@ def parse_seeds(text: str) -> Seeds:
         return parse_ranges(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(error) from None
+
+
+def _window_and_cutoff(text: str) -> dict[str, float]:
+    try:
+        window, _, cutoff = text.partition(",")
+        return {"window": int(window), "cutoff": float(cutoff or 0)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected WINDOW or WINDOW,CUTOFF, such as 30,300, got {text!r}") from None
 
 
 def _read_scaling(args: argparse.Namespace) -> scaling.EpsilonScaling:
@@ -178,6 +197,9 @@ class _Sampling:
             scalings = {"baseline": scaling.constant(1.0)} if args.compare else {}
             scalings["samples"] = self.scaling
             self.tables = {name: make_table(args, self.model, value).to(device) for name, value in scalings.items()}
+            if args.time_shift:
+                shifted = functools.partial(ShiftedTable, **args.time_shift)
+                self.tables["samples"] = make_table(args, self.model, self.scaling, shifted).to(device)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
         self.seed_bytes = 4 * math.prod(self.model.shape) * len(self.tables)  # on the host: samples are float32 there
@@ -211,6 +233,7 @@ class _Sampling:
             "seeds": f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, {seeds.digest()}",
             "model": " ".join(model_digests(self.model)),
             "tables": {name: tensors_digest([table.rows]) for name, table in self.tables.items()},
+            **({"time_shift": args.time_shift} if args.time_shift else {}),
             "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu,
             "epskernels": __version__, "torch": torch.__version__,
         }  # fmt: skip
@@ -218,7 +241,8 @@ class _Sampling:
     def headline(self) -> str:
         """What was sampled, as the first line that is printed."""
         args = self.args
-        return f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {self.scaling}"
+        shift = "".join(f", {name} {value:g}" for name, value in (args.time_shift or {}).items())
+        return f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {self.scaling}{shift}"
 
 
 def _sample_in_memory(args: argparse.Namespace, sampling: _Sampling) -> None:
@@ -305,9 +329,11 @@ def _check_arguments(args: argparse.Namespace) -> pathlib.Path | None:
     directories = [path for path in args.out or () if not path.suffix]
     if len(directories) > 1:
         raise UsageError(f"--out: expected one directory, got {len(directories)}")
-    if args.compare and not (args.lambda_ is not None or args.lambda_linear or args.published or args.scaling):
+    scaled = args.lambda_ is not None or args.lambda_linear or args.published or args.scaling
+    if args.compare and not (scaled or args.time_shift):
         raise UsageError(
-            "--compare: expected a scaling to compare with none: --lambda, --lambda-linear, --published or --scaling"
+            "--compare: expected a scaling, or a time shift, to compare with none: --lambda, --lambda-linear, --published, "
+            "--scaling or --time-shift"
         )
     return directories[0] if directories else None
 

@@ -174,7 +174,8 @@ def check_values(inputs: Mapping[str, Any], writes_y: bool) -> None:
         if any(row.get(column) for column in BAND_COLUMNS[:3]):
             dims = band_dims_of(inputs["x"].dim())
             if row["band_dims"] != dims or dims == 0:
-                expected = {1: "(B, L) or (B, C, L)", 2: "(B, C, H, W) or (B, C, F, H, W)"}.get(int(row["band_dims"]))
+                shapes = {1.0: "(B, L) or (B, C, L)", 2.0: "(B, C, H, W) or (B, C, F, H, W)"}
+                expected = shapes.get(row["band_dims"])
                 if expected is None:
                     fail(f"rows: expected band_dims to be 1 or 2, got {row['band_dims']} in row {i}")
                 fail(f"x: expected shape {expected}, as row {i} corrects a band of it, got {shape_of(inputs['x'])}")

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bands import low_band
 from ..spec import BAND_COLUMNS, COLUMNS, EXP_LEAST, EXP_MOST, band_dims_of
-from .reference import guided_elements, low_band
+from .reference import guided_elements
 
 
 def noise_rows(rows: Tensor) -> Tensor:
@@ -54,14 +55,16 @@ def step_gradients(
     which = index.reshape(-1).clamp(0, rows.shape[0] - 1)
     columns = rows.index_select(0, which).to(dtype).reshape(-1, rows.shape[1], *each[1:]).unbind(1)
     row = dict(zip(COLUMNS + BAND_COLUMNS, columns, strict=False))
-    # L is symmetric: what the corrected x' passes on to the row's own, and the sums behind the band's coefficients.
-    band_bar: Tensor | None = None
-    if "l_next" in row and (dims := band_dims_of(x.dim())):
-        band_bar = low_band(next_bar, dims)
-        next_bar = next_bar + row["l_next"] * band_bar
 
     def held(tensor: Any, idle: Tensor) -> Any:
         return tensor if tensor is None else torch.where(idle & ~tensor.isfinite(), 0.0, tensor)
+
+    # L is symmetric: what the corrected x' passes on to the row's own, and the sums behind the band's coefficients.
+    band_bar: Tensor | None = None
+    if "l_next" in row and (dims := band_dims_of(x.dim())):
+        idle = (row["l_next"] == 0) & (row["l_m0"] == 0) & (row["l_x"] == 0)
+        band_bar = held(low_band(next_bar, dims), idle)
+        next_bar = next_bar + row["l_next"] * band_bar
 
     def through(c: str, k: str) -> Tensor:
         """The derivative by what x' has c times, and y' k times."""

@@ -5,7 +5,7 @@
     x'   = c_x*x + c_f*fhat + c_m0*m0 + c_m1*m1 + c_m2*m2 + c_y*y + c_grad*(s^2*grad) + c_noise*(s*z)
     y'   = k_x*x + k_m0*m0 + k_m1*m1 + k_m2*m2 + k_y*y
 
-and, where rows have the columns of the band, x' + L(l_next*x' + l_m0*m0 + l_x*x) in the place of x', L being `low_band`.
+and, where rows have the columns of the band, x' + L(l_next*x' + l_m0*m0 + l_x*x) in the place of x', L being `bands.low_band`.
 
 Every other backend returns these bits. Mirrors csrc/step.h::step_value and csrc/philox.h. Constants and columns
 are those of epskernels/spec.py. It does not check its arguments: reference_backend.py does.
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..bands import low_band
 from ..spec import (
     BAND_COLUMNS,
     COLUMNS,
@@ -132,22 +133,6 @@ def clamp(value: Tensor, bound: Tensor) -> Tensor:
     """To [-bound, bound] by comparison: NaN stays NaN."""
     value = torch.where(value < -bound, -bound, value)
     return torch.where(value > bound, bound, value)
-
-
-def low_band(values: Tensor, dims: int) -> Tensor:
-    """The low band of one level of Haar's wavelet, over the last one or two dimensions: every element becomes the mean of its
-    pair, or of its 2x2 block, ((a + b) + (c + d))/4. What lies outside counts as 0, as zero padding has it."""
-    size = values.shape[-dims:]
-    sums = values
-    for dim in range(-1, -dims - 1, -1):
-        odd = size[dim] % 2
-        padded = torch.nn.functional.pad(sums, (*[0] * (2 * (-dim - 1)), 0, odd))
-        even, uneven = padded.unflatten(dim, (-1, 2)).unbind(dim)
-        sums = even + uneven
-    means = sums * 0.5**dims
-    for dim in range(-1, -dims - 1, -1):
-        means = means.repeat_interleave(2, dim).narrow(dim, 0, size[dim])
-    return means
 
 
 def tree_sum(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.library import triton_op, wrap_triton
 
-from ..spec import INPUTS, MOMENTS_TILE, OUTPUTS, STREAM_INITIAL
+from ..spec import INPUTS, MOMENTS_TILE, OUTPUTS, ROW_WIDTHS, STREAM_INITIAL, band_dims_of
 from .checks import (
     check_memory,
     check_moments,
@@ -50,6 +50,17 @@ def _resolved(*tensors: Any) -> list[Any]:
     return [tensor if tensor is None else tensor.resolve_neg() for tensor in tensors]
 
 
+def _images(x: Tensor, band: int) -> tuple[int, int | None, int | None, int]:
+    """(x's elements with those outside that its tiles cover, height, width, ALIGNED): see triton_kernels.py::step_kernel."""
+    numel, width = x.numel(), x.shape[-1]
+    height = x.shape[-2] if band == 2 else 1
+    if band == 0 or (band == 1 and width % 2 == 0):
+        return numel, None, None, 1
+    rows = numel // (width * height) * triton.cdiv(height, band) * band
+    aligned = 4 if width % 4 == 0 else 2 if width % 2 == 0 else 1
+    return rows * triton.cdiv(width, 4) * 4, None if height % band == 0 else height, width, aligned
+
+
 def _run_step(
     launch: Launch, written: Sequence[Tensor | None], x: Tensor, f: Tensor, rows: Tensor, index: Tensor, u: Tensor | None,
     m1: Tensor | None, m2: Tensor | None, v: Tensor | None, grad: Tensor | None, noise: Tensor | None, seeds: Tensor | None,
@@ -67,15 +78,17 @@ def _run_step(
     alone = seeds is None and rescale is None and threshold is None and index.dim() == 0 and not doubled
     if alone and all(stride == numel for t, stride in tensors if t is not None):
         batch, numel = 1, batch * numel
-    size, warps = block or _block_of(numel)
-    tiles = triton.cdiv(numel, size)
+    band = band_dims_of(x.dim()) if rows.shape[1] == ROW_WIDTHS[1] else None
+    lanes, height, width, aligned = _images(x, band or 0)
+    size, warps = block or _block_of(lanes // batch)
+    tiles = triton.cdiv(lanes // batch, size)
     launch(
         (batch * tiles,),
         *(item for pair in tensors for item in pair),
         *(item for t in (rescale, threshold, seeds) for item in (t, 0 if t is None else t.stride(0))),
         rows, rows.stride(0), rows.shape[0], index, index.stride(0) if index.dim() else 0,
-        numel, guided_period, channel_numel, None if batch == 1 else tiles, x.shape[0],
-        DOUBLED=doubled, BLOCK=size, num_warps=warps,
+        numel, guided_period, channel_numel, None if batch == 1 else tiles, x.shape[0], height, width,
+        DOUBLED=doubled, BLOCK=size, BAND=band, ALIGNED=aligned, num_warps=warps,
     )  # fmt: skip
     for tensor, (result, _) in zip(written, outputs, strict=True):
         if tensor is not None and result is not None and result is not tensor:

@@ -20,7 +20,7 @@ STREAM_STEP = tl.constexpr(spec.STREAM_STEP)
 
 def _columns(*names):
     """Where a row has them."""
-    return [tl.constexpr(spec.COLUMNS.index(name)) for name in names]
+    return [tl.constexpr((spec.COLUMNS + spec.BAND_COLUMNS).index(name)) for name in names]
 
 
 D_X, D_F, CLIP, G, GUIDED_CHANNELS = _columns("d_x", "d_f", "clip", "g", "guided_channels")
@@ -28,6 +28,7 @@ C_X, C_F, C_M0, C_M1, C_M2 = _columns("c_x", "c_f", "c_m0", "c_m1", "c_m2")
 C_Y, C_GRAD, C_NOISE, C_IN_NEXT = _columns("c_y", "c_grad", "c_noise", "c_in_next")
 K_X, K_M0, K_M1, K_M2, K_Y = _columns("k_x", "k_m0", "k_m1", "k_m2", "k_y")
 DRAW, LOGVAR_MIN, LOGVAR_MAX = _columns("draw", "logvar_min", "logvar_max")
+L_NEXT, L_M0, L_X, BAND_DIMS = _columns(*spec.BAND_COLUMNS)
 INTERPRETED = tl.constexpr(build.interprets_triton())
 # What the kernels call. Interpreted, each call of a jit function would patch triton.language anew: half of the time.
 device_function = (lambda function: function) if INTERPRETED.value else triton.jit
@@ -143,6 +144,29 @@ def normals(seed, draw, stream, start, BLOCK: tl.constexpr, VEC: tl.constexpr):
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
 
+@device_function
+def _picked(shift, a, b, c, d):
+    return tl.where(shift < 2, tl.where(shift == 0, a, b), tl.where(shift == 2, c, d))
+
+
+@device_function
+def normals_at(seed, draw, stream, first, ALIGNED: tl.constexpr):
+    """Of four elements from each of `first` (64 bits) on: of one counter where `first` are multiples of 4, else of two."""
+    counter = first >> 2
+    z0, z1, z2, z3 = _four_normals(seed, draw, stream, counter.to(tl.uint32), (counter >> 32).to(tl.uint32))
+    if not ALIGNED:
+        counter, shift = counter + 1, first & 3
+        y0, y1, y2, y3 = _four_normals(seed, draw, stream, counter.to(tl.uint32), (counter >> 32).to(tl.uint32))
+        y0, y1, y2, z3 = (
+            _picked(shift, z0, z1, z2, z3),
+            _picked(shift, z1, z2, z3, y0),
+            _picked(shift, z2, z3, y0, y1),
+            _picked(shift, z3, y0, y1, y2),
+        )
+        z0, z1, z2 = y0, y1, y2
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
 # ---- memory ----
 
 
@@ -190,6 +214,49 @@ def _tile(numel, tiles, BLOCK: tl.constexpr):
     return sample, start, numel - start
 
 
+# ---- the low band ----
+
+
+@device_function
+def offsets(i, tile, numel, height, width, BLOCK: tl.constexpr, BAND: tl.constexpr):
+    """Where the elements i of a tile stand in the sample; those that are none, outside of the image, beyond numel.
+
+    A tile is made of units of four columns (an image row's last may have fewer) and of one row, or of two. The lower of two
+    rows are the tile's second half: so a thread has all elements of its blocks. height: None where the rows of the whole
+    sample pair up.
+    """
+    unit = tile.to(tl.uint32) * (BLOCK // BAND // 4 + 0 * numel)  # of 64 bits where numel is
+    unit += i % (BLOCK // BAND) // 4
+    units = tl.full([], (width + 3) // 4, unit.dtype)  # in a row, or in two
+    row, column = unit // units, unit % units * 4 + i % 4
+    inside = column < width
+    if BAND == 2:
+        lower = i // (BLOCK // 2)
+        if height is None:
+            row = row * 2 + lower
+        else:
+            pairs = tl.full([], (height + 1) // 2, unit.dtype)
+            lower += row % pairs * 2
+            inside &= lower < height
+            row = row // pairs * height + lower
+    return row.to(tl.int64) * width + column + tl.where(inside, 0, numel)
+
+
+@device_function
+def _low_band(value, BAND: tl.constexpr):
+    """Of a tile, laid out as `offsets` has it. Mirrors reference.py::low_band."""
+    even, odd = tl.split(tl.reshape(value, (value.shape[0] // 2, 2)))
+    sums = even + odd
+    if BAND == 2:
+        upper, lower = tl.split(tl.trans(tl.reshape(sums, (2, sums.shape[0] // 2))))
+        sums = upper + lower
+    means = mul(sums, 0.5**BAND)
+    means = tl.interleave(means, means)
+    if BAND == 2:
+        means = tl.reshape(tl.trans(tl.join(means, means)), (value.shape[0],))
+    return means
+
+
 # ---- kernels ----
 
 
@@ -199,13 +266,23 @@ def step_kernel(
     x_ptr, x_stride, f_ptr, f_stride, u_ptr, u_stride, m1_ptr, m1_stride, m2_ptr, m2_stride, y_ptr, y_stride,
     v_ptr, v_stride, grad_ptr, grad_stride, noise_ptr, noise_stride, rescale_ptr, rescale_stride, threshold_ptr, threshold_stride,
     seeds_ptr, seeds_stride, rows_ptr, rows_stride, rows_count, index_ptr, index_stride,
-    numel, guided_period, channel_numel, tiles, batch, DOUBLED: tl.constexpr, BLOCK: tl.constexpr,
+    numel, guided_period, channel_numel, tiles, batch, height, width, DOUBLED: tl.constexpr, BLOCK: tl.constexpr,
+    BAND: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A program's tile of one sample: rows, inputs, noise, step, stores. One function: what it has loaded would be some thirty
-    arguments of any part of it, of which Triton inlines each again."""
+    arguments of any part of it, of which Triton inlines each again.
+
+    BAND: what spec.band_dims_of says; None where rows have no columns of a band. height, width: an image's, for `offsets`; no
+    width where a tile's elements follow each other in the sample. ALIGNED: 4, 2 or 1, the greatest that divides width.
+    """
     VEC: tl.constexpr = 4 if x_ptr.dtype.element_ty == tl.float32 or f_ptr.dtype.element_ty == tl.float32 else 8
     sample, start, count = _tile(numel, tiles, BLOCK)
     lane = _lanes(BLOCK, VEC)
+    if width is not None:
+        tile = tl.program_id(0) if tiles is None else tl.program_id(0) % tiles
+        lane = offsets(tl.arange(0, BLOCK), tile, numel, height, width, BLOCK, BAND)
+        lane = tl.max_contiguous(tl.multiple_of(lane, ALIGNED), ALIGNED)
+        start, count = tl.zeros_like(start), tl.multiple_of(tl.full([], numel, tl.int64), ALIGNED)
     x = _load(x_ptr, x_stride, sample, start, count, lane)
     f = _load(f_ptr, f_stride, sample, start, count, lane)
 
@@ -259,10 +336,22 @@ def step_kernel(
             drawn = tl.where((draw >= 0.0) & (draw < 2.0**24), draw, 0.0).to(tl.uint32)
             good &= drawn.to(tl.float32) == draw
             seed = tl.load(seeds_ptr + sample * seeds_stride)
-            z = normals(seed, drawn, tl.full([], STREAM_STEP, tl.uint32), start, BLOCK, VEC)
+            stream = tl.full([], STREAM_STEP, tl.uint32)
+            if width is None:
+                z = normals(seed, drawn, stream, start, BLOCK, VEC)
+            else:
+                first = offsets(tl.arange(0, BLOCK // 4) * 4, tile, numel, height, width, BLOCK, BAND)
+                z = normals_at(seed, drawn, stream, first, ALIGNED == 4)
     if threshold_ptr is not None:
         threshold = tl.load(threshold_ptr + sample * threshold_stride)
         good &= (threshold != threshold) | ((threshold > 0.0) & (threshold < float("inf")))
+    if BAND is not None:
+        l_next, l_m0, l_x = tl.load(row + L_NEXT), tl.load(row + L_M0), tl.load(row + L_X)
+        banded = (l_next != 0.0) | (l_m0 != 0.0) | (l_x != 0.0)
+        if BAND == 0:
+            good &= banded == 0
+        else:
+            good &= (banded == 0) | (tl.load(row + BAND_DIMS) == BAND)
     nan = float("nan")
     d_x, c_x, k_x = tl.where(good, d_x, nan), tl.where(good, c_x, nan), tl.where(good, k_x, nan)
 
@@ -306,6 +395,14 @@ def step_kernel(
     if noise_ptr is not None or seeds_ptr is not None:
         if c_noise != 0.0:
             total += mul(c_noise, z)
+    if BAND:
+        if banded:
+            band = mul(l_next, total) + mul(l_m0, m0)
+            if l_x != 0.0:
+                band += mul(l_x, x)
+            if width is not None:
+                band = tl.where(lane < count, band, 0.0)
+            total += _low_band(band, BAND)
 
     _store(out_ptr, out_stride, sample, start, count, lane, total)
     if m0_ptr is not None:

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import pywt
 import torch
 
 import epskernels
 from epskernels import exposure, samplers, schedule
+from epskernels.bands import low_band
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +44,62 @@ def images(n, seed=0):
 def equal(a, b):
     assert a.rows.keys() == b.rows.keys() and (a.sampler, a.images, a.seed) == (b.sampler, b.images, b.seed)
     return all(np.array_equal(a.rows[name], b.rows[name], equal_nan=True) for name in a.rows)
+
+
+# ---- bands ----
+
+
+def pair_means(n):
+    """(n, n): the mean of each pair at both of its elements; of a last one without partner, half of it."""
+    pairs = np.arange(n) // 2
+    return (pairs[:, None] == pairs) * 0.5
+
+
+BANDS = [((6,), 1), ((7,), 1), ((1,), 1), ((3, 24), 1), ((2, 8, 6), 2), ((2, 5, 8), 2), ((3, 8, 7), 2), ((5, 7), 2),
+         ((1, 1), 2), ((2, 3, 9, 33), 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, dims", BANDS, ids=str)
+def test_low_band_is_a_product_of_pair_means(shape, dims):
+    """P x along one dimension, P x P' along two; and in float32 the bits of its written order."""
+    x = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = x.numpy() @ pair_means(shape[-1])
+    if dims == 2:
+        expected = pair_means(shape[-2]) @ expected
+    found = low_band(x, dims)
+    assert found.shape == x.shape and found.dtype == x.dtype
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-14, atol=1e-15)
+
+    x = x.float()
+    found, padded = low_band(x, dims), np.zeros((*x.shape[:-dims], *(n + n % 2 for n in shape[-dims:])), np.float32)
+    padded[tuple(slice(n) for n in x.shape)] = x.numpy()
+    a = padded[..., 0::2] + padded[..., 1::2]
+    a = a * np.float32(0.5) if dims == 1 else (a[..., 0::2, :] + a[..., 1::2, :]) * np.float32(0.25)
+    assert found.dtype == torch.float32
+    for index in np.ndindex(*x.shape):  # each element has its block's number
+        assert found[index] == a[(*index[:-dims], *(i // 2 for i in index[-dims:]))]
+
+
+@pytest.mark.parametrize("shape, dims", BANDS, ids=str)
+def test_low_band_is_pywavelets(shape, dims):
+    """The inverse transform of the transform's approximation, its details left out, cut to size."""
+    x = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    if dims == 1:
+        expected = pywt.idwt(pywt.dwt(x.numpy(), "haar", mode="zero")[0], None, "haar", mode="zero")
+    else:
+        expected = pywt.idwt2((pywt.dwt2(x.numpy(), "haar", mode="zero")[0], (None,) * 3), "haar", mode="zero")
+    cut = expected[tuple(slice(n) for n in x.shape)]
+    np.testing.assert_allclose(low_band(x, dims).numpy(), cut, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "x, dims, message",
+    [(torch.ones(4, 4), 3, "dims: expected 1 or 2, got 3"), (torch.ones(4), 2, "x: expected floating point with 2"),
+     (torch.ones(4, 4, dtype=torch.int64), 2, "x: expected .* got torch.int64")],
+)  # fmt: skip
+def test_low_band_refuses(x, dims, message):
+    with pytest.raises(ValueError, match=message):
+        low_band(x, dims)
 
 
 # ---- errors that are known ----
@@ -199,6 +257,15 @@ def test_naive_two_pass(name):
         each = np.sqrt((e.reshape(len(e), -1) ** 2).sum(1))
         return each.mean(), each.std(ddof=1) / np.sqrt(len(each))
 
+    def check_bands(part, i, x, e):
+        """By the matrices of pair means, the state and eps alike."""
+        for what, values in (("state", x.double().numpy()), ("noise", e)):
+            low = pair_means(SHAPE[1]) @ values @ pair_means(SHAPE[2])
+            for band, each in (("low", low), ("high", values - low)):
+                mean, se = norms(each)
+                assert getattr(found, f"{what}_{band}_{part}")[i] == pytest.approx(mean, rel=3e-6)
+                assert getattr(found, f"{what}_{band}_{part}_se")[i] == pytest.approx(se, rel=1e-4)
+
     seen = []
 
     def spy(x, t):
@@ -221,7 +288,11 @@ def test_naive_two_pass(name):
     np.testing.assert_allclose(found.norm_samples, [mean for mean, _ in sampled], rtol=1e-6)
     np.testing.assert_allclose(found.norm_samples_se, [se for _, se in sampled], rtol=1e-5)
 
+    for i, (x, f) in enumerate(seen):
+        check_bands("samples", i, x, epsilon(x, f, i) / table["lambda_t"][i])
+
     for i, x, f, _, x_next in walk(table["alpha_in"][0] * data + table["sigma_in"][0] * eps):
+        check_bands("chain", i, x, epsilon(x, f, i) / table["lambda_t"][i])
         assert found.norm_chain[i] == pytest.approx(norms(epsilon(x, f, i) / table["lambda_t"][i])[0], rel=1e-6)
         residual = x_next.double().numpy() - table["alpha_out"][i] * data.double().numpy()
         assert found.std_chain[i] == pytest.approx(residual.std(0, ddof=1).mean(), rel=1e-12)
@@ -234,6 +305,7 @@ def test_naive_two_pass(name):
         inputs = {"v": f[:, 1:] if table.learned_variance else None, "m1": m1, "seeds": seeds}
         x_next, m1 = epskernels.step(x, f[:, :1].contiguous(), table, i, **inputs, return_m0=True)
         error = (m1 - data).double().numpy()
+        check_bands("training", i, x, epsilon(x, f, i))
         assert found.norm_training[i] == pytest.approx(norms(epsilon(x, f, i))[0], rel=1e-6)
         assert found.error[i] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-6)
         assert found.error_std[i] == pytest.approx(np.sqrt(error.var(0, ddof=1).mean()), rel=1e-9)
@@ -242,6 +314,54 @@ def test_naive_two_pass(name):
         assert found.variance_single[i] == pytest.approx(residual.var(0, ddof=1).mean(), rel=1e-9)
         assert found.std_single[i] == pytest.approx(residual.std(0, ddof=1).mean(), rel=1e-9)
     np.testing.assert_array_equal(found.norm_gap, found.norm_samples / found.norm_training)
+    np.testing.assert_array_equal(found.state_gap_low, found.state_low_samples / found.state_low_training)
+    np.testing.assert_array_equal(found.noise_gap_high, found.noise_high_samples / found.noise_high_training)
+    relative = [
+        getattr(found, f"noise_low_{part}_se") / getattr(found, f"noise_low_{part}") for part in ("samples", "training")
+    ]
+    np.testing.assert_allclose(found.noise_gap_low_se, found.noise_gap_low * np.hypot(*relative), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (3, 1, 7), (2, 3, 4, 7)], ids=str)
+def test_bands_are_of_the_last_two_dimensions_or_the_last(shape):
+    """An eps model that answers x: its bands are the state's, and the first state is noise from the seeds."""
+    table = samplers.ddim(COSINE, 3, scaling=1.25)
+    found = exposure.measure(lambda x, t: x, table, torch.randn(6, *shape), seed=2, batch=4)
+    x = (table.initial_sigma * epskernels.normal(range(2, 8), shape)).double().numpy()
+    low = x @ pair_means(shape[-1])
+    if len(shape) > 2:
+        low = pair_means(shape[-2]) @ low
+    for band, values in (("low", low), ("high", x - low)):
+        norm = np.sqrt((values.reshape(6, -1) ** 2).sum(1)).mean()
+        assert getattr(found, f"state_{band}_samples")[0] == pytest.approx(norm, rel=1e-6)
+        for part, lambda_t in (("samples", 1.25), ("chain", 1.25), ("training", 1.0)):
+            state = getattr(found, f"state_{band}_{part}")
+            np.testing.assert_allclose(getattr(found, f"noise_{band}_{part}"), state / lambda_t, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (5, 1, 1)], ids=str)
+def test_one_element_has_no_bands(shape):
+    found = exposure.measure(lambda x, t: x, samplers.ddim(COSINE, 3), torch.randn(6, *shape))
+    assert np.isfinite(found.norm_gap).all()
+    assert all(
+        np.isnan(getattr(found, f"{what}_gap_{band}")).all() for what in ("state", "noise") for band in ("low", "high")
+    )
+
+
+def test_norms_with_guidance_of_some_channels():
+    """As DiT's rows guide them, for eps and for v alike: by hand for the first two channels of three."""
+    model, data = lambda x, t: (0.5 * x, 0.25 * x), torch.randn(5, 3, 4, 4)  # noqa: E731
+    by_hand = torch.tensor([1.0, 1.0, 0.5]).reshape(3, 1, 1)
+    for prediction in ("epsilon", "v_prediction"):
+        options = {"variance": "fixed_small", "clip": None, "prediction": prediction}
+        table = samplers.dit(3, guidance=3.0, guided_channels=2, **options)
+        assert (table["guided_channels"] == 2).all()
+        expected = exposure.measure(lambda x, t: by_hand * x, samplers.ddpm(schedule.linear(), "3", **options), data)
+        found = exposure.measure(model, table, data)
+        for name in ("norm", *exposure.BANDS):
+            for part in exposure.PARTS:
+                one, other = (getattr(each, f"{name}_{part}") for each in (found, expected))
+                np.testing.assert_allclose(one, other, rtol=2e-5, err_msg=f"{name}_{part}")
 
 
 def test_a_second_state_is_carried_down_the_chain():
@@ -318,7 +438,8 @@ def test_what_is_no_image_is_named(wrong):
 
 def test_parts_that_were_not_asked_for_are_nan():
     found = exposure.measure(wavy_for(TABLES["ddim"]), TABLES["ddim"], images(4), parts=("chain", "training"))
-    assert np.isnan(found.norm_samples).all()
+    assert np.isnan(found.norm_samples).all() and np.isnan(found.state_low_samples_se).all()
+    np.testing.assert_array_equal(found.state_gap_high, found.state_high_chain / found.state_high_training)
     np.testing.assert_array_equal(found.norm_gap, found.norm_chain / found.norm_training)
     found = exposure.measure(wavy_for(TABLES["ddim"]), TABLES["ddim"], images(4), parts=("samples",))
     assert np.isnan(found.error).all() and np.isnan(found.std_chain).all() and np.isfinite(found.norm_samples).all()
@@ -426,6 +547,36 @@ def test_saved_and_loaded(tmp_path):
         exposure.Exposure.load(tmp_path / "exposure.json")
 
 
+def test_a_file_from_before_the_bands(tmp_path):
+    """It loads, its bands are NaN, and they cannot be drawn."""
+    found = exposure.measure(wavy_for(TABLES["ddim"]), TABLES["ddim"], images(4))
+    found.save(tmp_path / "exposure.json")
+    saved = json.loads((tmp_path / "exposure.json").read_text())
+    saved["rows"] = {name: values for name, values in saved["rows"].items() if not name.startswith(exposure.BANDS)}
+    assert len(saved["rows"]) == len(found.rows) - 24
+    (tmp_path / "exposure.json").write_text(json.dumps(saved))
+    old = exposure.Exposure.load(tmp_path / "exposure.json")
+    np.testing.assert_array_equal(old.norm_gap, found.norm_gap)
+    np.testing.assert_array_equal(old.norm_gap_se, found.norm_gap_se)
+    for name in ("state_gap_low", "state_gap_high_se", "noise_gap_low", "noise_gap_high_se", "noise_low_chain"):
+        assert np.isnan(getattr(old, name)).all() and getattr(old, name).shape == (8,)
+    old.plot(tmp_path / "old.svg")
+    with pytest.raises(ValueError, match="bands: expected an Exposure that has them"):
+        old.plot_bands(tmp_path / "bands.svg")
+    assert not (tmp_path / "bands.svg").exists()
+
+
+def test_a_state_from_before_the_bands_is_refused(tmp_path):
+    arguments = {"model": wavy_for(TABLES["ddim"]), "table": TABLES["ddim"], "images": images(8), "batch": 4}
+    state = tmp_path / "state.npz"
+    exposure.measure(**arguments, state=state)
+    arrays = dict(np.load(state))
+    settings = json.loads(str(arrays["settings"])) | {"format": 1}
+    np.savez(state, **arrays | {"settings": json.dumps(settings)})
+    with pytest.raises(ValueError, match=f"^state: {state} was begun with other settings: format was 1, is 2$"):
+        exposure.measure(**arguments, state=state)
+
+
 def test_infinities_are_saved_as_plain_json(tmp_path):
     found = exposure.measure(lambda x, t: x * 1e30, TABLES["ddim"], images(4), parts=("training", "chain"))
     assert np.isinf(found.std_chain).any() or np.isinf(found.norm_chain).any()
@@ -438,9 +589,10 @@ def test_infinities_are_saved_as_plain_json(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_plot(suffix, tmp_path):
     found = exposure.measure(wavy_for(TABLES["ddpm"]), TABLES["ddpm"], images(4), progress=True)
-    found.plot(tmp_path / f"exposure.{suffix}")
-    head = (tmp_path / f"exposure.{suffix}").read_bytes()[:60]
-    assert head.startswith(b"\x89PNG") if suffix == "png" else b"<?xml" in head
+    for draw, axes in ((found.plot, 3), (found.plot_bands, 2)):
+        draw(tmp_path / f"exposure.{suffix}")
+        drawn = (tmp_path / f"exposure.{suffix}").read_bytes()
+        assert drawn.startswith(b"\x89PNG") if suffix == "png" else drawn.count(b'id="axes_') == axes
     found.plot(tmp_path / "without")
     assert (tmp_path / "without.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="'nope' is not supported"):

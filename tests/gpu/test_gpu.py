@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import _C, samplers, schedule
+from epskernels import _C, samplers, schedule, time_shift
 from epskernels.ops import DTYPES
 from epskernels.table import COLUMNS
 
@@ -112,6 +112,24 @@ def test_never_waits_for_the_device(backend):
         moments(inputs["f"], inputs["u"], rows, index)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def test_time_shift_chooses_without_waiting_for_the_device():
+    """The row that the CPU takes, from the same bits of the variance."""
+    table = time_shift.ShiftedTable(samplers.ddim, schedule.linear(), 7, window=30)
+    x = epskernels.normal(range(64), (3, 9, 7)) * torch.linspace(0.8, 1.1, 64).reshape(-1, 1, 1, 1)
+    there, at = table.to("cuda"), x.cuda()
+    calls = [1, *(torch.tensor(i) for i in (1, [i % 7 for i in range(64)]))]
+    on_device = [i.cuda() if isinstance(i, torch.Tensor) else i for i in calls]
+    there.choose(1, at)  # loads
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = [there.choose(i, at) for i in on_device]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(time_shift.variance(at).cpu(), time_shift.variance(x))
+    for i, (index, t) in zip(calls, got, strict=True):
+        assert all(torch.equal(*pair) for pair in zip((index.cpu(), t.cpu()), table.choose(i, x), strict=True))
 
 
 @each_backend
@@ -248,6 +266,7 @@ GRAPHED = {
     "ddpm": lambda: samplers.ddpm(schedule.linear(), 7, scaling=1.01),
     "edm_heun": lambda: samplers.edm_heun(schedule.KarrasSchedule(), 5, S_churn=10),
     "dpmpp_2m": lambda: samplers.dpmpp_2m(schedule.linear(), 7, scaling=1.005),
+    "ddim, time shift": lambda: time_shift.ShiftedTable(samplers.ddim, schedule.linear(), 7, window=30, scaling=1.005),
 }
 
 

@@ -11,10 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import epskernels
 from epskernels import samplers, schedule
 from epskernels.ops.gradient import step_gradients
-from epskernels.spec import INPUTS
+from epskernels.spec import BAND_COLUMNS, INPUTS, band_dims_of
 from epskernels.table import COLUMNS
 
-from .test_step_bits import assert_same_bits, each_dtype_pair, make_row, random_rows
+from .test_step_bits import assert_same_bits, each_dtype_pair, make_row, random_rows, with_bands
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONAL = ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold")
@@ -49,7 +49,8 @@ def formula(
 ):
     """(x', m0, y') by the README's formula; no term is left out of it."""
     each = (-1, *[1] * (x.dim() - 1))
-    row = dict(zip(COLUMNS, rows[index].reshape(-1, len(COLUMNS), *each[1:]).unbind(1), strict=True))
+    columns = rows[index].reshape(-1, rows.shape[1], *each[1:]).unbind(1)
+    row = dict(zip(COLUMNS + BAND_COLUMNS, columns, strict=False))
     fhat = f
     if u is not None:
         guided = row["guided_channels"].expand_as(x[:, :1] if x.dim() > 1 else x)
@@ -70,7 +71,20 @@ def formula(
         if tensor is not None:
             total, second = total + row[f"c_{name}"] * tensor, second + row[f"k_{name}"] * tensor
     total = total if grad is None else total + row["c_grad"] * (s**2 * grad)
-    return total if z is None else total + row["c_noise"] * (s * z), m0, second
+    total = total if z is None else total + row["c_noise"] * (s * z)
+    if "l_next" in row:
+        total = total + low_band(row["l_next"] * total + row["l_m0"] * m0 + row["l_x"] * x, band_dims_of(x.dim()))
+    return total, m0, second
+
+
+def low_band(values, dims):
+    """By torch's own pooling: means of pairs, or of 2x2 blocks, the last of them filled up with zeros."""
+    size = values.shape[-dims:]
+    padding = [extra for length in reversed(size) for extra in (0, length % 2)]
+    pool = torch.nn.functional.avg_pool2d if dims == 2 else torch.nn.functional.avg_pool1d
+    means = pool(torch.nn.functional.pad(values.reshape(-1, 1, *size), padding), 2)
+    means = torch.nn.functional.interpolate(means, scale_factor=2, mode="nearest")
+    return means[(..., *(slice(length) for length in size))].reshape(values.shape)
 
 
 def call(names, seed, shape=(2, 3), idle=0.25, x_dtype=torch.float32, f_dtype=torch.float32):
@@ -227,6 +241,38 @@ def test_gradients_in_any_layout(layout):
     laid = {key: layouts(leaf)[layout] if leaf.dim() == 4 else leaf for key, leaf in leaves.items()}
     got = backward(results_of(laid, index), weights, leaves)
     assert_close(got, expected_gradients(rows, index, inputs, weights), 3e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 2, 4), (2, 2, 3, 5), (2, 1, 2, 4, 3)], ids=str)
+def test_gradients_of_a_band(shape):
+    """Some rows correct one, some do not; the band's own coefficients have a gradient too."""
+    names = (*OPTIONAL, "seeds")
+    rows, inputs = call(names, 25, shape, 0)
+    rows = with_bands(rows, band_dims_of(len(shape)), 26, idle=0)
+    rows[1, len(COLUMNS) + 2] = 0
+    weights = torch.randn(3, *shape)
+    for index in (torch.tensor([2, 0]), torch.tensor(1)):
+        leaves = required(inputs, rows)
+        got = backward(results_of(leaves, index), weights, leaves)
+        assert got["rows"].shape == rows.shape and got["rows"][index][..., len(COLUMNS) : -1].all()
+        assert_close(got, expected_gradients(rows, index, inputs, weights), 3e-5)
+
+
+def test_gradcheck_of_a_band():
+    names = ("u", "m1", "noise")
+    rows, inputs = call(names, 27, (2, 1, 3, 3), 0)
+    rows = with_bands(rows, 2, 28, idle=0)
+    rows[:, COLUMNS.index("guided_channels")] = 0.5  # no number at which the result jumps
+    inputs = {key: value.double().requires_grad_() for key, value in inputs.items()}
+    # band_dims is no number to differentiate by.
+    band, last = rows.double()[:, :-1].requires_grad_(), rows.double()[:, -1:]
+    tensors = [inputs["x"], inputs["f"], band, *(inputs.get(key) for key in FORMULA)]
+
+    def function(x, f, band, *more):
+        return Float64Step.apply(torch.tensor([2, 0]), x, f, torch.cat([band, last], 1), *more)
+
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 1), (3, 2, 1, 1, 2)], ids=str)

@@ -18,6 +18,7 @@ import torch
 import epskernels
 from epskernels import Table, ops, samplers, scaling, schedule
 from epskernels.ops import backends
+from epskernels.spec import BAND_COLUMNS
 from epskernels.table import COLUMNS, SECOND_STATE
 
 from ..support import kernels
@@ -180,7 +181,7 @@ def no_tensor(name, expected, got, found):
 NO_TENSOR = dict.fromkeys(TENSORS, "a tensor, or None") | {
     "x": "a tensor",
     "f": "a tensor",
-    "rows": R("a Table, or its rows: a float32 tensor (R, 24)"),
+    "rows": R("a Table, or its rows: a float32 tensor (R, 24) or (R, 28)"),
     "index": R("an int, or an int64 tensor, () or (B,)"),
     "seeds": R("an int64 tensor (B,), as epskernels.as_seeds makes from integers"),
 }
@@ -207,6 +208,7 @@ for name in ("x", "f", "rows", "index"):
 for title, rows, got in (
     ("23 columns", torch.ones(3, 23), "(3, 23)"),
     ("25 columns", torch.ones(3, 25), "(3, 25)"),
+    ("29 columns", torch.ones(3, 29), "(3, 29)"),
     ("transposed", torch.ones(24, 3), "(24, 3)"),
     ("one dimension", torch.ones(24), "(24,)"),
     ("three dimensions", torch.ones(1, 3, 24), "(1, 3, 24)"),
@@ -215,7 +217,7 @@ for title, rows, got in (
 ):
     BAD[f"rows: {title}"] = (
         lambda rows=rows: good(rows=rows),
-        rf"rows: expected shape \(R, 24\) with R >= 1, got {R(got)}",
+        rf"rows: expected shape \(R, 24\) or \(R, 28\) with R >= 1, got {R(got)}",
     )
 for dtype in dtypes("float64", "float16", "int32"):
     text = str(dtype).removeprefix("torch.")
@@ -228,6 +230,7 @@ for title, rows, strides in (
     ("columns first", torch.ones(24, 3).t(), (1, 3)),
     ("expanded", torch.ones(1, 24).expand(3, 24), (0, 1)),
     ("overlapping", torch.ones(64).as_strided((3, 24), (8, 1)), (8, 1)),
+    ("overlapping wide ones", torch.ones(128).as_strided((3, 28), (24, 1)), (24, 1)),
 ):
     BAD[f"rows: {title}"] = (
         lambda rows=rows: good(rows=rows),
@@ -258,6 +261,29 @@ for value, column in itertools.product((-1.0, 0.5, 2.0**24), ("draw", "guided_ch
         lambda value=value, column=column: good(rows=rows_with(column, value)),
         rf"rows: expected {column} to be an integer in \[0, 2\^24\), got .* in row 0",
     )
+
+
+def with_band(**columns):
+    """Good rows, the first of which corrects a band so."""
+    band = torch.zeros(3, 4)
+    band[0] = torch.tensor([columns.get(column, 0.0) for column in BAND_COLUMNS])
+    return torch.cat([make_rows(), band], 1)
+
+
+for column, value in zip(BAND_COLUMNS, itertools.cycle((np.nan, np.inf))):
+    BAD[f"rows: {column} {value}"] = (
+        lambda column=column, value=value: good(rows=with_band(**{column: value})),
+        f"rows: expected finite coefficients .*, got {value} in row 0, column {(COLUMNS + BAND_COLUMNS).index(column)}",
+    )
+for value in (0.0, 1.5, 3.0, -1.0):
+    BAD[f"rows: band_dims {value:g}"] = (
+        lambda value=value: good(rows=with_band(l_x=0.1, band_dims=value)),
+        f"rows: expected band_dims to be 1 or 2, got {value:g}.* in row 0",
+    )
+BAD["x: a band in two dimensions"] = (
+    lambda: good(rows=with_band(l_next=0.1, band_dims=2.0)),
+    rf"x: expected shape \(B, C, H, W\) or .*, as row 0 corrects a band of it, got {R(str(SHAPE))}",
+)
 for name, shape in zip(itertools.cycle(PER_SAMPLE), ((), (1,), (BATCH, 1), (0,), (BATCH + 1,))):
     BAD[f"{name}: {shape}"] = (
         lambda name=name, shape=shape: good(**{name: torch.ones(shape)}),
@@ -365,7 +391,7 @@ def test_bad_moments_where_calls_are_logged(logged):
     "name, value, message",
     [
         ("f", torch.zeros(1, 3), r"f: expected shape .* as x has, got \(1, 3\)"),
-        ("rows", torch.zeros(1, 23), r"rows: expected shape \(R, 24\)"),
+        ("rows", torch.zeros(1, 23), r"rows: expected shape \(R, 24\) or"),
         ("rows", torch.tensor([make_row(c_x=1, c_m1=1)]), "m1: missing, and row 0 needs it .c_m1"),
         ("rows", torch.tensor([make_row(c_noise=1)]), "seeds or noise: missing, and row 0 needs it .c_noise"),
         ("index", torch.zeros(7, dtype=torch.int64), r"index: expected shape \(\) or \(3,\), got \(7,\)"),
@@ -1200,6 +1226,13 @@ BAD_CONSTRUCTORS = {
         "initial_sigma: expected a finite value >= 0, got -1",
     ),
     "Table: initial_sigma NaN": (lambda: Table(KEPT, initial_sigma=np.nan), ValueError, "initial_sigma: .* got nan"),
+    "Table: band_dims 3": (
+        lambda: table(l_next=0.1, band_dims=3),
+        ValueError,
+        "band_dims: expected 1 or 2, got 3.0 in row 0",
+    ),
+    "Table: w_next 0": (lambda: table(w_next=0), ValueError, "w_next: expected a value other than 0"),
+    "Table: ends_step 2": (lambda: table(ends_step=2), ValueError, "ends_step: expected 0 or 1, got 2.0"),
     "Table: assignment": (lambda: setattr(table(), "rows", None), AttributeError, "immutable: cannot set rows"),
     "Table: reading an unknown column": (lambda: table()["c_z"], KeyError, "'c_z'.*: expected one of"),
     "concat: nothing": (lambda: epskernels.concat([]), ValueError, "tables: expected at least one, got none"),

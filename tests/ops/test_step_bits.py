@@ -16,6 +16,7 @@ import torch
 import epskernels
 from epskernels import _C, samplers, schedule
 from epskernels.ops import DTYPES, REFERENCE
+from epskernels.spec import BAND_COLUMNS, band_dims_of
 from epskernels.table import COLUMNS, SECOND_STATE
 
 from ..support import kernels
@@ -80,8 +81,9 @@ def generator(seed):
 def make_row(**columns):
     """One row, every column idle but those given."""
     values = {"clip": float("inf"), "g": 1.0} | columns
-    assert set(values) <= set(COLUMNS)
-    return torch.tensor([[values.get(column, 0.0) for column in COLUMNS]], dtype=torch.float32)
+    names = COLUMNS + BAND_COLUMNS if set(columns) & set(BAND_COLUMNS) else COLUMNS
+    assert set(values) <= set(names)
+    return torch.tensor([[values.get(column, 0.0) for column in names]], dtype=torch.float32)
 
 
 def random_rows(count, names, seed, idle=0.25):
@@ -102,6 +104,16 @@ def random_rows(count, names, seed, idle=0.25):
     rows[:, COLUMNS.index("draw")] = torch.randint(0, 2**24, (count,), generator=g).float()
     rows[:, COLUMNS.index("guided_channels")] = torch.randint(0, 4, (count,), generator=g).float()
     return rows
+
+
+def with_bands(rows, dims, seed, idle=0.25):
+    """The rows with random columns of the band behind them; some correct none."""
+    g = generator(seed)
+    band = torch.randn(len(rows), 4, generator=g)
+    band[torch.rand(band.shape, generator=g) < idle] = 0
+    band[torch.rand(len(rows), generator=g) < idle] = 0
+    band[:, 3] = dims
+    return torch.cat([rows, band], 1)
 
 
 def make_inputs(shape, names, seed, x_dtype=torch.float32, f_dtype=torch.float32, special=0.05):
@@ -434,6 +446,58 @@ def test_model_input_beside_everything_else(kernel, index, size):
     assert_all_same_bits(got, expected)
     c_in = rows[index, COLUMNS.index("c_in_next")].reshape(-1, 1)
     assert_same_bits(model_input, (c_in * expected[0].float()).to(torch.float16).repeat(2, 1), "model_input")
+
+
+# ---- the low band of x' ----
+
+BANDED = {
+    "flat": (3, 37), "channels": (2, 3, 8), "long": (1, 2, 3001), "one": (2, 1), "column": (2, 2, 3, 1),
+    "image": (2, 3, 8, 12), "odd": (2, 3, 7, 5), "odd_height": (2, 2, 9, 8), "odd_width": (2, 2, 6, 11),
+    "wide": (1, 2, 3, 1030), "video": (2, 2, 3, 5, 6), "one_row": (2, 3, 1, 9), "tiles": (1, 2, 33, 64),
+}  # fmt: skip
+
+
+@pytest.mark.interpreted(1)
+@pytest.mark.parametrize(
+    "names", [(), ("u", "seeds"), INPUT_SETS["all_with_seeds"]], ids=["bare", "guidance_seeds", "all"]
+)
+@pytest.mark.parametrize("shape", BANDED.values(), ids=list(BANDED))
+@pytest.mark.parametrize("x_dtype, f_dtype", MIXED_PAIRS, ids=[f"x_{name(x)}-f_{name(f)}" for x, f in MIXED_PAIRS])
+def test_band(kernel, x_dtype, f_dtype, shape, names):
+    """Rows that correct a band beside rows that do not; every output, one row for all and one for each, and in place."""
+    dims, batch = band_dims_of(len(shape)), shape[0]
+    rows = with_bands(random_rows(5, names, 61), dims, sum(shape))
+    for index in (torch.tensor(3), torch.arange(batch) * 3 % 5):
+        inputs = make_inputs(shape, names, 62, x_dtype, f_dtype)
+        check(rows, index, inputs)
+        expected, model_input = reference(rows, index, inputs), torch.zeros(2 * batch, *shape[1:], dtype=f_dtype)
+        others = {"y_out": inputs["y"], "return_y": True} if "y" in inputs else {"return_m0": True}
+        assert_all_same_bits(step(rows, index, inputs, out=inputs["x"], model_input=model_input, **others), expected)
+        c_in = rows[index, COLUMNS.index("c_in_next")].reshape(-1, *[1] * (len(shape) - 1))
+        expected = (c_in * expected[0].float()).to(f_dtype)
+        assert_same_bits(model_input, torch.cat([expected, expected]), "model_input")
+
+
+@pytest.mark.interpreted(1)
+@pytest.mark.parametrize(
+    "layout", ["second_channel_half", "odd_batch_stride", "offset_by_one", "channels_last", "sliced"]
+)
+@each_dtype
+def test_band_in_any_layout(kernel, dtype, layout):
+    inputs = make_inputs(SHAPE, ALL_TENSORS, 63, dtype, dtype)
+    rows, index = with_bands(random_rows(4, ALL_TENSORS, 64), 2, 65, idle=0), torch.arange(4)
+    expected = reference(rows, index, inputs)
+    laid = {key: LAYOUTS[layout](value) for key, value in inputs.items()}
+    out = LAYOUTS[layout](inputs["x"] * 0)
+    assert_all_same_bits(step(rows, index, laid, out=out, return_y=True), expected)
+    _assert_nothing_written_around(out)
+
+
+def test_band_of_zeros_and_of_what_lies_outside(kernel):
+    """-0 beside the zeros outside becomes +0, in two dimensions as in one, and a block that is whole stays -0."""
+    for shape, dims in (((1, 3), 1), ((1, 1, 3, 3), 2), ((1, 1, 2, 3), 2), ((1, 1, 3, 2), 2)):
+        x = torch.full(shape, -0.0)
+        check(make_row(c_x=1, d_x=1, l_next=1, l_m0=1, band_dims=dims), torch.tensor(0), {"x": x, "f": x})
 
 
 # ---- forms of the call ----

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from epskernels import build
+from epskernels.spec import BAND_COLUMNS, COLUMNS, band_dims_of
 from epskernels.spec import INPUTS as INPUT_NAMES
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -47,6 +48,13 @@ INPUTS = {
 # What the launches have in common with none of the above, to compile at all: arguments that Triton makes constants, those of
 # 64 bits, and memory that is not aligned.
 ODD = ("one_element", "beyond_32_bits", "misaligned", "expanded", "threshold")
+# Those that correct a low band: of pairs and of blocks that 16 bytes hold, and of others.
+BANDED = [f"band_{i}-{d}" for i in ("bare", "guidance_history", "seeds") for d in DTYPES]
+BAND_SHAPES = {
+    "pairs": (4, 4, 4096), "odd_pairs": (4, 4, 4095), "odd_width": (4, 4, 64, 63), "even_width": (4, 4, 64, 62),
+    "odd_height": (4, 4, 63, 64), "one_element": (1, 1, 1, 1), "beyond_32_bits": (2, 2, 2**32, 3),
+}  # fmt: skip
+ODD_BANDS = [f"band_{shape}_seeds" for shape in BAND_SHAPES]
 
 
 class _Driver:
@@ -73,8 +81,8 @@ def _use_driver(architecture):
     triton.runtime.driver.set_active(_Driver(architecture))
 
 
-def _tensors(names, x_dtype, f_dtype, shape, make):
-    tensors = {"x": make(shape, x_dtype), "f": make(shape, f_dtype), "rows": make((3, 24), torch.float32)}
+def _tensors(names, x_dtype, f_dtype, shape, make, columns):
+    tensors = {"x": make(shape, x_dtype), "f": make(shape, f_dtype), "rows": make((3, columns), torch.float32)}
     tensors |= {"index": make(shape[:1], torch.int64)}
     for key in ("u", "m1", "m2", "v", "grad", "noise", "seeds", "y", "rescale", "threshold"):
         dtype = torch.int64 if key == "seeds" else f_dtype if key in ("u", "v") else x_dtype
@@ -98,8 +106,17 @@ def _calls():
     """By name, what to compile and for what call."""
     from epskernels.ops import triton_backend
 
-    def step(names, x_dtype=torch.float32, f_dtype=torch.float32, shape=(4, 4096), make=_make, expand=False, **changed):
-        tensors = _tensors(names, x_dtype, f_dtype, shape, make) | changed
+    def step(
+        names,
+        x_dtype=torch.float32,
+        f_dtype=torch.float32,
+        shape=(4, 4096),
+        make=_make,
+        expand=False,
+        columns=24,
+        **changed,
+    ):
+        tensors = _tensors(names, x_dtype, f_dtype, shape, make, columns) | changed
         if expand:
             tensors["f"] = tensors["f"][:1].expand(shape)
         return triton_backend.step_kernel, lambda launch: triton_backend._run_step(launch, **tensors)
@@ -131,6 +148,11 @@ def _calls():
     calls["misaligned"] = step(INPUTS["everything_noise"], make=_make_misaligned)
     calls["threshold"] = step(("threshold", "m0"))
     calls["expanded"] = step(INPUTS["bare"], expand=True)
+    for name in BANDED:
+        inputs, dtypes = name.removeprefix("band_").split("-")
+        calls[name] = step(INPUTS[inputs], *DTYPES[dtypes], shape=(4, 4, 64, 20), columns=28)
+    for name, shape in zip(ODD_BANDS, BAND_SHAPES.values(), strict=True):
+        calls[name] = step(INPUTS["everything_seeds"], *DTYPES["float32_of_bfloat16"], shape=shape, columns=28)
     return calls
 
 
@@ -199,13 +221,13 @@ def ahead(request, tmp_path_factory):
 
 
 STEPS = [f"{i}-{d}" for d in DTYPES for i in INPUTS]
-FAST = [*STEPS, "normal-float32", "normal-bfloat16", "one_row-float32", "one_row-bfloat16"]
-INDUCTOR = [f"inductor-{name}" for name in FAST if name.startswith(("everything_seeds", "normal"))]
+FAST = [*STEPS, "normal-float32", "normal-bfloat16", "one_row-float32", "one_row-bfloat16", *BANDED]
+INDUCTOR = [f"inductor-{name}" for name in FAST if name.startswith(("everything_seeds", "normal", "band_seeds"))]
 MOMENTS = [*(f"moments{g}-{dtype}" for g in ("", "_guided") for dtype in ("float32", "bfloat16")), "moments_level"]
 # What `make test` compiles, for the newest architecture: each kernel, the words of 64 and of 128 bits, and all terms.
 SOME = (
     "guidance_history-float32", "seeds-float32_of_bfloat16", "everything_noise-bfloat16", "normal-bfloat16", "threshold",
-    "inductor-normal-float32", "moments_guided-float32", "moments_level",
+    "inductor-normal-float32", "moments_guided-float32", "moments_level", "band_seeds-bfloat16", "band_odd_width_seeds",
 )  # fmt: skip
 
 
@@ -230,7 +252,7 @@ def _products(ptx):
     return len(addends)
 
 
-@each([*FAST, *ODD, *INDUCTOR])
+@each([*FAST, *ODD, *ODD_BANDS, *INDUCTOR])
 def test_no_operation_is_fused_and_no_subnormal_flushed(ahead, architecture, name):
     """Nor by Inductor, where a multiplication and an addition may be."""
     ptx = (ahead[architecture] / f"{name}.ptx").read_text()
@@ -243,17 +265,19 @@ def test_no_operation_is_fused_and_no_subnormal_flushed(ahead, architecture, nam
 
 @each(FAST)
 def test_memory_is_accessed_by_128_bits(ahead, architecture, name):
-    """Every tensor once; nothing goes through local or shared memory. bfloat16 beside float32 is read by 64 bits."""
+    """Every tensor once; nothing goes through local or shared memory. By 64 bits what of two bytes is beside float32, or has a
+    band: four elements of each of two image rows."""
     ptx = (ahead[architecture] / f"{name}.ptx").read_text()
     found = collections.Counter(re.findall(r"\b(ld|st)\.(global|local|shared)\S*?(\.v\d)?\.b(\d+)", ptx))
     inputs, dtypes = name.split("-")
     dtypes = DTYPES.get(dtypes, (getattr(torch, dtypes, None),) * 2)
+    banded, inputs = inputs.startswith("band_"), inputs.removeprefix("band_")
     given = set() if inputs == "normal" else {"x", "f", *INPUTS.get(inputs, ())}
     like_f = given & {"f", "u", "v", "model_input"}
     like_x = {"out", *given} - like_f - {"seeds", "rescale"}
     expected = collections.Counter()
     for names, dtype in ((like_x, dtypes[0]), (like_f, dtypes[1])):
-        mixed = dtype.itemsize < max(dtypes, key=lambda d: d.itemsize).itemsize
+        mixed = dtype.itemsize < (4 if banded else max(dtypes, key=lambda d: d.itemsize).itemsize)
         for key in names:  # 8 elements a thread
             access = "st" if key in ("out", "m0", "y_out", "model_input") else "ld"
             words = 2 if mixed or dtype.itemsize == 4 else 1
@@ -309,13 +333,15 @@ def _capture():
 
     _use_driver(90)
     x, f, m1 = torch.zeros(3, 2, 64, 64)
-    rows, seeds = torch.zeros(3, 24), torch.zeros(2, dtype=torch.int64)
+    rows, wide_rows, seeds = torch.zeros(3, 24), torch.zeros(3, 28), torch.zeros(2, dtype=torch.int64)
+    image = torch.zeros(2, 3, 7, 6)
     index = torch.zeros((), dtype=torch.int64)
     functions = {
         "step": lambda: epskernels.step(x, f, rows, index, seeds=seeds, backend="triton"),
         "step_m0": lambda: epskernels.step(x * 2, f, rows, index, backend="triton", return_m0=True)[1] + 1,
         "in_place": lambda: epskernels.step(x, f, rows, index, m1=m1, out=x, m0=m1, backend="triton"),
         "normal": lambda: epskernels.normal(seeds, (3, 64), dtype=torch.bfloat16, backend="triton"),
+        "band": lambda: epskernels.step(image, image + 1, wide_rows, index, seeds=seeds, backend="triton"),
     }
     seen = {}
 
@@ -350,7 +376,7 @@ def test_inductor_sees_the_kernel(tmp_path):
     pass, and in its backward pass, which makes the noise again."""
     seen = json.loads(_finished(_process(tmp_path, "capture")).splitlines()[-1])
     both = ["out_ptr", "m0_ptr"]
-    expected = {"step": ["out_ptr"], "step_m0": both, "in_place": both, "normal": ["out_ptr"]}
+    expected = {"step": ["out_ptr"], "step_m0": both, "in_place": both, "normal": ["out_ptr"], "band": ["out_ptr"]}
     expected = {f"{name}-{d}": [1, [written], []] for name, written in expected.items() for d in (False, True)}
     assert seen == expected | dict.fromkeys(("fw", "bw"), [1, [["out_ptr"]], []])
 
@@ -498,17 +524,202 @@ def test_check_rows_raises_before_anything_is_written(monkeypatch):
     assert out[1:].isnan().all() and not out[0].isnan().all()
 
 
+# ---- the low band ----
+
+
+def _banded(names, x_dtype, f_dtype, shape):
+    """As _call, with rows of all columns: a sample's corrects none, all, or some of the band's terms."""
+    rows, inputs = _call(names, x_dtype, f_dtype, shape)
+    weights = torch.tensor([[-0.3, 0.2, 0.0], [0.0, 0.0, 0.0], [0.0, -0.7, 0.4]], device=DEVICE)
+    dims = torch.full((3, 1), float(band_dims_of(len(shape))), device=DEVICE)
+    return torch.cat([rows[:, : len(COLUMNS)], weights, dims], 1), inputs
+
+
+def _expected(rows, index, inputs):
+    inputs = {key: value.cpu() for key, value in inputs.items()}
+    return [result.to(DEVICE) for result in _helpers().reference(rows.cpu(), index.cpu(), inputs)]
+
+
+# Odd and even sizes, of which the least, with and without a multiple of 4; signals, images and videos.
+BAND_CASES = [
+    ((3, 270), EVERYTHING + ("noise",), "float32"),
+    ((3, 271), EVERYTHING + ("seeds",), "float32_of_bfloat16"),
+    ((3, 2, 1), ("seeds",), "bfloat16"),
+    ((3, 3, 22), ("seeds",), "bfloat16"),
+    ((3, 4, 8, 12), EVERYTHING + ("seeds",), "bfloat16"),
+    ((3, 4, 7, 8), ("u", "seeds"), "float32"),
+    ((3, 4, 9, 6), EVERYTHING + ("seeds", "threshold"), "float16_of_bfloat16"),
+    ((3, 4, 6, 15), EVERYTHING + ("seeds",), "float32"),
+    ((3, 2, 1, 1), EVERYTHING + ("noise",), "float32"),
+    ((3, 2, 3, 5, 7), ("m1", "seeds"), "float32_of_bfloat16"),
+    ((3, 2, 3, 4, 4), EVERYTHING + ("noise",), "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("shape, names, dtypes", BAND_CASES, ids=str)
+def test_band_is_that_of_the_reference(shape, names, dtypes):
+    """Whatever the block: in tiles of 128 elements too, which do not end with the images' rows."""
+    from epskernels.ops import triton_backend
+
+    rows, inputs = _banded(names, *DTYPES[dtypes], shape)
+    index = torch.tensor([2, 1, 0], device=DEVICE)
+    expected = _expected(rows, index, inputs)
+    arguments = {key: inputs.get(key) for key in INPUT_NAMES if key not in ("rows", "index")}
+    launch = triton_backend._launcher(triton_backend.step_kernel, rows.device)
+    for block in (None, (128, 1)):
+        written = [torch.full_like(inputs["x"], 7) for _ in expected]
+        outputs = (*written, *[None] * (4 - len(expected)))
+        triton_backend._run_step(launch, outputs, rows=rows, index=index, block=block, **arguments)
+        _helpers().assert_all_same_bits(written, expected)
+    plain = _expected(rows[:, : len(COLUMNS)], index, inputs)
+    _helpers().assert_same_bits(written[0][1], plain[0][1], "the sample whose row has no band")
+    assert not torch.equal(written[0].nan_to_num(), plain[0].nan_to_num())
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 7, 6), (3, 4, 8, 8), (3, 5, 9)], ids=str)
+def test_band_in_place_with_a_doubled_model_input(shape):
+    from epskernels.ops.triton_backend import TRITON
+
+    rows, inputs = _banded(("m1", "seeds"), *DTYPES["float32_of_bfloat16"], shape)
+    index = torch.tensor([2, 1, 0], device=DEVICE)
+    x, m0 = _expected(rows, index, inputs)
+    model_input = torch.empty((6, *shape[1:]), dtype=torch.bfloat16, device=DEVICE)
+    wide = torch.full((3, 2, *shape[1:]), 7.0, device=DEVICE)  # samples that do not follow each other
+    inputs["x"] = wide[:, 1].copy_(inputs["x"])
+    TRITON["step_"](rows=rows, index=index, model_input=model_input, m0=inputs["m1"], **inputs)
+    _helpers().assert_all_same_bits((wide[:, 1], inputs["m1"]), (x, m0))
+    assert (wide[:, 0] == 7).all()
+    c_in_next = rows[index, COLUMNS.index("c_in_next")].reshape(-1, *[1] * (len(shape) - 1))
+    _helpers().assert_same_bits(
+        model_input, (c_in_next * x).bfloat16().repeat(2, *[1] * (len(shape) - 1)), "next input"
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (3, 4, 7, 8), (3, 4, 8, 6), (3, 2, 3, 5, 5)], ids=str)
+def test_band_of_a_batch_with_one_row(shape):
+    """The launch takes it as one long sample; channels that are not guided, in each."""
+    from epskernels.ops.triton_backend import TRITON
+
+    rows, inputs = _banded(("u", "m1"), torch.float32, torch.float32, shape)
+    rows[0, COLUMNS.index("guided_channels")] = 1
+    index = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    _helpers().assert_all_same_bits(TRITON["step_m0"](rows=rows, index=index, **inputs), _expected(rows, index, inputs))
+
+
+BAD_BANDS = [((3, 9), value) for value in (2.0, 0.0, 1.5, -1.0, float("nan"), float("inf"))]
+BAD_BANDS += [((3, 4, 5, 6), 1.0), ((3, 2, 2, 4, 4), 0.0), ((3, 4, 4), 2.0)]
+BAD_BANDS += [((3,), 0.0), ((3,), 1.0), ((3, 1, 2, 1, 4, 4), 2.0), ((3, 1, 2, 1, 4, 4), 0.0)]
+
+
+@pytest.mark.parametrize("shape, value", BAD_BANDS, ids=str)
+def test_band_of_other_dimensions_gives_nan(shape, value):
+    from epskernels.ops.triton_backend import TRITON
+
+    rows, inputs = _banded((), torch.float32, torch.float32, shape)
+    rows[:, len(COLUMNS) + BAND_COLUMNS.index("band_dims")] = value
+    index = torch.arange(3, device=DEVICE)
+    got = TRITON["step_m0"](rows=rows, index=index, **inputs)
+    plain = _expected(rows[:, : len(COLUMNS)], index, inputs)
+    for result, expected in zip(got, plain, strict=True):
+        assert result[::2].isnan().all()
+        _helpers().assert_same_bits(result[1], expected[1], "the sample whose row has no band")
+
+
+def test_check_rows_refuses_a_band_of_other_dimensions(monkeypatch):
+    from epskernels.ops.triton_backend import TRITON
+
+    monkeypatch.setenv("EPSKERNELS_CHECK_ROWS", "1")
+    rows, inputs = _banded((), torch.float32, torch.float32, (3, 4, 9))
+    index = torch.arange(3, device=DEVICE)
+    for value, expected in (
+        (1.5, r"rows: expected band_dims to be 1 or 2, got 1\.5 in row 0"),
+        (2, r"x: expected shape \(B, C, H, W\) or \(B, C, F, H, W\), as row 0 corrects a band of it, got \(3, 4, 9\)"),
+    ):
+        rows[:, -1] = value
+        with pytest.raises(RuntimeError, match=expected):
+            TRITON["step"](rows=rows, index=index, **inputs)
+
+
+def test_band_s_gradient_and_vmap_go_around_the_kernel():
+    import epskernels
+
+    rows, inputs = _banded(("seeds",), torch.float32, torch.float32, (3, 2, 5, 6))
+    index, (x, f) = torch.arange(3, device=DEVICE), torch.randn(2, 2, 3, 2, 5, 6, device=DEVICE)
+
+    def step(x, f, backend):
+        return epskernels.step(x, f, rows, index, seeds=inputs["seeds"], backend=backend)
+
+    mapped = torch.vmap(functools.partial(step, backend="triton"))(x, f)
+    _helpers().assert_all_same_bits(mapped, [step(*pair, "reference") for pair in zip(x, f, strict=True)])
+
+    gradients = []
+    for backend in ("triton", "reference"):
+        leaves = [x[0].clone().requires_grad_(), rows.clone().requires_grad_()]
+        result = epskernels.step(leaves[0], f[0], leaves[1], index, seeds=inputs["seeds"], backend=backend)
+        gradients.append(torch.autograd.grad((result * f[1]).sum(), leaves))
+    _helpers().assert_all_same_bits(*gradients)
+    assert gradients[0][1][:, -4:-1].abs().sum() > 0
+
+
+def test_idle_band_passes_no_gradient_to_its_neighbours():
+    """Not even what is not finite: the row leaves the band out."""
+    import epskernels
+
+    rows, inputs = _banded((), torch.float32, torch.float32, (3, 2, 5, 6))
+    rows, bar = rows[1:2].repeat(3, 1), torch.randn(3, 2, 5, 6, device=DEVICE)
+    bar[0, 0, 1, 1], index = float("inf"), torch.arange(3, device=DEVICE)
+    gradients = []
+    for given in (rows, rows[:, : len(COLUMNS)]):
+        x = inputs["x"].nan_to_num(0, 0, 0).requires_grad_()
+        result = epskernels.step(x, inputs["f"].nan_to_num(0, 0, 0), given, index, backend="triton")
+        gradients += torch.autograd.grad(result, x, bar)
+    _helpers().assert_same_bits(*gradients, "gradients by x")
+    assert gradients[0].isfinite().sum() == x.numel() - 1
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "not_aligned"])
+def test_tiles_far_into_a_sample_with_images(aligned):
+    """Where an offset has more than 32 bits: the elements of some tile, and their normals."""
+    from epskernels.ops import reference, triton_backend
+
+    height, width = (2**20 + 1, 2**15 + 4) if aligned else (2**20 + 1, 2**15 - 1)
+    units, pairs, tile = -(-width // 4), 2**19 + 1, 2**32 - 77
+    unit = tile * 8 + torch.arange(8)
+    plane, pair, column = unit // units // pairs, unit // units % pairs, unit % units * 4
+    row = pair * 2 + torch.tensor([[[0]], [[1]]])
+    column = column[:, None] + torch.arange(4)
+    numel = 2**50
+    expected = (plane[:, None] * height + row.reshape(2, -1, 1)) * width + column
+    expected += numel * ((row.reshape(2, -1, 1) >= height) | (column >= width))
+    seeds = torch.tensor([9], device=DEVICE)
+    launch = triton_backend._launcher(far_band_kernel, seeds.device)
+    where, out = torch.zeros(64, dtype=torch.int64, device=DEVICE), torch.zeros(64, device=DEVICE)
+    launch((1,), where, out, seeds, tile, numel, height, width, ALIGNED=aligned)
+    assert torch.equal(where.cpu(), expected.flatten()) and expected.min() > 2**34
+    e = expected.reshape(-1, 4)[:, :1] + torch.arange(4)
+    words = reference.philox((e // 4 & 0xFFFFFFFF, e // 4 >> 32, 3, 1), (torch.tensor(9), torch.tensor(0)))
+    normals = torch.stack((*reference.box_muller(*words[:2]), *reference.box_muller(*words[2:])), -1)
+    _helpers().assert_same_bits(out.cpu(), normals.gather(-1, (e % 4)[..., None]).flatten(), "normals")
+
+
 if not build.why_missing("triton"):
     import triton
     import triton.language as tl
 
-    from epskernels.ops.triton_kernels import normals
+    from epskernels.ops.triton_kernels import normals, normals_at, offsets
 
     @triton.jit
     def far_normal_kernel(out_ptr, seeds_ptr, start, VEC: tl.constexpr):
         start = tl.full([], start, tl.int64)
         draw, stream = tl.full([], 3, tl.uint32), tl.full([], 1, tl.uint32)
         tl.store(out_ptr + tl.arange(0, 64), normals(tl.load(seeds_ptr), draw, stream, start, 64, VEC))
+
+    @triton.jit
+    def far_band_kernel(where_ptr, out_ptr, seeds_ptr, tile, numel, height, width, ALIGNED: tl.constexpr):
+        tile, draw, stream = tl.full([], tile, tl.int64), tl.full([], 3, tl.uint32), tl.full([], 1, tl.uint32)
+        tl.store(where_ptr + tl.arange(0, 64), offsets(tl.arange(0, 64), tile, numel, height, width, 64, 2))
+        first = offsets(tl.arange(0, 16) * 4, tile, numel, height, width, 64, 2)
+        tl.store(out_ptr + tl.arange(0, 64), normals_at(tl.load(seeds_ptr), draw, stream, first, ALIGNED))
 
 
 if __name__ == "__main__":

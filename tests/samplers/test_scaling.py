@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import epskernels
+from epskernels import diffusers as fused
 from epskernels import published, samplers, scaling, schedule
 from epskernels.published_settings import SETTINGS, published_setting
 
@@ -353,6 +355,134 @@ def test_tsr_is_the_authors(k, s):
         1 / found, [tsr_by_hand(a, b, k, s) for a, b in zip(alpha, sigma, strict=True)], rtol=1e-14
     )
     np.testing.assert_allclose(scaling.tsr(k, s).values(2, [-np.inf, np.inf]), [1.0, 1 / k], rtol=1e-15)
+
+
+def tsr_ddim(eps, x, t, alpha, sigma, k, s):
+    """DDIM by the rescaled score (arXiv 2510.01184), float64; alpha, sigma: of each call, and after the last."""
+    states = []
+    for j in range(len(t)):
+        score = -tsr_by_hand(alpha[j], sigma[j], k, s) * eps(x, t[j]) / sigma[j]
+        x_0 = (x + sigma[j] ** 2 * score) / alpha[j]
+        x = alpha[j + 1] * x_0 - sigma[j + 1] * sigma[j] * score
+        states.append(x)
+    return torch.stack(states)
+
+
+def tsr_flow(velocity, x, sigma, k, s):
+    """Euler of a flow by the rescaled score of its velocity, float64; at sigma = 1 the factor is 1."""
+    states = []
+    for j in range(len(sigma) - 1):
+        v = velocity(x, 1000 * sigma[j])
+        if sigma[j] < 1:
+            score = -((1 - sigma[j]) * v + x) / sigma[j] * tsr_by_hand(1 - sigma[j], sigma[j], k, s)
+            v = -(x + sigma[j] * score) / (1 - sigma[j])
+        x = x + (sigma[j + 1] - sigma[j]) * v
+        states.append(x)
+    return torch.stack(states)
+
+
+def small_network(x, t):
+    return torch.sin(2 * x + float(t) / 300) + 0.3 * x.roll(1, -1)
+
+
+def down(table, x, dtype):
+    """All states down a table: in float32 by the op, in float64 by the table's columns as they are before they are rounded."""
+    states = []
+    for i in range(len(table)):
+        f = small_network(x, table["t"][i])
+        if dtype == torch.float32:
+            x = epskernels.step(x, f, table, i)
+        else:
+            m0 = table["d_x"][i] * x + table["d_f"][i] * f
+            x = table["c_x"][i] * x + table["c_f"][i] * f + table["c_m0"][i] * m0
+        states.append(x.double())
+    return torch.stack(states)
+
+
+def stepped(scheduler, x):
+    states = []
+    for t in scheduler.timesteps:
+        x = scheduler.step(small_network(x, t), t, x, return_dict=False)[0]
+        states.append(x.double())
+    return torch.stack(states)
+
+
+def farthest(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+X_T = torch.randn(3, 2, 5, 7, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("k, s", [(0.93, 1.0), (1.1, 3.0)])
+@pytest.mark.parametrize("kind", ["ddim", "flow_euler"])
+def test_tsr_down_a_trajectory(kind, k, s, steps):
+    def make(lambda_t):
+        return samplers.ddim(BETAS, steps, scaling=lambda_t) if kind == "ddim" else samplers.flow_euler(
+            schedule.FlowSchedule(3.0), steps, scaling=lambda_t
+        )  # fmt: skip
+
+    table = make(scaling.tsr(k, s))
+    if kind == "ddim":
+        t = np.arange(0, 1000, 1000 // steps)[::-1]
+        abar = np.append(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[t], 1.0)
+        expected = tsr_ddim(small_network, X_T.double(), t, np.sqrt(abar), np.sqrt(1 - abar), k, s)
+    else:
+        sigma = 3 * (at := np.linspace(1, 0, steps + 1)) / (1 + 2 * at)
+        expected = tsr_flow(small_network, X_T.double(), sigma, k, s)
+    assert farthest(down(table, X_T.double(), torch.float64), expected) < 1e-12
+    assert farthest(down(table, X_T, torch.float32), expected) < 1e-5
+    assert farthest(down(make(1.0), X_T, torch.float32), expected) > 1e-3
+
+
+@pytest.mark.parametrize("k, s", [(0.93, 1.0), (1.1, 3.0)])
+@pytest.mark.parametrize("shift", [None, 1.0, 3.0], ids=["ddim", "flow", "flow, shift 3"])
+def test_tsr_in_a_diffusers_scheduler(shift, k, s):
+    """At the levels that the scheduler itself holds."""
+
+    def make(lambda_t):
+        if shift is not None:
+            made = fused.FlowMatchEulerDiscreteScheduler(shift=shift, eps_scaling=lambda_t)
+        else:
+            made = fused.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, eps_scaling=lambda_t)
+        made.set_timesteps(20)
+        return made
+
+    scheduler = make({"kind": "tsr", "k": k, "sigma": s})
+    if shift is None:
+        t = scheduler.timesteps.numpy()
+        abar = scheduler.alphas_cumprod.double().numpy()
+        abar = np.append(abar[t], abar[0])
+        expected = tsr_ddim(small_network, X_T.double(), t, np.sqrt(abar), np.sqrt(1 - abar), k, s)
+    else:
+        expected = tsr_flow(small_network, X_T.double(), scheduler.sigmas.double().numpy(), k, s)
+    assert farthest(stepped(scheduler, X_T), expected) < 1e-5
+    assert farthest(stepped(make(1.0), X_T), expected) > 1e-3
+
+
+@pytest.mark.parametrize("k", [0.8, 2.0])
+@pytest.mark.parametrize("kind", ["ddim", "flow_euler"])
+def test_tsr_of_a_gaussian_samples_one_of_variance_over_k(kind, k):
+    """What the paper derives it from: N(mu, s^2) becomes N(mu, s^2/k). The ODE keeps (x - alpha*mu)/std of the noisy one."""
+    mu, s, errors = 0.7, 1.5, []
+    for steps in (200, 400):
+        if kind == "ddim":
+            table = samplers.ddim(BETAS, steps, scaling=scaling.tsr(k, s), spacing="trailing")
+        else:
+            table = samplers.flow_euler(schedule.FlowSchedule(1.0), steps, scaling=scaling.tsr(k, s))
+        alpha, sigma, row = table["alpha_in"], table["sigma_in"], itertools.count()
+
+        def model(x, t, alpha=alpha, sigma=sigma, row=row):
+            i = next(row)
+            away, total = x - alpha[i] * mu, alpha[i] ** 2 * s**2 + sigma[i] ** 2
+            x_0, eps = mu + alpha[i] * s**2 / total * away, sigma[i] / total * away
+            return eps - x_0 if kind == "flow_euler" else eps
+
+        found = epskernels.sample(model, table, range(3), (2, 5), start=X_T[:, :, :, 0])
+        kept = (X_T[:, :, :, 0] - alpha[0] * mu) / math.sqrt(alpha[0] ** 2 * s**2 / k + sigma[0] ** 2)
+        errors.append(float((found - (mu + s / math.sqrt(k) * kept)).abs().max()))
+    assert errors[1] < 0.02 and errors[1] < 0.6 * errors[0]  # of first order
 
 
 def test_a_table_of_levels():

@@ -13,7 +13,7 @@ import torch
 
 import epskernels
 from epskernels import Table, samplers, scaling, schedule, solvers
-from epskernels.table import COLUMNS, PROVENANCE
+from epskernels.table import COLUMNS, VALUES
 
 VP, ZERO_SNR = schedule.linear(), schedule.cosine().zero_terminal_snr()
 KARRAS, FLOW = schedule.KarrasSchedule(), schedule.FlowSchedule(3.0)
@@ -45,7 +45,7 @@ def table(request):
 
 def values(table):
     """What the constructor was given, ready to be changed."""
-    return {key: table[key].copy() for key in COLUMNS + PROVENANCE}
+    return {key: table[key].copy() for key in VALUES}
 
 
 # ---- immutable ----
@@ -61,7 +61,7 @@ def test_attributes_cannot_be_set_or_deleted(name):
     assert not hasattr(table, "__dict__")
 
 
-@pytest.mark.parametrize("column", COLUMNS + PROVENANCE)
+@pytest.mark.parametrize("column", VALUES)
 def test_arrays_are_read_only(column):
     with pytest.raises(ValueError, match="read-only"):
         made("ddpm")[column][0] = 1.0
@@ -102,7 +102,7 @@ def test_a_table_can_be_referred_to_weakly():
 
 def assert_same_table(a, b):
     assert torch.equal(a.rows, b.rows) and a.parts == b.parts and a.discrete == b.discrete
-    for key in COLUMNS + PROVENANCE:
+    for key in VALUES:
         assert (a[key] == b[key]).all(), key
 
 
@@ -224,7 +224,7 @@ def test_columns_left_out_take_their_defaults():
     table = Table({"c_x": [1.0, 1.0], "alpha_in": 1.0, "alpha_out": 1.0})
     defaults = {"clip": np.inf, "g": 1, "c_in": 1, "lambda_t": 1, "c_x": 1, "alpha_in": 1, "alpha_out": 1}
     defaults |= {"c_in_next": 1, "m_x0": 1}
-    for key in COLUMNS + PROVENANCE:
+    for key in VALUES:
         assert table[key].tolist() == [defaults.get(key, 0)] * 2, key
     assert table.parts == (("table", 0, 2, 1.0),) and table.name == "table"
     assert table.initial_sigma == 1 and table.discrete is False
@@ -342,7 +342,7 @@ def test_concat():
     assert table.parts == (("ddpm[8]", 0, 8, 1.0), ("ddim[8]", 8, 8, 1.0), ("dpmpp_2m[8]", 16, 8, 1.0))
     assert table.name == "ddpm[8] + ddim[8] + dpmpp_2m[8]"
     assert torch.equal(table.rows, torch.cat([a.rows, b.rows, c.rows]))
-    for key in COLUMNS + PROVENANCE:
+    for key in VALUES:
         np.testing.assert_array_equal(table[key], np.concatenate([a[key], b[key], c[key]]), err_msg=key)
     assert torch.equal(table.index, torch.arange(24)) and len(table.row_index) == 24
     assert_same_table(epskernels.concat([a]), a)
@@ -367,7 +367,7 @@ def test_to(table):
     moved = table.to("meta")
     assert moved.device == torch.device("meta") == moved.rows.device == moved.index.device == moved.row_index[0].device
     assert moved.parts == table.parts and moved.discrete == table.discrete and moved.rows.shape == table.rows.shape
-    for key in COLUMNS + PROVENANCE:
+    for key in VALUES:
         np.testing.assert_array_equal(moved[key], table[key])
 
 

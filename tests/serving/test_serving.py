@@ -65,6 +65,7 @@ TABLES = {
     "edm_heun": samplers.edm_heun(KARRAS, 4, prediction="epsilon", S_churn=3.0),
     "dpmpp_2m": samplers.dpmpp_2m(LINEAR, 8, scaling=1.01),
     "dpmpp_2m guided": samplers.dpmpp_2m(LINEAR, 5, guidance=1.5),
+    "ddim by band": samplers.ddim(LINEAR, 5, correction=epskernels.corrections.dcw(-0.2, 0.1)),
     "one step": samplers.ddim(LINEAR, 1),
     "third order": second_history(),
     "predictor corrector": predictor_corrector(),
@@ -215,7 +216,7 @@ def test_equal_tables_are_stored_once():
     batch = Batch(plain, SHAPE, slots=8, conditions=LABELS, max_rows=12)
     again = samplers.ddpm(LINEAR, 6, scaling=1.01)
     jobs = joined(batch, [Request(TABLES["ddpm"], 1), Request(again, 2), Request(TABLES["ddim"], 3)])
-    assert batch.index.tolist()[:3] == [0, 0, 6] and torch.equal(batch.rows.buffer[:6], again.rows)
+    assert batch.index.tolist()[:3] == [0, 0, 6] and torch.equal(batch.rows.buffer[:6, :24], again.rows)
     batch.leave(jobs[0])
     assert len(batch.rows._spans) == 2
     batch.leave(jobs[1])
@@ -232,7 +233,8 @@ def test_rows_are_where_they_were_put():
         if users and choose.random() < 0.45:
             rows.drop(users.pop(choose.randrange(len(users)))[0])
         length = choose.randrange(1, 13)
-        key, values = (number, length), torch.full((length, width), float(number))
+        wide = choose.random() < 0.3
+        key, values = (number, length), torch.full((length, width + 4 * wide), float(number))
         if users and choose.random() < 0.2:
             key, values, _ = choose.choice(users)
         cells = [False] * 40
@@ -247,7 +249,8 @@ def test_rows_are_where_they_were_put():
         assert gap or shared
         users.append((key, values, rows.put(key, values)))
         for _, there, first in users:
-            assert torch.equal(rows.buffer[first : first + len(there)], there)
+            kept = rows.buffer[first : first + len(there)]
+            assert torch.equal(kept[:, : there.shape[1]], there) and not kept[:, there.shape[1] :].any()
     assert refused > 20
 
 
@@ -440,6 +443,10 @@ def test_wrong_outputs_are_errors(case):
 
 REFUSED = {
     "a number as table": (Request(3, 0), "table: expected one sampler's Table, got 3"),
+    "a band of signals": (
+        Request(samplers.ddim(LINEAR, 5, correction=epskernels.corrections.dcw(0.1, dims=1)), 0),
+        "table: expected bands in 2 dimensions for samples of .*, got ddim.5., which corrects them in 1",
+    ),
     "two tables": (Request(epskernels.concat([TABLES["ddim"]] * 2), 0), "table: expected one sampler's Table"),
     "shape": (Request(TABLES["ddim"], 0, shape=(2, 5, 4)), r"samples of \(2, 5, 3\), got \(2, 5, 4\)"),
     "a number as shape": (Request(TABLES["ddim"], 0, shape=5), r"samples of \(2, 5, 3\), got 5"),
