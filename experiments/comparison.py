@@ -7,6 +7,7 @@ dc               x' + s*(x' - m0): s by trials; "dc, alpha*m0" compares with alp
 dcw low          the same of the low band, with the published schedule of its weight ("sigma") and a constant one
 dcw double       beside the better of these, the high band
 frequency        the low band's factor, then the high band's beside it
+time shift       the row of the next call by the state's variance; its window by trials, where the network knows timesteps
 pair             the best scaling and the best correction of one weight: the better stays, the other is searched again beside it
 
 Weights are chosen over the selection's samples. They start where they change nothing, and go both ways. What is found lies in
@@ -16,6 +17,7 @@ the setting's row under "corrected", as `records` says.
 import functools
 
 import records
+from subjects import TimeShift
 
 from epskernels import calibrate, corrections, quality, scaling
 
@@ -24,6 +26,7 @@ RESAMPLES = 200
 SAMPLES = {"power": 5000, "digits": 2000, "digits_edm": 2000}
 LONG, SAMPLES_LONG = 50, {"digits": 1000, "digits_edm": 1000}  # from so many model calls on
 FITTED_AT = 20  # model calls, of the norm gap by level
+WINDOWS = (10, 20, 30, 60)  # of time shift
 NOTHING = scaling.constant(1.0)
 WEIGHT_OF = {"uniform": ("b", scaling.constant), "tsr": ("k", functools.partial(scaling.tsr, sigma=1.0))}
 SAMPLERS = ("ddim", "ddpm", "edm_euler", "dpmpp_2m", "edm_heun")
@@ -136,10 +139,22 @@ class Compared:
         made, searched, distance = best
         return "pair", made, {"together": method, **searched}, distance
 
+    def time_shift(self):
+        """(name, (scaling, TimeShift), window, distance) of the best window, 0 for none; nothing where there are no timesteps."""
+        timesteps = self.setting.subject.samplers[self.setting.name].timesteps
+        tried = {0: (None, self.baseline)}
+        for window in WINDOWS if timesteps else ():
+            if window <= timesteps // self.setting.steps:  # of a step's length at most
+                shift = TimeShift(window)
+                tried[window] = (shift, self.distance("time shift", (window,), NOTHING, shift))
+        best = min(tried, key=lambda window: tried[window][1])
+        if len(tried) > 1:
+            yield "time shift", (NOTHING, tried[best][0]), {"window": best}, tried[best][1]
+
     def candidates(self):
-        """{name: (scaling, correction)} of all methods, the weights chosen."""
+        """{name: (scaling, correction or TimeShift)} of all methods, the weights chosen."""
         scalings, found = list(self.scalings()), list(self.corrections())
-        named = [*scalings, *found, self.pair(scalings, found[:-2])]
+        named = [*scalings, *found, *self.time_shift(), self.pair(scalings, found[:-2])]
         chosen = {name: weights for name, _, weights, _ in named}
         if self.found["chosen"] != records.rounded(chosen):
             self.found |= {"chosen": {}, "tables": {}, "delta": {}}
@@ -162,7 +177,7 @@ class Compared:
             }
             self._keep("tables", **{str(samples): table})
         for each, made in candidates.items():
-            if each not in self.found["delta"]:
+            if each not in self.found["delta"] and not isinstance(made[1], TimeShift):
                 self._keep("delta", **{each: setting.chain(*made)})
 
 
