@@ -8,7 +8,7 @@ dcw low          the same of the low band, with the published schedule of its we
 dcw double       beside the better of these, the high band
 frequency        the low band's factor, then the high band's beside it
 time shift       the row of the next call by the state's variance; its window by trials, where the network knows timesteps
-pair             the best scaling and the best correction of one weight: the better stays, the other is searched again beside it
+pair             the best scaling and the best correction: the better stays, the other is searched again beside it
 
 Weights are chosen over the selection's samples. They start where they change nothing, and go both ways. What is found lies in
 the setting's row under "corrected", as `records` says.
@@ -97,7 +97,7 @@ class Compared:
         yield "tsr", *self.search("tsr", {weight: 1.0}, lambda **w: (make(**w), None))
 
     def corrections(self):
-        """Of which each is (name, (scaling, correction), weights, distance); of one weight, but the last two."""
+        """Of which each is (name, (scaling, correction), weights, distance)."""
         whole = {name: functools.partial(corrections.dc, target=target) for name, target in self.targets.items()}
         found = {name: self.search(name, {"s": 0.0}, beside(NOTHING, make)) for name, make in whole.items()}
         yield from ((name, *each) for name, each in found.items())
@@ -118,19 +118,23 @@ class Compared:
         yield "frequency", *self.search("frequency", {"low": 1.0, "high": 1.0}, beside(NOTHING, make))
 
     def pair(self, scalings, found):
-        """(name, (scaling, correction), weights, distance) of the best scaling and the best correction of one weight together.
+        """(name, (scaling, correction), weights, distance) of the best scaling and the best correction together.
 
-        The one that does better alone stays, and the other's weight is searched again beside it: what both mend, both overdo.
+        The one that does better alone stays, and the other's weights are searched again beside it: what both mend, both overdo.
         """
         scaled, (lambda_t, _), _, by_scaling = min(scalings, key=lambda one: one[-1])
         corrected, (_, correction), weights, by_correction = min(found, key=lambda one: one[-1])
         method = f"{scaled} + {corrected}" if by_scaling <= by_correction else f"{corrected} + {scaled}"
         if by_scaling <= by_correction:
-            options = {key: getattr(correction, key) for key in ("schedule", "target")}
-            if correction.kind == "dcw":
-                options["dims"] = correction.dims
+            start = dict.fromkeys((name for name in weights if name in ("s", "low", "high")), 0.0)
+            if correction.kind == "frequency":
+                start = dict.fromkeys(start, 1.0)
+            of_all = (
+                ("schedule",) + ("target",) * (correction.kind != "frequency") + ("dims",) * (correction.kind != "dc")
+            )
+            options = {key: getattr(correction, key) for key in of_all}
             make = functools.partial(getattr(corrections, correction.kind), **options)
-            best = self.search(method, dict.fromkeys(weights, 0.0), beside(lambda_t, make), by_scaling)
+            best = self.search(method, start, beside(lambda_t, make), by_scaling)
         elif scaled in WEIGHT_OF:
             weight, make = WEIGHT_OF[scaled]
             best = self.search(method, {weight: 1.0}, lambda **w: (make(**w), correction), by_correction)
@@ -154,7 +158,7 @@ class Compared:
     def candidates(self):
         """{name: (scaling, correction or TimeShift)} of all methods, the weights chosen."""
         scalings, found = list(self.scalings()), list(self.corrections())
-        named = [*scalings, *found, *self.time_shift(), self.pair(scalings, found[:-2])]
+        named = [*scalings, *found, *self.time_shift(), self.pair(scalings, found)]
         chosen = {name: weights for name, _, weights, _ in named}
         if self.found["chosen"] != records.rounded(chosen):
             self.found |= {"chosen": {}, "tables": {}, "delta": {}}
