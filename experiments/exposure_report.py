@@ -295,10 +295,11 @@ def closed_form(e):
 
 
 def draw(name, rows, measured, axes):
-    """One sampler's plots: norm gap and delta_t, without scaling and with, the distance by b, and that by correction, for each
-    number of steps."""
-    gap, delta, distance, by_method = axes
-    draw_corrections(name, rows, by_method)
+    """One sampler's plots: norm gap and delta_t, without scaling and with, and the distance by b, for each number of steps; on a
+    fourth axis, where there is one, the distance by correction."""
+    gap, delta, distance, *by_method = axes
+    for axis in by_method:
+        draw_corrections(name, rows, axis)
     for n, row in enumerate(rows):
         style = {"color": f"C{n}", "linewidth": 1}
         for kind, line in (("baseline", "-"), ("uniform", ":")):
@@ -315,7 +316,7 @@ def draw(name, rows, measured, axes):
     distance.set(title=f"{name}: Frechet distance over that at b = 1", xlabel="b", ylim=(0.5, 2))
     for axis in axes:
         axis.grid(alpha=0.3)
-    for axis in (gap, distance, by_method):
+    for axis in (gap, distance, *by_method):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6)
 
@@ -323,8 +324,9 @@ def draw(name, rows, measured, axes):
 def draw_all(rows, measured, path):
     """A model's plots, a line for each sampler."""
     names = dict.fromkeys(row["sampler"] for row in rows)
-    figure = Figure(figsize=(18.4, 3.5 * len(names)), layout="tight")
-    for name, axes in zip(names, figure.subplots(len(names), 4, squeeze=False), strict=True):
+    columns = 4 if compared(rows) else 3
+    figure = Figure(figsize=(4.6 * columns, 3.5 * len(names)), layout="tight")
+    for name, axes in zip(names, figure.subplots(len(names), columns, squeeze=False), strict=True):
         draw(name, [row for row in rows if row["sampler"] == name and "lambda" in row], measured, axes)
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same file for the same numbers
         figure.savefig(path, metadata={"Date": None})
