@@ -28,7 +28,7 @@ import typing
 import torch
 
 import epskernels
-from epskernels import build, samplers, schedule
+from epskernels import build, corrections, samplers, schedule
 
 ROUNDS, ROW = 15, 7
 REPLAY_BYTES = 10e9  # what a graph moves, about: 3 ms of an H100's memory bandwidth
@@ -55,10 +55,11 @@ FEATURES = {  # the table, and what its rows need beyond x and f
     "guidance+noise": (samplers.ddpm(**_same, guidance=7.5), ("u", "seeds")),
     "learned": (samplers.ddpm(**_same, variance="learned_range"), ("v", "seeds")),
     "rescale": (samplers.ddim(**_same, clip=1.0, guidance=7.5), ("u",)),  # the step and the sums that its factor takes
+    "band": (samplers.ddim(**_same, clip=1.0, correction=corrections.dcw(0.01, -0.005)), ()),
     "normal": (None, ("seeds",)),  # no step: the generator alone
 }
 AT_TWO_SHAPES = ("rescale", "normal")
-COMPARED = ("plain", "noise", "guidance", "rescale")  # with PyTorch's step
+COMPARED = ("plain", "noise", "guidance", "rescale", "band")  # with PyTorch's step
 MIXED = ("plain", "noise")  # all that is measured of mixed dtypes
 
 
@@ -140,7 +141,30 @@ def functional_rescaled_step(x, f, row, u, phi=0.7):
     return functional_step(x, (phi * ratio + (1 - phi)) * fhat, row)
 
 
-FUNCTIONS = {"noise": functional_noisy_step, "rescale": functional_rescaled_step}
+def haar(values):
+    """One level of Haar's wavelet over the last two dimensions, as a wavelet library has it: [LL, LH, HL, HH]."""
+    height, width = values.shape[-2:]
+    values = torch.nn.functional.pad(values, (0, width % 2, 0, height % 2))
+    a, b, c, d = (values[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
+    return [(a + b + c + d) / 2, (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b - c + d) / 2]
+
+
+def inverse_haar(bands, like):
+    low, lh, hl, hh = bands
+    rows = [torch.stack([low + s * lh + t * hl + s * t * hh for t in (1, -1)], -1).flatten(-2) / 2 for s in (1, -1)]
+    return torch.stack(rows, -2).flatten(-3, -2)[..., : like.shape[-2], : like.shape[-1]]
+
+
+def functional_band_step(x, f, row):
+    """As the correction's authors write it: the step, the wavelets of x' and m0, their bands moved apart, the inverse."""
+    dtype, x, f = x.dtype, x.float(), f.float()
+    m0 = torch.clamp(row[0] * x + row[1] * f, -row[2], row[2])
+    next_x = row[4] * x + row[6] * m0  # with what the rows' own coefficients have of the high bands in it
+    of_next, of_m0 = haar(next_x), haar(m0)
+    return inverse_haar([of_next[0] * (1 + row[24]) + of_m0[0] * row[25], *of_next[1:]], x).to(dtype)
+
+
+FUNCTIONS = {"band": functional_band_step, "noise": functional_noisy_step, "rescale": functional_rescaled_step}
 
 
 def functional(case, tensors):
@@ -446,6 +470,8 @@ TARGETS = (
      lambda case: case.small and case.feature == "plain"),
     ("the step at any shape, time over torch.compile's", "at most", 1.0, "inductor", ("node", "call"),
      lambda case: case.feature != "rescale"),  # whose factor is ten launches of its own
+    ("step that corrects a band, 64 MB or more, share of copy bandwidth", "at least", 0.85, "copy", ("node", "call"),
+     lambda case: case.large and case.feature == "band"),
     ("small latents, time of diffusers' scheduler.step over ours", "at least", 5.0, "diffusers", ("call",),
      lambda case: case.small),
 )  # fmt: skip

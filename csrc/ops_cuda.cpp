@@ -86,7 +86,7 @@ struct Cuda {
       rows.copy = allocate(a.rows, [&] { return torch::stable::new_empty(tensors.rows, tensors.rows.sizes()); });
       torch::stable::copy_(rows.copy, tensors.rows);
       p.rows = static_cast<const float*>(rows.copy.data_ptr());
-      p.row_stride = ROW_COLUMNS;
+      p.row_stride = a.rows.sizes[1];
     }
     p.index = integers(a.index);
     p.seeds = integers(a.seeds);
@@ -99,6 +99,7 @@ struct Cuda {
           {TERM_RESCALE, bool(a.rescale)}, {TERM_THRESHOLD, bool(a.threshold)}})
       if (present) p.present |= term;
     p.device = a.x.device_index;
+    p.wide_rows = a.rows.sizes[1] == WIDE_ROW_COLUMNS;
     return rows;
   }
 
@@ -119,6 +120,8 @@ struct Cuda {
       a.sample_numel *= a.batch;
       a.batch = 1;
     }
+    if (a.band_dims == 0) a.width = a.sample_numel;
+    if (a.height % 2 == 0) a.height = a.sample_numel / a.width;  // planes of whole pairs of image rows are one
     p.aligned = true;
     for (const auto& [tensor, dtype] : all) p.aligned = p.aligned && aligned(*tensor, a.batch);
     p.aligned = p.aligned && (!a.doubled || a.model_input.stride % 16 == 0);

@@ -75,21 +75,74 @@ struct Unit {
   }
 };
 
+// ---- noise ----
+
+// The normals of one counter: of four elements.
+__device__ __forceinline__ void four_normals(uint64_t seed, PhiloxWords counter, float* z) {
+  const PhiloxWords words = philox(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  box_muller(words.w0, words.w1, z[0], z[1]);
+  box_muller(words.w2, words.w3, z[2], z[3]);
+}
+
+// Normals of a unit's elements, which begin `offset` elements into a tile that begins at `tile_begin`. A tile's length is a power of
+// two and divides its beginning, so that the counter's high word is the same in all of it.
+template <int COUNT>
+__device__ __forceinline__ void normals_of_tile(uint64_t seed, uint32_t draw, uint32_t stream, int64_t tile_begin, int offset,
+                                                float (&z)[COUNT]) {
+  const uint64_t group = static_cast<uint64_t>(tile_begin) / 4;
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 4) {
+    const uint32_t low = static_cast<uint32_t>(group) + static_cast<uint32_t>(offset + i) / 4;
+    four_normals(seed, {low, static_cast<uint32_t>(group >> 32), draw, stream}, z + i);
+  }
+}
+
+// Normals of a sample's elements from `begin` on, wherever that is: where it is no multiple of 4, units share a counter's four.
+template <int COUNT>
+__device__ __forceinline__ void normals_from(uint64_t seed, uint32_t draw, uint32_t stream, int64_t begin, bool shifted,
+                                             float (&z)[COUNT]) {
+  const uint64_t group = static_cast<uint64_t>(begin) / 4;
+  const auto counter = [&](int i) {
+    return PhiloxWords{static_cast<uint32_t>(group + i), static_cast<uint32_t>((group + i) >> 32), draw, stream};
+  };
+  if (!shifted) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4) four_normals(seed, counter(i / 4), z + i);
+    return;
+  }
+  const int skipped = static_cast<int>(begin % 4);  // of the first counter's
+#pragma unroll 1
+  for (int i = 0; 4 * i < COUNT + skipped; ++i) {
+    float four[4];
+    four_normals(seed, counter(i), four);
+#pragma unroll
+    for (int j = 0; j < 4 * COUNT; ++j)
+      if (j / 4 == 4 * i + j % 4 - skipped) z[j / 4] = four[j % 4];
+  }
+}
+
+// ---- a thread's units ----
+
 // A block's tile of a sample, cut into units that its threads take in turn.
-template <int UNIT>
+template <int UNIT, int UNITS>
 struct Tile {
+  static constexpr int64_t NUMEL = int64_t{THREADS} * UNIT * UNITS;
   int64_t sample, begin;  // the same in all threads of a block
   int64_t left;           // elements of the sample from `begin` on
   bool whole;             // all inside the sample, in 16-byte words
 
-  __device__ __forceinline__ Tile(int units, int64_t sample_numel, bool aligned)
+  __device__ __forceinline__ Tile(int64_t sample_numel, bool aligned)
       : sample(layer_of_block()),
-        begin(blockIdx.x * (int64_t{THREADS} * UNIT * units)),
+        begin(blockIdx.x * NUMEL),
         left(sample_numel - begin),
-        whole(aligned && left >= THREADS * UNIT * units) {}
+        whole(aligned && left >= NUMEL) {}
 
   // This thread's unit i begins here, counted from the tile's beginning.
   __device__ __forceinline__ int at(int i) const { return (i * THREADS + static_cast<int>(threadIdx.x)) * UNIT; }
+  // And from the sample's.
+  __device__ __forceinline__ int64_t index(int i) const { return begin + at(i); }
+
+  __device__ __forceinline__ bool outside(int64_t batch) const { return sample >= batch; }
 
   template <Dtype dtype>
   __device__ __forceinline__ char* address(const Batch& tensor, int i) const {
@@ -110,25 +163,76 @@ struct Tile {
     if (whole) unit.store(address<dtype>(tensor, i));
     else unit.store_first(left - at(i), address<dtype>(tensor, i));
   }
+
+  __device__ __forceinline__ void normals(uint64_t seed, uint32_t draw, uint32_t stream, int i, float (&z)[UNIT]) const {
+    normals_of_tile(seed, draw, stream, begin, at(i), z);
+  }
 };
 
-// ---- noise ----
-
-// Normals of a unit's elements, which begin `offset` elements into a tile that begins at `tile_begin`. A tile's length is a power of
-// two and divides its beginning, so that the counter's high word is the same in all of it.
-template <int COUNT>
-__device__ __forceinline__ void normals(uint64_t seed, uint32_t draw, uint32_t stream, int64_t tile_begin, int offset,
-                                        float (&z)[COUNT]) {
-  const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  const uint64_t group = static_cast<uint64_t>(tile_begin) / 4;
-#pragma unroll
-  for (int i = 0; i < COUNT; i += 4) {
-    const uint32_t low = static_cast<uint32_t>(group) + static_cast<uint32_t>(offset + i) / 4;
-    const PhiloxWords words = philox({low, static_cast<uint32_t>(group >> 32), draw, stream}, key0, key1);
-    box_muller(words.w0, words.w1, z[i], z[i + 1]);
-    box_muller(words.w2, words.w3, z[i + 2], z[i + 3]);
-  }
+// A thread takes two units of one image row or, where a band has two dimensions, one of each of two neighbouring rows.
+HOST_DEVICE int64_t band_units(const StepOperands& a, int unit) {
+  const int64_t columns = a.band_dims == 2 ? unit : 2 * unit;
+  return (a.width + columns - 1) / columns;
 }
+
+// Two units that hold whole blocks of a band. Where the second lies outside, below the last of an odd number of image rows or behind
+// the end of one, it is read in the first's place and never written.
+template <int UNIT>
+struct BandTile {
+  static_assert(UNIT % 4 == 0);
+  int64_t sample, begin, second;  // elements: of the sample before the first unit, from there to the second unit
+  int columns, columns_behind;    // of each unit, inside its image row
+  bool inside, shifted, whole;    // shifted: image rows begin anywhere in a counter's four; whole: in 16-byte words
+
+  __device__ __forceinline__ BandTile(const StepOperands& a, bool aligned) : sample(layer_of_block()) {
+    const bool pairs_rows = a.band_dims == 2;
+    const uint32_t units = static_cast<uint32_t>(band_units(a, UNIT)), thread = blockIdx.x * THREADS + threadIdx.x;
+    const uint32_t of_plane = thread / units;
+    uint32_t plane = 0, row = of_plane;
+    if (pairs_rows) {
+      const uint32_t pairs = static_cast<uint32_t>((a.height + 1) / 2);
+      if (a.height * a.width < a.sample_numel) plane = of_plane / pairs;
+      row = 2 * (of_plane - plane * pairs);
+    }
+    const int64_t column = int64_t{thread - of_plane * units} * (pairs_rows ? UNIT : 2 * UNIT), left = a.width - column;
+    begin = (plane * a.height + row) * a.width + column;
+    columns = left < UNIT ? static_cast<int>(left) : UNIT;
+    columns_behind = pairs_rows ? (row + 1 < a.height ? columns : 0) : left > UNIT ? left < 2 * UNIT ? static_cast<int>(left) - UNIT : UNIT : 0;
+    second = columns_behind == 0 ? 0 : pairs_rows ? a.width : UNIT;
+    inside = begin < a.sample_numel;
+    shifted = a.width % 4 != 0;
+    whole = aligned && a.width % UNIT == 0;
+  }
+
+  __device__ __forceinline__ int64_t index(int i) const { return i == 0 ? begin : begin + second; }
+  __device__ __forceinline__ bool outside(int64_t batch) const { return sample >= batch || !inside; }
+  __device__ __forceinline__ bool has(int i) const { return count(i) > 0; }
+  __device__ __forceinline__ int count(int i) const { return i == 0 ? columns : columns_behind; }
+
+  template <Dtype dtype>
+  __device__ __forceinline__ char* address(const Batch& tensor, int i) const {
+    return tensor.data + sample * tensor.stride + index(i) * Unit<dtype, UNIT>::SIZE;
+  }
+
+  template <Dtype dtype>
+  __device__ __forceinline__ void load(Unit<dtype, UNIT>& unit, const Batch& tensor, int i) const {
+    if (whole) unit.load(address<dtype>(tensor, i));
+    else unit.load_first(count(i), address<dtype>(tensor, i));
+  }
+
+  template <Dtype dtype>
+  __device__ __forceinline__ void store(const float (&values)[UNIT], const Batch& tensor, int i) const {
+    if (!has(i)) return;
+    Unit<dtype, UNIT> unit;
+    unit.set(values);
+    if (whole) unit.store(address<dtype>(tensor, i));
+    else unit.store_first(count(i), address<dtype>(tensor, i));
+  }
+
+  __device__ __forceinline__ void normals(uint64_t seed, uint32_t draw, uint32_t stream, int i, float (&z)[UNIT]) const {
+    normals_from(seed, draw, stream, index(i), shifted, z);
+  }
+};
 
 // ---- the step ----
 
@@ -138,12 +242,15 @@ struct SampleRow {
   uint64_t seed;
   int64_t guided;  // so many of a sample's elements are
   float rescale, threshold;
+  BandRow band;  // of wide rows
+  bool corrects;  // the band
 };
 
 // Terms that need no tensor.
 constexpr unsigned OF_ROW_ALONE = TERM_CLIP | TERM_F | TERM_K_M1 | TERM_K_M2 | TERM_K_Y | TERM_CHANNELS;
 
 // A sample whose index is out of range, or whose row cannot be applied, becomes NaN: the host is not there to raise.
+template <bool wide>
 __device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t sample, unsigned present) {
   SampleRow result{};
   StepRow& row = result.row;
@@ -170,6 +277,12 @@ __device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t s
       good = good && valid_threshold(result.threshold);
     }
     result.terms |= present & (TERM_RESCALE | TERM_THRESHOLD);
+    if constexpr (wide) {
+      const float4 band = *reinterpret_cast<const float4*>(source + ROW_COLUMNS);
+      result.band = {band.x, band.y, band.z, band.w};
+      result.corrects = corrects_band(result.band);
+      if (result.corrects) good = good && p.operands.band_dims > 0 && result.band.band_dims == static_cast<float>(p.operands.band_dims);
+    }
   }
   if (!good) {
     row.d_x = row.c_x = row.k_x = NAN;
@@ -181,16 +294,22 @@ __device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t s
 // Kernels for each set of these tensors, by name of their terms, and one for all others.
 constexpr unsigned EVERYTHING = ~0u;
 
-template <Dtype X, Dtype F, unsigned tensors, bool large>
+// Noise is bound by instructions: in large tensors each thread spreads its own over 16 elements, small ones are spread over many
+// threads. The rest is bound by memory. Rows that may correct a band have kernels of their own.
+enum Form { SMALL, LARGE, BY_BAND };
+
+template <Dtype X, Dtype F, unsigned tensors, Form form>
 struct Shape {
-  static constexpr bool everything = tensors == EVERYTHING;
+  static constexpr bool everything = tensors == EVERYTHING, by_band = form == BY_BAND;
   static constexpr bool one_width = (X == Dtype::float32) == (F == Dtype::float32);
   static constexpr int UNIT = X == Dtype::float32 && F == Dtype::float32 ? 4 : 8;  // 16 bytes of the narrower tensor
-  // Noise is bound by instructions: in large tensors each thread spreads its own over 16 elements, small ones are spread over many
-  // threads. The rest is bound by memory.
   static constexpr bool uses_noise = !everything && (tensors & TERM_NOISE);
-  static constexpr int UNITS = uses_noise ? (large ? 16 / UNIT : 1) : one_width && (UNIT == 4 || !everything) ? 2 : 1;
-  static constexpr int64_t TILE = int64_t{THREADS} * UNIT * UNITS;  // elements of a block
+  static constexpr int UNITS = by_band ? 2 : uses_noise ? (form == LARGE ? 16 / UNIT : 1) : one_width && (UNIT == 4 || !everything) ? 2 : 1;
+
+  static __device__ __forceinline__ auto tile(const StepParameters& p) {
+    if constexpr (by_band) return BandTile<UNIT>(p.operands, p.aligned);
+    else return Tile<UNIT, UNITS>(p.operands.sample_numel, p.aligned);
+  }
 };
 
 template <unsigned certain, unsigned possible, int COUNT, typename Value>
@@ -207,14 +326,35 @@ __device__ __forceinline__ void step_unit(const SampleRow& s, const Value& value
   }
 }
 
-template <Dtype X, Dtype F, unsigned tensors, bool large>
+// x' + L(values), of a thread's two units.
+template <int UNIT>
+__device__ __forceinline__ void add_band(const BandTile<UNIT>& tile, int dims, float (&values)[2][UNIT], float (&next)[2][UNIT]) {
+  if (!tile.whole || !tile.has(1)) {  // what lies outside counts as 0
+#pragma unroll
+    for (int j = 0; j < 2 * UNIT; ++j)
+      if (j % UNIT >= tile.count(j / UNIT)) values[j / UNIT][j % UNIT] = 0.0f;
+  }
+#pragma unroll
+  for (int j = 0; j < UNIT; j += 2) {
+    const float first = values[0][j] + values[0][j + 1], second = values[1][j] + values[1][j + 1];
+    const float block = (first + second) * 0.25f;
+    const float mean[2] = {dims == 2 ? block : first * 0.5f, dims == 2 ? block : second * 0.5f};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      next[i][j] = next[i][j] + mean[i];
+      next[i][j + 1] = next[i][j + 1] + mean[i];
+    }
+  }
+}
+
+template <Dtype X, Dtype F, unsigned tensors, Form form>
 __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
-  using Shape = Shape<X, F, tensors, large>;
+  using Shape = Shape<X, F, tensors, form>;
   constexpr int UNIT = Shape::UNIT, UNITS = Shape::UNITS;
   constexpr bool may_guide = tensors & TERM_GUIDANCE, may_use_m1 = tensors & TERM_M1, may_draw = tensors & TERM_NOISE;
   const StepOperands& a = p.operands;
-  const Tile<UNIT> tile(UNITS, a.sample_numel, p.aligned);
-  if (tile.sample >= a.batch) return;
+  const auto tile = Shape::tile(p);
+  if (tile.outside(a.batch)) return;
 
   // Needed whatever the row says: on their way while the row is read.
   Unit<X, UNIT> x[UNITS];
@@ -224,7 +364,7 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
     tile.load(x[i], a.x, i);
     tile.load(f[i], a.f, i);
   }
-  const SampleRow s = read_row(p, tile.sample, Shape::everything ? p.present : TERM_CLIP | TERM_F | tensors);
+  const SampleRow s = read_row<Shape::by_band>(p, tile.sample, Shape::everything ? p.present : TERM_CLIP | TERM_F | tensors);
   const unsigned reads = Shape::everything ? tensor_terms(s.terms) : s.terms;
   const bool guides = may_guide && (reads & TERM_GUIDANCE), uses_m1 = may_use_m1 && (reads & TERM_M1);
   const bool noise_given = Shape::everything && a.noise.data;
@@ -250,13 +390,22 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
   float z[UNITS][UNIT] = {};
   if (draws) {
 #pragma unroll
-    for (int i = 0; i < UNITS; ++i)
-      normals(s.seed, static_cast<uint32_t>(s.row.draw), STREAM_STEP, tile.begin, tile.at(i), z[i]);
+    for (int i = 0; i < UNITS; ++i) tile.normals(s.seed, static_cast<uint32_t>(s.row.draw), STREAM_STEP, i, z[i]);
   }
 
+  float next[UNITS][UNIT], low_band[UNITS][UNIT];
+  const auto write_model_input = [&](int i) {
+    if (!a.model_input.data) return;
+    Unit<X, UNIT> stored;
+    stored.set(next[i]);
+#pragma unroll
+    for (int j = 0; j < UNIT; ++j) next[i][j] = s.row.c_in_next * stored[j];
+    tile.template store<F>(next[i], a.model_input, i);
+    if (a.doubled) tile.template store<F>(next[i], {a.model_input.data + a.batch * a.model_input.stride, a.model_input.stride}, i);
+  };
 #pragma unroll
   for (int i = 0; i < UNITS; ++i) {
-    float scaled_grad[UNIT] = {}, next[UNIT], m0[UNIT], second[UNIT];
+    float scaled_grad[UNIT] = {}, m0[UNIT], second[UNIT];
     if constexpr (Shape::everything) {
 #pragma unroll
       for (int j = 0; j < UNIT; ++j) {
@@ -281,7 +430,7 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
         in.rescale = s.rescale;
         in.threshold = s.threshold;
       }
-      if constexpr (may_guide) in.guided = !(s.terms & TERM_CHANNELS) || (tile.begin + tile.at(i) + j) % a.guided_period < s.guided ? ~0u : 0u;
+      if constexpr (may_guide) in.guided = !(s.terms & TERM_CHANNELS) || (tile.index(i) + j) % a.guided_period < s.guided ? ~0u : 0u;
       in.grad = scaled_grad[j];
       in.z = z[i][j];
       return in;
@@ -290,21 +439,29 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
     constexpr unsigned mostly = Shape::everything ? TERM_NOISE : tensors;
     constexpr unsigned all = Shape::everything ? ~TERM_VARIANCE : TERM_F | TERM_CHANNELS | tensors;
     if ((s.terms & all & ~TERM_CLIP) == mostly)
-      step_unit<TERM_CLIP | mostly, 0>(s, value, next, m0, second);
+      step_unit<TERM_CLIP | mostly, 0>(s, value, next[i], m0, second);
     else
-      step_unit<0, TERM_CLIP | all>(s, value, next, m0, second);
-    tile.template store<X>(next, a.out, i);
+      step_unit<0, TERM_CLIP | all>(s, value, next[i], m0, second);
+    if constexpr (Shape::by_band) {
+#pragma unroll
+      for (int j = 0; j < UNIT; ++j) {
+        const float added = s.band.l_next * next[i][j] + s.band.l_m0 * m0[j];
+        low_band[i][j] = s.band.l_x != 0.0f ? added + s.band.l_x * x[i][j] : added;
+      }
+    }
+    if constexpr (!Shape::by_band) tile.template store<X>(next[i], a.out, i);
     if (a.m0.data) tile.template store<X>(m0, a.m0, i);
     if constexpr (Shape::everything) {
       if (a.y_out.data) tile.template store<X>(second, a.y_out, i);
     }
-    if (a.model_input.data) {
-      Unit<X, UNIT> stored;
-      stored.set(next);
+    if constexpr (!Shape::by_band) write_model_input(i);
+  }
+  if constexpr (Shape::by_band) {
+    if (s.corrects) add_band(tile, a.band_dims, low_band, next);
 #pragma unroll
-      for (int j = 0; j < UNIT; ++j) next[j] = s.row.c_in_next * stored[j];
-      tile.template store<F>(next, a.model_input, i);
-      if (a.doubled) tile.template store<F>(next, {a.model_input.data + a.batch * a.model_input.stride, a.model_input.stride}, i);
+    for (int i = 0; i < UNITS; ++i) {
+      tile.template store<X>(next[i], a.out, i);
+      write_model_input(i);
     }
   }
 }
@@ -315,10 +472,10 @@ template <Dtype dtype>
 __global__ void __launch_bounds__(THREADS) normal_kernel(const NormalParameters p) {
   constexpr int UNIT = dtype == Dtype::float32 ? 4 : 8;
   const NormalOperands& a = p.operands;
-  const Tile<UNIT> tile(1, a.sample_numel, p.aligned);
-  if (tile.sample >= a.batch) return;
+  const Tile<UNIT, 1> tile(a.sample_numel, p.aligned);
+  if (tile.outside(a.batch)) return;
   float z[UNIT];
-  normals(static_cast<uint64_t>(p.seeds.data[tile.sample * p.seeds.stride]), a.draw, a.stream, tile.begin, tile.at(0), z);
+  tile.normals(static_cast<uint64_t>(p.seeds.data[tile.sample * p.seeds.stride]), a.draw, a.stream, 0, z);
   tile.template store<dtype>(z, Batch{a.out, a.sample_numel * Unit<dtype, UNIT>::SIZE}, 0);
 }
 
@@ -331,20 +488,36 @@ const char* launch_samples(void (*kernel)(Parameters), const Parameters& p, int6
 
 template <Dtype X, Dtype F, unsigned tensors>
 const char* launch_kernel(const StepParameters& p, void* stream) {
-  using Small = Shape<X, F, tensors, false>;
-  using Large = Shape<X, F, tensors, true>;
-  if constexpr (Small::TILE != Large::TILE) {
+  using Small = Shape<X, F, tensors, SMALL>;
+  using Large = Shape<X, F, tensors, LARGE>;
+  constexpr int64_t small = Tile<Small::UNIT, Small::UNITS>::NUMEL, large = Tile<Large::UNIT, Large::UNITS>::NUMEL;
+  if constexpr (small != large) {
     constexpr int64_t ENOUGH = 512;  // blocks, for the GPUs of today
-    if (p.operands.batch * (p.operands.sample_numel / Large::TILE) >= ENOUGH)
-      return launch_samples(&step_kernel<X, F, tensors, true>, p, Large::TILE, stream);
+    if (p.operands.batch * (p.operands.sample_numel / large) >= ENOUGH)
+      return launch_samples(&step_kernel<X, F, tensors, LARGE>, p, large, stream);
   }
-  return launch_samples(&step_kernel<X, F, tensors, false>, p, Small::TILE, stream);
+  return launch_samples(&step_kernel<X, F, tensors, SMALL>, p, small, stream);
+}
+
+// BandTile counts threads in 32 bits.
+template <Dtype X, Dtype F, unsigned tensors>
+const char* launch_by_band(const StepParameters& p, void* stream) {
+  constexpr int UNIT = Shape<X, F, tensors, BY_BAND>::UNIT;
+  const StepOperands& a = p.operands;
+  const int64_t rows = a.band_dims == 2 ? a.sample_numel / (a.height * a.width) * ((a.height + 1) / 2) : a.sample_numel / a.width;
+  const int64_t threads = rows * band_units(a, UNIT);
+  if (threads > 0x7fffffff) return "too many elements for a launch";
+  return launch(&step_kernel<X, F, tensors, BY_BAND>, p, (threads + THREADS - 1) / THREADS, a.batch, stream);
 }
 
 template <Dtype X, Dtype F, unsigned... sets>
 const char* launch_pair(const StepParameters& p, void* stream) {
   const StepOperands& a = p.operands;
   const unsigned tensors = p.present & ~OF_ROW_ALONE;
+  if (p.wide_rows) {
+    if (tensors == 0) return launch_by_band<X, F, 0>(p, stream);
+    return tensors == TERM_NOISE && !a.noise.data ? launch_by_band<X, F, TERM_NOISE>(p, stream) : launch_by_band<X, F, EVERYTHING>(p, stream);
+  }
   const char* error = nullptr;
   if (a.noise.data || !((tensors == sets && (error = launch_kernel<X, F, sets>(p, stream), true)) || ...))
     error = launch_kernel<X, F, EVERYTHING>(p, stream);

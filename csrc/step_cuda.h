@@ -26,6 +26,7 @@ struct StepParameters {
   unsigned present;               // terms whose tensors are there
   bool aligned;                   // every sample of every tensor begins at a multiple of 16 bytes
   int32_t device;
+  bool wide_rows;                 // of WIDE_ROW_COLUMNS
 };
 
 struct NormalParameters {

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .files import read_object, reading, write_whole
 from .scaling import log_snr
+from .spec import band_dims_of
 from .table import describe
 from .typing import Array, FilePath
 
@@ -226,6 +227,9 @@ def as_correction(value: CorrectionLike | None, name: str = "correction") -> Cor
     raise TypeError(f"{name}: expected a Correction, a dict or a .json file, got {describe(value)}")
 
 
+_DEFAULTS = {"ends_step": 1.0, "m_x0": 1.0}  # of columns
+
+
 def corrected(columns: Mapping[str, Any], correction: Correction) -> dict[str, Any]:
     """The columns of a sampler's rows with a correction folded in; those that it does not touch are the same arrays.
 
@@ -234,12 +238,11 @@ def corrected(columns: Mapping[str, Any], correction: Correction) -> dict[str, A
     Raises ValueError where m0 says nothing of x_0, or where the high band would be left out altogether.
     """
     rows = max(np.size(column) for column in columns.values())
-    defaults = {"ends_step": 1.0, "m_x0": 1.0}
 
     def column(key: str) -> Array:
-        return np.broadcast_to(np.asarray(columns.get(key, defaults.get(key, 0.0)), dtype=np.float64), (rows,))
+        return np.broadcast_to(np.asarray(columns.get(key, _DEFAULTS.get(key, 0.0)), dtype=np.float64), (rows,))
 
-    alpha, sigma, alpha_out = column("alpha_in"), column("sigma_in"), column("alpha_out")
+    alpha, sigma = column("alpha_in"), column("sigma_in")
     ends = column("ends_step") == 1
     begins = np.append(0, np.flatnonzero(ends)[:-1] + 1)  # of each step, its first row
     low, high = (np.zeros(rows), np.zeros(rows))
@@ -247,17 +250,28 @@ def corrected(columns: Mapping[str, Any], correction: Correction) -> dict[str, A
         log_snr(alpha[begins], sigma[begins]), sigma[begins], float(np.max(sigma[begins]))
     )
     acts = column("sigma_out") != 0
-    low, high = np.where(acts, low, 0.0), np.where(acts, high, 0.0)
+    return folded(columns, correction, np.where(acts, low, 0.0), np.where(acts, high, 0.0))
 
+
+def folded(columns: Mapping[str, Any], correction: Correction, low: Array, high: Array) -> dict[str, Any]:
+    """`corrected` with the weights of each row given, (R,): 0 where nothing is added.
+
+    columns: COLUMNS, and of PROVENANCE alpha_in, sigma_in, alpha_out, m_x0 and m_eps.
+    """
+
+    def column(key: str) -> Array:
+        return np.broadcast_to(np.asarray(columns.get(key, _DEFAULTS.get(key, 0.0)), dtype=np.float64), low.shape)
+
+    alpha, sigma, alpha_out = column("alpha_in"), column("sigma_in"), column("alpha_out")
     # m0's estimate of x_0: of_m0*m0 + of_x*x, since m0 = m_x0*x_0 + m_eps*eps and x = alpha*x_0 + sigma*eps.
     m_x0, m_eps = column("m_x0"), column("m_eps")
     with np.errstate(divide="ignore", invalid="ignore"):
         by_eps = np.where(m_eps == 0, 0.0, m_eps / sigma)
         of_m0 = 1 / (m_x0 - by_eps * alpha)
         of_x = -by_eps * of_m0
-    share = alpha_out if correction.target == "alpha*m0" else np.ones(rows)
+    share = alpha_out if correction.target == "alpha*m0" else np.ones_like(low)
     if correction.kind == "frequency":
-        share = np.zeros(rows)
+        share = np.zeros_like(low)
     needed = ((low != 0) | (high != 0)) & (share != 0)
     if not (np.isfinite(of_m0) & np.isfinite(of_x))[needed].all():
         raise ValueError("correction: expected a sampler whose steps estimate x_0, to compare x' with")
@@ -275,3 +289,16 @@ def corrected(columns: Mapping[str, Any], correction: Correction) -> dict[str, A
     scaled = {key: w_next * column(key) for key in ("c_x", "c_f", "c_m0", "c_m1", "c_m2", "c_y", "c_grad", "c_noise")}
     scaled["c_x"], scaled["c_m0"] = scaled["c_x"] + added["w_x"], scaled["c_m0"] + added["w_m0"]
     return {**columns, **{key: value for key, value in scaled.items() if key in columns or value.any()}, **added}
+
+
+def check_bands(name: str, x: Tensor, dims: int) -> None:
+    """Raises ValueError for a state whose bands are not those of its last `dims` dimensions; 0: no band is corrected.
+
+    Callers look at it before the launch: a GPU's step would make NaN of such a state.
+    """
+    if dims and dims != band_dims_of(x.dim()):
+        expected = {1: "(B, L) or (B, C, L)", 2: "(B, C, H, W) or (B, C, F, H, W)"}[dims]
+        raise ValueError(
+            f"{name}: expected {expected}, whose bands are to be corrected, got {tuple(x.shape)}; corrections.dc takes states "
+            "of any shape"
+        )

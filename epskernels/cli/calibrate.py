@@ -39,6 +39,7 @@ TEXTS = {
     "  epskernels calibrate --sampler ddim --steps 20 --data mnist --out lambda.json --plots exposure\n"
     "  epskernels calibrate --method search --bounds 0.97 1.03 --trials 8 --data mnist --out lambda.json\n"
     "  epskernels calibrate --correction dcw --sampler ddim --steps 20 --data mnist --out correction.json\n"
+    "  epskernels sample --sampler ddim --steps 20 --correction correction.json --compare --out both.png\n"
     "  epskernels sample --sampler ddim --steps 20 --scaling lambda.json --compare --out both.png",
 }
 _LOWEST = {"steps": 1, "images": 2, "batch": 1, "trials": 2, "samples": 2, "seed": 0}

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import models, samplers, schedule
-from ..corrections import Correction
+from .. import corrections, models, samplers, schedule
+from ..corrections import Correction, as_correction
 from ..files import check_writable
 from ..scaling import EpsilonScaling
 from ..typing import ModelCall
@@ -102,12 +102,39 @@ def lambda_value(text: str) -> Any:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
+def read_correction(text: str, option: str = "--correction") -> Correction:
+    """The Correction of KIND:WEIGHT[,WEIGHT], JSON, or the path of a file. Raises UsageError, ValueError and TypeError."""
+    kind, colon, weights = text.partition(":")
+    value: Any = text
+    if text.lstrip().startswith("{"):
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"{option}: expected JSON, got {text!r}: {error}") from None
+    elif colon and kind in corrections.KINDS:
+        try:
+            numbers = [float(weight) for weight in weights.split(",")]
+        except ValueError:
+            numbers = []
+        if not 1 <= len(numbers) <= (1 if kind == "dc" else 2):
+            form = "dc:S" if kind == "dc" else f"{kind}:LOW[,HIGH]"
+            raise UsageError(f"{option}: expected {form}, numbers, got {text!r}")
+        value = {"kind": kind, **dict(zip(("low", "high"), numbers, strict=False))}
+    elif not text.endswith(".json") and not pathlib.Path(text).exists():
+        raise UsageError(
+            f"{option}: expected dc:S, dcw:LOW[,HIGH], frequency:LOW[,HIGH], JSON or a .json file, got {text!r}"
+        )
+    made = as_correction(value, option)
+    assert made is not None
+    return made
+
+
 def make_table(
     args: argparse.Namespace,
     model: models.Model,
     scaling: EpsilonScaling | float,
-    make: Callable[..., Any] = lambda sampler, *arguments, **options: sampler(*arguments, **options),
     correction: Correction | None = None,
+    make: Callable[..., Any] = lambda sampler, *arguments, **options: sampler(*arguments, **options),
 ) -> Any:
     """The table of the sampler that the arguments name, for this model. The sampler's signature says which options it takes.
 
@@ -117,10 +144,10 @@ def make_table(
     sampler = samplers.SAMPLERS[args.sampler]
     takes = inspect.signature(sampler).parameters
     options: dict[str, Any] = {"scaling": scaling, "prediction": model.prediction, "guidance": args.guidance}
-    if correction is not None:
-        options["correction"] = correction
     if "clip" in takes:  # what keeps eps from call to call has no x_0 to hold to a range
         options["clip"] = model.clip
+    if correction is not None:
+        options["correction"] = correction
     for name in ("eta", "direction", "variance"):
         if getattr(args, name) is not None:
             if name not in takes:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .. import __version__, ops, scaling, shards
+from .. import __version__, corrections, ops, scaling, shards
+from ..corrections import check_bands
 from ..files import write_whole
 from ..models import Model
 from ..ranks import Ranks
@@ -32,6 +33,7 @@ from .common import (
     load_model,
     make_table,
     model_digests,
+    read_correction,
     require_writable,
     tensors_digest,
 )
@@ -64,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "above CUTOFF (default 0): such as 30,300; in the sampler's default form (epskernels.time_shift)",
     )
     parser.add_argument(
+        "--correction",
+        metavar="VALUE",
+        help="of the state after each step: dc:S, dcw:LOW[,HIGH] or frequency:LOW[,HIGH], such as dcw:-0.1,0.05, as "
+        'epskernels.corrections makes them; JSON such as {"kind": "dcw", "low": -0.1, "schedule": "constant"}; the path of a '
+        ".json that `epskernels calibrate` or Correction.save wrote; default: none",
+    )
+    parser.add_argument(
         "--seeds", type=parse_seeds, default="0-63", help="such as 0-63 or 1,2,5-9; default: %(default)s"
     )
     parser.add_argument("--batch", type=int, default=64, help="samples per model call; default: %(default)s")
@@ -73,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="also sample the same seeds without scaling and time shift, shown on the left",
+        help="also sample the same seeds without scaling, correction and time shift, shown on the left",
     )
     parser.add_argument(
         "--out",
@@ -194,12 +203,15 @@ class _Sampling:
             torch.cuda.set_device(device)
         try:
             self.scaling = _read_scaling(args)
-            scalings = {"baseline": scaling.constant(1.0)} if args.compare else {}
-            scalings["samples"] = self.scaling
-            self.tables = {name: make_table(args, self.model, value).to(device) for name, value in scalings.items()}
+            self.correction = None if args.correction is None else read_correction(args.correction)
+            asked: dict[str, Any] = {"baseline": (scaling.constant(1.0), None)} if args.compare else {}
+            asked["samples"] = self.scaling, self.correction
+            self.tables = {name: make_table(args, self.model, *each).to(device) for name, each in asked.items()}
+            for table in self.tables.values():
+                check_bands("--correction", torch.empty(0, *self.model.shape), table.band_dims)
             if args.time_shift:
                 shifted = functools.partial(ShiftedTable, **args.time_shift)
-                self.tables["samples"] = make_table(args, self.model, self.scaling, shifted).to(device)
+                self.tables["samples"] = make_table(args, self.model, self.scaling, self.correction, shifted).to(device)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
         self.seed_bytes = 4 * math.prod(self.model.shape) * len(self.tables)  # on the host: samples are float32 there
@@ -235,6 +247,7 @@ class _Sampling:
             "tables": {name: tensors_digest([table.rows]) for name, table in self.tables.items()},
             **({"time_shift": args.time_shift} if args.time_shift else {}),
             "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu,
+            **({"correction": self.correction.to_dict()} if self.correction else {}),
             "epskernels": __version__, "torch": torch.__version__,
         }  # fmt: skip
 
@@ -242,7 +255,8 @@ class _Sampling:
         """What was sampled, as the first line that is printed."""
         args = self.args
         shift = "".join(f", {name} {value:g}" for name, value in (args.time_shift or {}).items())
-        return f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {self.scaling}{shift}"
+        correction = f", correction {args.correction}" if self.correction else ""
+        return f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {self.scaling}{correction}{shift}"
 
 
 def _sample_in_memory(args: argparse.Namespace, sampling: _Sampling) -> None:
@@ -330,10 +344,10 @@ def _check_arguments(args: argparse.Namespace) -> pathlib.Path | None:
     if len(directories) > 1:
         raise UsageError(f"--out: expected one directory, got {len(directories)}")
     scaled = args.lambda_ is not None or args.lambda_linear or args.published or args.scaling
-    if args.compare and not (scaled or args.time_shift):
+    if args.compare and not (scaled or args.correction or args.time_shift):
         raise UsageError(
-            "--compare: expected a scaling, or a time shift, to compare with none: --lambda, --lambda-linear, --published, "
-            "--scaling or --time-shift"
+            "--compare: expected a scaling, a correction or a time shift, to compare with none: --lambda, --lambda-linear, "
+            "--published, --scaling, --correction or --time-shift"
         )
     return directories[0] if directories else None
 
@@ -379,17 +393,18 @@ def _check_room(option: str, path: pathlib.Path, size: int) -> None:
 
 
 def _warn_of_transfer(args: argparse.Namespace, model: Model) -> None:
-    """Says where lambda comes from a file that was fitted for something else: the file's notes tell."""
-    path = args.scaling or (args.lambda_ if str(args.lambda_).endswith(".json") else None)
-    if path is None:
-        return
-    notes = scaling.load(path)[1]
-    asked = fitted_for(args)
-    if changed := [name for name in asked if name in notes and notes[name] != asked[name]]:
-        differences = "; ".join(f"{name} {notes[name]}, here {asked[name]}" for name in changed)
-        print(f"warning: {path} was fitted for {differences}: lambda need not transfer", file=sys.stderr)
-    if "weights" in notes and notes["weights"] != model_digests(model)[1]:
-        print(f"warning: {path} was fitted for other weights: lambda need not transfer", file=sys.stderr)
+    """Says where lambda, or a correction, comes from a file that was fitted for something else: the file's notes tell."""
+    scalings = args.scaling or (args.lambda_ if str(args.lambda_).endswith(".json") else None)
+    corrected = args.correction if str(args.correction).endswith(".json") else None
+    for what, path, load in (("lambda", scalings, scaling.load), ("the correction", corrected, corrections.load)):
+        if path is None:
+            continue
+        notes, asked = load(path)[1], fitted_for(args)
+        if changed := [name for name in asked if name in notes and notes[name] != asked[name]]:
+            differences = "; ".join(f"{name} {notes[name]}, here {asked[name]}" for name in changed)
+            print(f"warning: {path} was fitted for {differences}: {what} need not transfer", file=sys.stderr)
+        if "weights" in notes and notes["weights"] != model_digests(model)[1]:
+            print(f"warning: {path} was fitted for other weights: {what} need not transfer", file=sys.stderr)
 
 
 # ---- what is written and printed ----

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from .. import solvers
 from ..typing import Array
 
 _log = logging.getLogger("epskernels")
+OURS = "eps_scaling", "correction"  # of a scheduler's configuration
 
 Columns = dict[str, Any]  # of rows, by name: float64, (R,), or one number for all
 Draws = bool | NDArray[np.bool_]  # whether a step draws noise, or which rows do, (R,)
@@ -25,6 +26,25 @@ Options = tuple[Any, ...]  # the arguments of step that change the rows
 Timestep = Tensor | float
 Generators = torch.Generator | list[torch.Generator] | None
 Result = Any
+
+
+class Ends(NamedTuple):
+    """Of each row: where its step ends, whether it is the last call of that, and which row of the schedule is the first call.
+
+    alpha, sigma: of x' = alpha*x_0 + sigma*eps there; sigma 0: an image without noise. All (N,), or of all rows.
+    """
+
+    alpha: Array
+    sigma: Array
+    last: NDArray[np.bool_]
+    first: NDArray[np.integer]
+
+
+def ends_of(alpha: Array, sigma: Array, last: NDArray[np.bool_] | None = None) -> Ends:
+    """The Ends of rows whose steps follow each other; last: by default each call ends a step."""
+    last = np.ones(len(sigma), dtype=bool) if last is None else last
+    begins = np.append(True, last[:-1])
+    return Ends(alpha, sigma, last, np.flatnonzero(begins)[np.cumsum(begins) - 1])
 
 
 def say(scheduler: object, message: str) -> None:

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import solvers
-from ..typing import SeedsLike
+from ..typing import Array, SeedsLike
 from .common import (
+    Ends,
     Formula,
     Generators,
     Levels,
@@ -19,6 +20,7 @@ from .common import (
     as_dtype_of,
     as_float64,
     clip_of,
+    ends_of,
     refuse_integers,
     say,
     widest,
@@ -33,6 +35,14 @@ class _Consistency(OnAlphas):
     """Their second result is y'."""
 
     _needs_steps = True
+
+    def _end(self) -> Array:
+        """alphas_cumprod where each step ends."""
+        raise NotImplementedError
+
+    def _ends_of(self, options: Options) -> Ends:
+        abar = self._end()
+        return ends_of(np.sqrt(abar), np.sqrt(1 - abar))
 
     def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
         if self._step_index is None:
@@ -61,16 +71,20 @@ class LCMScheduler(_Consistency, theirs.scheduling_lcm.LCMScheduler):
 
     _output_class = theirs.scheduling_lcm.LCMSchedulerOutput
 
-    def _formula(self, options: Options) -> Formula:
+    def _end(self) -> Array:
         t = self._t()
+        abar = self._abar(np.append(t[1:], t[-1]))  # of itself, where the schedule ends before num_inference_steps
+        return np.where(np.arange(len(t)) == self.num_inference_steps - 1, 1.0, abar)
+
+    def _formula(self, options: Options) -> Formula:
+        t, abar_prev = self._t(), self._end()
         last = np.arange(len(t)) == self.num_inference_steps - 1
-        abar_prev = self._abar(np.append(t[1:], t[-1]))  # of itself, where the schedule ends before num_inference_steps
         c_skip, c_out = solvers.boundary(t * self.config.timestep_scaling)
-        root = np.where(last, 1.0, np.sqrt(abar_prev))
+        root = np.sqrt(abar_prev)
         d_x, d_f = self._model(options)[2:]
         columns = {
             "d_x": d_x, "d_f": d_f, "clip": clip_of(self.config), "t": t, "c_x": root * c_skip, "c_m0": root * c_out,
-            "c_noise": np.where(last, 0.0, np.sqrt(1 - abar_prev)), "k_x": c_skip, "k_m0": c_out,
+            "c_noise": np.sqrt(1 - abar_prev), "k_x": c_skip, "k_m0": c_out,
         }  # fmt: skip
         return columns, ~last
 
@@ -90,6 +104,9 @@ class TCDScheduler(_Consistency, theirs.scheduling_tcd.TCDScheduler):
 
     def _read_config(self) -> None:
         self._thresholds = False  # diffusers' step does not look at it
+
+    def _end(self) -> Array:
+        return self._abar(np.append(self._t()[1:], 0))
 
     def _formula(self, options: Options) -> Formula:
         (eta,) = options
@@ -136,6 +153,12 @@ class SCMScheduler(Fused, theirs.scheduling_scm.SCMScheduler):
         alpha, sigma = solvers.trigonometric(as_float64(self.timesteps)[:-1])
         return alpha, sigma, alpha, -sigma
 
+    def _ends_of(self, options: Options) -> Ends:
+        return ends_of(*solvers.trigonometric(as_float64(self.timesteps)[1:]))
+
+    def _largest_sigma(self, sigma: Array) -> float:
+        return super()._largest_sigma(np.append(sigma, np.sin(self._scheduled)))
+
     def _formula(self, options: Options) -> Formula:
         t = as_float64(self.timesteps)
         _, _, d_x, d_f = self._model(options)
@@ -177,14 +200,22 @@ class CMStochasticIterativeScheduler(OnSigmas, theirs.scheduling_consistency_mod
             c_out,
         )  # at sigma_min the output counts nothing
 
+    def _std(self) -> Array:
+        """Of the noise that comes to the estimate of x_0."""
+        config, sigma_next = self.config, self._sigmas()[1]
+        return solvers.rest(np.clip(sigma_next, config.sigma_min, config.sigma_max), config.sigma_min)
+
+    def _ends_of(self, options: Options) -> Ends:
+        std = self._std()
+        return ends_of(np.ones(len(std)), std * (len(self.timesteps) > 1))
+
     def _formula(self, options: Options) -> Formula:
-        config, (sigma, sigma_next) = self.config, self._sigmas()
+        config, sigma = self.config, self._sigmas()[0]
         _, _, d_x, d_f = self._model(options)
         draws = len(self.timesteps) > 1
-        std = solvers.rest(np.clip(sigma_next, config.sigma_min, config.sigma_max), config.sigma_min)
         return {
             "d_x": d_x, "d_f": d_f, "clip": 1.0 if config.clip_denoised else np.inf, "t": sigma, "c_x": np.zeros(len(sigma)),
-            "c_m0": 1.0, "c_noise": std * config.s_noise * draws,
+            "c_m0": 1.0, "c_noise": self._std() * config.s_noise * draws,
         }, draws  # fmt: skip
 
     def step(
@@ -219,6 +250,12 @@ class ConsistencyDecoderScheduler(Fused, theirs.ConsistencyDecoderScheduler):
     def _model(self, options: Options) -> Levels:
         alpha, sigma, d_x, d_f = (as_float64(getattr(self, name))[self._host()] for name in self._tensors[1:])
         return alpha, sigma, d_x, d_f
+
+    def _ends_of(self, options: Options) -> Ends:
+        alpha, sigma = (
+            np.append(level[1:], end) for level, end in zip(self._model(options)[:2], (1.0, 0.0), strict=True)
+        )
+        return ends_of(alpha, sigma)
 
     def _formula(self, options: Options) -> Formula:
         alpha, sigma, d_x, d_f = self._model(options)

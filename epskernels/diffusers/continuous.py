@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import solvers
 from ..typing import Array, SeedsLike
-from .common import Formula, Generators, Levels, Options, Result, Timestep, as_float64
+from .common import Ends, Formula, Generators, Levels, Options, Result, Timestep, as_float64, ends_of
 from .plan import Plan
 from .scheduler import FLOAT32
 from .timesteps import OnTimesteps
@@ -37,6 +37,13 @@ class DDPMWuerstchenScheduler(OnTimesteps, theirs.scheduling_ddpm_wuerstchen.DDP
         abar, _ = self._abars(options)
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
         return alpha, sigma, 1 / alpha, -sigma / alpha
+
+    def _ends_of(self, options: Options) -> Ends:
+        _, abar = self._abars(options)
+        return ends_of(np.sqrt(abar), np.where(as_float64(self.timesteps)[1:] == 0, 0.0, np.sqrt(1 - abar)))
+
+    def _largest_sigma(self, sigma: Array) -> float:
+        return float(np.nanmax(sigma))
 
     def _formula(self, options: Options) -> Formula:
         abar, abar_next = self._abars(options)
@@ -80,7 +87,10 @@ class DDPMWuerstchenScheduler(OnTimesteps, theirs.scheduling_ddpm_wuerstchen.DDP
 
 
 class ScoreSdeVeScheduler(OnTimesteps, theirs.scheduling_sde_ve.ScoreSdeVeScheduler):
-    """The model's output is the score, -eps/sigma. step_correct, which is told no time, is diffusers' own and not scaled."""
+    """The model's output is the score, -eps/sigma. step_correct, which is told no time, is diffusers' own and not scaled.
+
+    A correction is of step_pred's prev_sample; prev_sample_mean is as without it.
+    """
 
     _tensors = "timesteps", "discrete_sigmas"
 
@@ -94,6 +104,13 @@ class ScoreSdeVeScheduler(OnTimesteps, theirs.scheduling_sde_ve.ScoreSdeVeSchedu
     def _model(self, options: Options) -> Levels:
         sigma = self._levels()[0]
         return np.ones(len(sigma)), sigma, np.ones(len(sigma)), sigma**2
+
+    def _ends_of(self, options: Options) -> Ends:
+        below = self._levels()[1]
+        return ends_of(np.ones(len(below)), below)
+
+    def _largest_sigma(self, sigma: Array) -> float:
+        return float(np.nanmax(sigma))
 
     def _formula(self, options: Options) -> Formula:
         sigma, below = self._levels()

@@ -15,6 +15,7 @@ from ..ops import step
 from ..table import COLUMNS, DEFAULTS
 from ..typing import Array, SeedsLike
 from .common import (
+    Ends,
     Formula,
     Generators,
     Levels,
@@ -23,6 +24,7 @@ from .common import (
     Timestep,
     as_dtype_of,
     as_float64,
+    ends_of,
     refuse_integers,
     widest,
 )
@@ -37,14 +39,21 @@ class OnFlow(Fused):
         """sigma at each model call, and where its step ends."""
         return (sigmas := as_float64(self.sigmas))[:-1], sigmas[1:]
 
+    def _ends_of(self, options: Options) -> Ends:
+        return ends_of(*self._path(self._sigmas()[1]))
+
+    def _path(self, sigma: Array) -> tuple[Array, Array]:
+        """(alpha, sigma) of x where the schedule has `sigma`."""
+        if self._inverts():
+            return sigma, 1 - sigma
+        return (1 - sigma if self._interpolates(self._sigmas()[0]) else np.ones(len(sigma))), sigma
+
     def _model(self, options: Options) -> Levels:
         sigma = self._sigmas()[0]
         one = np.ones(len(sigma))
         if self._inverts():  # the schedule's are of x_0
-            return sigma, 1 - sigma, one, 1 - sigma
-        if not self._interpolates(sigma):  # x = x_0 + sigma*eps: the velocity is eps
-            return one, sigma, one, -sigma
-        return 1 - sigma, sigma, one, -sigma
+            return *self._path(sigma), one, 1 - sigma
+        return *self._path(sigma), one, -sigma  # of x = x_0 + sigma*eps the velocity is eps
 
     def _inverts(self) -> bool:
         return getattr(self.config, "invert_sigmas", False)
@@ -54,9 +63,10 @@ class OnFlow(Fused):
         return not self._inverts() and sigma.max() <= 1.001
 
     def _euler(self) -> Result:
-        """The columns of Euler's step."""
+        """The columns of Euler's step; m0 counts for a correction alone."""
         sigma, sigma_next = self._sigmas()
-        return {"d_x": 1.0, "d_f": -sigma, "t": sigma, "c_x": np.ones(len(sigma)), "c_f": sigma_next - sigma}, False
+        d_x, d_f = self._model(())[2:]
+        return {"d_x": d_x, "d_f": d_f, "t": sigma, "c_x": np.ones(len(sigma)), "c_f": sigma_next - sigma}, False
 
     def _redrawn(self) -> Formula:
         """The columns of a step to the estimate of x_0, and to new noise."""
@@ -107,6 +117,10 @@ class FlowMatchEulerDiscreteScheduler(
         if per_token_timesteps is None:
             x = self._step(row, f, sample, noise, seeds, like_f=True, results=1)
         else:
+            if self.correction is not None:
+                raise ValueError(
+                    "correction: expected None with per_token_timesteps, whose rows are made on the device"
+                )
             x = self._per_token(row, f, widest(f, sample).float(), per_token_timesteps, noise, seeds)
         self._step_index += 1
         if not return_dict:
@@ -179,6 +193,9 @@ class FlowMatchHeunDiscreteScheduler(
         hat = solvers.churned(start, len(self.sigmas) - 1, *options)
         return second, start, hat, np.where(second, at, after)
 
+    def _ends_of(self, options: Options) -> Ends:
+        return ends_of(*self._path(self._churned(options)[3]), self._ends_steps())
+
     def _formula(self, options: Options) -> Formula:
         second, start, hat, end = self._churned(options)
         step, slope = end - hat, start / hat  # diffusers divides what the model gave at sigma by the raised one
@@ -236,6 +253,8 @@ class FlowMatchHeunDiscreteScheduler(
 
 class FlowMapEulerDiscreteScheduler(OnFlow, theirs.scheduling_flow_map_euler_discrete.FlowMapEulerDiscreteScheduler):
     """The mean velocity of a step is taken for the one at its beginning, where lambda scales it."""
+
+    _uncorrected = "whose model gives the mean velocity of a step, which says nothing of x_0"
 
     def _formula(self, options: Options) -> Formula:
         return self._euler()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import solvers
 from ..typing import SeedsLike
-from .common import Formula, Generators, Options, Result, Timestep, as_dtype_of, refuse_integers
+from .common import OURS, Formula, Generators, Options, Result, Timestep, as_dtype_of, refuse_integers
 from .flow import OnFlow
 from .plan import set_by_attribute
 from .scheduler import FLOAT32
@@ -53,9 +53,9 @@ class LTXEulerAncestralRFScheduler(OnFlow, theirs.scheduling_ltx_euler_ancestral
     _needs_steps = True
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """diffusers makes another scheduler of the configuration there, which would say that it ignores eps_scaling."""
+        """diffusers makes another scheduler of the configuration there, which would say that it ignores ours."""
         own = self._internal_dict
-        self._internal_dict = FrozenDict({name: value for name, value in own.items() if name != "eps_scaling"})
+        self._internal_dict = FrozenDict({name: value for name, value in own.items() if name not in OURS})
         self._internal_dict.__dict__.update(set_by_attribute(own))
         try:
             super()._set_timesteps(*args, **kwargs)

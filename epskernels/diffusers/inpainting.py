@@ -16,6 +16,7 @@ from .timesteps import DDIM
 class RePaintScheduler(DDIM, theirs.scheduling_repaint.RePaintScheduler):
     """lambda is of each timestep, however often the schedule jumps back to it. undo_step is diffusers' own."""
 
+    _uncorrected = "whose known part of the image is put in after the step"
     _options = ()
     _reads = ("eta",)
 

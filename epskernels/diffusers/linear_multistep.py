@@ -13,7 +13,19 @@ from torch import Tensor
 
 from .. import solvers
 from ..typing import Array
-from .common import Columns, Formula, Levels, Options, Result, Timestep, as_float64, eps_of, refuse_integers
+from .common import (
+    Columns,
+    Ends,
+    Formula,
+    Levels,
+    Options,
+    Result,
+    Timestep,
+    as_float64,
+    ends_of,
+    eps_of,
+    refuse_integers,
+)
 from .multistep import Multistep
 from .plan import Plan
 from .scheduler import Fused
@@ -103,6 +115,10 @@ class IPNDMScheduler(_LinearMultistep, theirs.scheduling_ipndm.IPNDMScheduler):
         alpha, sigma = (level[:-1] for level in self._levels())
         return alpha, sigma, alpha, -sigma
 
+    def _ends_of(self, options: Options) -> Ends:
+        alpha, sigma = (level[1:] for level in self._levels())
+        return ends_of(alpha, sigma)
+
     def _formula(self, options: Options) -> Formula:
         alphas, sigmas = self._levels()
         alpha, sigma = alphas[:-1], sigmas[:-1]
@@ -188,6 +204,15 @@ class PNDMScheduler(OnAlphas, theirs.scheduling_pndm.PNDMScheduler):
         """lambda of each step of the schedule, the noisiest first: a tuple of numbers."""
         lambda_t = self._plan(self._options, self.timesteps.device).lambda_t
         return tuple(dict(zip(self._lambda_steps(len(lambda_t))[0].tolist(), lambda_t, strict=True)).values())
+
+    def _ends_of(self, options: Options) -> Ends:
+        """The first call of PLMS is done again by the second, and a step of PRK ends with its fourth."""
+        t = self._t()
+        i, n, below = np.arange(len(t)), len(t), t - self.config.num_train_timesteps // self.num_inference_steps
+        abar = self._abar(np.concatenate([below, t, below, below, below, t]), self.final_alpha_cumprod)
+        last = np.concatenate([i == n - 1, np.ones(4 * n, dtype=bool), i % 4 == 3])
+        first = np.concatenate([i, np.maximum(i - 1, 0), i, i, i, i - i % 4])
+        return Ends(np.sqrt(abar), np.sqrt(1 - abar), last, first)
 
     def _formula(self, options: Options) -> Formula:
         config, t = self.config, self._t()

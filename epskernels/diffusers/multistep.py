@@ -13,6 +13,7 @@ from .. import solvers
 from ..typing import Array, SeedsLike
 from .common import (
     Columns,
+    Ends,
     Formula,
     Generators,
     Levels,
@@ -21,6 +22,7 @@ from .common import (
     Timestep,
     as_dtype_of,
     as_float64,
+    ends_of,
     eps_of,
     x0_of,
 )
@@ -64,6 +66,11 @@ class Multistep(Fused):
     def _model(self, options: Options) -> Levels:
         alpha, sigma = self._alpha_sigma(as_float64(self.sigmas)[:-1])
         return alpha, sigma, *self._denoiser()
+
+    def _ends_of(self, options: Options) -> Ends:
+        sigmas = as_float64(self.sigmas)[1:]
+        alpha, sigma = self._alpha_sigma(sigmas)
+        return ends_of(alpha, np.where(sigmas == 0, 0.0, sigma))
 
     def _kept(self, by_noise: bool) -> tuple[Array, Array]:
         """(d_x, d_f) of what the history keeps: x_0, or eps where that is integrated."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import scaling
+from ..corrections import Correction, as_correction
 from ..table import COLUMNS
 from ..typing import Array
 from .common import Columns, Draws, Options, Timestep, say
@@ -24,10 +25,12 @@ class _Parallel(OnTimesteps):
     """The rows of a batch: one for each training timestep, so that timesteps are indices, and none is read back.
 
     As in diffusers, a row's next timestep is a constant number below, whatever the spacing; alphas_cumprod is 1 below 0.
-    Between the schedule's timesteps lambda is interpolated.
+    Between the schedule's timesteps lambda is interpolated, and so are a correction's weights.
     """
 
-    _dense: Array | None = None  # lambda of each training timestep, in the twin that makes the rows of a batch
+    # Of each training timestep, in the twin that makes the rows of a batch: lambda, and the weights of a correction.
+    _dense: Array | None = None
+    _dense_weights: tuple[Array, Array]
 
     def _scaled_formula(self, options: Options) -> tuple[Columns, Draws, Array, Array]:
         if BATCH not in options:
@@ -35,7 +38,11 @@ class _Parallel(OnTimesteps):
         twin, t = copy.copy(self), np.asarray(self._host())
         of_steps = np.array(self._plan(options[:-1], self.timesteps.device).lambda_t)
         order = np.argsort(t, kind="stable")
-        twin._dense = np.interp(np.arange(self.config.num_train_timesteps), t[order], of_steps[order])
+        made = [of_steps]
+        if (correction := as_correction(self.correction)) is not None:
+            made += super()._weights(correction, *self._model(options)[:2])
+        dense = [np.interp(np.arange(self.config.num_train_timesteps), t[order], each[order]) for each in made]
+        twin._dense, twin._dense_weights = dense[0], tuple(dense[1:])
         columns, _, scale, on_x = Fused._scaled_formula(twin, options)
         for name in ("c_noise", "logvar_min", "logvar_max"):
             columns.pop(name, None)
@@ -58,6 +65,9 @@ class _Parallel(OnTimesteps):
         alone = scaling.noise_alone(alpha, sigma, ~(np.abs(d_x * alpha - 1) < 1e-9))
         return np.where(alone | (sigma == 0), 1.0, self._dense)
 
+    def _weights(self, correction: Correction, alpha: Array, sigma: Array) -> tuple[Array, Array]:
+        return super()._weights(correction, alpha, sigma) if self._dense is None else self._dense_weights
+
     def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
         return 0 if timestep is None else super()._row(plan, timestep)
 
@@ -68,6 +78,7 @@ class _Parallel(OnTimesteps):
             f = f[:, : x.shape[1]]
         each = (-1, *[1] * (x.dim() - 1))
         if row.why is not None:
+            self._refuse_uncorrected(dataclasses.replace(row, corrects=True))  # some row of the batch is
             if self.config.eps_scaling != 1:
                 of_rows = ([getattr(row, name) for row in plan.rows] for name in ("lambda_t", "to_x"))
                 lambda_t, to_x = (x.new_tensor(values)[at].view(each) for values in of_rows)

@@ -12,8 +12,10 @@ from diffusers.utils import is_torchsde_available
 from torch.nn import Module
 
 from .. import scaling
+from ..corrections import CorrectionLike, as_correction
 from ..scaling import ScalingLike
 from ..typing import SeedsLike
+from .common import OURS
 from .consistency import (
     CMStochasticIterativeScheduler,
     ConsistencyDecoderScheduler,
@@ -90,45 +92,58 @@ if is_torchsde_available():
 
 
 @overload
-def fused(scheduler: _Twin, eps_scaling: ScalingLike | None = None) -> _Twin: ...
+def fused(
+    scheduler: _Twin, eps_scaling: ScalingLike | None = None, correction: CorrectionLike | None = None
+) -> _Twin: ...
 @overload
-def fused(scheduler: object, eps_scaling: ScalingLike | None = None) -> Any: ...
-def fused(scheduler: Any, eps_scaling: ScalingLike | None = None) -> Any:
+def fused(
+    scheduler: object, eps_scaling: ScalingLike | None = None, correction: CorrectionLike | None = None
+) -> Any: ...
+def fused(scheduler: Any, eps_scaling: ScalingLike | None = None, correction: CorrectionLike | None = None) -> Any:
     """The fused twin of a diffusers scheduler, with its configuration and what else it carries.
 
     Of any other scheduler, a user's own too, a subclass of its class that scales its model's output, and then runs its own step.
     eps_scaling: lambda, as scaling.as_scaling takes it; default a fused scheduler's own, or 1, which is diffusers' numbers.
+    correction: of x' after each step, as corrections.as_correction takes it; default a fused scheduler's own, or none.
     Raises TypeError for a scheduler of tokens; ValueError for a lambda other than 1 where it is not known how much of the model's
-    output is noise; as scaling.as_scaling for eps_scaling.
+    output is noise, and for a correction of a scheduler that takes none; as scaling.as_scaling and corrections.as_correction.
     """
     kind: Any = type(scheduler)
     twin: Any = kind if isinstance(scheduler, Configured) else FUSED.get(kind) or scaled_class(kind)
-    left = getattr(scheduler, "_internal_dict", {}).get("eps_scaling", 1)
-    if eps_scaling is None and kind is not twin and left != 1:
-        _log.warning(
-            "epskernels.diffusers: eps_scaling %s stands in the configuration of diffusers' own %s, which does not scale: it is "
-            "left out; pass eps_scaling= to have it", left, kind.__name__,
-        )  # fmt: skip
-        left = 1.0
-    eps_scaling = scaling.as_json(left if eps_scaling is None else eps_scaling, "eps_scaling")
+    kept: dict[str, Any] = {}
+    for name, value, default in (("eps_scaling", eps_scaling, 1.0), ("correction", correction, None)):
+        left = getattr(scheduler, "_internal_dict", {}).get(name, default)
+        if value is None and kind is not twin and left != default:
+            _log.warning(
+                "epskernels.diffusers: %s %s stands in the configuration of diffusers' own %s, which does not know it: it is "
+                "left out; pass %s= to have it", name, left, kind.__name__, name,
+            )  # fmt: skip
+            left = default
+        kept[name] = left if value is None else value
+    eps_scaling, correction = scaling.as_json(kept["eps_scaling"], "eps_scaling"), as_correction(kept["correction"])
     result = twin.__new__(twin)
     result.__dict__.update(copy.deepcopy(scheduler.__dict__))
-    result._adopt(eps_scaling)
+    result._adopt(eps_scaling, correction)
     return result
 
 
-def fuse(pipe: _Pipeline, eps_scaling: ScalingLike | None = None, seeds: SeedsLike | None = None) -> _Pipeline:
+def fuse(
+    pipe: _Pipeline, eps_scaling: ScalingLike | None = None, seeds: SeedsLike | None = None,
+    correction: CorrectionLike | None = None,
+) -> _Pipeline:  # fmt: skip
     """Replaces all schedulers of a pipeline by their fused twins, and returns the pipeline; of a scheduler, returns the twin.
 
-    eps_scaling: as in `fused`, of every scheduler. seeds: a sample's each, for noise made in the kernel where the pipeline is
-    given no generator; the first latents are the pipeline's (docs/diffusers.md shows how to make those by seeds too). Raises as
-    `fused`; ValueError for seeds of a pipeline with several schedulers. Where anything raises, the pipeline stays as it was.
+    eps_scaling, correction: as in `fused`, of every scheduler. seeds: a sample's each, for noise made in the kernel where the
+    pipeline is given no generator; the first latents are the pipeline's (docs/diffusers.md shows how to make those by seeds too).
+    Raises as `fused`; ValueError for seeds of a pipeline with several schedulers. Where anything raises, the pipeline stays as it
+    was.
     """
     if isinstance(pipe, SchedulerMixin):
-        scheduler = fused(pipe, eps_scaling)
+        scheduler = fused(pipe, eps_scaling, correction)
         scheduler.seeds = seeds
         return scheduler
-    return _replace(pipe, functools.partial(fuse, eps_scaling=eps_scaling, seeds=seeds), one=seeds is not None)
+    change = functools.partial(fuse, eps_scaling=eps_scaling, seeds=seeds, correction=as_correction(correction))
+    return _replace(pipe, change, one=seeds is not None)
 
 
 @overload
@@ -138,8 +153,8 @@ def unfuse(pipe: _Pipeline) -> _Pipeline: ...
 def unfuse(pipe: Any) -> Any:
     """Puts diffusers' own classes back into a pipeline, and returns it; of a scheduler, returns diffusers'.
 
-    What is saved then loads without this package. lambda goes: diffusers' step does not scale. A scheduler that is not fused
-    stays as it is.
+    What is saved then loads without this package. lambda and the correction go: diffusers' step has neither. A scheduler that is
+    not fused stays as it is.
     """
     if not isinstance(pipe, SchedulerMixin):
         return _replace(pipe, unfuse)
@@ -149,9 +164,9 @@ def unfuse(pipe: Any) -> Any:
     classes = [vars(cls) for cls in type(pipe).__mro__ if cls.__module__.startswith(__package__)]
     ours = {name for of in classes for name, value in of.items() if not callable(value)}
     result.__dict__.update({k: v for k, v in copy.deepcopy(pipe.__dict__).items() if k not in ours})
-    config = {k: v for k, v in pipe.config.items() if k != "eps_scaling"}
+    config = {k: v for k, v in pipe.config.items() if k not in OURS}
     if "_use_default_values" in config:
-        config["_use_default_values"] = [name for name in config["_use_default_values"] if name != "eps_scaling"]
+        config["_use_default_values"] = [name for name in config["_use_default_values"] if name not in OURS]
     result._internal_dict = FrozenDict(config)
     for name, value in set_by_attribute(pipe.config).items():
         if name in config:

@@ -20,9 +20,10 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from ..spec import BAND_COLUMNS
 from ..table import COLUMNS, DEFAULTS
 from ..typing import Array
-from .common import Columns, Draws
+from .common import OURS, Columns, Draws
 
 Made = TypeVar("Made")
 
@@ -34,7 +35,9 @@ class Row:
     step: which step, as lambda counts them; None where the schedule has no such timestep. table, index: what the op takes.
     why: what keeps the row from being applied, so that diffusers' own step runs; None where nothing does. draws: whether the step
     draws noise; uses_noise: whether it is used. churn_std: the standard deviation of what raises x before the launch. history:
-    how many earlier m0 it reads. thresholds: whether m0 is thresholded. c_noise, d_x, d_f, t: those columns. lambda_t, to_x: the
+    how many earlier m0 it reads. thresholds: whether m0 is thresholded. corrects: whether x' is corrected; band_dims: in how many
+    of the last dimensions the plan corrects bands, 0 for none. prepares: whether thresholds or band_dims say that there is
+    something to do before the launch. c_noise, d_x, d_f, t: those columns, c_noise without the correction. lambda_t, to_x: the
     scaled output is f/lambda_t + to_x*x.
     """
 
@@ -47,6 +50,9 @@ class Row:
     churn_std: float = 0.0
     history: int = 0
     thresholds: bool = False
+    corrects: bool = False
+    band_dims: int = 0
+    prepares: bool = False
     c_noise: float = 0.0
     d_x: float | Tensor = 1.0
     d_f: float | Tensor = 0.0
@@ -62,7 +68,8 @@ class Row:
 class Plan:
     """One row of coefficients for each model call of a trajectory, on one device. Nothing changes it: requests may share it.
 
-    columns: float64, by name, (R,). table: float32 (R, len(COLUMNS)). rows: R of Row. lambda_t: of each step.
+    columns: float64, by name, (R,). table: float32 (R, len(COLUMNS)), wider where a band is corrected. rows: R of Row.
+    lambda_t: of each step.
     """
 
     __slots__ = ("columns", "table", "rows", "lambda_t")
@@ -77,18 +84,21 @@ class Plan:
     ) -> None:  # fmt: skip
         columns = dict(columns)
         churn_std: Any = columns.pop("churn_std", 0.0)
+        w_next, corrects = (columns.pop(name, value) for name, value in (("w_next", 1.0), ("corrects", False)))
+        band_dims = int(np.max(columns.get("band_dims", 0)))
+        names = COLUMNS + BAND_COLUMNS if band_dims else COLUMNS
         length, steps = max(np.size(column) for column in columns.values()), len(lambda_t)
-        stacked = np.empty((length, len(COLUMNS)))
-        if unknown := set(columns) - set(COLUMNS):
+        stacked = np.empty((length, len(names)))
+        if unknown := set(columns) - set(COLUMNS + BAND_COLUMNS):
             raise ValueError(f"columns: unknown {sorted(unknown)}")
-        for j, name in enumerate(COLUMNS):
+        for j, name in enumerate(names):
             stacked[:, j] = columns.get(name, DEFAULTS.get(name, 0.0))
         with np.errstate(over="ignore"):
             rounded = stacked.astype(np.float32)
         may_be_infinite = [COLUMNS.index(name) for name in COLUMNS if DEFAULTS.get(name) == np.inf]
         finite: Any = np.isfinite(np.delete(rounded, may_be_infinite, axis=1)).all(axis=1)
         rounded[~finite] = 0.0
-        values = {name: np.ascontiguousarray(stacked[:, j]) for j, name in enumerate(COLUMNS)}
+        values = {name: np.ascontiguousarray(stacked[:, j]) for j, name in enumerate(names)}
         for column in values.values():
             column.setflags(write=False)
         reads = [(values[f"c_{m}"] != 0) | (values[f"k_{m}"] != 0) for m in ("m1", "m2")]
@@ -98,7 +108,8 @@ class Plan:
             "uses_noise": ((values["c_noise"] != 0) | (churn_std != 0)) & finite,
             "churn_std": churn_std,
             "history": np.where(reads[1], 2, reads[0]),
-            "c_noise": values["c_noise"],
+            "corrects": np.broadcast_to(corrects, (length,)),
+            "c_noise": values["c_noise"] / w_next,
             "d_x": values["d_x"],
             "d_f": values["d_f"],
             "t": values["t"],
@@ -106,12 +117,17 @@ class Plan:
             "to_x": np.resize(to_x, length),
         }
         of_row, table = {name: array.tolist() for name, array in of_row.items()}, torch.from_numpy(rounded).to(device)
+        of_all: dict[str, Any] = {
+            "thresholds": thresholds,
+            "band_dims": band_dims,
+            "prepares": thresholds or band_dims > 0,
+        }
         rows = []
         for r, index in enumerate(torch.arange(length, device=device).unbind()):
             i = r % steps
             reason = why or (None if finite[r] else f"the coefficients of step {i} are not finite")
             each = {name: array[r] for name, array in of_row.items()}
-            rows.append(Row(i, table, index, reason, thresholds=thresholds, **each))
+            rows.append(Row(i, table, index, reason, **of_all, **each))
         object.__setattr__(self, "columns", types.MappingProxyType(values))
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "rows", tuple(rows))
@@ -230,8 +246,9 @@ class Seen:
             self.on_host.append((name, tensor, tensor.data_ptr, tensor.data_ptr(), read, read()))
         # What most schedulers do not have: (object, or None for the scheduler, attribute, its value).
         others = [(None, name) for name in scheduler._reads]
-        if isinstance(self.config.eps_scaling, (list, dict)):  # which may be written into
-            others.append((self.config, "eps_scaling"))
+        for name in OURS:
+            if isinstance(getattr(self.config, name, None), (list, dict)):  # which may be written into
+                others.append((self.config, name))
         self.others = [(of, name, _kept(_value(of, scheduler, name))) for of, name in others]
         self.length, self.most, timesteps = scheduler._length(), scheduler._most_steps(), held["timesteps"]
         self.dtype, self.device, self.device_index = timesteps.dtype, timesteps.device, timesteps.get_device()
@@ -268,8 +285,10 @@ class Seen:
         # A function itself, which is kept with the key: its text has an address, where another may lie later.
         reads = [value if callable(value) else repr(value) for value in reads]
         tensors = [_content(scheduler.__dict__[name]) for name in scheduler._tensors if name in scheduler.__dict__]
-        of_config = self.config.content(), repr(self.config.eps_scaling)  # which may have been written into
-        return type(scheduler), *of_config, self.count, scheduler._scheduled, scheduler._surplus, *reads, *tensors
+        # repr: what may have been written into
+        of_config = self.config.content(), *(repr(getattr(self.config, name, None)) for name in OURS)
+        of_scheduler = self.count, scheduler._scheduled, scheduler._surplus, *reads, *tensors
+        return type(scheduler), *of_config, *of_scheduler
 
     def place(self, timestep: Tensor) -> int | None:
         """The index of a timestep that is a view into the schedule's, without reading it; None for any other."""

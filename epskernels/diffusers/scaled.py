@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import scaling, solvers
+from ..corrections import CorrectionLike
 from ..scaling import ScalingLike
 from ..typing import SeedsLike
 from .common import Formula, Levels, Options, Result, Timestep, as_float64, output_of, positive_zeros
@@ -170,10 +171,12 @@ class Scaled(Configured):
     _asked: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # and what it was called with
     _arguments: tuple[list[str], dict[str, Any]]  # of step, as `_arguments` finds them
 
-    def _adopt(self, eps_scaling: ScalingLike) -> None:
+    _uncorrected = "whose own step runs, which has no rows to correct"
+
+    def _adopt(self, eps_scaling: ScalingLike, correction: CorrectionLike | None) -> None:
         if "_internal_dict" not in self.__dict__:  # a constructor without register_to_config
             self.register_to_config()
-        super()._adopt(eps_scaling)
+        super()._adopt(eps_scaling, correction)
         if self._scales():
             type(self)._scaling_class(self).prediction()
 

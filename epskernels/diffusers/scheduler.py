@@ -20,14 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor, is_grad_enabled
 
 from .. import scaling
+from ..corrections import Correction, CorrectionLike, as_correction, check_bands, folded
 from ..guidance import quantile_of_sizes
 from ..ops import as_seeds, normal, step_results
 from ..scaling import ScalingLike
-from ..spec import STREAM_STEP
+from ..spec import BAND_COLUMNS, COLUMNS, STREAM_STEP
 from ..typing import Array, SeedsLike
 from .common import (
+    OURS,
     Columns,
     Draws,
+    Ends,
     Formula,
     Generators,
     Levels,
@@ -68,26 +71,29 @@ else:
 
 
 class Configured(_Theirs):
-    """eps_scaling in a scheduler's configuration; the class after it in the order of inheritance is diffusers', or a user's."""
+    """eps_scaling and correction in a configuration; the class after it in the order of inheritance is theirs."""
 
     _theirs: Any  # diffusers' class, or a user's
     _seen: Any = None  # a Seen, from the first step on
     _ran: str | None = None
+    _uncorrected: str | None = None  # why no correction is taken
 
-    def __init__(self, *args: Any, eps_scaling: ScalingLike = 1.0, **theirs: Any) -> None:
-        eps_scaling = scaling.as_json(eps_scaling, "eps_scaling")
+    def __init__(
+        self, *args: Any, eps_scaling: ScalingLike = 1.0, correction: CorrectionLike | None = None, **theirs: Any
+    ) -> None:
+        eps_scaling, correction = scaling.as_json(eps_scaling, "eps_scaling"), as_correction(correction)
         super().__init__(*args, **theirs)
-        self._adopt(eps_scaling)
+        self._adopt(eps_scaling, correction)
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
-        """What diffusers takes from a configuration for the constructor: its own class's arguments, and eps_scaling."""
+        """What diffusers takes from a configuration for the constructor: its own class's arguments, and ours."""
         own = next(
             c for c in input_class.__mro__ if "__init__" in vars(c) and c is not Configured and "_theirs" not in vars(c)
         )
         return {
             *inspect.signature(vars(own)["__init__"]).parameters,
-            *(["eps_scaling"] if issubclass(input_class, Configured) else []),
+            *(OURS if issubclass(input_class, Configured) else []),
         }
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -95,12 +101,17 @@ class Configured(_Theirs):
         super().register_to_config(**kwargs)  # which forgets what was set by attribute
         self._internal_dict = Configuration(self._internal_dict)
 
-    def _adopt(self, eps_scaling: ScalingLike) -> None:
-        """The scaling into the configuration; a default one is not written where diffusers' own class would warn of it."""
+    def _adopt(self, eps_scaling: ScalingLike, correction: CorrectionLike | None) -> None:
+        """Both into the configuration; a default one is not written where diffusers' own class would warn of it."""
+        made = as_correction(correction)
+        if made is not None and self._uncorrected is not None:
+            raise ValueError(f"correction: expected None for {self._theirs.__name__}, {self._uncorrected}, got {made}")
         changed: dict[str, Any] = {"eps_scaling": scaling.as_json(eps_scaling, "eps_scaling")}
+        changed["correction"] = None if made is None else made.to_dict()
         if "_use_default_values" in self.config:  # as it is not where a file names all
-            defaults = [name for name in self.config["_use_default_values"] if name != "eps_scaling"]
-            changed["_use_default_values"] = defaults + ["eps_scaling"] * (changed["eps_scaling"] == 1)
+            defaults = [name for name in self.config["_use_default_values"] if name not in OURS]
+            defaults += [name for name in OURS if changed[name] in (1, None)]
+            changed["_use_default_values"] = defaults
         by_attribute = set_by_attribute(self.config)
         self.register_to_config(**changed)
         self.config.__dict__.update({name: value for name, value in by_attribute.items() if name not in changed})
@@ -118,7 +129,17 @@ class Configured(_Theirs):
 
     @eps_scaling.setter
     def eps_scaling(self, eps_scaling: ScalingLike) -> None:
-        self._adopt(eps_scaling)
+        self._adopt(eps_scaling, self.correction)
+
+    @property
+    def correction(self) -> Any:
+        """The correction of x' as the configuration keeps it, a dict or None; set as corrections.as_correction takes it, and
+        raises as that."""
+        return getattr(self.config, "correction", None)  # a pipeline may put a configuration without it there
+
+    @correction.setter
+    def correction(self, correction: CorrectionLike | None) -> None:
+        self._adopt(self.config.eps_scaling, correction)
 
 
 class Fused(Configured):
@@ -126,12 +147,15 @@ class Fused(Configured):
 
     path: how the last step ran, "fused" or "diffusers: <why>". seeds: a sample's seed each, or None; steps then make their noise
     in the kernel unless a generator is given.
-    eps_scaling: lambda, as scaling.as_scaling takes it; may be set. lambdas: lambda of each step.
+    eps_scaling: lambda, as scaling.as_scaling takes it; may be set. lambdas: lambda of each step. correction: of x' after each
+    step, except those to an image without noise, as corrections.as_correction takes it; may be set. x' is the prev_sample of the
+    call that ends a step, m0 the scheduler's estimate of x_0 in that call; all other results are as without a correction.
     step has diffusers' arguments, and seeds where it draws noise. sample: (B, ...), model_output: its shape, or twice its
     channels with a learned variance; float32, float16 or bfloat16, on one device. generator: one, or one for each sample. Returns
     diffusers' output class, or without return_dict the tuple of its tensors. Raises ValueError before set_timesteps, and for
     seeds where a generator is given too, or diffusers' own step runs; IndexError after the last step; RuntimeError where a
-    trajectory whose history is not diffusers' would go on with diffusers' own step, or the reverse.
+    trajectory whose history is not diffusers' would go on with diffusers' own step, or the reverse. With a correction, ValueError
+    where diffusers' own step would run.
     """
 
     _mixes = True  # a trajectory may go on with diffusers' own step, since its history is the same
@@ -156,8 +180,11 @@ class Fused(Configured):
             return
         cls._theirs = parent
         cls.__module__ = __package__  # where users find it, and saved pipelines
-        own = inspect.Parameter("eps_scaling", inspect.Parameter.KEYWORD_ONLY, default=1.0)
-        parameters = [*inspect.signature(parent).parameters.values(), own]
+        own = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, default in zip(OURS, (1.0, None), strict=True)
+        ]
+        parameters = [*inspect.signature(parent).parameters.values(), *own]
         cls.__signature__ = inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))  # **kwargs last
 
         @functools.wraps(parent.set_timesteps)  # pipelines look at its signature
@@ -190,6 +217,10 @@ class Fused(Configured):
         """(alpha, sigma, d_x, d_f) of x = alpha*x_0 + sigma*eps and x_0 = d_x*x + d_f*f as diffusers has it, for each row."""
         raise NotImplementedError
 
+    def _ends_of(self, options: Options) -> Ends:
+        """Where the step of each row ends, for a correction of x'."""
+        raise NotImplementedError
+
     def _lambdas(self, alpha: Array, sigma: Array, d_x: Array) -> Array:
         """lambda for each row; 1 where x is noise alone."""
         says_x0 = ~(np.abs(d_x * alpha - 1) < 1e-9)  # d_x may be infinite
@@ -204,6 +235,22 @@ class Fused(Configured):
         lambda_t = scaling.lambdas(value, of_all, "eps_scaling", functools.partial(say, self))[at]
         lambda_t[self._per_step(sigma) == 0] = 1.0  # without noise, any lambda is 1
         return self._per_call(lambda_t)
+
+    def _weights(self, correction: Correction, alpha: Array, sigma: Array) -> tuple[Array, Array]:
+        """The weights (low, high) of the step of each row, by where the step begins."""
+        alpha, sigma = self._per_step(alpha), self._per_step(sigma)
+        at, steps = self._lambda_steps(len(sigma))
+        levels, sigmas = np.zeros(steps), np.zeros(steps)
+        levels[at[::-1]], sigmas[at[::-1]] = (
+            scaling.log_snr(alpha, sigma)[::-1],
+            sigma[::-1],
+        )  # a step's first call last
+        low, high = correction.weights(levels, sigmas, self._largest_sigma(sigma))
+        return self._per_call(low[at]), self._per_call(high[at])
+
+    def _largest_sigma(self, sigma: Array) -> float:
+        """Of the schedule that set_timesteps made; sigma: of the steps that are left."""
+        return float(np.nanmax(sigma))
 
     def _as_scaling(self) -> scaling.EpsilonScaling:
         return scaling.as_scaling(self.config.eps_scaling, "eps_scaling")
@@ -233,7 +280,10 @@ class Fused(Configured):
 
         def make() -> Plan:
             with torch.inference_mode(False):  # what is kept serves calls with gradients too
-                return Plan(*self._scaled_formula(options), device, self._refuses(), self._thresholds)
+                why = self._refuses()
+                if why is not None and self.correction is not None:
+                    raise ValueError(f"correction: expected None, since diffusers' own step runs here: {why}")
+                return Plan(*self._scaled_formula(options), device, why, self._thresholds)
 
         plan = seen.schedule.plans.get((options, device), make)
         seen.last = options, device, plan
@@ -260,7 +310,7 @@ class Fused(Configured):
     def _scaled_formula(self, options: Options) -> tuple[Columns, Draws, Array, Array]:
         with np.errstate(all="ignore"):  # a row that is not finite is not used
             columns, draws = self._formula(options)
-            alpha, sigma, d_x, d_f = self._model(options)
+            alpha, sigma, d_x, d_f = model = self._model(options)
             scale = self._lambdas(alpha, sigma, d_x)
             on_x = np.where((scale == 1) | (d_f == 0), 0.0, (1 - d_x * alpha) / d_f * (1 - 1 / scale) / alpha)
             length = len(scale)
@@ -269,6 +319,8 @@ class Fused(Configured):
             lambda_t, to_x = np.tile(scale, levels), np.tile(on_x, levels)
             columns["draw"] = np.tile(np.arange(length), levels)
             zero = np.zeros(levels * length)
+            if (correction := as_correction(self.correction)) is not None:
+                columns = self._correct(correction, columns, model, self._ends_of(options))
             for x, f in (("d_x", "d_f"), ("c_x", "c_f")):
                 of_f = columns.get(f, zero)
                 columns[x], columns[f] = columns.get(x, zero) + of_f * to_x, of_f / lambda_t
@@ -278,6 +330,25 @@ class Fused(Configured):
                 columns["c_x"] = columns["c_x"] + m0 * columns["d_x"]
                 columns["c_f"] = columns["c_f"] + m0 * columns["d_f"]
         return columns, draws, scale, on_x
+
+    def _correct(self, correction: Correction, columns: Columns, model: Levels, ends: Ends) -> Columns:
+        """The columns, unscaled, with the correction in them; "corrects" says in which rows."""
+        rows = len(next(iter(columns.values())))
+        alpha, sigma, d_x, d_f, alpha_out = (np.resize(level, rows) for level in (*model, ends.alpha))
+        of_x, of_f = (columns.get(name, np.zeros(rows)) for name in ("d_x", "d_f"))
+        per_f = of_f / d_f  # m0, which need not be x_0 = d_x*x + d_f*f, is of_x*x + of_f*f
+        m_x0, m_eps = of_x * alpha + per_f * (1 - d_x * alpha), (of_x - per_f * d_x) * sigma
+        acts = np.resize(ends.last & (ends.sigma != 0), rows)
+        finite = np.all([np.isfinite(column) for name, column in columns.items() if name != "clip"], axis=0)
+        low, high = (
+            np.where(acts & finite, np.resize(weight[ends.first], rows), 0.0)
+            for weight in self._weights(correction, *model[:2])
+        )
+        provenance = {"alpha_in": alpha, "sigma_in": sigma, "alpha_out": alpha_out, "m_x0": m_x0, "m_eps": m_eps}
+        made = folded(columns | provenance, correction, low, high)
+        kept = {*columns, *COLUMNS, *BAND_COLUMNS, "w_next"}
+        corrects = acts & ((low != 0) | (high != 0) | ~finite)
+        return {name: made[name] for name in made if name in kept} | {"corrects": corrects}
 
     def _refuses(self) -> str | None:
         """Why no row of this configuration can be one launch, or None."""
@@ -423,8 +494,9 @@ class Fused(Configured):
             computed = torch.promote_types(computed, noise.dtype)
             m1, m2, y = as_dtype_of(m1, x), as_dtype_of(m2, x), as_dtype_of(y, x)  # the history is of the state's dtype
             x, noise = x.to(computed), noise.to(computed)
-        if row.thresholds or m1 is not None or y is not None or v is not None:
+        if row.prepares or m1 is not None or y is not None or v is not None:
             threshold = self._threshold(row, f, x) if row.thresholds else None
+            check_bands("sample", x, row.band_dims)
             m1, m2, y = as_dtype_of(m1, x), as_dtype_of(m2, x), as_dtype_of(y, x)
             more = m1, m2, v, None, noise, seeds, y, None, threshold
             made = step_results(results)(x, f, row.table, row.index, None, *more)
@@ -445,6 +517,7 @@ class Fused(Configured):
         """diffusers' own step, or another of its methods, on the scaled output: f/lambda plus its share of x_0 times x."""
         if (seeds is not None or (self._seeds is not None and arguments.get("generator") is None)) and row.draws:
             raise ValueError(f"seeds: diffusers' own step takes a generator, and it runs here: {row.why}")
+        self._refuse_uncorrected(row)
         if not self._mixes:
             self._go_on("diffusers' own", row.why)
         self.path = f"diffusers: {row.why}"
@@ -458,6 +531,11 @@ class Fused(Configured):
         if row.lambda_t != 1:
             f = self._scaled_output(f, x, row.lambda_t, row.to_x)
         return self._call_theirs(method, f, timestep, x, **arguments)
+
+    def _refuse_uncorrected(self, row: Row) -> None:
+        """Raises ValueError where diffusers' own step would run and the row is one to correct."""
+        if self.correction is not None and (row.step is None or row.corrects):
+            raise ValueError(f"correction: expected None, since diffusers' own step runs here: {row.why}")
 
     def _call_theirs(self, method: str, f: Tensor, timestep: Any, x: Tensor, **arguments: Any) -> Result:
         return getattr(self._theirs, method)(self, f, timestep=timestep, sample=x, **arguments)
@@ -499,9 +577,16 @@ class InHalves(Fused):
     def _per_step(self, values: np.ndarray) -> np.ndarray:
         return values[::2]
 
+    def _ends_steps(self) -> NDArray[np.bool_]:
+        """Which calls are the last of their step."""
+        i = np.arange(self._length())
+        return (i % 2 == 1) | (i == len(i) - 1)
+
 
 class FromCleanest(Fused):
     """Towards noise: lambda's first number is the noisiest step's, which is the last."""
+
+    _uncorrected = "whose steps lead towards noise"
 
     def _lambda_steps(self, rows: int) -> tuple[NDArray[np.integer], int]:
         at, steps = super()._lambda_steps(rows)

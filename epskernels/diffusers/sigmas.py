@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import solvers
 from ..typing import Array, SeedsLike
 from .common import (
+    Ends,
     Formula,
     Generators,
     Levels,
@@ -19,6 +20,7 @@ from .common import (
     Timestep,
     as_float64,
     clip_of,
+    ends_of,
     output_of,
     positive_zeros,
     refuse_integers,
@@ -66,6 +68,10 @@ class OnSigmas(Fused):
     def _model(self, options: Options) -> Levels:
         sigma = self._sigmas()[0]
         return np.ones(len(sigma)), sigma, *self._output(sigma)
+
+    def _ends_of(self, options: Options) -> Ends:
+        sigma_next = self._sigmas()[1]
+        return ends_of(np.ones(len(sigma_next)), sigma_next)
 
     def _result(self, x: Tensor, m0: Tensor, return_dict: bool) -> Result:
         self._step_index += 1
@@ -231,6 +237,11 @@ class HeunDiscreteScheduler(InHalves, OnSigmas, theirs.scheduling_heun_discrete.
     _first_m0: Tensor | None = None
     dt: float | None
     prev_derivative: None
+
+    def _ends_of(self, options: Options) -> Ends:
+        at, after = self._sigmas()
+        end = np.where(np.arange(len(at)) % 2 == 1, at, after)
+        return ends_of(np.ones(len(at)), end, self._ends_steps())
 
     def _formula(self, options: Options) -> Formula:
         at, after = self._sigmas()

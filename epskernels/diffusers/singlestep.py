@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import solvers
 from ..typing import SeedsLike
-from .common import Formula, Generators, Options, Result, Timestep, widest
+from .common import Ends, Formula, Generators, Options, Result, Timestep, ends_of, widest
 from .multistep import DPMSolver
 from .plan import Plan
 from .scheduler import Fused
@@ -48,6 +48,11 @@ class DPMSolverSinglestepScheduler(DPMSolver, theirs.scheduling_dpmsolver_single
         columns = dict(zip(names, np.concatenate(rows, axis=1), strict=True))
         of_x0 = zip(("d_x", "d_f"), self._kept(by_noise), strict=True)
         return columns | {name: np.tile(column, levels) for name, column in of_x0}, sde
+
+    def _ends_of(self, options: Options) -> Ends:
+        alpha, sigma, *_ = super()._ends_of(options)
+        first = np.resize(self.order_list, self._length()) == 1  # longer where timesteps were cut
+        return ends_of(alpha, sigma, np.append(first[1:], True))
 
     def _order(self, i: int) -> int:
         """diffusers' order of the step at position i: as many outputs as are kept, this one's included."""

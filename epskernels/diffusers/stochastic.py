@@ -13,7 +13,7 @@ from .. import solvers
 from ..ops import as_seeds, normal
 from ..spec import STREAM_STEP
 from ..typing import Array, SeedsLike
-from .common import Formula, Generators, Levels, Options, Result, Timestep, as_float64
+from .common import Ends, Formula, Generators, Levels, Options, Result, Timestep, as_float64
 from .multistep import PredictorCorrector
 from .plan import Plan
 from .scheduler import Fused
@@ -96,7 +96,10 @@ class Call(NamedTuple):
 
 
 class KarrasVeScheduler(Fused, scheduling_karras_ve.KarrasVeScheduler):
-    """A row for each step, then one for each correction. The model's output is -eps; m0 is eps, the slope, and y' x_0."""
+    """A row for each step, then one for each correction. The model's output is -eps; m0 is eps, the slope, and y' x_0.
+
+    `correction` is of step_correct's prev_sample, where a step ends.
+    """
 
     _tensors = "timesteps", "schedule"
     _steps: dict[tuple[float, float], int] = {}
@@ -127,6 +130,10 @@ class KarrasVeScheduler(Fused, scheduling_karras_ve.KarrasVeScheduler):
     def _model(self, options: Options) -> Levels:
         level = np.concatenate(self._ends())  # of the states that the calls are asked at
         return np.ones(len(level)), level, np.ones(len(level)), level
+
+    def _ends_of(self, options: Options) -> Ends:
+        i, end = np.arange(2 * self._length()), np.tile(self._ends()[1], 2)
+        return Ends(np.ones(len(end)), end, i >= self._length(), i % self._length())
 
     def _per_step(self, values: np.ndarray) -> np.ndarray:
         return values[: self._length()]

@@ -11,6 +11,7 @@ from .. import solvers
 from ..typing import Array, SeedsLike
 from .common import (
     Columns,
+    Ends,
     Formula,
     Generators,
     Levels,
@@ -19,6 +20,7 @@ from .common import (
     Timestep,
     as_float64,
     clip_of,
+    ends_of,
     eps_of,
     output_of,
     x0_of,
@@ -59,6 +61,10 @@ class OnAlphas(Fused):
             return a / b
         return (a.astype(np.float32) / b.astype(np.float32)).astype(np.float64)
 
+    def _largest_sigma(self, sigma: Array) -> float:
+        t = np.asarray(self._scheduled or self._host(), dtype=np.int64)
+        return super()._largest_sigma(np.append(sigma, np.sqrt(1 - self._abar(t))))
+
     def _level(self) -> Array:
         """alphas_cumprod of the state that each call of the model is given."""
         return self._abar(self._t())
@@ -75,6 +81,10 @@ class OnTimesteps(OnAlphas):
     def _abar_next(self, t: NDArray[np.integer]) -> Array:
         """alphas_cumprod where the step at each timestep ends."""
         raise NotImplementedError
+
+    def _ends_of(self, options: Options) -> Ends:
+        abar = self._abar_next(self._t())
+        return ends_of(np.sqrt(abar), np.sqrt(1 - abar))
 
     def _row(self, plan: Plan, timestep: Timestep | None) -> int | None:
         i = self._seen.place(timestep) if isinstance(timestep, Tensor) else None
@@ -161,10 +171,17 @@ class UnCLIPScheduler(Posterior, theirs.scheduling_unclip.UnCLIPScheduler):
     _options = (False,)
     _tensors = "timesteps", "alphas_cumprod", "alphas", "betas"
 
-    def _formula(self, options: Options) -> Formula:
-        """options: whether a step goes to the schedule's next timestep, not to the one below."""
+    def _before(self, options: Options) -> NDArray[np.integer]:
+        """Where each step ends; options: whether at the schedule's next timestep, not at the one below."""
         t = self._t()
-        prev = np.append(t[1:], t[-1] - 1) if options[0] else t - 1
+        return np.append(t[1:], t[-1] - 1) if options[0] else t - 1
+
+    def _ends_of(self, options: Options) -> Ends:
+        abar = self._abar(self._before(options))
+        return ends_of(np.sqrt(abar), np.sqrt(1 - abar))
+
+    def _formula(self, options: Options) -> Formula:
+        t, prev = self._t(), self._before(options)
         abar, abar_prev = self._abar(t), self._abar(prev)
         alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
         output_of(self.config.prediction_type, alpha, sigma, ("epsilon", "sample"))  # the others raise

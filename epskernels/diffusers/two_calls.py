@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import solvers
 from ..typing import Array, SeedsLike
-from .common import Columns, Draws, Formula, Generators, Options, Result, Timestep, as_float64, widest
+from .common import Columns, Draws, Ends, Formula, Generators, Options, Result, Timestep, as_float64, ends_of, widest
 from .plan import Row
 from .scheduler import InHalves
 from .sigmas import OnSigmas
@@ -24,6 +24,11 @@ class TwoCalls(InHalves, OnSigmas):
     def _two_rows(self, begin: Array, middle: Array, *more: Any) -> tuple[Columns, Columns]:
         """The columns of the first calls and of the second ones."""
         raise NotImplementedError
+
+    def _ends_of(self, options: Options) -> Ends:
+        _, middle, end, *more = self._ends()  # more: the noise that comes to it
+        end = np.sqrt(sum((std**2 for std in more), end**2))
+        return ends_of(np.ones(self._length()), self._interleaved(middle, end), self._ends_steps())
 
     def _formula(self, options: Options) -> Formula:
         if self.config.prediction_type == "sample":

@@ -4,7 +4,8 @@ model(x, sigma, **extra_args): any denoiser of x = x_0 + sigma*eps, or ComfyUI's
 sigma*eps: its `model_sampling` says so.
 sigmas: (N + 1,) for N steps; they must not rise. Every table is that of `samplers` there; an update is one launch.
 eps_scaling: lambda, in any form that scaling.as_scaling takes: denoised' = x - (x - denoised)/lambda. Above sigma 900 x
-is noise alone, and lambda is 1. seeds: (B,), for noise made in the kernel. Without them the noise comes from
+is noise alone, and lambda is 1. correction: of the state after each step, except those to sigma 0, in any form that
+corrections.as_correction takes. seeds: (B,), for noise made in the kernel. Without them the noise comes from
 noise_sampler(sigma, sigma_next), by default torch.randn_like, also where k-diffusion has a Brownian tree.
 `scale_denoised` is the scaling alone, for a loop of one's own.
 """
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from .. import samplers, scaling
 from ..ops import step
 from . import flows
-from .adaptive import Pair, StepSize, check_ends
+from .adaptive import Pair, StepSize, check_ends, of_any_step
 from .cfg_pp import (
     sample_dpmpp_2m_cfg_pp,
     sample_euler_ancestral_cfg_pp,
@@ -51,6 +52,7 @@ from .comfyui import (
 from .flows import BY_RATIO, ancestral, is_flow, sampling_of, without_noise
 from .sampling import (
     Callback,
+    Correction,
     Denoiser,
     Extra,
     NoiseSampler,
@@ -113,11 +115,12 @@ __all__ = [
 def sample_euler(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0,
-    *, eps_scaling: scaling.ScalingLike = 1.0, noise_sampler: NoiseSampler = None, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None,
+    noise_sampler: NoiseSampler = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """EDM's Euler (arXiv 2206.00364, alg. 2). noise_sampler and seeds are for the churn."""
     return run(
-        samplers.edm_euler, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
+        samplers.edm_euler, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds, noise_sampler,
         churn=(s_churn, s_tmin, s_tmax, s_noise), slope_first=True,
     )  # fmt: skip
 
@@ -125,11 +128,12 @@ def sample_euler(
 def sample_heun(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0,
-    *, eps_scaling: scaling.ScalingLike = 1.0, noise_sampler: NoiseSampler = None, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None,
+    noise_sampler: NoiseSampler = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """EDM's Heun (arXiv 2206.00364, alg. 2): two model calls in a step. noise_sampler and seeds are for the churn."""
     return run(
-        samplers.edm_heun, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
+        samplers.edm_heun, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds, noise_sampler,
         churn=(s_churn, s_tmin, s_tmax, s_noise), slope_first=True, calls=twice,
     )  # fmt: skip
 
@@ -137,12 +141,13 @@ def sample_heun(
 def sample_dpm_2(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0,
-    *, eps_scaling: scaling.ScalingLike = 1.0, noise_sampler: NoiseSampler = None, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None,
+    noise_sampler: NoiseSampler = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """EDM's algorithm 2 with the slope of the step's middle: two model calls in a step. noise_sampler and seeds are for the
     churn."""
     return run(
-        samplers.dpm_2, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
+        samplers.dpm_2, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds, noise_sampler,
         churn=(s_churn, s_tmin, s_tmax, s_noise), slope_first=True, calls=twice,
     )  # fmt: skip
 
@@ -150,11 +155,12 @@ def sample_dpm_2(
 def sample_euler_ancestral(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
-    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """Euler down to sigma_down, then noise up."""
     return run(
-        samplers.euler_ancestral, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
+        samplers.euler_ancestral, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction,
+        seeds, noise_sampler,
         flow=ancestral(samplers.flow_euler, eta), **noisy(eta, s_noise),
     )  # fmt: skip
 
@@ -162,12 +168,13 @@ def sample_euler_ancestral(
 def sample_dpm_2_ancestral(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
-    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """sample_dpm_2 down to sigma_down, then noise up: two model calls in a step, one and no noise where sigma_down is 0."""
     options = noisy(eta, s_noise)
     return run(
-        samplers.dpm_2_ancestral, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
+        samplers.dpm_2_ancestral, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction,
+        seeds, noise_sampler,
         calls=twice_down(options["eta"]), flow=ancestral(flows.dpm_2_ancestral, eta, twice), **options,
     )  # fmt: skip
 
@@ -175,58 +182,79 @@ def sample_dpm_2_ancestral(
 def sample_dpmpp_2s_ancestral(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
-    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2S), ancestral: two model calls in a step, one where sigma_down is 0."""
     options = noisy(eta, s_noise)
     return run(
-        samplers.dpmpp_2s, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
+        samplers.dpmpp_2s, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds, noise_sampler,
         calls=twice_down(options["eta"]), flow=ancestral(flows.dpmpp_2s_ancestral, eta, twice), **options,
     )  # fmt: skip
 
 
 def sample_lms(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
-    order: int = 4, *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
+    order: int = 4, *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """Linear multistep of order 1 to 4. It draws no noise: seeds are taken as in the other samplers, and change nothing."""
     return run(
-        samplers.lms, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, slope_first=True, order=order
+        samplers.lms,
+        model,
+        x,
+        sigmas,
+        extra_args,
+        callback,
+        disable,
+        eps_scaling,
+        correction,
+        seeds,
+        slope_first=True,
+        order=order,
     )
 
 
 def sample_dpmpp_sde(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None, r: float = 1 / 2,
-    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++, SDE: two model calls in a step, and noise after each; r: where the second lies in log sigma, in (0, 1]."""
     return run(
-        samplers.dpmpp_sde, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
+        samplers.dpmpp_sde, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds, noise_sampler,
         calls=twice, middles=(r,), flow=BY_RATIO, r=r, **noisy(eta, s_noise),
     )  # fmt: skip
 
 
 def sample_dpmpp_2m(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
-    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M). It draws no noise: seeds are taken as in the other samplers, and change nothing."""
     return run(
-        samplers.dpmpp_2m, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, lower_order_final=False
+        samplers.dpmpp_2m,
+        model,
+        x,
+        sigmas,
+        extra_args,
+        callback,
+        disable,
+        eps_scaling,
+        correction,
+        seeds,
+        lower_order_final=False,
     )
 
 
 def sample_dpmpp_2m_sde(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None, solver_type: str = "midpoint",
-    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M), SDE; solver_type "midpoint" or "heun"."""
     if solver_type not in ("midpoint", "heun"):
         raise ValueError(f"solver_type: expected 'midpoint' or 'heun', got {solver_type!r}")
     return run(
-        samplers.dpmpp_2m_sde, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
+        samplers.dpmpp_2m_sde, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds, noise_sampler,
         flow=BY_RATIO, **noisy(eta, s_noise), solver=solver_type, lower_order_final=False,
     )  # fmt: skip
 
@@ -234,11 +262,11 @@ def sample_dpmpp_2m_sde(
 def sample_dpmpp_3m_sde(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
-    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(3M), SDE."""
     return run(
-        samplers.dpmpp_3m_sde, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
+        samplers.dpmpp_3m_sde, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds, noise_sampler,
         flow=BY_RATIO, **noisy(eta, s_noise), lower_order_final=False,
     )  # fmt: skip
 
@@ -246,7 +274,7 @@ def sample_dpmpp_3m_sde(
 def sample_dpm_fast(
     model: Denoiser, x: Tensor, sigma_min: float, sigma_max: float, n: int, extra_args: Extra = None, callback: Callback = None,
     disable: bool | None = None, eta: float = 0.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
-    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """DPM-Solver-fast (arXiv 2206.00927, section 3.4): n model calls in n//3 + 1 steps of orders 3, 3, ..., equal in log sigma.
 
@@ -260,7 +288,7 @@ def sample_dpm_fast(
     start, end = (-torch.tensor([float(sigma_max), float(sigma_min)]).log()).tolist()
     sigmas = (-torch.linspace(start, end, steps + 1)).exp().to(x.device if isinstance(x, Tensor) else "cpu")
     return run(
-        samplers.dpm_solver, model, x, sigmas, extra_args, callback, disable, eps_scaling, seeds, noise_sampler,
+        samplers.dpm_solver, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds, noise_sampler,
         calls=lambda levels: np.array(orders), slope_first=True, dpm=True, flow=without_noise(eta),
         order=orders, least=float(sigmas[-1]), **noisy(eta, s_noise),
     )  # fmt: skip
@@ -271,12 +299,13 @@ def sample_dpm_adaptive(
     disable: bool | None = None, order: int = 3, rtol: float = 0.05, atol: float = 0.0078, h_init: float = 0.05,
     pcoeff: float = 0.0, icoeff: float = 1.0, dcoeff: float = 0.0, accept_safety: float = 0.81, eta: float = 0.0,
     s_noise: float = 1.0, noise_sampler: NoiseSampler = None, return_info: bool = False,
-    *, eps_scaling: scaling.ScalingLike = 1.0, seeds: Seeds = None,
+    *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor | tuple[Tensor, dict[str, int]]:  # fmt: skip
     """DPM-Solver-12 or 23 (arXiv 2206.00927, appendix C): steps as long as the two orders agree.
 
     It ends at sigma_min, above 0; the error is one number of the whole batch, which the host waits for. eps_scaling: one
-    number, or lambda by noise level, since the steps are not known. With seeds, the k-th accepted step has the k-th noise.
+    number, or lambda by noise level, since the steps are not known; correction: likewise. With seeds, the k-th accepted step has
+    the k-th noise.
     return_info: also {"steps", "nfe", "n_accept", "n_reject"}.
     """
     check_ends(sigma_min, sigma_max)
@@ -291,6 +320,7 @@ def sample_dpm_adaptive(
         raise ValueError(
             f"eps_scaling: expected one number, or lambda by noise level, since the steps are not known, got {eps_scaling!r}"
         )
+    made = of_any_step(correction, x)
     options = noisy(eta, s_noise)
     chosen = None if seeds is None else as_noise_seeds(seeds, noise_sampler, x)
     controller = StepSize(h_init, pcoeff, icoeff, dcoeff, 1.5 if eta else order, accept_safety)
@@ -302,7 +332,7 @@ def sample_dpm_adaptive(
             t_next = torch.minimum(t_end, t + controller.h)
             sigma, sigma_next = ((-each).exp().to(x.device) for each in (t, t_next))
             pair = Pair(order, sigma, sigma_next, float((-t_end).exp()), lambda_t, options, x, flow)
-            low, high, denoised = pair.run(model, x, extra_args or {})
+            low, high, denoised, estimate = pair.run(model, x, extra_args or {})
             allowed = torch.clamp(rtol * torch.maximum(low.float().abs(), x_prev.float().abs()), min=atol)
             error = torch.linalg.norm((low.float() - high.float()) / allowed) / x.numel() ** 0.5
             if controller.accepts(float(error)):
@@ -313,8 +343,9 @@ def sample_dpm_adaptive(
                     drawn = torch.randn_like(x) if noise_sampler is None else noise_sampler(sigma, sigma_next)
                     noise = {"noise": drawn.to(x.dtype)}
                 x_prev, x, t = low, high, t_next
-                if noise:
-                    x = step(x, x, *sample_rows(x, c_x=1.0, c_noise=pair.noise, draw=float(info["n_accept"])), **noise)
+                if noise or made is not None:
+                    columns = pair.after(made, sigma_max) | {"draw": float(info["n_accept"])}
+                    x = step(x, estimate, *sample_rows(x, **columns), **noise)
                 info["n_accept"] += 1
             else:
                 info["n_reject"] += 1

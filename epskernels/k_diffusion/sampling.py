@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import scaling, solvers
+from ..corrections import CorrectionLike, as_correction, check_bands, folded
 from ..ops import DTYPES, as_seeds, step
 from ..schedule import Grid, KarrasSchedule
-from ..spec import COLUMNS
-from ..table import Table
+from ..spec import BAND_COLUMNS, COLUMNS
+from ..table import VALUES, Table
 from ..trajectory import Trajectory
 from ..typing import Array
 from .flows import BY_VELOCITY, Flow, along_ratio, along_velocity, flow_grid, is_flow, sampling_of
@@ -26,6 +27,7 @@ Extra = dict[str, Any] | None  # the model's other arguments
 Callback = Callable[[dict[str, Any]], Any] | None
 NoiseSampler = Callable[[Tensor, Tensor], Tensor] | None
 Seeds = Tensor | Iterable[SupportsIndex] | None
+Correction = CorrectionLike | None
 
 
 _OFFSET = 1e-4  # how far from the beginning a flow's first log SNR is taken
@@ -79,7 +81,7 @@ class Sampling:
     s_noise) for EDM's samplers, None for the others. slope_first: whether the slope is formed before the callback. middles:
     where, in log SNR, the calls after the first lie, if noise follows each call; chained: whether a noise begins where the one
     before ends, or where the step does. dpm: whether the callback is told t, too. flow: None for x_0 + sigma*eps.
-    model_sampling: ComfyUI's, or None.
+    model_sampling: ComfyUI's, or None. to_image: whether the last step leads to an image, though its sigma is above 0.
     """
 
     def __init__(
@@ -100,6 +102,8 @@ class Sampling:
         dpm: bool,
         flow: Flow | None,
         model_sampling: Any,
+        correction: Correction,
+        to_image: bool,
         options: dict[str, Any],
     ):
         self.levels, self.seeds, self.noise_sampler = levels, seeds, noise_sampler
@@ -123,9 +127,28 @@ class Sampling:
         if len(moved) == 1:  # no step moves: a table all the same, of a step that is not run
             moved = np.append(moved, 0.0)
         own = self.lambda_t[self.moves] if self.moves.any() else np.ones(1)
-        self.table = table_of(sampler, moved, value, own, of_step[of_step > 0], options, flow).to(x.device)
+        table = table_of(sampler, moved, value, own, of_step[of_step > 0], options, flow)
+        self.table = self.corrected(table, correction, to_image).to(x.device)
+        check_bands("x", x, self.table.band_dims)
         self.noisy = self.table["c_noise"] != 0
         self.churns = churn is not None and churn[0] > 0
+
+    def corrected(self, table: Table, correction: Correction, to_image: bool) -> Table:
+        """The table with the correction in the last row of each step that does not lead to an image."""
+        made = as_correction(correction)
+        if made is None:
+            return table
+        if self.edm and (self.first_churn or (self.hats != self.levels[:-1]).any()):
+            raise ValueError(
+                "s_churn: expected 0 beside a correction: the state that a step leaves has the next one's churn in it"
+            )
+        weights = made.weights(scaling.log_snr(self.alpha, self.hats), self.hats, float(self.hats.max()))
+        low, high = np.zeros(len(table)), np.zeros(len(table))
+        for i in np.flatnonzero(self.moves & (self.levels[1:] > 0)).tolist():
+            if not (to_image and i == len(self.rows) - 1):
+                low[self.rows[i][-1]], high[self.rows[i][-1]] = weights[0][i], weights[1][i]
+        values = folded({name: table[name] for name in VALUES}, made, low, high)
+        return Table(values, name=table.name, initial_sigma=table.initial_sigma)
 
     def noise(self, x: Tensor, i: int, added: bool, drawn: bool, call: int = -1) -> dict[str, Any]:
         """Step i's noise, as an input of the op; none if it is not added.
@@ -202,6 +225,14 @@ class Sampling:
         coefficients[:, COLUMNS.index("d_x")], coefficients[:, COLUMNS.index("d_f")] = 0.0, 1.0
         return *kept, coefficients
 
+    def correction_of(self, written: Tensor, row: int) -> Tensor:
+        """What the correction of a row makes of a part of x'."""
+        if not self.table.corrected:
+            return written
+        columns = {name: self.table[name][row] for name in ("l_next", "band_dims")}
+        rows, index = sample_rows(written[:1], c_x=self.table["w_next"][row], clip=np.inf, **columns)
+        return step(written, written, rows, index[0])
+
     def run(
         self, model: Denoiser, x: Tensor, extra_args: dict[str, Any], callback: Callback, disable: bool | None
     ) -> Tensor:
@@ -224,7 +255,7 @@ class Sampling:
                 trajectory.step(self.table.row_index[row], f, **noise, returns_m0=False)
                 if tells and self.slope_first:
                     written = x - state  # by the callback: the slope is followed from there
-                    trajectory.x = trajectory.x + written
+                    trajectory.x = trajectory.x + self.correction_of(written, row)
                     if self.table.keeps_x0:
                         trajectory.m = [m + written for m in trajectory.m]
         return trajectory.x
@@ -239,9 +270,11 @@ def run(
     callback: Callback,
     disable: bool | None,
     eps_scaling: scaling.ScalingLike,
+    correction: Correction,
     seeds: Seeds,
     noise_sampler: NoiseSampler = None,
     *,
+    to_image: bool = False,
     calls: Callable[[Array], NDArray[np.int64]] | None = None,
     churn: tuple[float, float, float, float] | None = None,
     slope_first: bool = False,
@@ -273,7 +306,7 @@ def run(
         sampling = Sampling(
             sampler, x, sigmas, levels, eps_scaling, chosen, noise_sampler,
             calls=calls, churn=churn, slope_first=slope_first, middles=middles, chained=chained, dpm=dpm, flow=on_flow,
-            model_sampling=model_sampling, options=options,
+            model_sampling=model_sampling, correction=correction, to_image=to_image, options=options,
         )  # fmt: skip
         return sampling.run(model, x, extra_args or {}, callback, disable)
 
@@ -381,12 +414,15 @@ def shown(value: object) -> str:
 
 
 def sample_rows(x: Tensor, **columns: float | Tensor) -> tuple[Tensor, Tensor]:
-    """A row for each sample, (B, 24), and their index. columns: numbers, () or (B,); all others are 0, and g is 1.
+    """A row for each sample, (B, 24), or (B, 28) with the columns of a band, and their index. columns: numbers, () or (B,); all
+    others are 0, and g is 1.
 
     They are made on the device, without waiting for it, and anew in each call: a tensor that was kept would belong to the
     mode of its first call, such as inference mode, and fail outside it.
     """
-    rows = x.new_zeros((len(x), len(COLUMNS)), dtype=torch.float32)
+    names = COLUMNS + BAND_COLUMNS if columns.get("band_dims", 0) else COLUMNS
+    rows = x.new_zeros((len(x), len(names)), dtype=torch.float32)
     for name, values in {"g": 1.0, **columns}.items():
-        rows[:, COLUMNS.index(name)] = values
+        if name in names:
+            rows[:, names.index(name)] = values
     return rows, torch.arange(len(x), device=x.device)

@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 
 import epskernels
-from epskernels import k_diffusion
+from epskernels import corrections, k_diffusion
 from epskernels.k_diffusion import is_flow, scale_denoised
 from epskernels.scaling import NOISE_ALONE
 
@@ -183,12 +183,21 @@ class EpskernelsSampler(io.ComfyNode):
                     default=0.0, min=0.0, max=100.0, step=0.01, round=False, optional=True,
                     tooltip="Noise before the steps of euler, heun and dpm_2 (EDM). Not on flow models.",
                 ),
+                *(
+                    io.Float.Input(
+                        f"dcw_{band}",
+                        default=0.0, min=-1.0, max=1.0, step=0.005, round=False, optional=True,
+                        tooltip=f"Differential correction of the {band} band (arXiv 2604.16044): by how much of x' - x_0 it "
+                        f"grows after each step, {share}. 0: none. Not for the samplers of CFG++, nor with churn.",
+                    )
+                    for band, share in (("low", "the more noise the more"), ("high", "the less noise the more"))
+                ),
             ],
             outputs=[io.Sampler.Output()],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, sampler_name, eta, s_noise, noise, seed=-1, order=0, s_churn=0.0):
+    def execute(cls, sampler_name, eta, s_noise, noise, seed=-1, order=0, s_churn=0.0, dcw_low=0.0, dcw_high=0.0):
         function = getattr(k_diffusion, f"sample_{'euler' if sampler_name == 'ddim' else sampler_name}")
         given = {"eta": eta, "s_noise": s_noise, "s_churn": s_churn}
         if sampler_name in DPM:
@@ -197,6 +206,10 @@ class EpskernelsSampler(io.ComfyNode):
             given |= dict.fromkeys(("order", "max_order", "max_stage"), order)
         taken = inspect.signature(function).parameters
         options = {name: value for name, value in given.items() if name in taken}
+        if dcw_low or dcw_high:
+            if "correction" not in taken:
+                raise ValueError(f"dcw_low, dcw_high: expected 0 for {sampler_name}, got {dcw_low}, {dcw_high}")
+            options["correction"] = corrections.dcw(dcw_low, dcw_high)
         if noise == PER_SAMPLE or "noise_sampler" not in taken or sampler_name in (*CHURNED, *DPM):
             noise_of = per_sample if noise == PER_SAMPLE else None
         else:

@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 import epskernels
-from epskernels import build, cli, exposure, images, models, quality, samplers, scaling, schedule
+from epskernels import build, cli, corrections, exposure, images, models, quality, samplers, scaling, schedule
 from epskernels.cli import common
 
 
@@ -602,6 +602,66 @@ def test_calibrates_and_samples_with_it(tiny, data, fit, tmp_path, capsys):
     assert np.array_equal(saved["samples"], expected.numpy()) and not np.array_equal(
         saved["samples"], saved["baseline"]
     )
+
+
+# ---- corrections ----
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("dc:0.02", corrections.dc(0.02)),
+        ("dcw:-0.1", corrections.dcw(-0.1)),
+        ("dcw:-0.1,0.05", corrections.dcw(-0.1, 0.05)),
+        ("frequency:0.98,1.01", corrections.frequency(0.98, 1.01)),
+        ('{"kind": "dcw", "low": -0.1, "schedule": "constant"}', corrections.dcw(-0.1, schedule="constant")),
+        ("saved.json", corrections.dcw([-0.1, -0.2, 0.1, 0.0])),
+    ],
+)
+def test_samples_with_a_correction(tiny, given, expected, tmp_path, capsys, monkeypatch):
+    """The samples are those of the table with that correction, beside those without."""
+    monkeypatch.chdir(tmp_path)
+    corrections.dcw([-0.1, -0.2, 0.1, 0.0]).save("saved.json", sampler="ddim", steps=4)
+    arguments = ["--model", tiny["plain"], "--sampler", "ddim", "--steps", "4", "--seeds", "0-2", "--compare"]
+    assert run(*arguments, "--correction", given, "--out", "samples.npz") == 0
+    printed = capsys.readouterr()
+    assert f"correction {given}" in printed.out and "need not transfer" not in printed.err
+    saved, model = np.load("samples.npz"), models.load(tiny["plain"])
+    grid = {**model.grid, "final": model.final}
+    options = {"prediction": model.prediction, "clip": model.clip, **grid}
+    for name, correction in (("samples", expected), ("baseline", None)):
+        table = samplers.ddim(model.schedule, 4, correction=correction, **options)
+        found = epskernels.sample(model.callable(None, 1.0), table, [0, 1, 2], model.shape)
+        assert np.array_equal(saved[name], found.numpy())
+    assert not np.array_equal(saved["samples"], saved["baseline"])
+
+
+def test_says_that_a_correction_was_fitted_for_another_sampler(tiny, tmp_path, capsys):
+    path = str(tmp_path / "correction.json")
+    corrections.dcw(-0.1).save(path, sampler="ddim", steps=20)
+    assert run("--model", tiny["plain"], "--steps", "3", "--seeds", "0", "--correction", path) == 0
+    expected = "was fitted for sampler ddim, here ddpm; steps 20, here 3: the correction need not transfer"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("dcw:x", "--correction: expected dcw:LOW[,HIGH], numbers, got 'dcw:x'"),
+        ("dc:0.1,0.2", "--correction: expected dc:S, numbers, got 'dc:0.1,0.2'"),
+        (
+            "dw:0.1",
+            "--correction: expected dc:S, dcw:LOW[,HIGH], frequency:LOW[,HIGH], JSON or a .json file, got 'dw:0.1'",
+        ),
+        ("no.json", "--correction: expected a file saved by Correction.save, and there is no no.json"),
+        ('{"kind"', "--correction: expected JSON, got '{\"kind\"'"),
+        ('{"kind": "dc", "s": [0.1]}', "correction: expected 3 weights of the low band, one for each step, got 1"),
+        ("frequency:0", "--correction: low: expected factors above 0, got 0"),
+    ],
+)
+def test_bad_corrections(tiny, given, message, capsys):
+    assert run("--model", tiny["plain"], "--steps", "3", "--seeds", "0", "--correction", given) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_calibrates_fewer_steps_than_a_quadratic_has_coefficients(tiny, data, tmp_path, capsys):

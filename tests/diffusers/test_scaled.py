@@ -129,7 +129,7 @@ def as_scaled(scheduler, eps_scaling=None):
     twin = scaled_class(type(scheduler))
     result = twin.__new__(twin)
     result.__dict__.update(copy.deepcopy(scheduler.__dict__))
-    result._adopt(1.0 if eps_scaling is None else eps_scaling)
+    result._adopt(1.0 if eps_scaling is None else eps_scaling, None)
     return result
 
 

@@ -907,7 +907,7 @@ def test_configurations_go_both_ways(name, tmp_path, caplog):
     theirs = EXAMPLES[name].theirs()
     ours = CLASSES[name].from_config(theirs.config, eps_scaling=1.01)
     assert ours.config.eps_scaling == 1.01
-    plain = {key: value for key, value in ours.config.items() if key not in ("eps_scaling", "_use_default_values")}
+    plain = {key: value for key, value in ours.config.items() if key not in (*common.OURS, "_use_default_values")}
     again = type(theirs).from_config(theirs.config).config  # diffusers leaves out what was a default before it changed
     assert plain == {key: value for key, value in again.items() if key != "_use_default_values"}
     assert type(theirs).from_config(ours.config).config.items() >= plain.items()
@@ -919,7 +919,7 @@ def test_configurations_go_both_ways(name, tmp_path, caplog):
         assert type(theirs).from_pretrained(tmp_path).config.items() >= plain.items()
     caplog.clear()
     type(theirs).from_config(CLASSES[name]().config)
-    assert not caplog.records, "a default eps_scaling makes diffusers warn"
+    assert not caplog.records, "a default eps_scaling or correction makes diffusers warn"
 
 
 def test_compatible_classes_exchange_configurations():

@@ -10,9 +10,10 @@ import torch
 import epskernels
 from epskernels import _C, samplers, schedule, time_shift
 from epskernels.ops import DTYPES
-from epskernels.table import COLUMNS
+from epskernels.spec import COLUMNS, band_dims_of
 
 from ..ops.test_export import OUTPUTS, Normal, Step, dynamic_shapes, misread, packaged, packaged_normal, step_inputs
+from ..ops.test_rows_on_device import wide
 from ..ops.test_step_bits import assert_same_bits, make_inputs, name, random_rows, reference
 from ..support import kernels, markdown_examples
 
@@ -63,6 +64,27 @@ def test_all_backends_agree(x_dtype, f_dtype, names):
             there = on_gpu(inputs) if backend != "cpu" else inputs
             device = there["x"].device
             got = step(backend, rows.to(device), index.to(device), there, return_m0=True)
+            for result, wanted, what in zip(got, expected, ("x'", "m0"), strict=True):
+                assert_same_bits(result.cpu(), wanted, f"{what} of {backend}, {shape}")
+
+
+BAND_SHAPES = ((2, 3, 64), (3, 2, 7, 5), (3, 4, 64, 64), (2, 2, 3, 9, 24), (2, 3, 255, 264), (1, 3, 2049, 514))
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("seeds",), ("u", "m1", "seeds"), NAMES], ids=lambda names: "-".join(names) or "bare"
+)
+@pytest.mark.parametrize("f_dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=name)
+def test_all_backends_agree_by_band(x_dtype, f_dtype, names):
+    for shape in BAND_SHAPES:
+        inputs = make_inputs(shape, names, 1, x_dtype, f_dtype)
+        rows, index = wide(random_rows(4, names, 2, idle=0), band_dims_of(len(shape)), 3), torch.arange(shape[0])
+        expected = reference(rows, index, inputs)
+        for backend in ("cpu", *kernels.GPU_KERNELS):
+            there = on_gpu(inputs) if backend != "cpu" else inputs
+            device = there["x"].device
+            got = step(backend, rows.to(device), index.to(device), there, return_m0=True, out=there["x"])
             for result, wanted, what in zip(got, expected, ("x'", "m0"), strict=True):
                 assert_same_bits(result.cpu(), wanted, f"{what} of {backend}, {shape}")
 

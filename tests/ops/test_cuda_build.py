@@ -40,6 +40,7 @@ each_architecture = pytest.mark.parametrize(
 
 DTYPES = {"0": "float32", "1": "float16", "2": "bfloat16"}
 GUIDANCE, M1, NOISE, EVERYTHING = TERMS["GUIDANCE"], TERMS["M1"], TERMS["NOISE"], 2**32 - 1
+SMALL, LARGE, BY_BAND = "0", "1", "2"  # csrc/step_cuda.cu::Form
 NORMALS = {("normal_kernel", dtype) for dtype in DTYPES}
 SUMS = {("tiles_kernel", dtype, guided) for dtype in DTYPES for guided in ("false", "true")} | {("level_kernel",)}
 
@@ -161,21 +162,19 @@ def kernels(architecture):
     return result
 
 
-def expected(name, x, f=None, tensors="0", large="false"):
+def expected(name, x, f=None, tensors="0", form=SMALL):
     """(elements per thread, 16-byte loads without the row's, 16-byte stores of one output)"""
     unit = 4 if x == "0" and f in ("0", None) else 8
     if name == "normal_kernel":
         return unit, 0, unit * (4 if x == "0" else 2) // 16
     tensors = int(tensors)
-    noisy = tensors != EVERYTHING and tensors & NOISE
     one_width = (x == "0") == (f == "0")
-    units = (
-        (16 // unit if large == "true" else 1)
-        if noisy
-        else 2
-        if one_width and (unit == 4 or tensors != EVERYTHING)
-        else 1
-    )
+    if form == BY_BAND:
+        units = 2
+    elif tensors != EVERYTHING and tensors & NOISE:
+        units = 16 // unit if form == LARGE else 1
+    else:
+        units = 2 if one_width and (unit == 4 or tensors != EVERYTHING) else 1
     x_words, f_words = (units * unit * (4 if dtype == "0" else 2) // 16 for dtype in (x, f))
     if tensors == EVERYTHING:
         return unit * units, 6 * x_words + 3 * f_words, x_words
@@ -186,17 +185,22 @@ def expected(name, x, f=None, tensors="0", large="false"):
 @each_architecture
 def test_every_kernel_is_there(architecture):
     step = [key for key in kernels(architecture) if key[0] == "step_kernel"]
-    assert len(step) == 9 * (4 + 2 * 4 + 1) and kernels(architecture).keys() == {*step, *NORMALS, *SUMS}
+    by_band = [key for key in step if key[-1] == BY_BAND]
+    assert len(by_band) == 9 * 3 and len(step) - len(by_band) == 9 * (4 + 2 * 4 + 1)
+    assert kernels(architecture).keys() == {*step, *NORMALS, *SUMS}
 
 
 @each_architecture
 def test_no_local_memory_and_no_fused_multiply_add(architecture):
     for key, (code, registers, stack) in kernels(architecture).items():
         assert stack == 0 and sass.count(code, r"(LDL|STL).*") == 0, key
-        assert registers <= 128, key
-        # The root's own correction, two for each of them, and the threshold's division: 5 for each of 8 elements, and 10 where it
-        # is not a simple one.
-        divisions = 5 * 8 + 10 if key[0] == "step_kernel" and int(key[3]) == EVERYTHING else 0
+        # The one kernel for everything holds two units of nine tensors, each of 8 elements: three blocks are at work then.
+        many = key[-1] == BY_BAND and int(key[3]) == EVERYTHING and (key[1] == "0") != (key[2] == "0")
+        assert registers <= (168 if many else 128), key
+        # The root's own correction, two for each of them, and the threshold's division: 5 for each of a thread's elements, and 10
+        # where it is not a simple one.
+        divides = key[0] == "step_kernel" and int(key[3]) == EVERYTHING
+        divisions = 5 * expected(*key)[0] + 10 if divides else 0
         assert sass.count(code, r"FFMA.*") == 2 * sass.count(code, r"MUFU\.RSQ.*") + divisions, key
         assert sass.count(code, r"(DFMA|HFMA2\.(?!MMA)).*") == 0, key
         fused = [i for i in code if i.name.startswith("HFMA2.MMA") and not re.match(r"R\d+, -RZ, RZ, ", i.operands)]
@@ -212,8 +216,9 @@ def test_fast_path_in_16_byte_words(architecture):
         elements, loads, stores = expected(*key)
         path = sass.fast_path(code, stores)
         row = sass.count(path, r"LDG\.E.*\.128.*") - loads
-        # The row: 22 of its 24 columns, in five or six words of 16 bytes.
-        assert row == 0 if key[0] == "normal_kernel" else row in (5, 6), f"{key}: {row} words of the row"
+        # The row: 22 of its 24 columns, in five or six words of 16 bytes, and its band's four in one.
+        columns = (6, 7) if key[-1] == BY_BAND else (5, 6)
+        assert row == 0 if key[0] == "normal_kernel" else row in columns, f"{key}: {row} words of the row"
         assert sass.count(path, r"STG\.E.*\.128.*") == stores, key
         assert sass.count(path, r"STG.*") == stores, key
         roots = elements // 2 if key[0] == "normal_kernel" or int(key[3]) & NOISE else 0
@@ -231,14 +236,18 @@ def test_sums_exchange_only_within_a_warp(architecture):
 
 
 BUDGET = {
-    "x and f, float32": ("step_kernel", "0", "0", "0", "false"),
-    "x and f, bfloat16": ("step_kernel", "2", "2", "0", "false"),
-    "with guidance, float32": ("step_kernel", "0", "0", "1", "false"),
-    "with noise, float32": ("step_kernel", "0", "0", "64", "true"),
-    "with noise, bfloat16": ("step_kernel", "2", "2", "64", "true"),
-    "with noise, bfloat16, small tensors": ("step_kernel", "2", "2", "64", "false"),
-    "with guidance and noise, float32": ("step_kernel", "0", "0", "65", "true"),
-    "with guidance and noise, bfloat16": ("step_kernel", "2", "2", "65", "true"),
+    "x and f, float32": ("step_kernel", "0", "0", "0", SMALL),
+    "x and f, bfloat16": ("step_kernel", "2", "2", "0", SMALL),
+    "with guidance, float32": ("step_kernel", "0", "0", "1", SMALL),
+    "with noise, float32": ("step_kernel", "0", "0", "64", LARGE),
+    "with noise, bfloat16": ("step_kernel", "2", "2", "64", LARGE),
+    "with noise, bfloat16, small tensors": ("step_kernel", "2", "2", "64", SMALL),
+    "with guidance and noise, float32": ("step_kernel", "0", "0", "65", LARGE),
+    "with guidance and noise, bfloat16": ("step_kernel", "2", "2", "65", LARGE),
+    "by band, float32": ("step_kernel", "0", "0", "0", BY_BAND),
+    "by band, bfloat16": ("step_kernel", "2", "2", "0", BY_BAND),
+    "by band with noise, float32": ("step_kernel", "0", "0", "64", BY_BAND),
+    "by band with noise, bfloat16": ("step_kernel", "2", "2", "64", BY_BAND),
     "normal, float32": ("normal_kernel", "0"),
     "normal, bfloat16": ("normal_kernel", "2"),
 }  # fmt: skip

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 import epskernels
-from epskernels.ops import DTYPES
-from epskernels.table import COLUMNS, SECOND_STATE
+from epskernels.ops import DTYPES, REFERENCE
+from epskernels.spec import BAND_COLUMNS, COLUMNS, SECOND_STATE, band_dims_of
 
 from ..support import kernels
 from .test_step_bits import (
+    LAYOUTS,
+    READ_LAYOUTS,
     assert_all_same_bits,
     assert_same_bits,
     make_inputs,
@@ -216,3 +218,165 @@ def test_a_launch_that_fails_is_an_error(kernel, run, monkeypatch):
     }
     with pytest.raises(RuntimeError, match="the CUDA kernel was not launched: invalid configuration; compiled for"):
         calls[run]()
+
+
+# ---- rows that correct a band ----
+
+# Triton's kernel has its band from tests/ops/test_triton.py.
+by_band = pytest.mark.parametrize("kernel", [kernel for kernel in ON_DEVICE if kernel != "triton"], indirect=True)
+COMMON_SET, ALL_SET = ("u", "m1", "seeds"), ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold", "seeds")
+DTYPE_PAIRS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+each_pair = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=lambda pair: "-".join(map(name, pair)))
+BAND_SHAPES = [
+    (2, 1), (3, 5), (2, 64), (1, 17), (2, 3, 1), (3, 3, 9), (2, 5, 16), (3, 2, 1, 1), (2, 3, 5, 7), (2, 3, 4, 8), (1, 2, 3, 12),
+    (2, 3, 7, 16), (2, 1, 6, 33), (2, 2, 3, 5, 6), (2, 2, 3, 3, 8), (1, 1, 37, 1), (2, 2, 9, 520),
+]  # fmt: skip
+
+
+def wide(rows, dims, seed=0, idle=0.25):
+    """Rows with columns of a band, some of which correct nothing."""
+    g = torch.Generator().manual_seed(seed)
+    band = torch.randn(len(rows), 4, generator=g)
+    band[torch.rand(len(rows), 4, generator=g) < idle] = 0
+    band[:, 3] = dims
+    return torch.cat([rows, band], dim=1)
+
+
+def check_band(rows, index, inputs):
+    """x', m0 and y' have the reference's bits, and the doubled model input is of x' as it is stored."""
+    x, f = inputs["x"], inputs["f"]
+    model_input = torch.zeros(2 * len(x), *x.shape[1:], dtype=f.dtype)
+    got = step(rows, index, inputs, return_m0=True, return_y="y" in inputs, model_input=model_input)
+    expected = reference(rows, index, inputs)
+    assert_all_same_bits(got, expected)
+    c_in = rows[index, COLUMNS.index("c_in_next")].reshape(-1, *[1] * (x.dim() - 1))
+    stored = (c_in * expected[0].float()).to(f.dtype)
+    for half in model_input.chunk(2):
+        assert_same_bits(half, stored, "model_input")
+
+
+@by_band
+@pytest.mark.parametrize("names", [(), COMMON_SET, ALL_SET], ids=["bare", "common", "all"])
+@pytest.mark.parametrize("shape", BAND_SHAPES, ids=str)
+@each_pair
+def test_band_of_any_shape(kernel, dtypes, shape, names):
+    inputs = make_inputs(shape, names, 15, *dtypes, special=0.02)
+    rows = wide(random_rows(5, names, 16), band_dims_of(len(shape)), 17)
+    for channels in (0, 1):
+        rows[:, COLUMNS.index("guided_channels")] = channels
+        check_band(rows, torch.tensor(3), inputs)
+        check_band(rows, torch.arange(shape[0]) * 3 % 5, inputs)
+
+
+@by_band
+@pytest.mark.parametrize(
+    "names", [("u",), ("m1",), ("seeds",), ("noise",), ("m1", "m2"), ("v", "grad", "noise")], ids="-".join
+)
+@each_pair
+def test_band_of_any_tensors(kernel, dtypes, names):
+    inputs = make_inputs((3, 2, 5, 24), names, 18, *dtypes)
+    check_band(wide(random_rows(4, names, 19, idle=0), 2, 20, idle=0), torch.tensor([1, 3, 0]), inputs)
+
+
+@by_band
+@pytest.mark.parametrize(
+    "layout", ["offset_by_one", "odd_batch_stride", "second_channel_half", "channels_last", "expanded_batch"]
+)
+@each_pair
+def test_band_in_other_layouts(kernel, dtypes, layout):
+    inputs = make_inputs((4, 6, 5, 8), ("u", "m1", "m2"), 21, *dtypes)
+    inputs = {key: READ_LAYOUTS[layout](value) for key, value in inputs.items()}
+    rows = wide(random_rows(4, ("u", "m1", "m2"), 22, idle=0), 2, 23)
+    check_band(rows, torch.tensor(2), inputs)
+    check_band(rows, torch.arange(4), inputs)
+    if layout in LAYOUTS:
+        expected = reference(rows, torch.arange(4), inputs)
+        got = step(rows, torch.arange(4), inputs, out=inputs["x"], m0=inputs["m1"])
+        assert got is inputs["x"]
+        assert_all_same_bits((got, inputs["m1"]), expected)
+
+
+@by_band
+@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (2, 4, 8, 16), (3, 4, 20)], ids=str)
+def test_band_in_place(kernel, shape):
+    inputs = make_inputs(shape, COMMON_SET, 24)
+    rows, index = (
+        wide(random_rows(4, COMMON_SET, 25, idle=0), band_dims_of(len(shape)), 26, idle=0),
+        torch.arange(shape[0]),
+    )
+    expected = reference(rows, index, inputs)
+    model_input = torch.zeros(2 * shape[0], *shape[1:])
+    step(rows, index, inputs, out=inputs["x"], m0=inputs["m1"], model_input=model_input)
+    assert_all_same_bits((inputs["x"], inputs["m1"]), expected)
+
+
+@by_band
+@pytest.mark.parametrize("layout", ["wider", "strided_rows", "offset"])
+def test_wide_rows_in_other_layouts(kernel, layout):
+    inputs, rows = make_inputs((4, 3, 6, 8), COMMON_SET, 27), wide(random_rows(4, COMMON_SET, 28, idle=0), 2, 29)
+    columns = rows.shape[1]
+    view = {
+        "wider": torch.full((4, columns + 4), float("nan"))[:, 4:],
+        "strided_rows": torch.full((8, columns), float("nan"))[1::2],
+        "offset": torch.full((4 * columns + 1,), float("nan"))[1:].view(4, columns),
+    }[layout]
+    view.copy_(rows)
+    got = step(view, torch.arange(4), inputs)
+    assert_same_bits(got, reference(rows, torch.arange(4), inputs)[0], "x'")
+
+
+@by_band
+@pytest.mark.parametrize("names", [(), ALL_SET], ids=["bare", "all"])
+@pytest.mark.parametrize("dims", [0.0, 1.0, 3.0, -2.0, 2.5, float("nan")])
+@pytest.mark.parametrize("shape", [(3, 2, 4, 8), (3, 2, 2, 5, 3)], ids=str)
+def test_a_band_of_other_dimensions(kernel, shape, dims, names):
+    inputs = make_inputs(shape, names, 30, special=0)
+    rows = wide(random_rows(3, names, 31, idle=0), 2, 32, idle=0)
+    rows[1, -1] = dims
+    rows[2, -4:] = torch.tensor([0.0, -0.0, 0.0, 1.0])  # nothing is corrected: nothing is wrong
+    check_only_bad_samples_are_nan(rows, torch.arange(3), inputs, {1})
+
+
+@by_band
+@pytest.mark.parametrize("dims", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("shape", [(300,), (3, 2, 2, 2, 2, 75)], ids=str)
+def test_a_band_of_what_has_none(kernel, shape, dims):
+    inputs = make_inputs(shape, ("seeds",), 33, special=0)
+    rows = wide(random_rows(2, ("seeds",), 34, idle=0), dims, 35, idle=0)
+    rows[0, -4:-1] = 0
+    check_only_bad_samples_are_nan(rows, torch.arange(shape[0]) % 2, inputs, set(range(1, shape[0], 2)))
+
+
+@by_band
+@pytest.mark.parametrize("column", ["l_next", "l_m0", "l_x"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_coefficients_of_a_band_that_are_not_finite(kernel, column, value):
+    inputs = make_inputs((2, 3, 4, 5), (), 36, special=0)
+    rows = wide(random_rows(1, (), 37), 2, 38)
+    rows[0, len(COLUMNS) + BAND_COLUMNS.index(column)] = value
+    got = step(rows, torch.tensor(0), inputs, return_m0=True)
+    assert_same_bits(got[1], reference(rows[:, : len(COLUMNS)], torch.tensor(0), inputs)[1], "m0")
+    assert not got[0].isfinite().any()
+
+
+@by_band
+def test_the_host_checks_a_band_when_asked_to(kernel, monkeypatch):
+    monkeypatch.setenv("EPSKERNELS_CHECK_ROWS", "1")
+    inputs, index = make_inputs((2, 3, 4, 5), (), 39), torch.tensor([1, 0])
+    rows = wide(random_rows(2, (), 40), 2, 41, idle=0)
+    assert_all_same_bits((step(rows, index, inputs),), reference(rows, index, inputs)[:1])
+    rows[0, -1] = 1
+    with pytest.raises(
+        RuntimeError,
+        match=r"x: expected shape \(B, L\) or \(B, C, L\), as row 0 corrects a band of it, got \(2, 3, 4, 5\)",
+    ):
+        step(rows, index, inputs)
+
+
+@by_band
+def test_moments_of_wide_rows(kernel):
+    inputs, rows = make_inputs((5, 3, 40), ("u",), 42, special=0), wide(random_rows(3, ("u",), 43), 1, 44)
+    index = torch.tensor([2, 0, 1, 1, 0])
+    got = kernel.op("moments")(inputs["f"], inputs["u"], rows, index)
+    assert torch.equal(got, REFERENCE["moments"](inputs["f"], inputs["u"], rows, index))
+    assert torch.equal(got, kernel.op("moments")(inputs["f"], inputs["u"], rows[:, : len(COLUMNS)].contiguous(), index))

@@ -29,7 +29,7 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import k_diffusion, samplers, scaling, schedule
+from epskernels import corrections, k_diffusion, samplers, scaling, schedule
 
 from ..support import oracles
 from .test_k_diffusion import EDM, FUNCTIONS, LEVELS, SHAPE, Noise, denoise, model, never, start
@@ -845,6 +845,17 @@ def test_sampler_node(nodes, name):
     assert run(None, x, sigmas[:1], extra_args={}) is x
 
 
+def test_sampler_node_corrects(nodes):
+    x, sigmas = start(EDM), torch.tensor(EDM)
+    run = sampler_of(nodes, "dpmpp_2m", dcw_low=-0.1, dcw_high=0.05).sampler_function
+    result = run(comfyuis(), x, sigmas, extra_args={"seed": 0}, disable=True)
+    expected = k_diffusion.sample_dpmpp_2m(comfyuis(), x, sigmas, disable=True, correction=corrections.dcw(-0.1, 0.05))
+    assert torch.equal(result, expected)
+    assert not torch.equal(expected, k_diffusion.sample_dpmpp_2m(comfyuis(), x, sigmas, disable=True))
+    with pytest.raises(ValueError, match="^dcw_low, dcw_high: expected 0 for euler_cfg_pp, got 0.1, 0.0"):
+        sampler_of(nodes, "euler_cfg_pp", dcw_low=0.1)
+
+
 def test_sampler_node_options(nodes, monkeypatch):
     told = []
     for name in LISTED:
@@ -870,6 +881,8 @@ def test_sampler_node_options(nodes, monkeypatch):
     assert options("euler", noise="ComfyUI's") == {"s_churn": 0.0, "s_noise": 1.0}
     assert options("dpm_adaptive", noise="ComfyUI's") == {}
     assert options("ddim") == options("euler")
+    assert options("lms", dcw_low=-0.1) == per_sample | {"correction": corrections.dcw(-0.1)}
+    assert options("dpm_fast", dcw_high=0.05) == per_sample | {"correction": corrections.dcw(0.0, 0.05)}
     assert (
         sampler_of(nodes, "ddim").inpaint_options == {"random": True} and not sampler_of(nodes, "euler").inpaint_options
     )

@@ -10,7 +10,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import epskernels
-from epskernels import k_diffusion, scaling
+from epskernels import corrections, k_diffusion, scaling
+from epskernels.k_diffusion import sampling
+from epskernels.table import VALUES, Table
 
 from ..support import oracles
 
@@ -708,3 +710,181 @@ def test_scale_denoised_has_a_gradient_by_lambda():
     k_diffusion.scale_denoised(x, denoised, lam, 0.5).sum().backward()
     expected = (x / 0.5 - denoised).double().sum((1, 2, 3)) / lam.detach() ** 2
     torch.testing.assert_close(lam.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- corrections ----
+
+CORRECTION = corrections.dcw(
+    [-0.1, -0.12, -0.08, -0.1, -0.06, -0.1, -0.1, -0.1, -0.1][: len(EDM) - 1], 0.05, schedule="constant"
+)
+
+
+def haar(d):
+    """The low band of the last two dimensions, zeros beyond the edge."""
+    height, width = d.shape[-2:]
+    d = np.pad(d, [(0, 0)] * (d.ndim - 2) + [(0, height % 2), (0, width % 2)])
+    blocks = (d[..., ::2, ::2] + d[..., 1::2, ::2] + d[..., ::2, 1::2] + d[..., 1::2, 1::2]) / 4
+    return blocks.repeat(2, -2).repeat(2, -1)[..., :height, :width]
+
+
+def differential(x, denoised, low, high):
+    """arXiv 2604.16044, eq. 21."""
+    d = np.asarray(x.double() if isinstance(x, torch.Tensor) else x) - denoised
+    return x + low * haar(d) + high * (d - haar(d))
+
+
+ONE_STEP = ("euler", "heun", "dpm_2", "euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "lcm", "ddpm",
+            "seeds_2", "seeds_3", "exp_heun_2_x0", "exp_heun_2_x0_sde")  # fmt: skip
+CORRECTED = sorted(
+    name for name in k_diffusion.__all__ if "correction" in inspect.signature(getattr(k_diffusion, name)).parameters
+)
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_corrections_of_steps_without_history(name):
+    """The function step by step, and the authors' formula after each, by what the model said last."""
+    run, said, sigmas = getattr(k_diffusion, f"sample_{name}"), [], torch.tensor(EDM)
+    takes_noise = "noise_sampler" in inspect.signature(run).parameters and name != "exp_heun_2_x0"
+
+    def remembers(x, sigma):
+        said.append(model(x, sigma))
+        return said[-1]
+
+    def noise():
+        return {"noise_sampler": Noise()} if takes_noise else {}
+
+    draws, x = noise(), start(EDM)
+    for i in range(len(EDM) - 1):
+        x = run(remembers, x, sigmas[i : i + 2], disable=True, **draws)
+        if sigmas[i + 1] > 0:
+            x = differential(x, said[-1].double().numpy(), CORRECTION.low[i], CORRECTION.high).float()
+    found = run(model, start(EDM), sigmas, disable=True, correction=CORRECTION, **noise())
+    assert torch.allclose(found, x, atol=2e-5 * max(1.0, float(x.abs().max())))
+    assert not torch.allclose(run(model, start(EDM), sigmas, disable=True, **noise()), x, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name.removeprefix("sample_") for name in CORRECTED if "adaptive" not in name])
+def test_tables_are_the_samplers_corrected_ones(name, monkeypatch):
+    """The rows are those of the table function with the same correction: history and all."""
+    made = []
+    table_of = sampling.table_of
+
+    def remembers(sampler, levels, *args):
+        options = args[3]
+        if len(levels) == len(EDM) or name == "dpm_fast":
+            steps = len(levels) - 1
+            correction = corrections.dcw(CORRECTION.low[:steps], 0.05, schedule="constant")
+            made.append(
+                sampler_with(sampler, correction)(sampling.Levels(levels), steps, prediction="sample", **options)
+            )
+        return table_of(sampler, levels, *args)
+
+    def sampler_with(sampler, correction):
+        if "correction" in inspect.signature(sampler).parameters:
+            return lambda *args, **options: sampler(*args, **options, correction=correction)
+
+        def plain(*args, **options):  # ComfyUI's own: the table, corrected as a sampler corrects its own
+            table = sampler(*args, **options)
+            return Table(corrections.corrected({key: table[key] for key in VALUES}, correction), name="corrected")
+
+        return plain
+
+    run, found = sampling.Sampling.run, []
+
+    def keeps(self, *args):
+        found.append(self.table)
+        return run(self, *args)
+
+    monkeypatch.setattr(sampling, "table_of", remembers)
+    monkeypatch.setattr(sampling.Sampling, "run", keeps)
+    levels = (0.01, 80.0, 24) if name == "dpm_fast" else (torch.tensor(EDM),)
+    getattr(k_diffusion, f"sample_{name}")(model, start(EDM), *levels, disable=True, correction=CORRECTION)
+    last = len(found[0]) if "uni_pc" not in name else len(found[0]) - 1  # to 0.001, which stands for 0
+    assert torch.allclose(found[0].rows[:last], made[0].rows[:last], rtol=1e-6, atol=1e-7) and found[0].corrected
+    assert (found[0]["w_next"][-1] == 1) == (name != "dpm_fast")  # which does not lead to an image
+
+
+def test_a_correction_on_a_flow():
+    class CONST:
+        pass
+
+    class Flow:
+        model_sampling = CONST()
+
+        def __call__(self, x, sigma, **extra_args):
+            return model(x, sigma)
+
+    sigmas, x = np.array([1.0, 0.8, 0.5, 0.2, 0.0]), torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+    expected = x.double().numpy()
+    for sigma, after in itertools.pairwise(sigmas):
+        said = denoise(expected, sigma)
+        expected = said + (expected - said) * after / sigma
+        if after:
+            expected = differential(expected, said, -0.1 * sigma, 0.04 * (1 - sigma))
+    found = k_diffusion.sample_euler(
+        Flow(), x, torch.tensor(sigmas), disable=True, correction=corrections.dcw(-0.1, 0.04)
+    )
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_correction_of_steps_that_are_not_known():
+    """dpm_adaptive: after each accepted step, by what the model said last; an SDE's noise is in the state too."""
+    said, infos = [], []
+
+    def remembers(x, sigma):
+        said.append((x, model(x, sigma)))
+        return said[-1][1]
+
+    correction = corrections.dcw(-0.1, 0.05)
+    run = functools.partial(k_diffusion.sample_dpm_adaptive, remembers, start(EDM), 0.05, 80.0, disable=True, eta=0.0)
+    run(
+        callback=lambda info: infos.append((info["n_accept"], len(said), info["x"], float(info["sigma"]))),
+        correction=correction,
+    )
+    assert len(infos) > 3
+    of_first = [info for info in infos if info[0] == 1][0]
+    accepted = infos.index(of_first)
+    plain, calls = [], len(said)
+    run(callback=lambda info: plain.append((info["x"], float(info["sigma"]))))
+    share = 1.0  # sigma_t/sigma_max of the first step
+    last = said[of_first[1] - 1][1].double().numpy()
+    expected = differential(plain[accepted][0], last, -0.1 * share, 0.05 * (1 - share))
+    assert calls and torch.allclose(of_first[2], expected.float(), atol=1e-4)
+    assert not torch.allclose(of_first[2], plain[accepted][0], atol=1e-2)
+    with pytest.raises(ValueError, match="^correction: expected numbers, or weights by noise level"):
+        run(correction=corrections.dc([0.1, 0.2]))
+    with pytest.raises(ValueError, match=r"^x: expected \(B, C, H, W\)"):
+        k_diffusion.sample_dpm_adaptive(model, torch.randn(2, 3), 0.05, 80.0, correction=correction)
+
+
+@pytest.mark.parametrize("kind", ["dc", "dcw"])
+def test_a_correction_and_what_a_callback_writes(kind):
+    """k-diffusion's x += d*dt comes after the callback: what it writes into x is a part of the state that is corrected."""
+    correction = {"dc": corrections.dc(0.1), "dcw": corrections.dcw(0.1, -0.05, schedule="constant")}[kind]
+    low, high = (0.1, 0.1) if kind == "dc" else (0.1, -0.05)
+    sigmas, x = EDM[[2, 5, 7]], start(EDM[2:])
+    expected = x.double().numpy()
+    for sigma, after in itertools.pairwise(sigmas):
+        said = denoise(expected, sigma)
+        expected = differential(expected + 0.5 + (expected - said) / sigma * (after - sigma), said, low, high)
+    found = k_diffusion.sample_euler(
+        model, x, torch.tensor(sigmas), callback=lambda info: info["x"].add_(0.5), disable=True, correction=correction
+    )
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=0, atol=3e-5 * np.abs(expected).max())
+
+
+def test_bad_corrections():
+    sigmas = torch.tensor(EDM)
+    for error, message, arguments in (
+        (ValueError, "^s_churn: expected 0 beside a correction", {"correction": corrections.dc(0.1), "s_churn": 3.0}),
+        (
+            ValueError,
+            f"^correction: expected {len(EDM) - 1} weights of the low band",
+            {"correction": corrections.dc([0.1])},
+        ),
+        (TypeError, "^correction: expected a Correction, a dict or a .json file, got 0.1", {"correction": 0.1}),
+    ):
+        with pytest.raises(error, match=message):
+            k_diffusion.sample_euler(never, start(EDM), sigmas, disable=True, **arguments)
+    with pytest.raises(ValueError, match=r"^x: expected \(B, C, H, W\) or .*, got \(2, 6, 5\)"):
+        k_diffusion.sample_euler(never, torch.randn(2, 6, 5), sigmas, disable=True, correction=corrections.dcw(0.1))

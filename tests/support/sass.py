@@ -60,18 +60,21 @@ def count(code, pattern):
     return sum(number for name, number in names.items() if re.fullmatch(pattern, name))
 
 
-def fast_path(code, stores):
-    """The instructions that a thread in the middle of a large aligned tensor executes: the shortest way from the entry to
-    the exit with all square roots, the most 16-byte loads and this many 16-byte stores."""
+def fast_path(code, stores, roots=None, loads=None):
+    """The instructions that a thread in the middle of a large aligned tensor executes: the shortest way from the entry to the
+    exit with this many 16-byte stores, square roots and 16-byte loads, all where no number is given, and a band's quarters."""
     position = {instruction.address: i for i, instruction in enumerate(code)}
-    states = collections.defaultdict(dict)  # per instruction: (square roots, loads, stores) -> the shortest way there
-    states[0] = {(0, 0, 0): (0, None, None)}  # its length, last instruction, and the way to that
+    states = collections.defaultdict(
+        dict
+    )  # per instruction: (quarters, square roots, loads, stores) -> the shortest way there
+    states[0] = {(0, 0, 0, 0): (0, None, None)}  # its length, last instruction, and the way to that
     done = {}
     for i, instruction in enumerate(code):
         if not (here := states.pop(i, None)):
             continue
         name, target, following = instruction.name, instruction.target(), [i + 1]
         counts = (
+            name == "FMUL" and instruction.operands.endswith(" 0.25"),
             name.startswith("MUFU.RSQ"),
             re.fullmatch(r"LDG\.E.*\.128.*", name) is not None,
             re.fullmatch(r"STG\.E.*\.128.*", name) is not None,
@@ -85,13 +88,15 @@ def fast_path(code, stores):
             done if j is None else states[j] for j in following if j is None or j > i
         ]  # back: the trap after the end
         for before, way in here.items():
-            key = (before[0] + counts[0], before[1] + counts[1], before[2] + counts[2])
+            key = tuple(sum(both) for both in zip(before, counts, strict=True))
             way = (way[0] + 1, i, way)
             for place in places:
                 if key not in place or way[0] < place[key][0]:
                     place[key] = way
-    roots, loads, _ = max(key for key in done if key[2] == stores)
-    way, path = done[roots, loads, stores], []
+    way, path = (
+        done[max(key for key in done if key[3] == stores and roots in (None, key[1]) and loads in (None, key[2]))],
+        [],
+    )
     while way[1] is not None:
         path.append(code[way[1]])
         way = way[2]
