@@ -7,7 +7,8 @@
     python experiments/exposure.py report                # docs/exposure/*.svg; the tables of docs/exposure.md and README.md
 
 For each setting (model, sampler, steps): lambda_t by norms, and b by trials of the Frechet distance over one set of seeds; the
-distances in the table are of another. Some settings try other shapes of lambda_t too, b is their mean. A run can stop at any
+distances in the table are of another. Some settings try other shapes of lambda_t too, b is their mean. The corrections of
+`comparison.py` come first. A run can stop at any
 time: it keeps samples in files, a chunk of seeds each, and what it found in a file for each setting. `report` moves the
 latter into experiments/results, one file for each model. What the results hold is not made again.
 """
@@ -19,6 +20,7 @@ import json
 import pathlib
 import time
 
+import comparison
 import filelock
 import numpy as np
 import records
@@ -40,6 +42,7 @@ STRIDE = 1000
 RESAMPLES = 200
 QUICK = ("digits", "ddpm", 10, 1000)
 LIMITS = (0.8, 1.25)  # of b
+FIRST_STEP = 0.01  # of b, from trial to trial
 
 # Model calls of a chain, and chains that only cheap models are asked for.
 CALLS = (10, 20, 50, 100)
@@ -61,6 +64,10 @@ class OutOfTime(Exception):
     """The minutes are used up."""
 
 
+class Missing(Exception):
+    """What is asked for is not known, and is not to be made."""
+
+
 def shaped(shape, b, steps):
     """The EpsilonScaling of that shape whose mean is b."""
     if b == 1 or shape == "uniform":
@@ -69,9 +76,9 @@ def shaped(shape, b, steps):
     return scaling.array(1 + (b - 1) * weight / weight.mean(), origin="cleanest")
 
 
-def trial_steps(steps):
-    """By how much b changes from trial to trial: downhill by the first as far as it goes, then by the next."""
-    return (0.01, 0.005) + (0.0025,) * (steps >= 50) + (0.00125,) * (steps >= 1000)
+def smallest_step(steps):
+    """By how little b changes in the last trials: downhill by the first step as far as it goes, then by half of it, and so on."""
+    return FIRST_STEP / (8 if steps >= 1000 else 4 if steps >= 50 else 2)
 
 
 class Setting:
@@ -79,7 +86,7 @@ class Setting:
 
     def __init__(self, subject, name, steps, deadline=float("inf")):
         self.subject, self.name, self.steps, self.deadline = subject, name, steps, deadline
-        self.title = f"{name}-{steps}"
+        self.title, self.report_seed = f"{name}-{steps}", REPORT_SEED
         self.skip = steps // 4  # cleanest steps that the fits leave out: the paper's 5 of 20
         compares = (name, steps) in SHAPED
         self.shapes, self.matches = (SHAPES, tuple(FEEDBACK)) if compares else (("uniform",), ("norm-matched",))
@@ -99,8 +106,14 @@ class Setting:
         with lock(self.subject):
             records.write(self.folder / "row.json", about(self.subject), [self.row])
 
-    def sampler(self, s):
-        return self.subject.samplers[self.name](self.steps, s)
+    def sampler(self, s, c=None):
+        return self.subject.samplers[self.name](self.steps, s, c)
+
+    def label(self, s, c):
+        """A file name's part for a scaling and a correction."""
+        if c is None and not s.by_level:
+            return file_label(s, self.steps)
+        return hashlib.sha256(self.sampler(s, c).rows.numpy().tobytes()).hexdigest()[:12]
 
     def _check_time(self):
         if time.monotonic() > self.deadline:
@@ -124,6 +137,22 @@ class Setting:
             self.keep(norms=self.row["norms"] | {name: new})
         return self.row["norms"][name]["lambda_t"]
 
+    def matched_at(self, calls):
+        """The `calibrate.Matched` of this sampler at so many model calls, from the results where they have it."""
+        other = Setting(self.subject, self.name, steps_of(self.name, calls), self.deadline)
+        if "norm-matched" not in other.row["norms"]:
+            return calibrate.match_norms(self._call, other.sampler, self._calibration, seed=SELECT_SEED)
+        known = other.row["norms"]["norm-matched"]
+        table, step_of_row = calibrate.steps_of(other.sampler)
+        rows = np.searchsorted(step_of_row, np.arange(other.steps))
+        levels = scaling.log_snr(table["alpha_in"][rows], table["sigma_in"][rows])
+        lambda_t, error, nothing = (
+            np.array(known["lambda_t"]),
+            np.array(known["standard_error"]),
+            np.full(other.steps, np.nan),
+        )
+        return calibrate.Matched(table.name, CALIBRATION, lambda_t, error, nothing, nothing, levels)
+
     def measured(self, label, s):
         """The exposure bias with a scaling."""
         table, known = self.sampler(s), self.row["exposure"]
@@ -135,47 +164,55 @@ class Setting:
             state.unlink(missing_ok=True)
         return records.to_exposure(self.row["exposure"][label])
 
-    def features(self, s, first, count, compute=True):
+    def features(self, s, first, count, compute=True, c=None):
         """(count, D) features of the samples of seeds first, first + 1, ...; None where they are not all there."""
         chunks = []
         for start in range(first, first + count, CHUNK):
-            path = self.folder / f"{file_label(s, self.steps)}-{start:06d}.npy"
+            path = self.folder / f"{self.label(s, c)}-{start:06d}.npy"
             if not path.exists():
                 if not compute:
                     return None
                 self._check_time()
-                samples = self.sample(s, range(start, start + CHUNK))
+                samples = self.sample(s, range(start, start + CHUNK), c)
                 write_whole(path, lambda file, samples=samples: np.save(file, samples))
             chunks.append(features_of(self.subject, path))
         return np.concatenate(chunks)
 
-    def sample(self, s, seeds):
+    def sample(self, s, seeds, c=None):
         """As they are stored."""
-        return self.subject.to_stored(epskernels.sample(self._call, self.sampler(s), seeds, self.subject.shape))
+        return self.subject.to_stored(epskernels.sample(self._call, self.sampler(s, c), seeds, self.subject.shape))
+
+    def trial(self, s, real, c=None):
+        """The Frechet distance of the selection's samples, of which nothing is kept."""
+        seeds = range(SELECT_SEED, SELECT_SEED + self.subject.trial)
+        stored = [self.sample(s, seeds[start : start + CHUNK], c) for start in range(0, len(seeds), CHUNK)]
+        features = self.subject.features(self.subject.from_stored(np.concatenate(stored)))
+        return records.rounded(quality.frechet(real, features))
+
+    def chain(self, s, c):
+        """delta_t after each row, down the chain from real data."""
+        table = self.sampler(s, c)
+        found = exposure.measure(self._call, table, self._calibration, seed=2 * SELECT_SEED, parts=("chain",))
+        return found.delta_chain.tolist()
 
     def trials(self, real, shape="uniform", compute=True):
         """({b: Frechet distance of the selection's samples}, whether all trials are there)."""
         found = {float(b): distance for b, distance in self.row["trials"].get(shape, {}).items()}
 
-        def tried(b):
+        def distance(b):
             if b not in found:
                 if not compute:
-                    return False
+                    raise Missing
                 features = self.features(shaped(shape, b, self.steps), SELECT_SEED, self.subject.trial)
                 found[b] = records.rounded(quality.frechet(real, features))
                 new = {f"{b:g}": found[b] for b in sorted(found)}
                 self.keep(trials=self.row["trials"] | {shape: new})
-            return True
+            return found[b]
 
-        best = 1.0
-        for step in trial_steps(self.steps):
-            moved = True
-            while moved:
-                near = [b for b in (best, round(best - step, 5), round(best + step, 5)) if LIMITS[0] <= b <= LIMITS[1]]
-                if not all(tried(b) for b in near):
-                    return found, False
-                lower = min(near, key=found.get)
-                best, moved = lower, lower != best
+        try:
+            calibrate.downhill(distance, 1.0, FIRST_STEP, smallest=smallest_step(self.steps), limits=LIMITS)
+        except Missing:
+            return found, False
         return found, True
 
     def candidates(self, real, compute=True):
@@ -305,16 +342,24 @@ def about(subject):
 
 def run(minutes, subjects):
     deadline = time.monotonic() + 60 * minutes
+    known = {subject.name: subject for subject in subjects}
+    compared = [
+        Setting(known[subject], name, steps_of(name, calls), deadline)
+        for subject, name, calls in comparison.cells(known)
+        if name in known[subject].samplers
+    ]
+    work = [(setting, "corrections", comparison.work) for setting in compared]
+    for samples in ROUNDS:
+        table = functools.partial(Setting.work, samples=samples)
+        work += [(setting, f"{samples} samples", table) for each in subjects for setting in settings(each, deadline)]
     try:
-        for samples in ROUNDS:
-            for subject in subjects:
-                for setting in settings(subject, deadline):
-                    try:
-                        with filelock.FileLock(setting.folder / "lock", blocking=False):
-                            print(f"{subject.name}, {setting.title}, {samples} samples", flush=True)
-                            setting.work(real_features(subject), samples)
-                    except filelock.Timeout:
-                        continue  # another run is at it
+        for setting, what, do in work:
+            try:
+                with filelock.FileLock(setting.folder / "lock", blocking=False):
+                    print(f"{setting.subject.name}, {setting.title}, {what}", flush=True)
+                    do(setting, real_features(setting.subject))
+            except filelock.Timeout:
+                continue  # another run is at it
     except OutOfTime:
         print("out of time", flush=True)
 
@@ -323,6 +368,7 @@ def status(subjects):
     for subject in subjects:
         for setting in settings(subject):
             candidates = setting.candidates(real_features(subject), compute=False)
+            compared = setting.row.get("corrected", {})
             if candidates is None:
                 said = f"{len(setting.trials(real_features(subject), compute=False)[0])} trials"
             else:
@@ -330,7 +376,10 @@ def status(subjects):
                                   for start in range(0, ROUNDS[-1], CHUNK)) for name, s in candidates.items()}  # fmt: skip
                 said = ", ".join(f"{name} {CHUNK * count}" for name, count in made.items())
             tables = ", ".join(setting.row.get("tables", [])) or "none"
-            print(f"{subject.name}, {setting.title}: {said}; tables: {tables}")
+            corrected = (
+                ", ".join(compared.get("tables", [])) or f"{sum(map(len, compared.get('trials', {}).values()))} trials"
+            )
+            print(f"{subject.name}, {setting.title}: {said}; tables: {tables}; corrections: {corrected}")
 
 
 def quick():

@@ -1,5 +1,6 @@
 """Draws experiments/results/*.json and writes the measured parts of docs/exposure.md and README.md, between their markers."""
 
+import comparison
 import matplotlib
 import numpy as np
 import records
@@ -53,11 +54,14 @@ def bold(said, low, high):
 
 
 def change(row, found, name, measure="frechet", whole=True):
-    """The difference from the baseline."""
+    """The difference of a lambda from the baseline."""
     if name not in found:
         return ""
-    if row["lambda"][name] == 1:
-        return "as baseline"
+    return "as baseline" if row["lambda"][name] == 1 else difference(found, name, measure, whole)
+
+
+def difference(found, name, measure="frechet", whole=True):
+    """What a set's distance, or another measure, has more than the baseline's, with its interval."""
     digits = max(places(found["baseline"][measure][0]), 2)
     value, low, high = found[name][f"{measure}_difference"]
     spread = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if whole else ""
@@ -79,7 +83,11 @@ def overview(rows):
 
 def group(row):
     """Its number of model calls, edm_heun's taken for that of the others beside it."""
-    return min((10, 20, 50, 100, 1000), key=lambda calls: abs(np.log(calls / row["calls"])))
+    return nearest(row["calls"])
+
+
+def nearest(calls):
+    return min((10, 20, 50, 100, 1000), key=lambda each: abs(np.log(each / calls)))
 
 
 def distances(rows):
@@ -197,6 +205,86 @@ def bias(measured):
     ))  # fmt: skip
 
 
+# ---- the corrections side by side ----
+
+
+def compared(rows):
+    """(row, samples, table, what `comparison` knows) of each row that has it."""
+    return [
+        (row, *largest(row["corrected"]), row["corrected"]) for row in rows if row.get("corrected", {}).get("tables")
+    ]
+
+
+def methods(rows):
+    """The names of all methods, in the order of the first row that has all that any has."""
+    longest = max((found for _, _, found, _ in compared(rows)), key=len, default={})
+    return [name for name in longest if name != "baseline"]
+
+
+def weights(chosen):
+    """A method's weights, in short; of those that have a number."""
+    said = [value for key, value in chosen.items() if key == "together"]
+    return "<br>".join([*said, *(f"{key} {value:.4g}" for key, value in chosen.items() if not isinstance(value, str))])
+
+
+def corrections(subject, rows):
+    names = methods(rows)
+
+    def cell(found, known, name):
+        if name not in found:
+            return ""
+        if found[name] == found["baseline"]:
+            return "as baseline"
+        return "<br>".join(filter(None, [difference(found, name), weights(known["chosen"].get(name, {}))]))
+
+    there = {(row["sampler"], group(row)) for row, *_ in compared(rows)}
+    missing = [
+        f"{name}, {calls}" for each, name, calls in comparison.cells([subject]) if (name, nearest(calls)) not in there
+    ]
+    if names:
+        yield from table(["sampler, T'", "samples", "baseline", *names], (
+            [title(row), f"{count:,}", interval(found["baseline"]["frechet"]), *(cell(found, known, name) for name in names)]
+            for row, count, found, known in compared(rows)
+        ))  # fmt: skip
+    if missing:
+        yield f"\nNot measured yet, by sampler and number of model calls: {'; '.join(missing)}."
+
+
+def variety(rows):
+    """Precision, recall and delta_t of the same."""
+    names = ["baseline", *methods(rows)]
+
+    def cell(found, known, name):
+        if name not in found:
+            return ""
+        precision, recall = (found[name][measure][0] for measure in ("precision", "recall"))
+        return f"{precision:.2f}, {recall:.2f}, {known['delta'][name][-1]:.3f}" if name in known["delta"] else ""
+
+    if compared(rows):
+        yield from table(["sampler, T'", *names], (
+            [title(row), *(cell(found, known, name) for name in names)] for row, _, found, known in compared(rows)
+        ))  # fmt: skip
+
+
+def draw_corrections(name, rows, axis):
+    """One sampler's distances by method, over the baseline's, for each number of steps."""
+    names = methods(rows)
+    for n, (row, _, found, _) in enumerate(each for each in compared(rows) if each[0]["sampler"] == name):
+        shown = [each for each in names if each in found]
+        ratios = [found[each]["frechet"][0] / found["baseline"]["frechet"][0] for each in shown]
+        axis.plot(
+            [names.index(each) for each in shown],
+            ratios,
+            "o",
+            markersize=4,
+            color=f"C{n}",
+            label=f"T' = {row['steps']}",
+        )
+    axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=6)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set(title=f"{name}: Frechet distance over the baseline's", yscale="log")
+
+
 def closed_form(e):
     head = ("t", "sigma^2", "measured", "closed form, independent error", "closed form, measured covariance", "e_t")
     return table(head, (
@@ -207,8 +295,11 @@ def closed_form(e):
 
 
 def draw(name, rows, measured, axes):
-    """One sampler's plots: norm gap and delta_t, without scaling and with, and the distance by b, for each number of steps."""
-    gap, delta, distance = axes
+    """One sampler's plots: norm gap and delta_t, without scaling and with, and the distance by b, for each number of steps; on a
+    fourth axis, where there is one, the distance by correction."""
+    gap, delta, distance, *by_method = axes
+    for axis in by_method:
+        draw_corrections(name, rows, axis)
     for n, row in enumerate(rows):
         style = {"color": f"C{n}", "linewidth": 1}
         for kind, line in (("baseline", "-"), ("uniform", ":")):
@@ -223,9 +314,9 @@ def draw(name, rows, measured, axes):
     gap.set(title=f"{name}: norm gap, from real images", xlabel="along the chain, the noisiest row first")
     delta.set(title=f"{name}: delta_t", xlabel="along the chain", yscale="log")
     distance.set(title=f"{name}: Frechet distance over that at b = 1", xlabel="b", ylim=(0.5, 2))
-    for axis in (gap, delta, distance):
+    for axis in axes:
         axis.grid(alpha=0.3)
-    for axis in (gap, distance):
+    for axis in (gap, distance, *by_method):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6)
 
@@ -233,8 +324,9 @@ def draw(name, rows, measured, axes):
 def draw_all(rows, measured, path):
     """A model's plots, a line for each sampler."""
     names = dict.fromkeys(row["sampler"] for row in rows)
-    figure = Figure(figsize=(13.8, 3.5 * len(names)), layout="tight")
-    for name, axes in zip(names, figure.subplots(len(names), 3, squeeze=False), strict=True):
+    columns = 4 if compared(rows) else 3
+    figure = Figure(figsize=(4.6 * columns, 3.5 * len(names)), layout="tight")
+    for name, axes in zip(names, figure.subplots(len(names), columns, squeeze=False), strict=True):
         draw(name, [row for row in rows if row["sampler"] == name and "lambda" in row], measured, axes)
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same file for the same numbers
         figure.savefig(path, metadata={"Date": None})
@@ -254,6 +346,8 @@ def section(subject, saved, folder):
     select_seed, select = about["select"]
     first = next(iter(measured.values()))
     parts = {
+        "The corrections side by side: change of the Frechet distance, and the weights": corrections(subject, rows),
+        "The same: precision, recall, and delta_t at the end of the chain": variety(rows),
         "Frechet distance, and its change by lambda": distances(rows),
         "Precision and recall": precision_recall(rows),
         "Shapes of lambda_t, each at its best mean": shapes(rows),

@@ -6,7 +6,11 @@
      "norms": {name: {"lambda_t": ..., "standard_error": ...}},   of `calibrate.match_norms`
      "exposure": {name: ...},                                     of `exposure.measure`
      "lambda": {name: lambda_t, the noisiest step first, or one number},
-     "tables": {samples: {name: {measure: [value, low, high]}}}},
+     "tables": {samples: {name: {measure: [value, low, high]}}},
+     "corrected": {                                               of `comparison`
+         "trials": {method: {weights: Frechet distance}},
+         "by level": a scaling's spec,
+         "chosen": {method: weights}, "tables": as above, "delta": {method: delta_t after each row of the chain}}},
     ...]}
 
 experiments/results has one such file for each model; a run keeps one for each setting in runs/exposure. Numbers have 7

@@ -17,9 +17,38 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from epskernels import images, models, quality, samplers, schedule
+from epskernels import images, models, quality, samplers, schedule, time_shift
 
 FOLDER = pathlib.Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeShift:
+    """The window of a time shift, in training timesteps, and the timestep down to which it acts."""
+
+    window: int
+    cutoff: int = 300
+
+
+class Made:
+    """A sampler on a schedule, with its options: a function of (steps, scaling, c) that returns what `epskernels.sample` takes.
+
+    c: a Correction, a TimeShift in the form that is the sampler's own, or None.
+    """
+
+    def __init__(self, sampler, path, **options):
+        self.sampler, self.path, self.options = sampler, path, options
+
+    def __call__(self, steps, s, c=None):
+        if isinstance(c, TimeShift):
+            window = dataclasses.asdict(c)
+            return time_shift.ShiftedTable(self.sampler, self.path, steps, scaling=s, **window, **self.options)
+        return self.sampler(self.path, steps, scaling=s, correction=c, **self.options)
+
+    @property
+    def timesteps(self):
+        """How many the network was trained on; 0 where it knows noise levels alone."""
+        return len(self.path if isinstance(self.path, schedule.DiscreteSchedule) else self.path.model or ())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +62,7 @@ class Subject:
     sample of all.
     features: (N, *shape), an array or a tensor, -> float64 (N, D).
     to_stored: samples, a float32 tensor (N, *shape), -> the array that is kept. from_stored: that -> float32 (N, *shape).
-    samplers: {name: (steps, scaling) -> Table}, lambda_t as samplers take it.
+    samplers: {name: Made}.
     trial: samples over which a lambda is chosen.
     """
 
@@ -97,13 +126,13 @@ def digits():
     model = models.load()
     path, karras = model.schedule, schedule.KarrasSchedule(model=model.schedule)
     tables = {
-        "ddpm": lambda steps, s: samplers.ddpm(path, steps, scaling=s, variance="learned_range", clip=1.0),
+        "ddpm": Made(samplers.ddpm, path, variance="learned_range", clip=1.0),
         # ADM-style and LDM-style DDIM, as the paper's code bases clip them.
-        "ddim": lambda steps, s: samplers.ddim(path, steps, scaling=s, clip=1.0),
-        "ddim-unscaled": lambda steps, s: samplers.ddim(path, steps, scaling=s, direction="unscaled"),
-        "edm_euler": lambda steps, s: samplers.edm_euler(karras, steps, scaling=s, prediction="epsilon"),
-        "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s, prediction="epsilon"),
-        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, spacing="leading"),
+        "ddim": Made(samplers.ddim, path, clip=1.0),
+        "ddim-unscaled": Made(samplers.ddim, path, direction="unscaled"),
+        "edm_euler": Made(samplers.edm_euler, karras, prediction="epsilon"),
+        "edm_heun": Made(samplers.edm_heun, karras, prediction="epsilon"),
+        "dpmpp_2m": Made(samplers.dpmpp_2m, path, spacing="leading"),
     }
     weights = (models.DIGITS / "unet" / "diffusion_pytorch_model.safetensors", quality.WEIGHTS)
     return Subject(name="digits", weights=weights, schedule=path, call=model.callable(), samplers=tables, **DIGITS)
@@ -161,11 +190,11 @@ def digits_edm():
 
     vp = {"prediction": "sample", "clip": 1.0}
     tables = {
-        "edm_euler": lambda steps, s: samplers.edm_euler(karras, steps, scaling=s),
-        "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s),
-        "ddpm": lambda steps, s: samplers.ddpm(path, steps, scaling=s, **vp),
-        "ddim": lambda steps, s: samplers.ddim(path, steps, scaling=s, **vp),
-        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, prediction="sample", spacing="leading"),
+        "edm_euler": Made(samplers.edm_euler, karras),
+        "edm_heun": Made(samplers.edm_heun, karras),
+        "ddpm": Made(samplers.ddpm, path, **vp),
+        "ddim": Made(samplers.ddim, path, **vp),
+        "dpmpp_2m": Made(samplers.dpmpp_2m, path, prediction="sample", spacing="leading"),
     }
     weights = (weights_of("digits_edm"), quality.WEIGHTS)
     return Subject(name="digits_edm", weights=weights, schedule=path, call=call, samplers=tables, **DIGITS)
@@ -234,12 +263,12 @@ def power():
     karras = schedule.KarrasSchedule(model=path)
     # No clipping: curves have no bounds.
     tables = {
-        "ddpm": lambda steps, s: samplers.ddpm(path, steps, scaling=s, clip=None),
-        "ddim": lambda steps, s: samplers.ddim(path, steps, scaling=s),
-        "ddim-unscaled": lambda steps, s: samplers.ddim(path, steps, scaling=s, direction="unscaled"),
-        "edm_euler": lambda steps, s: samplers.edm_euler(karras, steps, scaling=s, prediction="epsilon"),
-        "edm_heun": lambda steps, s: samplers.edm_heun(karras, steps, scaling=s, prediction="epsilon"),
-        "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(path, steps, scaling=s, spacing="leading"),
+        "ddpm": Made(samplers.ddpm, path, clip=None),
+        "ddim": Made(samplers.ddim, path),
+        "ddim-unscaled": Made(samplers.ddim, path, direction="unscaled"),
+        "edm_euler": Made(samplers.edm_euler, karras, prediction="epsilon"),
+        "edm_heun": Made(samplers.edm_heun, karras, prediction="epsilon"),
+        "dpmpp_2m": Made(samplers.dpmpp_2m, path, spacing="leading"),
     }
     return Subject(
         name="power", weights=(weights_of("power"),), shape=CURVE, schedule=path, call=network, real=real_curves,

@@ -1,7 +1,8 @@
-"""`epskernels calibrate`: finds lambda_t for a model and a sampler, from real images, and writes it for `sample`."""
+"""`epskernels calibrate`: finds lambda_t, or a correction, for a model and a sampler, from real images, and writes it."""
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import calibrate, exposure, images, quality
+from .. import calibrate, corrections, exposure, images, quality, scaling
+from ..corrections import Correction
 from ..models import Model
 from ..sample import sample
-from ..scaling import EpsilonScaling, constant
+from ..scaling import EpsilonScaling
 from ..table import Table
 from ..typing import ModelCall
 from .common import (
@@ -20,6 +22,7 @@ from .common import (
     add_sampler_arguments,
     fitted_for,
     json_digest,
+    lambda_value,
     load_model,
     make_table,
     missing_package,
@@ -29,15 +32,28 @@ from .common import (
 )
 
 TEXTS = {
-    "help": "find lambda_t for a model and a sampler",
-    "description": "Find lambda_t for a model and a sampler, from real images; write it for `epskernels sample --scaling`.",
+    "help": "find lambda_t, or a correction, for a model and a sampler",
+    "description": "Find lambda_t for a model and a sampler, from real images; write it for `epskernels sample --scaling`. With "
+    "--correction: the weights of a correction of the sampler's states.",
     "epilog": "examples:\n"
     "  epskernels calibrate --sampler ddim --steps 20 --data mnist --out lambda.json --plots exposure\n"
     "  epskernels calibrate --method search --bounds 0.97 1.03 --trials 8 --data mnist --out lambda.json\n"
+    "  epskernels calibrate --correction dcw --sampler ddim --steps 20 --data mnist --out correction.json\n"
+    "  epskernels sample --sampler ddim --steps 20 --correction correction.json --compare --out both.png\n"
     "  epskernels sample --sampler ddim --steps 20 --scaling lambda.json --compare --out both.png",
 }
 _LOWEST = {"steps": 1, "images": 2, "batch": 1, "trials": 2, "samples": 2, "seed": 0}
-_METHOD_OF = {"fit": "norms", "bounds": "search", "k_bounds": "search", "cache": "search"}  # the only one that takes it
+_METHOD_OF = {
+    "fit": "norms", "skip": "norms", "bounds": "search", "k_bounds": "search", "trials": "search", "cache": "search",
+}  # fmt: skip  # the only one that takes it
+# What --correction searches: the weights at which it changes nothing, in the order of the search, and the options that it takes.
+_SEARCHED: dict[str, tuple[Callable[..., Any], dict[str, float], tuple[str, ...]]] = {
+    "dc": (corrections.dc, {"s": 0.0}, ("schedule", "target")),
+    "dcw": (corrections.dcw, {"low": 0.0, "high": 0.0}, ("schedule", "target")),
+    "frequency": (corrections.frequency, {"low": 1.0, "high": 1.0}, ("schedule",)),
+    "tsr": (scaling.tsr, {"k": 1.0}, ("sigma",)),
+}
+_TRIALS = 8  # for each weight
 
 
 # ---- arguments ----
@@ -53,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=int, default=256, metavar="N", help="how many of them; default: %(default)s")
     _add_method_arguments(parser)
+    _add_correction_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the first image and sample; default: %(default)s")
     parser.add_argument("--batch", type=int, default=64, help="samples per model call; default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
@@ -70,9 +87,8 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=("norms", "search"),
-        default="norms",
         help="norms: match those of training, one run; search: trials, by the Frechet distance in the features of a classifier "
-        "of 28 x 28 digits; default: %(default)s",
+        "of 28 x 28 digits; default: norms, with --correction search",
     )
     parser.add_argument(
         "--fit", choices=("array", "by_level", *calibrate.FITS), help="form of lambda_t by norms; default: array"
@@ -84,21 +100,58 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="cleanest steps without lambda_t, or that the fit leaves out; default: a quarter",
     )
     bounds: dict[str, Any] = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-    parser.add_argument("--bounds", **bounds, help="search: of b; default: 0.97 1.03")
+    parser.add_argument(
+        "--bounds",
+        **bounds,
+        help="search: of b, default 0.97 1.03; or of each weight of the --correction, default: wide",
+    )
     parser.add_argument(
         "--k-bounds", **bounds, help="search: of k; lambda is then a line, and --bounds are for its middle"
     )
-    parser.add_argument("--trials", type=int, default=8, metavar="N", help="search: default: %(default)s")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        metavar="N",
+        help=f"search: default: {_TRIALS}, and as many for the second weight of a --correction",
+    )
     parser.add_argument(
         "--samples", type=int, default=1000, metavar="N", help="search: in a trial; default: %(default)s"
     )
     parser.add_argument("--cache", type=pathlib.Path, metavar="FILE", help="search: a .json of trials, to go on from")
 
 
+def _add_correction_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--correction",
+        choices=_SEARCHED,
+        help="search its weights, in both directions: dc: of x' - m0; dcw: of its low band, then of its high band beside that; "
+        "frequency: factors of x' by band; tsr: k of scaling.tsr, which is a lambda",
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=corrections.SCHEDULES,
+        help="of the weights; default: dcw sigma, dc and frequency constant",
+    )
+    parser.add_argument(
+        "--target", choices=corrections.TARGETS, help="dc, dcw: what x' is compared with; default: m0, as published"
+    )
+    parser.add_argument("--sigma", type=float, help="tsr: standard deviation of the data; default: 1")
+    parser.add_argument(
+        "--lambda",
+        dest="lambda_",
+        metavar="VALUE",
+        help="the lambda beside the --correction, as in `epskernels sample`",
+    )
+
+
 def _check_arguments(args: argparse.Namespace) -> None:
-    """Raises UsageError for what can be refused before the model and the images are loaded."""
+    """Raises UsageError for what can be refused before the model and the images are loaded. Sets the method and the trials."""
+    if args.method == "norms" and args.correction:
+        raise UsageError("--correction: not an option of --method norms: its weights are found by trials")
+    args.method = args.method or ("search" if args.correction else "norms")
+    _check_correction_arguments(args)
     for name, lowest in _LOWEST.items():
-        if getattr(args, name) < lowest:
+        if getattr(args, name) is not None and getattr(args, name) < lowest:
             raise UsageError(f"--{name}: expected at least {lowest}, got {getattr(args, name)}")
     if (highest := 2**63 - max(args.images, args.samples)) < args.seed:
         raise UsageError(
@@ -109,6 +162,18 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name, method in _METHOD_OF.items():
         if method != args.method and getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')}: not an option of --method {args.method}")
+    if args.trials is None:
+        args.trials = _TRIALS * len(_SEARCHED[args.correction][1] if args.correction else [0])
+
+
+def _check_correction_arguments(args: argparse.Namespace) -> None:
+    takes = ("lambda_", *_SEARCHED[args.correction][2]) if args.correction else ()
+    takes = tuple(name for name in takes if (args.correction, name) != ("tsr", "lambda_"))  # it is a lambda itself
+    refused = [name for name in ("lambda_", "schedule", "target", "sigma") if name not in takes]
+    for name in (*refused, *(["k_bounds"] if args.correction else [])):
+        if getattr(args, name) is not None:
+            of = f"--correction {args.correction}" if args.correction else "a calibration without --correction"
+            raise UsageError(f"--{name.strip('_').replace('_', '-')}: not an option of {of}")
 
 
 # ---- the command ----
@@ -116,42 +181,46 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What lambda_t is found for, and from what.
+    """What lambda_t or a correction is found for, and from what.
 
-    call: the model, as `sample` calls it. data: real images (N, C, H, W). table: the sampler's, with a scaling.
+    call: the model, as `sample` calls it. data: real images (N, C, H, W). beside: the lambda of --lambda. table: the sampler's,
+    with a candidate: a scaling, or a correction and the lambda beside it.
     """
 
     args: argparse.Namespace
     model: Model
     call: ModelCall
     data: torch.Tensor
+    beside: EpsilonScaling
 
-    def table(self, scaling: EpsilonScaling | float) -> Table:
-        return make_table(self.args, self.model, scaling).to(self.args.device)
+    def table(self, candidate: EpsilonScaling | Correction | None = None) -> Table:
+        scaled = candidate if isinstance(candidate, EpsilonScaling) else self.beside
+        correction = candidate if isinstance(candidate, Correction) else None
+        return make_table(self.args, self.model, scaled, correction=correction).to(self.args.device)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Result:
     """What a method found.
 
-    notes: for the scaling's file. lines: to print. plot: draws lambda_t into a file; None for a search.
+    notes: for its file. lines: to print. plot: draws lambda_t into a file; None for a search.
     """
 
-    scaling: EpsilonScaling
+    best: EpsilonScaling | Correction
     notes: dict[str, Any]
     lines: list[str]
     plot: Callable[[pathlib.Path], None] | None = None
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the scaling. Its notes say what it was fitted for, so that `sample` can warn where it is used elsewhere."""
+    """Writes the scaling or the correction. Its notes say what it was fitted for, so that `sample` can warn of another use."""
     _check_arguments(args)
     task = _load_task(args)
     plots = _plot_paths(args)
     _check_files(args, plots)
     config, weights = model_digests(task.model)
     result = _search(task, _cache_key(task, config, weights)) if args.method == "search" else _match_norms(task)
-    result.scaling.save(
+    result.best.save(
         args.out,
         **fitted_for(args),
         weights=weights,
@@ -173,8 +242,9 @@ def _load_task(args: argparse.Namespace) -> _Task:
     """Loads the model and the images, and tries the sampler. Raises UsageError."""
     model, call = load_model(args, args.device)
     try:
-        task = _Task(args, model, call, torch.from_numpy(images.load(args.data, model.shape, args.images)))
-        task.table(constant(1.0))
+        beside = scaling.as_scaling(1.0 if args.lambda_ is None else lambda_value(args.lambda_), "--lambda")
+        task = _Task(args, model, call, torch.from_numpy(images.load(args.data, model.shape, args.images)), beside)
+        task.table()
     except ImportError as error:
         raise missing_package(error) from error
     except (ValueError, TypeError, OSError) as error:
@@ -213,7 +283,7 @@ def _measure_exposure(task: _Task, plots: list[pathlib.Path]) -> None:
     """Measures the exposure bias without scaling, and writes the numbers and their figure."""
     args = task.args
     measured = exposure.measure(
-        task.call, task.table(1.0), task.data, seed=args.seed, batch=args.batch, progress=not args.quiet
+        task.call, task.table(), task.data, seed=args.seed, batch=args.batch, progress=not args.quiet
     )
     measured.save(plots[0])
     measured.plot(plots[1])
@@ -236,7 +306,7 @@ def _match_norms(task: _Task) -> _Result:
             fitted = calibrate.fit(matched.lambda_t, name, skip)
             lines.append(f"{name}: {', '.join(f'{c:.5g}' for c in fitted.coefficients)}; R^2 {fitted.r2:.3f}")
     return _Result(
-        scaling=matched.scaling(kind, skip),
+        best=matched.scaling(kind, skip),
         notes={"lambda_t": matched.lambda_t.tolist(), "standard_error": matched.standard_error.tolist()},
         lines=lines,
         plot=lambda path: matched.plot(path, args.fit, skip),
@@ -259,16 +329,16 @@ def _checked_fit(args: argparse.Namespace, count: int, steps: int) -> tuple[str,
 
 
 def _search(task: _Task, key: str) -> _Result:
-    """lambda by trials: the distance of samples to the images, in the features of the classifier of digits."""
+    """lambda or a correction by trials: the distance of samples to the images, in the features of the classifier of digits."""
     args, model = task.args, task.model
     if tuple(model.shape) != (1, 28, 28):
         raise UsageError(
             f"--method: search measures in features of 28 x 28 digits, this model makes {model.shape}; use --method norms, or "
-            "epskernels.calibrate.search with a score of your own"
+            "epskernels.calibrate.search or search_weights with a score of your own"
         )
     real, seeds = quality.digit_features(task.data), range(args.seed, args.seed + args.samples)
 
-    def score(candidate: EpsilonScaling) -> float:
+    def score(candidate: EpsilonScaling | Correction) -> float:
         table = task.table(candidate)
         batches = [seeds[first : first + args.batch] for first in range(0, len(seeds), args.batch)]
         samples = torch.cat([sample(task.call, table, batch, model.shape).cpu() for batch in batches])
@@ -277,31 +347,48 @@ def _search(task: _Task, key: str) -> _Result:
     b_bounds = args.bounds or (0.97, 1.03)
     options = {"trials": args.trials, "cache": args.cache, "key": key, "progress": not args.quiet}
     try:
-        if args.k_bounds:
+        if args.correction:
+            start = _SEARCHED[args.correction][1]
+            bounds = dict.fromkeys(start, args.bounds) if args.bounds else None
+            found = calibrate.search_weights(score, _correction_maker(args), start, bounds=bounds, **options)
+        elif args.k_bounds:
             found = calibrate.search(score, (args.k_bounds, b_bounds), steps=args.steps, **options)
         else:
             found = calibrate.search(score, b_bounds, **options)
     except (ValueError, ImportError) as error:
         raise UsageError(error) from error
-    notes = {
+    what = "correction" if args.correction else "scaling"
+    notes: dict[str, Any] = {
         "score": found.score,
-        "score without scaling": _finite_or_none(found.baseline),
-        "trials": [[k, b, _finite_or_none(trial)] for k, b, trial in found.trials],
+        f"score without {what}": _finite_or_none(found.baseline),
+        "trials": [[*weights, _finite_or_none(trial)] for *weights, trial in found.trials],
     }
+    if args.lambda_ is not None:
+        notes["lambda"] = task.beside.to_dict()
+    weights = ", ".join(f"{name} {value:.5g}" for name, value in found.weights.items())
+    label = f"{args.correction}, {weights}" if args.correction else found.scaling.label
     said = f"Frechet distance {found.score:.5g} of {args.samples} samples, {found.baseline:.5g} without"
-    return _Result(found.scaling, notes, [f"{found.scaling.label}: {said}"])
+    return _Result(found.best, notes, [f"{label}: {said}"])
+
+
+def _correction_maker(args: argparse.Namespace) -> Callable[..., Any]:
+    """The function of the weights that --correction names, with the options given."""
+    make, _, takes = _SEARCHED[args.correction]
+    return functools.partial(make, **{name: getattr(args, name) for name in takes if getattr(args, name) is not None})
 
 
 def _cache_key(task: _Task, config: str, weights: str) -> str:
     """All that a trial's score depends on: --cache of another key is refused."""
+    args = task.args
     return json_digest(
         {
-            **fitted_for(task.args),
-            "samples": task.args.samples,
-            "seed": task.args.seed,
+            **fitted_for(args),
+            "samples": args.samples,
+            "seed": args.seed,
             "network": config,
             "weights": weights,
-            "rows": tensors_digest([task.table(1.0).rows]),
+            "rows": tensors_digest([task.table().rows]),
+            "correction": [getattr(args, name) for name in ("correction", "schedule", "target", "sigma")],
             "data": tensors_digest([task.data]),
         }
     )

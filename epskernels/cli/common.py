@@ -88,6 +88,20 @@ def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[mo
         raise UsageError(error) from error
 
 
+def lambda_value(text: str) -> Any:
+    """What the text of --lambda says: a number, a list of numbers, what JSON holds, or a name or path as it is."""
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"--lambda: expected JSON, got {text!r}: {error}") from None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        return text
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def read_correction(text: str, option: str = "--correction") -> Correction:
     """The Correction of KIND:WEIGHT[,WEIGHT], JSON, or the path of a file. Raises UsageError, ValueError and TypeError."""
     kind, colon, weights = text.partition(":")

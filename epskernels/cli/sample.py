@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import math
 import os
 import pathlib
@@ -30,6 +29,7 @@ from .common import (
     add_sampler_arguments,
     first_line,
     fitted_for,
+    lambda_value,
     load_model,
     make_table,
     model_digests,
@@ -155,21 +155,7 @@ def _read_scaling(args: argparse.Namespace) -> scaling.EpsilonScaling:
         return scaling.as_scaling("/".join(args.published), "--published")
     if args.scaling:
         return scaling.as_scaling(args.scaling, "--scaling")
-    return scaling.as_scaling(1.0 if args.lambda_ is None else _lambda_value(args.lambda_), "--lambda")
-
-
-def _lambda_value(text: str) -> Any:
-    """What the text of --lambda says: a number, a list of numbers, what JSON holds, or a name or path as it is."""
-    if text.lstrip().startswith(("{", "[")):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"--lambda: expected JSON, got {text!r}: {error}") from None
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        return text
-    return numbers if len(numbers) > 1 else numbers[0]
+    return scaling.as_scaling(1.0 if args.lambda_ is None else lambda_value(args.lambda_), "--lambda")
 
 
 # ---- the command ----

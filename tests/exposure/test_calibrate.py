@@ -1,14 +1,16 @@
 """epskernels.calibrate: lambdas that are planted, or known from a recursion, are found again."""
 
+import functools
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
 import torch
 
 import epskernels
-from epskernels import calibrate, exposure, samplers, scaling, schedule
+from epskernels import calibrate, cli, corrections, exposure, models, quality, samplers, scaling, schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -196,6 +198,180 @@ def test_search_recovers_the_factor_of_a_network_that_predicts_too_much():
     assert found.scaling.values(1)[0] == pytest.approx(1.04, abs=0.015) and found.score < 0.2 * found.baseline
 
 
+def planted(**weights):
+    """A score that is smallest at planted weights, with a little of their product; counts its calls."""
+    calls = []
+
+    def score(made):
+        calls.append(made)
+        off = [made[name] - value for name, value in weights.items()]
+        return sum(x * x for x in off) + 0.1 * math.prod(off) * (len(off) > 1)
+
+    score.calls = calls
+    return score
+
+
+@pytest.mark.parametrize("s", [-0.41, -0.0131, 0.0, 0.07, 1.3])
+def test_search_recovers_a_planted_weight_of_either_sign(s):
+    """Of any size: the steps double, then halve, and a parabola finds the floor."""
+    score = planted(s=s)
+    found = calibrate.search_weights(score, dict, {"s": 0.0}, trials=12)
+    assert found.best == found.weights and found.weights["s"] == pytest.approx(s, abs=2e-3)
+    assert found.baseline == s * s and found.trials[0] == (0, s * s) and len(score.calls) == len(found.trials) <= 12
+
+
+def test_two_weights_are_searched_one_beside_the_other():
+    score = planted(low=-0.25, high=0.06)
+    found = calibrate.search_weights(score, dict, {"low": 0.0, "high": 0.0}, trials=24)
+    lows, highs = zip(*[(made["low"], made["high"]) for made in score.calls], strict=True)
+    first = next(n for n, high in enumerate(highs) if high)
+    assert first <= 12 and not any(highs[:first]) and len(set(lows[first:])) == 1  # of the best low
+    assert found.weights == {"low": pytest.approx(-0.25, abs=0.01), "high": pytest.approx(0.06, abs=0.01)}
+    assert found.score == min(trial[-1] for trial in found.trials) and len(found.trials) <= 24
+
+
+def test_weights_stay_in_their_bounds_and_trials_in_their_number():
+    for trials in (2, 3, 5, 9):
+        score = planted(low=-3.0, high=2.0)
+        bounds = {"low": (-0.3, 0.2)}
+        found = calibrate.search_weights(score, dict, {"low": 0.0, "high": 0.0}, bounds=bounds, trials=trials)
+        assert len(score.calls) == len(found.trials) <= trials
+        assert found.score < found.baseline or trials < 5
+        assert all(-0.3 <= low <= 0.2 and -0.9 <= high <= 2 for low, high, _ in found.trials)
+
+
+def test_downhill_goes_as_far_as_it_gets_better():
+    """In steps of 0.01 from 1 down to the valley at 0.953, then in half of them: the search for b of experiments/exposure.py."""
+    asked = []
+    score = lambda b: asked.append(b) or abs(b - 0.953)  # noqa: E731
+    assert calibrate.downhill(score, 1.0, 0.01, smallest=0.005) == 0.955
+    assert sorted(set(asked)) == [0.94, 0.945, 0.95, 0.955, 0.96, 0.97, 0.98, 0.99, 1.0, 1.01]
+    assert calibrate.downhill(score, 1.0, 0.01, smallest=0.005, limits=(0.98, 1.2)) == 0.98
+    assert calibrate.downhill(score, 1.0, 0.01, smallest=0.00125, growth=2.0) == pytest.approx(0.953, abs=0.00125)
+
+
+def test_search_recovers_the_correction_of_a_sampler_that_is_off():
+    """Samples of a sampler with a planted correction: from them alone the weight is found, through the sampler itself."""
+
+    def samples(correction):
+        table = samplers.ddim(COSINE, 6, correction=correction)
+        return epskernels.sample(linear_model, table, range(16), SHAPE)
+
+    expected = samples(corrections.dc(-0.06, target="alpha*m0"))
+    make = functools.partial(corrections.dc, target="alpha*m0")
+    found = calibrate.search_weights(lambda c: (samples(c) - expected).square().mean().item(), make, {"s": 0.0})
+    assert found.weights["s"] == pytest.approx(-0.06, abs=2e-3) and found.best == make(found.weights["s"])
+    with pytest.raises(TypeError, match="scaling: expected the result of a search over scalings"):
+        _ = found.scaling
+
+
+def test_interrupted_search_of_weights_goes_on_from_its_cache(tmp_path):
+    start, cache = {"low": 0.0, "high": 0.0}, tmp_path / "trials.json"
+    whole = calibrate.search_weights(planted(low=0.1, high=-0.1), dict, start)
+    stops = planted(low=0.1, high=-0.1)
+
+    def interrupted(made):
+        if len(stops.calls) == 7:
+            raise KeyboardInterrupt
+        return stops(made)
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.search_weights(interrupted, dict, start, cache=cache)
+    goes_on = planted(low=0.1, high=-0.1)
+    found = calibrate.search_weights(goes_on, dict, start, cache=cache)
+    assert found == whole and len(goes_on.calls) == len(whole.trials) - 7
+    with pytest.raises(ValueError, match=r"begun with weights \['low', 'high'\], now \['low'\]"):
+        calibrate.search_weights(planted(low=0.1), dict, {"low": 0.0}, cache=cache)
+
+
+# ---- epskernels calibrate --correction ----
+
+
+@pytest.fixture
+def digits(tmp_path, monkeypatch):
+    """A function that runs `epskernels calibrate` on the bundled digits, with random images for the real ones."""
+    monkeypatch.chdir(tmp_path)
+    np.save("digits.npy", np.random.default_rng(0).uniform(-1, 1, (4, 1, 28, 28)).astype(np.float32))
+    settings = ["--steps", "2", "--data", "digits.npy", "--images", "4", "--samples", "2", "--out", "found.json"]
+    return lambda *arguments: cli.main(["calibrate", "--quiet", *settings, "--sampler", "ddim", *arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments, weights",
+    [
+        (["dc", "--target", "alpha*m0", "--lambda", "1.01"], ["s"]),
+        (["dcw", "--schedule", "constant"], ["low", "high"]),
+        (["frequency"], ["low", "high"]),
+        (["tsr", "--sigma", "0.96"], ["k"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_calibrates_a_correction(arguments, weights, digits, capsys):
+    """The file is what samplers take, with the score that it says."""
+    trials = 3 if len(weights) == 1 else 5
+    assert digits("--correction", *arguments, "--trials", str(trials), "--cache", "trials.json") == 0
+    printed, model = capsys.readouterr().out, models.load()
+    assert f"{arguments[0]}, {weights[0]} " in printed and "wrote found.json" in printed
+    if arguments[0] == "tsr":
+        made, notes = scaling.load("found.json")
+        options = {"scaling": made}
+        assert made.spec["kind"] == "tsr" and made.spec["sigma"] == 0.96
+    else:
+        made, notes = corrections.load("found.json")
+        options = {"correction": "found.json"}
+        assert made.kind == arguments[0] and (made.target, made.schedule) == {
+            "dc": ("alpha*m0", "constant"), "dcw": ("m0", "constant"), "frequency": ("m0", "constant")
+        }[made.kind]  # fmt: skip
+    if "--lambda" in arguments:
+        assert notes["lambda"] == {"kind": "constant", "b": 1.01}
+        options["scaling"] = 1.01
+    assert len(notes["trials"]) == trials and all(len(trial) == len(weights) + 1 for trial in notes["trials"])
+    unchanged = [1.0 if arguments[0] in ("frequency", "tsr") else 0.0] * len(weights)
+    key = "score without correction"
+    assert notes["trials"][0] == [*unchanged, notes[key]] and notes["score"] == min(
+        trial[-1] for trial in notes["trials"]
+    )
+    table = samplers.ddim(
+        model.schedule, 2, clip=model.clip, prediction=model.prediction, final=model.final, **model.grid, **options
+    )
+    samples = epskernels.sample(model.callable(), table, range(2), model.shape)
+    real = quality.digit_features(np.load("digits.npy"))
+    assert quality.frechet(real, quality.digit_features(samples)) == pytest.approx(notes["score"], rel=1e-9)
+    before = open("trials.json").read()
+    assert digits("--correction", *arguments, "--trials", str(trials), "--cache", "trials.json") == 0
+    assert open("trials.json").read() == before
+    assert digits("--correction", *arguments, "--trials", "2", "--cache", "trials.json", "--seed", "1") == 2
+    assert "begun with key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--correction", "dc", "--method", "norms"], "--correction: not an option of --method norms"),
+        (["--correction", "dc", "--fit", "linear"], "--fit: not an option of --method search"),
+        (["--correction", "dc", "--sigma", "1"], "--sigma: not an option of --correction dc"),
+        (["--correction", "tsr", "--lambda", "1.01"], "--lambda: not an option of --correction tsr"),
+        (["--correction", "tsr", "--target", "m0"], "--target: not an option of --correction tsr"),
+        (["--correction", "frequency", "--target", "m0"], "--target: not an option of --correction frequency"),
+        (["--correction", "dcw", "--k-bounds", "0", "1"], "--k-bounds: not an option of --correction dcw"),
+        (["--lambda", "1.01"], "--lambda: not an option of a calibration without --correction"),
+        (["--schedule", "sigma"], "--schedule: not an option of a calibration without --correction"),
+        (["--trials", "4"], "--trials: not an option of --method norms"),
+        (["--method", "search", "--skip", "1"], "--skip: not an option of --method search"),
+        (["--correction", "dc", "--trials", "1"], "--trials: expected at least 2, got 1"),
+        (["--correction", "dc", "--bounds", "1", "0"], "bounds: expected (low, high), low < high, got [1.0, 0.0]"),
+        (["--correction", "dc", "--lambda", "-1"], "--lambda: "),
+        (["--correction", "dc", "--lambda", "{"], "--lambda: expected JSON, got '{'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_calibrate_refuses(arguments, message, digits, capsys):
+    assert digits(*arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
+    assert not (pathlib.Path("found.json")).exists()
+
+
 # ---- the gradient ----
 
 
@@ -329,7 +505,7 @@ def test_interrupted_search_goes_on_from_its_cache(tmp_path):
 
 def test_a_score_that_is_not_finite_is_the_worst(tmp_path):
     cache = tmp_path / "trials.json"
-    score = lambda s: math.nan if s.values(1)[0] > 1.01 else abs(s.values(1)[0] - 1.005)  # noqa: E731
+    score = lambda s: math.nan if s.values(1)[0] > 1.006 else abs(s.values(1)[0] - 1.005)  # noqa: E731
     found = calibrate.search(score, (0.98, 1.04), trials=8, cache=cache)
     assert found.scaling.values(1)[0] == pytest.approx(1.005, abs=3e-3)
     assert None in [trial["score"] for trial in json.loads(cache.read_text())["trials"]]
@@ -352,6 +528,12 @@ def test_no_scaling_may_be_what_is_not_finite(tmp_path):
         (lambda: calibrate.search(abs, (1.0, 0.9)), "bounds: expected"),
         (lambda: calibrate.search(abs, ((0, 1), (1, 2))), "steps: expected an integer of at least 2"),
         (lambda: calibrate.search(abs, (0.9, 1.0), trials=1), "trials: expected an integer of at least 2, got 1"),
+        (lambda: calibrate.search_weights(abs, dict, {}), "start: expected a finite number for each weight, got {}"),
+        (lambda: calibrate.search_weights(abs, dict, {"s": math.inf}), "start: expected a finite number for each weight"),
+        (lambda: calibrate.search_weights(abs, dict, {"s": 0.0}, step=0.0), "step: expected a number above 0, got 0.0"),
+        (lambda: calibrate.search_weights(abs, dict, {"s": 0.0}, bounds={"b": (0, 1)}), r"bounds: expected some of \['s'\], got"),
+        (lambda: calibrate.search_weights(abs, dict, {"s": 0.0}, bounds={"s": (1, 0)}), r"bounds: expected \(low, high\), low <"),
+        (lambda: calibrate.search_weights(abs, dict, {"s": 0.0}, trials=True), "trials: expected an integer of at least 2, got"),
         (lambda: calibrate.search(lambda s: math.nan, (0.9, 1.1), trials=3), "score: expected .* at least one trial, got none"),
         (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], torch.sum, [1], SHAPE, form="cubic"), "form: expected one of"),
         (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], torch.sum, [1], SHAPE, rounds=1), "rounds, rate: expected"),

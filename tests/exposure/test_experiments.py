@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from epskernels import quality, samplers, schedule
+import epskernels
+from epskernels import corrections, quality, samplers, schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FOLDER = str(pathlib.Path(__file__).parents[2] / "experiments")
@@ -26,25 +27,26 @@ class Network:
         self.calls += 1
         if self.calls > self.limit:
             raise self.out_of_time
-        return torch.tensor(PATH.sigma).float()[t.long()].reshape(-1, 1) * x
+        return torch.tensor(PATH.sigma).float()[t.long()].reshape(-1, 1, 1) * x
 
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
-    for name in ("exposure", "exposure_report", "records", "subjects"):
+    for name in ("comparison", "exposure", "exposure_report", "records", "subjects"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import exposure as module
-    from subjects import Subject
+    from subjects import Made, Subject
 
-    data = np.random.default_rng(0).uniform(-1, 1, (40, 5)).astype(np.float32)
+    data = np.random.default_rng(0).uniform(-1, 1, (40, 1, 5)).astype(np.float32)
     network, weights = Network(module.OutOfTime), tmp_path / "weights"
     weights.write_bytes(b"1")
     subject = Subject(
-        name="nothing", weights=(weights,), shape=(5,), schedule=PATH, call=network, real=lambda: data, features=np.asarray,
+        name="nothing", weights=(weights,), shape=(1, 5), schedule=PATH, call=network, real=lambda: data,
+        features=lambda samples: np.asarray(samples).reshape(-1, 5),
         to_stored=lambda samples: samples.numpy(), from_stored=np.asarray,
-        samplers={"ddim": lambda steps, s: samplers.ddim(PATH, steps, scaling=s),
-                  "dpmpp_2m": lambda steps, s: samplers.dpmpp_2m(PATH, steps, scaling=s, spacing="trailing")},
+        samplers={"ddim": Made(samplers.ddim, PATH),
+                  "dpmpp_2m": Made(samplers.dpmpp_2m, PATH, spacing="trailing")},
         trial=20,
     )  # fmt: skip
     for name, value in {
@@ -53,9 +55,21 @@ def experiment(tmp_path, monkeypatch):
         "SHAPED": {("ddim", 3)}, "SUBJECTS": {"nothing": lambda: subject}, "QUICK": ("nothing", "ddim", 3, 20),
     }.items():  # fmt: skip
         monkeypatch.setattr(module, name, value)
+    for name, value in {
+        "SAMPLES": {"nothing": 20}, "RESAMPLES": 20, "TRIALS": 3, "FITTED_AT": 4, "ORDER": (),
+        "SAMPLERS": ("ddim",),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(module.comparison, name, value)
     module.RESULTS.mkdir()
     module.network, module.subject = network, subject
     return module
+
+
+@pytest.fixture
+def compared(experiment, monkeypatch):
+    """The same, which compares the corrections too."""
+    monkeypatch.setattr(experiment.comparison, "ORDER", (("nothing", 3),))
+    return experiment
 
 
 def results(experiment):
@@ -64,7 +78,8 @@ def results(experiment):
     return experiment.results_path(experiment.subject).read_text()
 
 
-def test_interrupted_experiment_comes_to_the_same_results(experiment, tmp_path):
+def test_interrupted_experiment_comes_to_the_same_results(compared, tmp_path):
+    experiment = compared
     subject = experiment.subject
     experiment.run(10, [subject])
     whole, calls = results(experiment), experiment.network.calls
@@ -81,8 +96,10 @@ def test_interrupted_experiment_comes_to_the_same_results(experiment, tmp_path):
     setting = experiment.Setting(subject, "ddim", 3)
     samples = setting.features(experiment.scaling.constant(1.0), experiment.REPORT_SEED, 20, compute=False)
     assert rows[0]["tables"]["20"]["baseline"]["frechet"][0] == pytest.approx(
-        quality.frechet(subject.real(), samples), rel=1e-6
+        quality.frechet(subject.features(subject.real()), samples), rel=1e-6
     )
+
+    check_corrections(experiment, rows)
 
     def without(*kinds):
         for kind in kinds:
@@ -107,6 +124,50 @@ def test_interrupted_experiment_comes_to_the_same_results(experiment, tmp_path):
     (experiment.RESULTS / "nothing.json").write_text(whole.replace('"weights":"', '"weights":"of another'))
     experiment.run(10, [subject])  # whose numbers are no use
     assert results(experiment) == whole and experiment.network.calls > 0
+
+
+def check_corrections(experiment, rows):
+    """The weights chosen are those of the best trial; the table's distances are those of samples made with them."""
+    known, base = rows[0]["corrected"], rows[0]["trials"]["uniform"]["1"]
+    assert "corrected" not in rows[1]
+    one_weight = ["tsr", "dc", "dc, alpha*m0", "dcw low, constant", "dcw low, sigma"]
+    assert list(known["chosen"]) == [
+        "uniform",
+        "by level",
+        *one_weight,
+        "dcw double",
+        "frequency",
+        "time shift",
+        "pair",
+    ]
+    shifted = known["trials"]["time shift"]
+    assert list(shifted) == ["10", "20", "30", "60"] and len(set(shifted.values())) > 1
+    window = known["chosen"]["time shift"]["window"]
+    assert min(base, *shifted.values()) == (shifted[str(window)] if window else base)
+    for name in one_weight:
+        (weight,), trials = known["chosen"][name].values(), known["trials"][name]
+        start = 1.0 if name == "tsr" else 0.0
+        assert {start + 0.04, start - 0.04} & {float(at) for at in trials} and len(trials) <= 2
+        best = min(trials, key=trials.get)
+        assert (
+            (trials[best], float(best)) == (trials[f"{weight:.7g}"], weight)
+            if weight != start
+            else base <= trials[best]
+        )
+    assert known["chosen"]["dcw double"].keys() == {"low", "high", "schedule", "target"}
+    found = known["tables"]["20"]
+    assert list(found) == ["baseline", *known["chosen"]] and set(found) - set(known["delta"]) <= {"time shift"}
+    assert found["baseline"]["frechet"] == rows[0]["tables"]["20"]["baseline"]["frechet"]
+    assert found["uniform"]["frechet"] == rows[0]["tables"]["20"]["uniform"]["frechet"]
+    setting = experiment.Setting(experiment.subject, "ddim", 3)
+    weight = known["chosen"]["dc, alpha*m0"]["s"]
+    table = samplers.ddim(PATH, 3, correction=corrections.dc(weight, target="alpha*m0"))
+    samples = epskernels.sample(experiment.network, table, range(20), (1, 5))
+    real = setting.subject.features(setting.subject.real())
+    distance = quality.frechet(real, setting.subject.features(samples))
+    assert found["dc, alpha*m0"]["frechet"][0] == pytest.approx(distance, rel=1e-5)
+    change = found["dc, alpha*m0"]["frechet_difference"][0]
+    assert change == pytest.approx(distance - found["baseline"]["frechet"][0], rel=1e-3, abs=1e-6)
 
 
 def test_exposure_bias_is_measured_again_for_another_lambda(experiment):
@@ -201,7 +262,8 @@ def test_runs_share_the_work(experiment):
     assert [list(row["tables"]) for row in json.loads(shared)["rows"]] == [["20"], ["20"]]
 
 
-def test_quick_row_and_report(experiment, tmp_path, capsys):
+def test_quick_row_and_report(compared, tmp_path, capsys):
+    experiment = compared
     experiment.run(10, [experiment.subject])
     assert experiment.quick() == 0
     assert "lambda 1, frechet" in capsys.readouterr().out
@@ -220,6 +282,12 @@ def test_quick_row_and_report(experiment, tmp_path, capsys):
         page.write_text(f"before\n{BEGIN}old\n{END}\nafter\n")
     report({"nothing": saved}, tmp_path)
     baseline = saved["rows"][0]["tables"]["20"]["baseline"]["frechet"][0]
+    corrected = saved["rows"][0]["corrected"]
+    change = corrected["tables"]["20"]["dc, alpha*m0"]["frechet_difference"][0]
+    said = f"{change:+.3f}" if change else "as baseline"
+    line = next(line for line in pages[0].read_text().splitlines() if line.startswith("| ddim, 3 | 20 |"))
+    assert said in line and f"s {corrected['chosen']['dc, alpha*m0']['s']:.4g}" in line or not change
+    assert "Not measured yet" not in pages[0].read_text()
     for page, start in zip(pages, (f"| ddim, 3 | 20 | {baseline:.3f} [", f"| ddim | {baseline:.3f} ["), strict=True):
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text and start in text
