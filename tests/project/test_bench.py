@@ -207,16 +207,16 @@ def test_runs_on_the_cpu_and_judges_nothing(bench_gpu, tmp_path):
         assert all(0 < number < math.inf for number in numbers), row
         assert row["provider"] != "cpu" or row["how"] == "host" or row["feature"] == "normal" or row["copy_share"] > 0
 
-    assert len(results["targets"]) == 6
+    assert len(results["targets"]) == 7
     assert all(t["met"] is None and t["worst"] is None and t["claim"] and t["target"] for t in results["targets"])
     table = done.stdout.rsplit("written to", 1)[1].splitlines()[1:]
-    assert len(table) <= 45 and sum(line.startswith("not measured") for line in table) == 6
+    assert len(table) <= 45 and sum(line.startswith("not measured") for line in table) == 7
 
 
 def test_covers_every_shape_dtype_and_feature_within_45_lines(bench_gpu):
     cases = list(bench_gpu.all_cases("cuda"))
-    assert len(set(cases)) == len(cases) == 6 * (2 * 6 + 2) + 8
-    assert sum(bench_gpu.INDUCTOR in bench_gpu.plan(case, "cuda")["node"] for case in cases) == 6 * (2 * 3 + 2) + 4
+    assert len(set(cases)) == len(cases) == 6 * (2 * 7 + 2) + 8
+    assert sum(bench_gpu.INDUCTOR in bench_gpu.plan(case, "cuda")["node"] for case in cases) == 6 * (2 * 4 + 2) + 4
     step = bench_gpu.Case((1, 4, 64, 64), "float32 of bfloat16", "guidance")
     assert step.bytes == 16384 * (4 + 4 + 2 + 2)
 

@@ -223,7 +223,7 @@ def test_rows_are_the_columns_rounded_once(table):
 def test_columns_left_out_take_their_defaults():
     table = Table({"c_x": [1.0, 1.0], "alpha_in": 1.0, "alpha_out": 1.0})
     defaults = {"clip": np.inf, "g": 1, "c_in": 1, "lambda_t": 1, "c_x": 1, "alpha_in": 1, "alpha_out": 1}
-    defaults |= {"c_in_next": 1, "m_x0": 1}
+    defaults |= {"c_in_next": 1, "m_x0": 1, "w_next": 1, "ends_step": 1}
     for key in VALUES:
         assert table[key].tolist() == [defaults.get(key, 0)] * 2, key
     assert table.parts == (("table", 0, 2, 1.0),) and table.name == "table"
