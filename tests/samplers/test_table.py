@@ -230,6 +230,16 @@ def test_columns_left_out_take_their_defaults():
     assert table.initial_sigma == 1 and table.discrete is False
 
 
+def test_a_correction_is_taken_off_before_the_proof():
+    """w_next*x' + w_m0*m0 + w_x*x, of x' = 0.5*x + 0.5*m0 from sigma 1 to 0.5."""
+    columns = {"alpha_in": 1.0, "sigma_in": 1.0, "alpha_out": 1.0, "sigma_out": 0.5, "d_x": 0.5}
+    corrected = columns | {"c_x": 1.2 * 0.5 - 0.3, "c_m0": 1.2 * 0.5 + 0.1, "w_next": 1.2, "w_m0": 0.1, "w_x": -0.3}
+    assert Table(corrected).corrected and not Table(columns | {"c_x": 0.5, "c_m0": 0.5}).corrected
+    for key in ("w_next", "w_m0", "w_x"):
+        with pytest.raises(ValueError, match="(mean|variance) of row 0 of table: the coefficients give"):
+            Table({name: value for name, value in corrected.items() if name != key})
+
+
 def test_no_coefficient_is_minus_zero():
     table = Table({"c_x": 1.0, "alpha_in": 1.0, "alpha_out": 1.0, "c_f": -0.0, "c_m1": -0.0})
     assert not np.signbit(table["c_f"]).any() and not table.rows.signbit().any()
