@@ -20,6 +20,9 @@ TABLES = {
     "dpmpp_2m": samplers.dpmpp_2m(schedule.linear(), 5, scaling=1.01),
     "edm_heun": samplers.edm_heun(schedule.KarrasSchedule(), 4, scaling=1.01, S_churn=2),
     "guided": samplers.ddim(schedule.linear(), 5, scaling=1.01, guidance=2.0),
+    "band": samplers.ddpm(
+        schedule.linear(), 5, scaling=1.01, correction=epskernels.corrections.dcw(-0.1, 0.05, dims=1)
+    ),
 }
 TABLE = TABLES["ddpm"]
 INDEX = torch.tensor(2)
