@@ -284,18 +284,16 @@ void model_input_tile(float c_in, const float* x, float* model_input, int64_t co
 
 // ---- the low band of x': the sums of blocks, halved or quartered, added to their elements ----
 
-void band_values(const BandRow& band_in_memory, const float* next, const float* m0, const float* x, float* values, int64_t count) {
-  const BandRow band = band_in_memory;
-  if (band.l_x == 0.0f) {
-    for (int64_t i = 0; i < count; ++i) values[i] = band.l_next * next[i] + band.l_m0 * m0[i];
-  } else {
-    for (int64_t i = 0; i < count; ++i) values[i] = band.l_next * next[i] + band.l_m0 * m0[i] + band.l_x * x[i];
-  }
-}
-
-// Lanes of whole pairs; either of a pair adds the other, in whichever order: a sum of two is the same.
-typedef float Pairs __attribute__((vector_size(32)));
-constexpr int64_t PAIRS = sizeof(Pairs) / sizeof(float);
+// Neighbouring floats, in whole pairs.
+#if defined(__AVX512F__)
+constexpr int PAIR_BYTES = 64;
+#define NEIGHBOURS 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+#else
+constexpr int PAIR_BYTES = 32;
+#define NEIGHBOURS 1, 0, 3, 2, 5, 4, 7, 6
+#endif
+typedef float Pairs __attribute__((vector_size(PAIR_BYTES)));
+constexpr int64_t PAIRS = PAIR_BYTES / sizeof(float);
 
 inline Pairs load_pairs(const float* source) {
   Pairs pairs;
@@ -303,13 +301,41 @@ inline Pairs load_pairs(const float* source) {
   return pairs;
 }
 
+// Either of a pair adds the other, in whichever order: a sum of two is the same.
 inline Pairs with_neighbour(Pairs pairs) {
 #if defined(__clang__)
-  return pairs + __builtin_shufflevector(pairs, pairs, 1, 0, 3, 2, 5, 4, 7, 6);
+  return pairs + __builtin_shufflevector(pairs, pairs, NEIGHBOURS);
 #else
-  typedef int32_t Lanes __attribute__((vector_size(32)));
-  return pairs + __builtin_shuffle(pairs, Lanes{1, 0, 3, 2, 5, 4, 7, 6});
+  typedef int32_t Lanes __attribute__((vector_size(PAIR_BYTES)));
+  return pairs + __builtin_shuffle(pairs, Lanes{NEIGHBOURS});
 #endif
+}
+
+// An image row of a strip: x', to which the band's mean is added, and what the band is made of. x is there where l_x is not 0.
+struct BandLine {
+  float* next;
+  const float *m0, *x;
+
+  BandLine at(int64_t i) const { return {next + i, m0 + i, x ? x + i : nullptr}; }
+};
+
+template <bool with_x>
+Pairs band_pairs(const BandRow& band, const BandLine& line, int64_t i) {
+  const Pairs value = band.l_next * load_pairs(line.next + i) + band.l_m0 * load_pairs(line.m0 + i);
+  if constexpr (with_x) return value + band.l_x * load_pairs(line.x + i);
+  return value;
+}
+
+template <bool with_x>
+float band_value(const BandRow& band, const BandLine& line, int64_t i) {
+  const float value = band.l_next * line.next[i] + band.l_m0 * line.m0[i];
+  if constexpr (with_x) return value + band.l_x * line.x[i];
+  return value;
+}
+
+template <bool with_x>
+float last_pair(const BandRow& band, const BandLine& line, int64_t i, bool both) {
+  return band_value<with_x>(band, line, i) + (both ? band_value<with_x>(band, line, i + 1) : 0.0f);
 }
 
 inline void add_pairs(Pairs mean, float* target) {
@@ -318,31 +344,38 @@ inline void add_pairs(Pairs mean, float* target) {
 }
 
 // Two image rows of `width` elements.
-void add_band(const float* upper, const float* lower, float* next_upper, float* next_lower, int64_t width) {
+template <bool with_x>
+void add_band(const BandRow& band_in_memory, const BandLine& upper, const BandLine& lower, int64_t width) {
+  const BandRow band = band_in_memory;
   int64_t i = 0;
   for (; i + PAIRS <= width; i += PAIRS) {
-    const Pairs mean = (with_neighbour(load_pairs(upper + i)) + with_neighbour(load_pairs(lower + i))) * 0.25f;
-    add_pairs(mean, next_upper + i);
-    add_pairs(mean, next_lower + i);
+    const Pairs sums = with_neighbour(band_pairs<with_x>(band, upper, i)) + with_neighbour(band_pairs<with_x>(band, lower, i));
+    add_pairs(sums * 0.25f, upper.next + i);
+    add_pairs(sums * 0.25f, lower.next + i);
   }
   for (; i < width; i += 2) {
     const bool both = i + 1 < width;
-    const float mean = ((upper[i] + (both ? upper[i + 1] : 0.0f)) + (lower[i] + (both ? lower[i + 1] : 0.0f))) * 0.25f;
-    next_upper[i] += mean, next_lower[i] += mean;
-    if (both) next_upper[i + 1] += mean, next_lower[i + 1] += mean;
+    const float mean = (last_pair<with_x>(band, upper, i, both) + last_pair<with_x>(band, lower, i, both)) * 0.25f;
+    for (const BandLine* line : {&upper, &lower}) {
+      line->next[i] += mean;
+      if (both) line->next[i + 1] += mean;
+    }
   }
 }
 
 // One row: in two dimensions the last of an odd number, below which there are zeros.
-void add_last_band(const float* row, float* next, int64_t width, int band_dims) {
+template <bool with_x>
+void add_last_band(const BandRow& band_in_memory, const BandLine& line, int64_t width, int band_dims) {
+  const BandRow band = band_in_memory;
   const float below = band_dims == 2 ? 0.0f : -0.0f, share = band_dims == 2 ? 0.25f : 0.5f;  // -0 adds nothing, to a -0 either
   int64_t i = 0;
-  for (; i + PAIRS <= width; i += PAIRS) add_pairs((with_neighbour(load_pairs(row + i)) + below) * share, next + i);
+  for (; i + PAIRS <= width; i += PAIRS)
+    add_pairs((with_neighbour(band_pairs<with_x>(band, line, i)) + below) * share, line.next + i);
   for (; i < width; i += 2) {
     const bool both = i + 1 < width;
-    const float mean = ((row[i] + (both ? row[i + 1] : 0.0f)) + below) * share;
-    next[i] += mean;
-    if (both) next[i + 1] += mean;
+    const float mean = (last_pair<with_x>(band, line, i, both) + below) * share;
+    line.next[i] += mean;
+    if (both) line.next[i + 1] += mean;
   }
 }
 
@@ -359,9 +392,9 @@ class Stepper {
     if (!common) std::memset(buffers[ABSENT], 0, sizeof buffers[ABSENT]);
   }
 
-  // Elements [begin, begin + count) to where `out` says, m0 as well where it is wanted. Returns x. Of noise made here begin must be a
+  // Elements [begin, begin + count) to where `out` says, m0 as well where it is wanted. Of noise made here begin must be a
   // multiple of 4, or begin % 4 + count at most TILE.
-  const float* compute(int64_t begin, int64_t count, const TileOutputs& out, bool keep_m0) {
+  void compute(int64_t begin, int64_t count, const TileOutputs& out, bool keep_m0) {
     const auto read = [&](bool present, Dtype dtype, const Batch& tensor, Buffer buffer) {
       return present ? widen_tile(dtype, at(tensor, index), begin, count, buffers[buffer]) : buffers[ABSENT];
     };
@@ -394,13 +427,17 @@ class Stepper {
       in.guided = guided - begin;
       step_tile_any(row, masks, in, out, count);
     }
-    return in.x;
   }
 
-  // float32 goes straight to its tensor, but for what is to go past the caches.
+  // float32 goes straight to its tensor, but for what is to go past the caches; nullptr for all else.
+  float* direct(const Batch& tensor, int64_t begin) const {
+    const bool straight = a.x_dtype == Dtype::float32 && tensor.data && !call.stream;
+    return straight ? reinterpret_cast<float*>(at(tensor, index)) + begin : nullptr;
+  }
+
   float* target(const Batch& tensor, Buffer buffer, int64_t begin) {
-    const bool direct = a.x_dtype == Dtype::float32 && tensor.data && !call.stream;
-    return direct ? reinterpret_cast<float*>(at(tensor, index)) + begin : buffers[buffer];
+    float* straight = direct(tensor, begin);
+    return straight ? straight : buffers[buffer];
   }
 
   // What was computed into a buffer, to its tensor.
@@ -426,32 +463,42 @@ class Stepper {
     write_model_input(out.x, begin, count);
   }
 
-  // A strip of whole blocks. next, values: room for it each.
-  void step_by_band(const BandRow& band, int64_t begin, int64_t end, float* next, float* values) {
-    for (int64_t first = begin; first < end;) {
-      const int64_t most = TILE - first % 4, count = end - first < most ? end - first : most;
-      const TileOutputs out{next + (first - begin), target(a.m0, M0, first), target(a.y_out, Y_OUT, first)};
-      const float* x = compute(first, count, out, true);
-      band_values(band, out.x, out.m0, x, values + (first - begin), count);
-      write(out.m0, a.m0, M0, first, count);
-      write(out.y, a.y_out, Y_OUT, first, count);
-      first += count;
+  // A strip of whole blocks. room: for three times as many elements.
+  template <bool with_x>
+  void step_by_band(const BandRow& band, int64_t begin, int64_t end, float* room) {
+    const int64_t length = end - begin;
+    float* out = direct(a.out, begin);
+    float* m0_out = direct(a.m0, begin);
+    const BandLine strip{out ? out : room, m0_out ? m0_out : room + length, with_x ? room + 2 * length : nullptr};
+    float* m0 = const_cast<float*>(strip.m0);
+    for (int64_t done = 0; done < length;) {
+      const int64_t first = begin + done, most = TILE - first % 4, count = length - done < most ? length - done : most;
+      const TileOutputs to{strip.next + done, m0 + done, target(a.y_out, Y_OUT, first)};
+      if constexpr (with_x) {  // before an output takes its place
+        float* kept = room + 2 * length + done;
+        const float* x = widen_tile(a.x_dtype, at(a.x, index), first, count, kept);
+        if (x != kept) std::memcpy(kept, x, count * sizeof(float));
+      }
+      compute(first, count, to, true);
+      write(to.y, a.y_out, Y_OUT, first, count);
+      done += count;
     }
-    const int64_t plane = a.height * a.width;
-    for (int64_t first = begin; first < end;) {
-      const int64_t inside = first % plane, column = inside % a.width;
-      const bool pair = inside / a.width + 1 < a.height;
-      const int64_t left = end - first, width = left < a.width - column ? left : a.width - column;
-      float* rows = next + (first - begin);
-      const float* of_rows = values + (first - begin);
-      if (pair) add_band(of_rows, of_rows + a.width, rows, rows + a.width, width);
-      else add_last_band(of_rows, rows, width, a.band_dims);
-      first += pair ? 2 * a.width : width;
+    // A strip begins with a pair of image rows; in one dimension, anywhere in a row.
+    int64_t row_of_plane = begin / a.width % a.height, column = begin % a.width;
+    for (int64_t done = 0; done < length;) {
+      const int64_t left = length - done, width = left < a.width - column ? left : a.width - column;
+      const bool pair = row_of_plane + 1 < a.height;
+      if (pair) add_band<with_x>(band, strip.at(done), strip.at(done + a.width), width);
+      else add_last_band<with_x>(band, strip.at(done), width, a.band_dims);
+      done += pair ? 2 * a.width : width;
+      row_of_plane = row_of_plane + 2 < a.height ? row_of_plane + 2 : 0;
+      column = 0;
     }
-    for (int64_t first = begin; first < end; first += TILE) {
-      const int64_t count = end - first < TILE ? end - first : TILE;
-      store_tile(a.x_dtype, next + (first - begin), at(a.out, index), first, count, call.stream);
-      write_model_input(next + (first - begin), first, count);
+    for (int64_t done = 0; done < length; done += TILE) {
+      const int64_t count = length - done < TILE ? length - done : TILE;
+      if (!out) store_tile(a.x_dtype, strip.next + done, at(a.out, index), begin + done, count, call.stream);
+      if (!m0_out && a.m0.data) store_tile(a.x_dtype, m0 + done, at(a.m0, index), begin + done, count, call.stream);
+      write_model_input(strip.next + done, begin + done, count);
     }
   }
 
@@ -489,12 +536,14 @@ void step_by_band(const StepCall& call, int64_t index, const Strips& strips, int
     return;
   }
   const BandRow& band = *reinterpret_cast<const BandRow*>(sample.row + 1);
-  alignas(64) float tiles[2][TILE];
-  std::vector<float> room(strips.length > TILE ? 2 * strips.length : 0);  // one pair of long image rows
-  float* next = room.empty() ? tiles[0] : room.data();
-  float* values = room.empty() ? tiles[1] : room.data() + strips.length;
+  alignas(64) float tiles[3 * TILE];
+  std::vector<float> more(strips.length > TILE ? 3 * strips.length : 0);  // one pair of long image rows
+  float* room = more.empty() ? tiles : more.data();
   Stepper stepper(call, index);
-  for (; first < last; ++first) stepper.step_by_band(band, strips.begin(first), strips.end(first), next, values);
+  for (; first < last; ++first) {
+    if (band.l_x == 0.0f) stepper.step_by_band<false>(band, strips.begin(first), strips.end(first), room);
+    else stepper.step_by_band<true>(band, strips.begin(first), strips.end(first), room);
+  }
 #if defined(__SSE2__)
   if (call.stream) _mm_sfence();
 #endif

@@ -495,6 +495,19 @@ def test_band_in_any_layout(kernel, dtype, layout):
     _assert_nothing_written_around(out)
 
 
+@pytest.mark.parametrize("over", ["m0", "y_out"])
+@each_dtype
+def test_band_beside_another_output_over_x(kernel, dtype, over):
+    """The band reads x, m0 and x', wherever an output goes."""
+    names = INPUT_SETS["second_state"]
+    inputs, rows = make_inputs((2, 3, 5, 6), names, 66, dtype), with_bands(random_rows(2, names, 67), 2, 68, idle=0)
+    expected = reference(rows, torch.arange(2), inputs)
+    written = {"out": torch.zeros_like(inputs["x"]), "m0": torch.zeros_like(inputs["x"]), "y_out": inputs["m1"]}
+    written[over] = inputs["x"]
+    step(rows, torch.arange(2), inputs, **written)
+    assert_all_same_bits(tuple(written.values()), expected)
+
+
 def test_band_of_zeros_and_of_what_lies_outside(kernel):
     """-0 beside the zeros outside becomes +0, in two dimensions as in one, and a block that is whole stays -0."""
     for shape, dims in (((1, 3), 1), ((1, 1, 3, 3), 2), ((1, 1, 2, 3), 2), ((1, 1, 3, 2), 2)):
