@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .files import read_object, reading, write_whole
 from .scaling import log_snr
-from .spec import band_dims_of
+from .spec import BAND_SHAPES, band_dims_of
 from .table import describe
 from .typing import Array, FilePath
 
@@ -245,7 +245,7 @@ def corrected(columns: Mapping[str, Any], correction: Correction) -> dict[str, A
     alpha, sigma = column("alpha_in"), column("sigma_in")
     ends = column("ends_step") == 1
     begins = np.append(0, np.flatnonzero(ends)[:-1] + 1)  # of each step, its first row
-    low, high = (np.zeros(rows), np.zeros(rows))
+    low, high = np.zeros(rows), np.zeros(rows)
     low[ends], high[ends] = correction.weights(
         log_snr(alpha[begins], sigma[begins]), sigma[begins], float(np.max(sigma[begins]))
     )
@@ -297,8 +297,7 @@ def check_bands(name: str, x: Tensor, dims: int) -> None:
     Callers look at it before the launch: a GPU's step would make NaN of such a state.
     """
     if dims and dims != band_dims_of(x.dim()):
-        expected = {1: "(B, L) or (B, C, L)", 2: "(B, C, H, W) or (B, C, F, H, W)"}[dims]
         raise ValueError(
-            f"{name}: expected {expected}, whose bands are to be corrected, got {tuple(x.shape)}; corrections.dc takes states "
-            "of any shape"
+            f"{name}: expected {BAND_SHAPES[dims]}, whose bands are to be corrected, got {tuple(x.shape)}; corrections.dc takes "
+            "states of any shape"
         )

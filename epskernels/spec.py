@@ -27,6 +27,7 @@ SECOND_STATE = ("k_x", "k_m0", "k_m1", "k_m2", "k_y")  # of y'
 BAND_COLUMNS = ("l_next", "l_m0", "l_x", "band_dims")
 ROW_WIDTHS = (len(COLUMNS), len(COLUMNS) + len(BAND_COLUMNS))
 ROWS_SHAPE = " or ".join(f"(R, {width})" for width in ROW_WIDTHS)
+BAND_SHAPES = {1: "(B, L) or (B, C, L)", 2: "(B, C, H, W) or (B, C, F, H, W)"}  # by the number of dimensions
 
 
 def band_dims_of(dims: int) -> int:

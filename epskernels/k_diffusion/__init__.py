@@ -198,19 +198,9 @@ def sample_lms(
 ) -> Tensor:  # fmt: skip
     """Linear multistep of order 1 to 4. It draws no noise: seeds are taken as in the other samplers, and change nothing."""
     return run(
-        samplers.lms,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        eps_scaling,
-        correction,
-        seeds,
-        slope_first=True,
-        order=order,
-    )
+        samplers.lms, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds,
+        slope_first=True, order=order,
+    )  # fmt: skip
 
 
 def sample_dpmpp_sde(
@@ -231,18 +221,9 @@ def sample_dpmpp_2m(
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M). It draws no noise: seeds are taken as in the other samplers, and change nothing."""
     return run(
-        samplers.dpmpp_2m,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        callback,
-        disable,
-        eps_scaling,
-        correction,
-        seeds,
+        samplers.dpmpp_2m, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds,
         lower_order_final=False,
-    )
+    )  # fmt: skip
 
 
 def sample_dpmpp_2m_sde(

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..spec import BAND_COLUMNS, COLUMNS, INPUTS, OPTIONAL, ROW_WIDTHS, ROWS_SHAPE, SECOND_STATE, band_dims_of
+from ..spec import (
+    BAND_COLUMNS,
+    BAND_SHAPES,
+    COLUMNS,
+    INPUTS,
+    OPTIONAL,
+    ROW_WIDTHS,
+    ROWS_SHAPE,
+    SECOND_STATE,
+    band_dims_of,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -174,10 +184,9 @@ def check_values(inputs: Mapping[str, Any], writes_y: bool) -> None:
         if any(row.get(column) for column in BAND_COLUMNS[:3]):
             dims = band_dims_of(inputs["x"].dim())
             if row["band_dims"] != dims or dims == 0:
-                shapes = {1.0: "(B, L) or (B, C, L)", 2.0: "(B, C, H, W) or (B, C, F, H, W)"}
-                expected = shapes.get(row["band_dims"])
-                if expected is None:
+                if row["band_dims"] not in BAND_SHAPES:
                     fail(f"rows: expected band_dims to be 1 or 2, got {row['band_dims']} in row {i}")
+                expected = BAND_SHAPES[int(row["band_dims"])]
                 fail(f"x: expected shape {expected}, as row {i} corrects a band of it, got {shape_of(inputs['x'])}")
     if "threshold" in given:
         for sample, value in enumerate(inputs["threshold"].tolist()):
