@@ -15,7 +15,7 @@ import torch
 
 import epskernels
 from epskernels import diffusers as fused
-from epskernels import models, scaling
+from epskernels import corrections, models, scaling
 
 from ..support.schedulers import ONE_SCHEDULE, set_steps
 
@@ -74,10 +74,13 @@ def image_of(pipe):
     ],
 )
 def test_a_saved_fused_pipeline_loads_in_a_new_process(first, tmp_path):
-    """With the lambda that it was saved with, here one of a file that is gone by then; and so does every scheduler."""
+    """With the lambda and correction that it was saved with, of files that are gone by then; and so does every scheduler."""
     scaling.linear(0.01, 1.01, origin="cleanest").save(tmp_path / "lambda.json", steps=4)
-    pipe = fused.fuse(digits(), eps_scaling=tmp_path / "lambda.json")
+    corrections.dcw(-0.1, 0.05).save(tmp_path / "correction.json")
+    plain = image_of(fused.fuse(digits(), eps_scaling=tmp_path / "lambda.json"))
+    pipe = fused.fuse(digits(), eps_scaling=tmp_path / "lambda.json", correction=tmp_path / "correction.json")
     (tmp_path / "lambda.json").unlink()
+    (tmp_path / "correction.json").unlink()
     pipe.save_pretrained(tmp_path / "pipe")
     linear, saved = {"k": 0.01, "b": 1.0}, {name: tmp_path / name for name in NAMES}
     for name, folder in saved.items():
@@ -86,7 +89,7 @@ def test_a_saved_fused_pipeline_loads_in_a_new_process(first, tmp_path):
     assert found == {name: ["epskernels.diffusers", name, linear, True] for name in NAMES}
     assert (module, name) == ("epskernels.diffusers", "DDPMScheduler")
     assert scaling.as_scaling(eps_scaling) == scaling.as_scaling(pipe.scheduler.eps_scaling)
-    assert np.array_equal(image, image_of(pipe))
+    assert np.array_equal(image, image_of(pipe)) and not np.array_equal(image, plain)
 
 
 def test_an_unfused_pipeline_loads_without_this_package(tmp_path):
