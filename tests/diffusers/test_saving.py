@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import diffusers as fused
 from epskernels import corrections, models, scaling
+from epskernels import diffusers as fused
 
 from ..support.schedulers import ONE_SCHEDULE, set_steps
 
