@@ -4,7 +4,8 @@ Titles say what was found, from the numbers that are drawn. It does not choose w
 """
 
 import pathlib
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MARKERS", "PALETTE", "figures", "finish", "largest_gap", "save_figure"]
+__all__ = ["MARKERS", "PALETTE", "figures", "finish", "largest_gap", "plain_ticks", "save_figure", "styled"]
 
 # Okabe and Ito, "Color Universal Design", 2008; without yellow, which is too pale for lines, and black, which is for what is
 # compared with. Markers tell them apart in grey.
@@ -29,27 +30,45 @@ _UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 def figures(columns: int, rows: int = 1, width: float = 4.6, height: float = 3.6) -> "tuple[Figure, list[Axes]]":
     """A figure and its axes, row by row, `width` x `height` inches each. Raises ImportError, saying what to install."""
     try:
-        from cycler import cycler
         from matplotlib.figure import Figure  # without pyplot: no display, no global state
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install matplotlib", name="matplotlib") from error
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    return figure, styled(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def styled(axes: "Iterable[Axes]") -> "list[Axes]":
+    """The axes with this package's colours, grid and frame."""
+    from cycler import cycler
+
+    axes = list(axes)
     for axis in axes:
         axis.set_prop_cycle(cycler(color=PALETTE))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return axes
 
 
-def finish(axis: "Axes", size: float = 8) -> None:
-    """After all is drawn: a legend where there is something to name; the title, and letters of `size` points."""
+def plain_ticks(axis: "Axes", *ways: str, spread: str = "") -> None:
+    """Ticks of logarithmic axes ("x", "y") as people write them. spread: of which of them there are ticks at 2 and 5 too."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for way in ways:
+        scale = axis.xaxis if way == "x" else axis.yaxis
+        if way in spread:
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        scale.set_minor_formatter(NullFormatter())
+
+
+def finish(axis: "Axes", size: float = 8, **options: Any) -> None:
+    """After all is drawn: letters of `size` points, and a legend where there is something to name. options: of it."""
     axis.title.set_fontsize(size + 2)
     axis.tick_params(labelsize=size)
     for label in (axis.xaxis.label, axis.yaxis.label):
         label.set_fontsize(size + 1)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=size, frameon=False)
+        axis.legend(fontsize=size, frameon=False, **options)
 
 
 def save_figure(figure: "Figure", path: FilePath) -> None:
@@ -73,4 +92,6 @@ def largest_gap(ratio: ArrayLike, error: ArrayLike = 0.0) -> str:
     if not clear.any():
         return "as in training"
     worst = gap[np.argmax(np.where(clear, np.abs(gap), -1))]
-    return f"up to {100 * abs(worst):.2g} % {'larger' if worst > 0 else 'smaller'} than in training"
+    much = 100 * abs(worst)
+    said = f"{much:.0f}" if much >= 10 else f"{much:.2g}"
+    return f"up to {said} % {'larger' if worst > 0 else 'smaller'} than in training"
