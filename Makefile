@@ -108,7 +108,7 @@ report: $(READY)
 	$(BIN)/python benchmarks/report.py $(RUN)
 
 # Three models with and without Epsilon Scaling (docs/exposure.md): all of it, going on from runs/exposure; what that found moved
-# into experiments/results, the page and the README's table; and one row again, which must lie in the table's intervals.
+# into experiments/results, docs/exposure.md and its tables; and one row again, which must lie in the table's intervals.
 quality: $(READY)
 	$(BIN)/python experiments/exposure.py run --minutes $(MINUTES)
 

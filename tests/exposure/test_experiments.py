@@ -276,7 +276,7 @@ def test_quick_row_and_report(compared, tmp_path, capsys):
     assert experiment.quick() == 1 and capsys.readouterr().out.count("NOT inside") == 1
     from exposure_report import BEGIN, END, report
 
-    pages = [tmp_path / "docs" / "exposure.md", tmp_path / "README.md"]
+    pages = [tmp_path / "docs" / "exposure_tables.md", tmp_path / "docs" / "exposure.md"]
     pages[0].parent.mkdir()
     for page in pages:
         page.write_text(f"before\n{BEGIN}old\n{END}\nafter\n")

@@ -16,12 +16,14 @@ from ..support.markdown_examples import ROOT, blocks, environment
 
 
 def test_examples_run_and_agree():
-    example, equivalent = (code for _, _, code in blocks("README.md", "python"))
     names = {}
-    exec(example, names)
+    for _, _, code in blocks("README.md", "python"):
+        exec(code, names)
+    assert names["pipe"].scheduler.eps_scaling == 1.005
     assert names["images"].shape == (8, 3, 32, 32) and names["images"].isfinite().all()
 
-    exec(equivalent, names)
+    for _, _, code in blocks("docs/step.md", "python"):
+        exec(code, names)
     table, f, seeds = names["table"], names["f"], names["seeds"]
     x = torch.randn(8, 3, 32, 32)
     from epskernels.table import COLUMNS
@@ -32,7 +34,7 @@ def test_examples_run_and_agree():
 
 
 def test_every_sampler_is_named():
-    page = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "samplers.md").read_text()
     assert [name for name in [*samplers.SAMPLERS, "dit"] if f"`{name}`" not in page] == []
 
 
@@ -77,10 +79,18 @@ for name in late:
 
 @pytest.mark.usefixtures("one_thread")
 def test_exposure_page(tmp_path):
-    names = markdown_examples.run("docs/exposure.md", tmp_path)
+    names = markdown_examples.run("docs/exposure_method.md", tmp_path)
     np.testing.assert_array_equal(exposure.Exposure.load(tmp_path / "exposure.json").norm_gap, names["found"].norm_gap)
     assert scaling.load(tmp_path / "lambda.json")[0].values(3).tolist() == names["matched"].lambda_t.tolist()
     assert (tmp_path / "exposure.png").stat().st_size > 1000 and (tmp_path / "trials.json").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_corrections_page(tmp_path):
+    names = markdown_examples.run("docs/corrections.md", tmp_path)
+    saved, notes = names["corrections"].load(tmp_path / "correction.json")
+    assert saved == names["correction"] and notes == {"sampler": "ddim", "steps": 10}
+    assert names["digits"].shape == (8, 1, 28, 28) and names["digits"].isfinite().all()
 
 
 @pytest.mark.deep
