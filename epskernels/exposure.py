@@ -300,7 +300,7 @@ def measure(
 ) -> Exposure:
     """The exposure bias of a model under a sampler: an Exposure.
 
-    model: (x, t) -> f, as in `sample`. table: one sampler's, on the device to work on; its lambda_t is what is measured with.
+    model: any callable (x, t) -> f. table: one sampler's, on the device to work on; its lambda_t is what is measured with.
     images: an iterable of at least two real images (C, H, W) of a floating dtype, in the network's range, such as a tensor
     (N, C, H, W) or a torch Dataset; of a tuple (image, label) the image is taken. Of a DataLoader each image of its batches.
     seed: image n is given the noise of seed + n: the same in any batch. batch: images per model call.

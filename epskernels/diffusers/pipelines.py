@@ -133,8 +133,10 @@ def fuse(
 ) -> _Pipeline:  # fmt: skip
     """Replaces all schedulers of a pipeline by their fused twins, and returns the pipeline; of a scheduler, returns the twin.
 
-    eps_scaling, correction: as in `fused`, of every scheduler. seeds: a sample's each, for noise made in the kernel where the
-    pipeline is given no generator; the first latents are the pipeline's (docs/diffusers.md shows how to make those by seeds too).
+    eps_scaling: lambda of every scheduler, as scaling.as_scaling takes it; default a fused scheduler's own, or 1, which is
+    diffusers' numbers. correction: of x' after each step, as corrections.as_correction takes it; default a fused scheduler's
+    own, or none. seeds: a sample's each, for noise made in the kernel where the pipeline is given no generator; the first
+    latents are the pipeline's (docs/diffusers.md shows how to make those by seeds too).
     Raises as `fused`; ValueError for seeds of a pipeline with several schedulers. Where anything raises, the pipeline stays as it
     was.
     """
