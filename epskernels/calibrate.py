@@ -39,7 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 Sampler = Callable[[scaling.EpsilonScaling], Table]
-FITS = {"constant": 0, "linear": 1, "quadratic": 2}
+FITS = {"constant": 0, "linear": 1, "quadratic": 2}  # the degree of each kind of polynomial
 
 
 # ---- polynomials ----

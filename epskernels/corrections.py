@@ -177,7 +177,7 @@ def frequency(low: Weight, high: Weight = 1.0, *, schedule: str = "constant", di
     return made
 
 
-CorrectionLike = Correction | Mapping[str, Any] | str | os.PathLike[str]
+CorrectionLike = Correction | Mapping[str, Any] | str | os.PathLike[str]  # what as_correction takes, and None
 
 
 def _from_dict(saved: Mapping[str, Any]) -> Correction:

@@ -24,6 +24,7 @@ __all__ = [
     "WEIGHTS", "DigitFeatures", "Estimate", "compare", "digit_features", "frechet", "inception_fid", "precision_recall",
 ]  # fmt: skip
 
+# Of the classifier of digits, which ships with the package.
 WEIGHTS = pathlib.Path(__file__).with_name("digits") / "classifier.npz"
 
 

@@ -1,13 +1,7 @@
 """k-diffusion's and ComfyUI's samplers by their own signatures, with Epsilon Scaling: sample_euler(model, x, sigmas, ...).
 
-model(x, sigma, **extra_args): any denoiser of x = x_0 + sigma*eps, or ComfyUI's model of a flow, x = (1 - sigma)*x_0 +
-sigma*eps: its `model_sampling` says so.
-sigmas: (N + 1,) for N steps; they must not rise. Every table is that of `samplers` there; an update is one launch.
-eps_scaling: lambda, in any form that scaling.as_scaling takes: denoised' = x - (x - denoised)/lambda. Above sigma 900 x
-is noise alone, and lambda is 1. correction: of the state after each step, except those to sigma 0, in any form that
-corrections.as_correction takes. seeds: (B,), for noise made in the kernel. Without them the noise comes from
-noise_sampler(sigma, sigma_next), by default torch.randn_like, also where k-diffusion has a Brownian tree.
-`scale_denoised` is the scaling alone, for a loop of one's own.
+On x_0 + sigma*eps, and on ComfyUI's flows, (1 - sigma)*x_0 + sigma*eps. Every table is that of `samplers` there; an update is
+one launch. `scale_denoised` is the scaling alone, for a loop of one's own.
 """
 
 from typing import Any

@@ -225,10 +225,12 @@ def moments(
 ) -> Tensor:
     """Sums over each sample, float64 (B, 2): of f and of f^2; with u, (B, 4): of the guided output fhat and fhat^2 too.
 
-    f: (B, ...), float32, float16 or bfloat16. u: as f; table: a Table, or its rows: float32 (R, 24), and index: an int, or an
-    int64 tensor, () or (B,): fhat = u + g*(f - u), in float32, as the step forms it. backend: what runs, one of BACKENDS; None
-    for what `use_backend` says. The same bits on every device: tiles of 1,024 elements, halves added to
-    halves, then the tiles likewise.
+    With u, the guided output is fhat = u + g*(f - u), in float32, as the step forms it. The same bits on every device: tiles of
+    1,024 elements, halves added to halves, then the tiles likewise.
+
+    f: the model's output, (B, ...), float32, float16 or bfloat16. u: the unconditional output, as f. table: a Table, or its rows,
+    float32 (R, 24); index: an int, or an int64 tensor, () or (B,): where g is from, needed with u. backend: what runs, one of
+    BACKENDS; None for what `use_backend` says.
     Raises RuntimeError naming the argument; for one that requires grad too: there is no gradient, and the sums of f.detach() are
     constants.
     """
