@@ -68,6 +68,7 @@ myst_heading_anchors, myst_enable_extensions = 4, ["html_image"]
 toc_object_entries_show_parents = "hide"
 html_css_files = ["site.css"]
 html_static_path = [str(ROOT / "build" / "docs" / "static")]
+html_favicon = str(ROOT / "build" / "docs" / "static" / "icon.svg")
 python_use_unqualified_type_names, python_maximum_signature_line_length = True, 90
 autodoc_inherit_docstrings, autodoc_member_order = False, "bysource"
 autodoc_typehints = "none"  # they are `signature`'s
@@ -82,14 +83,20 @@ html_sidebars = {
 
 
 _STYLE = """
-.content { width: 52em; max-width: 100%; }
+.content { width: 50em; max-width: 100%; }
 .table-wrapper { font-size: 0.85em; }
 .table-wrapper td, .table-wrapper th { text-align: left; }
 """
+_ICON = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><text x="3" y="13" font-size="18">ε</text></svg>'
 
 
 def setup(app: Any) -> None:
-    write_sources(pathlib.Path(app.srcdir))
+    from sphinx.errors import ConfigError
+
+    try:
+        write_sources(pathlib.Path(app.srcdir))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     app.connect("autodoc-process-signature", lambda app, what, name, obj, options, *shown: signature(obj))
     app.connect("autodoc-process-docstring", _restructured)
     app.connect("doctree-read", _refuse_emphasis)
@@ -123,6 +130,7 @@ def write_sources(to: pathlib.Path) -> None:
     (to / "sidebar").mkdir()
     (to / "static").mkdir()
     (to / "static" / "site.css").write_text(_STYLE)
+    (to / "static" / "icon.svg").write_text(_ICON)
     items = "".join(
         f'<li class="toctree-l1"><a href="{{{{ pathto("{page}", 1) }}}}">{title}</a></li>'
         for page, title in STATIC.items()
