@@ -47,7 +47,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str | None]]] = {
     "data": ("Models and images", {"epskernels.models": None, "epskernels.images": None}),
     "types": ("Types and the build", {"epskernels.typing": None, "epskernels.build": None}),
 }  # fmt: skip
-# Static pages, as they are, below the navigation: {"explore/index.html": "title"}.
+# Static pages, as they are, above the navigation: {"explore/index.html": "title"}.
 STATIC: dict[str, str] = {}
 # Where files that are no pages are linked to, such as https://.../blob/main; without it their names stand alone.
 REPOSITORY = os.environ.get("EPSKERNELS_REPOSITORY", "")
@@ -77,7 +77,7 @@ templates_path = [str(ROOT / "build" / "docs")]
 html_sidebars = {
     "**": [
         f"sidebar/{part}.html"
-        for part in ("brand", "search", "scroll-start", "navigation", *(["static"] if STATIC else []), "scroll-end")
+        for part in ("brand", "search", "scroll-start", *(["static"] if STATIC else []), "navigation", "scroll-end")
     ]
 }
 
