@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/spec.py $(wildcard csrc/*)
 
-.PHONY: build sample check test test-deep lint mutants sanitize gpu-check bench bench-full bench-diffusers bench-dispatch \
+.PHONY: build sample check test test-deep lint docs mutants sanitize gpu-check bench bench-full bench-diffusers bench-dispatch \
 	bench-compare report quality quality-report quality-quick train clean another-torch
 
 build: $(READY)
@@ -73,6 +73,18 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The extra is read from the installed package: nothing is built again.
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install --quiet 'epskernels[docs]'
+	touch $@
+
+# build/site/index.html: every broken link, unknown anchor and unknown name is an error. EPSKERNELS_REPOSITORY=https://.../blob/main
+# has the files that are no pages linked to.
+docs: $(VENV)/.docs
+	mkdir -p build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees build/docs build/site
+	@echo build/site/index.html
 
 # Plants faults and asks which test notices: MUTANTS="--resume", "--only REGEX" (python -m tests.mutants --help).
 mutants: $(READY)

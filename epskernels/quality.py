@@ -25,6 +25,7 @@ __all__ = [
     "precision_recall", "real_digits",
 ]  # fmt: skip
 
+# Of the classifier of digits, which ships with the package.
 WEIGHTS = pathlib.Path(__file__).with_name("digits") / "classifier.npz"
 REAL_DIGITS = WEIGHTS.with_name("real_features.npz")  # examples/train_classifier.py writes both
 
