@@ -29,6 +29,7 @@ from . import scaling
 from .exposure import Images, batches, epsilon_norm, figures, noised, save_figure
 from .files import check_writable, read_object, reading, write_whole
 from .ops import as_seeds, normal
+from .plots import finish
 from .table import Table
 from .trajectory import Trajectory
 from .typing import Array, FilePath, ModelCall, Outputs, SeedsLike, Shape
@@ -137,16 +138,18 @@ class Matched:
     def plot(self, path: FilePath, kind: str | None = None, skip: int | None = None) -> None:
         """lambda_t with two standard errors, and the fit."""
         skip = self.skip if skip is None else skip
-        figure, (axis,) = figures(1)
+        figure, (axis,) = figures(1, width=5.4)
         i = np.arange(len(self.lambda_t))
         axis.errorbar(i, self.lambda_t, 2 * self.standard_error, fmt="o", markersize=3, capsize=2, label="matched")
         if kind in FITS:
             line = fit(self.lambda_t, kind, skip)
             axis.plot(i, line(i[::-1]), label=f"{kind}, R^2 {line.r2:.3f}")
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(title=f"lambda_t, {self.sampler}", xlabel="step, the noisiest first")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        low, high = self.lambda_t.min(), self.lambda_t.max()
+        axis.set(title=f"{self.sampler}: lambda_t from {low:.4g} to {high:.4g} closes the norm gap",
+                 xlabel=f"step, 0 (noisiest) to {len(i) - 1}", ylabel="lambda_t, with two standard errors")  # fmt: skip
+        axis.locator_params(axis="x", integer=True)
+        finish(axis)
         save_figure(figure, path)
 
 
