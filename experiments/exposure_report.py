@@ -415,8 +415,8 @@ def report(saved, root):
         "seeds; the best of a row is bold.",
         "\n".join(shares(saved)),
         "## The best uniform lambda\n\nThe Fréchet distance without scaling, its change by the best uniform lambda, and that "
-        "lambda. T' counts model calls, of `edm_heun` 11, 21, 49, 99. The interval is of 95 %; a change is bold where its interval "
-        "leaves 0 out.",
+        "lambda. T' counts model calls, of `edm_heun` 11, 21, 49, 99. The interval is of 95 %; a change is bold where "
+        "its interval leaves 0 out.",
     )
     overviews = [f"`{subject}`:\n\n" + "\n".join(overview(each["rows"])) for subject, each in saved.items()]
     replace(root / "docs" / "exposure.md", [*about, *overviews])
