@@ -186,9 +186,8 @@ def _refuse_emphasis(app: Any, doctree: Any) -> None:
     from docutils import nodes
     from sphinx.util import logging
 
-    if app.env.docname not in ("exposure",):  # whose formulas are not in backticks yet
-        for node in doctree.findall(nodes.emphasis):
-            logging.getLogger(__name__).warning("formula without backticks: *%s*", node.astext(), location=node)
+    for node in doctree.findall(nodes.emphasis):
+        logging.getLogger(__name__).warning("formula without backticks: *%s*", node.astext(), location=node)
 
 
 # ---- the reference ----

@@ -33,7 +33,8 @@ EXPLAINED = f"dc({WEIGHT}): after each step, {-WEIGHT:.0%} of the way from x to 
 MEASURED = {"without": 34.0, "with": 2.3, "trailing": 7.0}
 SHOWN, BATCH, MOST = 16, 64, 10_000  # samples of each kind in the picture, in a model call, at all
 NEXT = """\
-What to do next. A weight fits one model, one sampler and one number of steps: search for yours (docs/exposure.md).
+What to do next. A weight fits one model, sampler, spacing and number of steps: search for yours (docs/exposure_method.md).
+The command searches for models of 28 x 28 digits. For others calibrate.search_weights takes a score of your own.
   search           epskernels calibrate --correction dc --sampler ddim --steps 10 --model DIR --data IMAGES --out best.json
   your pipeline    pipe = epskernels.diffusers.fuse(pipe, correction="best.json")
   your own model   table = samplers.ddim(schedule.cosine(), 10, correction="best.json")
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
         for name, correction in (("without", None), (f"with dc({WEIGHT})", corrections.dc(WEIGHT)))
     }
     digits = _sampled(model, tables, args.seeds)
-    distances = {name: quality.frechet(quality.real_digits(), quality.digit_features(digits[name])) for name in tables}
+    real = quality.real_digits()
+    distances = {name: quality.frechet(real, quality.digit_features(digits[name])) for name in tables}
     panels = {f"{name}: Frechet distance {distances[name]:.1f}": digits[name][:SHOWN] for name in tables}
     picture.save(
         picture.draw(panels, [f"{_setting(args.seeds)}; the first {min(SHOWN, len(args.seeds))} are shown", EXPLAINED]),

@@ -134,14 +134,14 @@ def test_what_it_says_to_do_next_runs(tmp_path, monkeypatch):
     from diffusers import DDIMPipeline
 
     monkeypatch.chdir(tmp_path)
-    _, search, *code = (line[19:].split("    ")[0] for line in demo.NEXT.splitlines())
+    *_, search, fused, table, sampled = (line[19:].split("    ")[0] for line in demo.NEXT.splitlines())
     program, *arguments = shlex.split(search)
     args = cli.build_parser().parse_args(arguments)
     assert program == "epskernels" and args.correction == "dc" and args.steps == demo.STEPS
     corrections.dc(-0.1).save(args.out)
     names = {"epskernels": epskernels, "samplers": samplers, "schedule": schedule, "model": lambda x, t: 0.1 * x}
     names["pipe"] = DDIMPipeline.from_pretrained(models.DIGITS)
-    exec("\n".join(code), names)
+    exec("\n".join([fused, table, sampled]), names)
     assert names["pipe"].scheduler.config.correction["low"] == -0.1 and names["images"].shape == (8, 3, 32, 32)
 
 
