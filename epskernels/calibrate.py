@@ -40,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 Sampler = Callable[[scaling.EpsilonScaling], Table]
-FITS = {"constant": 0, "linear": 1, "quadratic": 2}
+FITS = {"constant": 0, "linear": 1, "quadratic": 2}  # the degree of each kind of polynomial
 
 
 # ---- polynomials ----
@@ -211,9 +211,10 @@ def match_norms(
     lambda_t just found, so that the gap of the scaled sampler is closed exactly; but a lambda_t above 1 leaves noise in x, one
     below 1 takes too much out, and the next norm moves the same way: in a sampler that adds no noise of its own lambda_t may run
     away, as it does on two of the three models of docs/exposure.md, downward.
-    model: as in `sample`. sampler: a function of a scaling that returns the Table, such as
+    model: any callable (x, t) -> f. sampler: a function of a scaling that returns the Table, such as
     functools.partial(samplers.ddpm, schedule, 20) called with scaling=: `lambda s: samplers.ddpm(schedule, 20, scaling=s)`.
-    images, seed, batch: as in `exposure.measure`; all are held in memory, as are as many states and model outputs.
+    images: at least two real ones, as `exposure.measure` takes them. seed: image n is given the noise of seed + n. batch: images
+    per model call. All are held in memory, as are as many states and model outputs.
     Raises ValueError naming the argument.
     """
     table, step_of_row = steps_of(sampler)
@@ -317,7 +318,8 @@ def search(
     seeds. One that is not finite counts as infinitely bad.
     bounds: (low, high) of b, the uniform lambda; or ((low, high) of k, (low, high) of lambda in the middle) of
     lambda_i = k*i + b, i from the cleanest of `steps`: first k, then the middle beside the best k. The first step is a sixth of
-    the bounds' distance. trials: calls of score, at most. The rest is as in `search_weights`.
+    the bounds' distance. trials: calls of score, at most. cache: a JSON file; trials
+    that it holds are not made again. key: whatever else the score depends on, kept with it.
     Raises ValueError naming the argument, also where no trial has a finite score.
     """
     limits = _checked_bounds(bounds)
@@ -544,10 +546,10 @@ def learn(
 ) -> Learned:
     """The lambda_t that Adam finds for a loss of the samples, by the gradient through every step and model call: a Learned.
 
-    model: as in `sample`, differentiable in x. sampler: as in `match_norms`. loss: a function of the samples (B, *shape) that
-    returns a scalar tensor. seeds: of the samples, the same in every round, all in one batch, with the activations of a whole
-    trajectory in memory. form: "array", a lambda_t for each step, "constant", "linear" or "quadratic". rate: Adam's, of
-    lambda itself.
+    model: any callable (x, t) -> f, differentiable in x. sampler: a function of a scaling that returns the Table. loss: a
+    function of the samples (B, *shape) that returns a scalar tensor. seeds: of the samples, the same in every round, all in one
+    batch, with the activations of a whole trajectory in memory. form: "array", a lambda_t for each step, "constant", "linear"
+    or "quadratic". rate: Adam's, of lambda itself.
     Raises ValueError naming the argument, also where the loss is not finite.
     """
     table, step_of_row = steps_of(sampler)

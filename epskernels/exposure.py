@@ -46,8 +46,8 @@ __all__ = [
 Images = Iterable[Any]  # of images, or of tuples that begin with one; a DataLoader of batches of them
 FORMAT = 1  # of an Exposure's file
 STATE_FORMAT = 2  # of measure's state: 1 had no bands
-PARTS = ("training", "chain", "samples")
-BANDS = ("state_low", "noise_low", "state_high", "noise_high")
+PARTS = ("training", "chain", "samples")  # of what `measure` runs
+BANDS = ("state_low", "noise_low", "state_high", "noise_high")  # of the state and of eps, whose norms `measure` takes
 STREAM_DATA = 2  # of the generator: the noise that is added to real images
 _PIXELS = ("single", "error", "chain")  # per-pixel statistics
 _BAND_ROWS = {f"{name}_{part}{suffix}" for name in BANDS for part in PARTS for suffix in ("", "_se")}
@@ -294,7 +294,7 @@ def measure(
 ) -> Exposure:
     """The exposure bias of a model under a sampler: an Exposure.
 
-    model: (x, t) -> f, as in `sample`. table: one sampler's, on the device to work on; its lambda_t is what is measured with.
+    model: any callable (x, t) -> f. table: one sampler's, on the device to work on; its lambda_t is what is measured with.
     images: an iterable of at least two real images (C, H, W) of a floating dtype, in the network's range, such as a tensor
     (N, C, H, W) or a torch Dataset; of a tuple (image, label) the image is taken. Of a DataLoader each image of its batches.
     seed: image n is given the noise of seed + n: the same in any batch. batch: images per model call.

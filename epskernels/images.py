@@ -10,7 +10,7 @@ from .typing import FilePath, Shape
 
 __all__ = ["SUFFIXES", "load"]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # of the files in a folder that count as images
 
 
 def load(source: FilePath, shape: Shape, count: int | None = None) -> NDArray[np.float32]:

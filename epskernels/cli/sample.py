@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from ..sample import sample
 from ..seeds import Seeds
 from ..seeds import parse as parse_ranges
 from ..time_shift import ShiftedTable
+from . import picture
 from .common import (
     UsageError,
     add_sampler_arguments,
@@ -253,10 +254,22 @@ class _Sampling:
 
     def headline(self) -> str:
         """What was sampled, as the first line that is printed."""
-        args = self.args
-        shift = "".join(f", {name} {value:g}" for name, value in (args.time_shift or {}).items())
-        correction = f", correction {args.correction}" if self.correction else ""
-        return f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {self.scaling}{correction}{shift}"
+        return f"{self._setting()}, {self._applied()}"
+
+    def panels(self, runs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+        """(the runs by their titles in a picture, the lines above them)."""
+        if len(runs) == 1:
+            return {self.headline(): runs["samples"]}, []
+        titles = {"baseline": "without", "samples": f"with {self._applied()}"}
+        return {titles[name]: images for name, images in runs.items()}, [f"{self._setting()}, the same on both sides"]
+
+    def _setting(self) -> str:
+        return f"{self.args.sampler}, {self.args.steps} steps, {len(self.args.seeds)} seeds"
+
+    def _applied(self) -> str:
+        said = [f"{name} {value:g}" for name, value in (self.args.time_shift or {}).items()]
+        said = [f"correction {self.args.correction}", *said] if self.correction else said
+        return ", ".join(said if said and self.scaling == scaling.constant(1.0) else [str(self.scaling), *said])
 
 
 def _sample_in_memory(args: argparse.Namespace, sampling: _Sampling) -> None:
@@ -269,7 +282,7 @@ def _sample_in_memory(args: argparse.Namespace, sampling: _Sampling) -> None:
     lines = [sampling.headline(), _times(sampling.model_seconds, sampling.seconds)]
     lines.append(f"sha256 of the initial noise {tensors_digest(noise)}")
     lines += [f"sha256 of the {name} {tensors_digest([samples])}" for name, samples in runs.items()]
-    _write_and_print(args, lines, lambda: runs)
+    _write_and_print(args, sampling, lines, lambda: runs)
 
 
 def _sample_into_directory(
@@ -302,7 +315,7 @@ def _sample_into_directory(
     lines += [f"sha256 of the {name} {tensors_digest(stored(name))}" for name in run.names]
     if not all(finite):
         _warn_of_not_finite()
-    _write_and_print(args, lines, lambda: {name: torch.from_numpy(run.load(name)) for name in run.names})
+    _write_and_print(args, sampling, lines, lambda: {name: torch.from_numpy(run.load(name)) for name in run.names})
 
 
 def _begin_or_continue(
@@ -421,7 +434,10 @@ def _times(model_seconds: float, seconds: float) -> str:
 
 
 def _write_and_print(
-    args: argparse.Namespace, lines: list[str], load: Callable[[], Mapping[str, torch.Tensor]]
+    args: argparse.Namespace,
+    sampling: _Sampling,
+    lines: list[str],
+    load: Callable[[], Mapping[str, torch.Tensor]],
 ) -> None:
     """Writes the files of --out, then prints the lines. Where a file cannot be written the rest is done, and then it raises.
 
@@ -432,7 +448,7 @@ def _write_and_print(
         if path.suffix:
             try:
                 runs = load() if runs is None else runs
-                _write_samples(path, args.seeds, runs)
+                _write_samples(path, sampling, runs)
                 lines.append(f"wrote {path}")
             except (OSError, ValueError, MemoryError) as error:
                 failed = failed or error
@@ -441,32 +457,10 @@ def _write_and_print(
         raise failed
 
 
-def _write_samples(path: pathlib.Path, seeds: Seeds, runs: Mapping[str, torch.Tensor]) -> None:
-    """A grid of images, or the samples and their seeds, by the path's suffix."""
+def _write_samples(path: pathlib.Path, sampling: _Sampling, runs: Mapping[str, torch.Tensor]) -> None:
+    """A picture of the samples, or the samples and their seeds, by the path's suffix."""
     arrays: dict[str, Any] = {name: samples.float().numpy() for name, samples in runs.items()}
     if path.suffix == ".png":
-        from PIL import Image
-
-        grid = image_grid(arrays.values())
-        image = Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid)
-        write_whole(path, lambda file: image.save(file, format="PNG"))
+        picture.save(picture.draw(*sampling.panels(arrays)), path)
     else:
-        write_whole(path, lambda file: np.savez(file, seeds=np.array(seeds), **arrays))
-
-
-def image_grid(batches: Iterable[np.ndarray]) -> np.ndarray:
-    """Batches (N, C, H, W) in [-1, 1] side by side, each as a square grid: uint8 (H', W', C)."""
-    columns = []
-    for batch in batches:
-        images = np.clip(np.nan_to_num(batch) * 127.5 + 127.5, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-        n, h, w, c = images.shape
-        side = int(np.ceil(np.sqrt(n)))
-        cells = np.full((side * side, h + 2, w + 2, c), 96, np.uint8)
-        cells[:n, 1:-1, 1:-1] = images
-        rows = cells.reshape(side, side, h + 2, w + 2, c)[: -(-n // side)]
-        columns.append(rows.transpose(0, 2, 1, 3, 4).reshape(-1, side * (w + 2), c))
-    gap = np.full((len(columns[0]), 12, columns[0].shape[2]), 255, np.uint8)
-    parts = [columns[0]]
-    for column in columns[1:]:
-        parts += [gap, column]
-    return np.concatenate(parts, axis=1)
+        write_whole(path, lambda file: np.savez(file, seeds=np.array(sampling.args.seeds), **arrays))

@@ -57,7 +57,11 @@ def test_writes_samples_and_grid(tiny, sampler, tmp_path, capsys):
     assert saved["seeds"].tolist() == [0, 1, 2, 3, 4, 9]
     assert saved["samples"].shape == saved["baseline"].shape == (6, 1, 8, 8)
     assert not np.array_equal(saved["samples"], saved["baseline"])
-    assert Image.open(png).size == (2 * 3 * 10 + 12, 2 * 10)
+    picture, upscaled = np.asarray(Image.open(png)), np.ones((12, 12))
+    for left, name in ((16, "baseline"), (16 + 3 * 98 - 2 + 16, "samples")):
+        for i, image in enumerate(cli.picture.as_bytes(saved[name])):
+            above, beside = len(picture) - 16 - 2 * 98 + 2 + i // 3 * 98, left + i % 3 * 98
+            assert np.array_equal(picture[above : above + 96, beside : beside + 96], np.kron(image[0], upscaled))
     printed = capsys.readouterr().out
     assert re.search(r"time in the model \d+\.\d+ s, in the step and the loop around it \d+\.\d+ s", printed)
     assert len(re.findall(r"sha256 of the (?:initial noise|baseline|samples) [0-9a-f]{64}", printed)) == 3
@@ -364,7 +368,7 @@ def test_a_pipe_that_nobody_reads(tiny, tmp_path, unbuffered):
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
     )  # fmt: skip
     os.close(writes)
-    assert result.returncode == 0 and Image.open(out).size == (10, 10)
+    assert result.returncode == 0 and Image.open(out).size == (16 + 260 + 16, 16 + 2 * 21 + 96 + 16)
     assert re.search("sha256 of the samples [0-9a-f]{64}", result.stderr) and "Traceback" not in result.stderr
     assert "Exception ignored" not in result.stderr
 
@@ -476,12 +480,6 @@ def test_every_sampler_of_the_command_line(tiny):
     assert (
         run("--model", tiny["one"], "--sampler", "euler_ancestral", "--eta", "0.5", "--steps", "3", "--seeds", "0") == 0
     )
-
-
-def test_grid_of_three_images():
-    grid = cli.sample.image_grid([np.stack([np.full((1, 2, 2), value) for value in (-1.0, 0.0, 2.0)])])
-    assert grid.shape == (8, 8, 1)
-    assert grid[1, 1] == 0 and grid[1, 5] == 127 and grid[5, 1] == 255 and grid[0, 0] == 96
 
 
 def test_bundled_digits_load_as_a_diffusers_pipeline():
