@@ -74,7 +74,8 @@ def by_numel(axis, results, peer, same):
             numel = [row["axes"]["numel"] for row in rows]
             errors(axis, rows, numel, lambda ratio: same / ratio, marker=marker, label=NOISE[feature])
     axis.axhline(same, color="black", linewidth=0.8)
-    axis.set(xscale="log", xlabel="elements of a batch")
+    axis.set(xscale="log", xlabel="elements of the state, float32")
+    plain_ticks(axis, "x")
     return found
 
 
@@ -139,23 +140,23 @@ def share_of_copy(results, path):
 def by_size(results, path):
     """Cost of larger batches and states."""
     panels = [
-        (rows, *said)
-        for group, *said in (("batch", "samples", "batch", 1, 2), ("growth", "elements", "numel", 1000, 10))
-        if (rows := sorted(rows_of(results, group), key=lambda row: row["ratio"]))
+        (rows, key, *said)
+        for group, key, *said in (("batch", "batch", "samples", 1, 2), ("growth", "numel", "elements", 1000, 10))
+        if (rows := sorted(rows_of(results, group), key=lambda row: row["axes"][key]))
     ]
     if not panels:
         return None
     figure, axes = figures(len(panels), width=4.6, height=3.4)
     titles = []
-    for axis, (rows, what, key, one, base) in zip(axes, panels, strict=True):
+    for axis, (rows, key, what, one, base) in zip(axes, panels, strict=True):
         sizes = [row["axes"][key] for row in rows]
         errors(axis, rows, sizes, lambda ratio: ratio, marker="o", label="step, out=")
         axis.plot([one, sizes[-1]], [1, sizes[-1] / one], color="black", linewidth=0.8, label="proportional")
-        titles.append(f"{sizes[-1]:,} {what}: {_short(rows[-1]['ratio']):g} times the time of {one:,}")
-        axis.set(title=titles[-1], xlabel=what, ylabel=f"time / time of {one:,}")
+        titles.append(f"{sizes[-1]:,} {what} take\n{_short(rows[-1]['ratio']):g} times as long as {one:,}")
+        axis.set(title=titles[-1], xlabel=what, ylabel=f"time of a step / its time with {one:,}")
         axis.set_xscale("log", base=base)
         axis.set_yscale("log", base=base)
-        plain_ticks(axis, *("xy" if base == 2 else "y"))
+        plain_ticks(axis, "x", "y")
     saved(figure, axes, results, path)
     return titles
 

@@ -9,6 +9,11 @@ from epskernels import calibrate
 from epskernels.plots import MARKERS, PALETTE, finish, largest_gap, plain_ticks, save_figure, styled
 
 BEGIN, END = "<!-- measured: written by `make quality-report` -->\n", "<!-- end of measured -->"
+POINTS = 16  # of a curve along the chain
+# What holds for all panels of a plot.
+CAPTION = """T' is the number of model calls of a chain. Solid: lambda 1; dotted: the best uniform lambda.
+Shaded: two standard errors. Bars: 95 % intervals of the change, of other seeds than the curves; unclear: 0 is in it.
+delta_t: squared difference between the standard deviation of a chain's states and that of training."""
 KINDS = ("baseline", "uniform", "norm-matched")  # whose exposure bias is measured
 
 
@@ -322,20 +327,24 @@ def draw_along(rows, measured, axes):
         for kind, line in (("baseline", "-"), ("uniform", ":")):
             if (e := measured.get((row["sampler"], row["steps"], kind))) is None:
                 continue
-            shown = np.unique(np.linspace(0, len(e.t) - 1, 30).astype(int))
-            where, label = np.linspace(0, 1, len(e.t))[shown], said if kind == "baseline" else None
-            for axis, values in zip(axes, (paired_gap(e), e.delta_chain), strict=True):
-                axis.plot(where, values[shown], line, linewidth=1, label=label, **style | {"marker": ""})
+            shown = np.unique(np.linspace(0, len(e.t) - 1, POINTS).astype(int))
+            where, gap, error = np.linspace(0, 1, len(e.t))[shown], e.norm_gap[shown], 2 * e.norm_gap_se[shown]
+            options = {"linestyle": line, "linewidth": 1, "color": style["color"]}
+            axes[0].fill_between(where, gap - error, gap + error, color=style["color"], alpha=0.2, linewidth=0)
+            axes[0].plot(where, gap, label=said if kind == "baseline" else None, **options)
+            axes[1].plot(where, e.delta_chain[shown], **options)
             if kind == "baseline":
-                gaps.append(paired_gap(e))
+                gaps.append((e.norm_gap, e.norm_gap_se))
                 ends.append(f"{e.delta_chain[-1]:.2g} at {said}")
     axes[0].axhline(1, color="black", linewidth=0.8)
-    axes[0].set(
-        title=f"Lambda 1: noise {largest_gap(np.concatenate([*gaps, [np.nan]]))}", ylabel="norm: sampling / training"
-    )
-    axes[1].set(title=f"Variance error at the end:\n{ends_of(ends)}", ylabel="delta_t", yscale="log")
+    axes[0].locator_params(axis="y", nbins=6)
+    found = largest_gap(*np.concatenate(gaps, axis=1)) if gaps else "not measured"
+    axes[0].set(title=f"Without correction, predicted\nnoise is {found}", ylabel="norm: sampling / training")
+    axes[1].set(title=f"Variance error at the end of the chain:\n{ends_of(ends)}", yscale="log",
+                ylabel="delta_t, data units squared")  # fmt: skip
+    plain_ticks(axes[1], "y")
     for axis in axes:
-        axis.set_xlabel("along the chain: 0 noisiest, 1 cleanest")
+        axis.set(xlabel="place in the chain: 0 noisiest, 1 cleanest", xticks=[0, 0.5, 1])
 
 
 def ends_of(said):
@@ -352,12 +361,13 @@ def draw_distance(rows, axis):
         axis.plot(b, distances / dict(trials)[1.0], markersize=2, linewidth=1, label=said, **style)
         _, found = largest(row)
         if found and row["lambda"]["uniform"] != 1:
-            over_baseline(axis, row["lambda"]["uniform"], found, "uniform", **style)
+            over_baseline(axis, [row["lambda"]["uniform"]], found, ["uniform"], **style)
         if found:
             changes.append(f"{clear_change(found, 'uniform')} at {said}")
-    axis.set(title=f"Best lambda, distance:\n{ends_of(changes)}", xlabel="lambda, the same at all steps",
-             ylabel="Frechet distance / that at 1")  # fmt: skip
+    axis.set(title=f"Best lambda, change of the distance:\n{ends_of(changes)}", xlabel="lambda, the same at all steps",
+             ylabel="Fréchet distance / that at 1")  # fmt: skip
     axis.locator_params(axis="x", nbins=5)
+    axis.locator_params(axis="y", nbins=7)
     from_one_on(axis)
 
 
@@ -365,15 +375,17 @@ def clear_change(found, name):
     """What a set's distance has more than the baseline's, where the interval leaves 0 out."""
     value, low, high = found[name].get("frechet_difference", (0, 0, 0))
     if low == high == 0:
-        return "no change"
+        return "none"
     return f"{100 * value / found['baseline']['frechet'][0]:+.0f} %" if low > 0 or high < 0 else "unclear"
 
 
-def over_baseline(axis, x, found, name, **style):
-    """A set's distance over the baseline's, with the interval of their difference."""
+def over_baseline(axis, x, found, names, **style):
+    """Distances over the baseline's, with the intervals of their differences. x: where each of the names stands."""
     base = found["baseline"]["frechet"][0]
-    value, low, high = ((base + change) / base for change in found[name].get("frechet_difference", (0, 0, 0)))
-    axis.errorbar([x], [value], [[value - low], [high - value]], markersize=4, capsize=2, linewidth=1, **style)
+    changes = np.array([found[name].get("frechet_difference", (0, 0, 0)) for name in names])
+    value, low, high = 1 + changes.T / base
+    bars = {"markersize": 4, "capsize": 2, "elinewidth": 1, "linestyle": "none"}
+    axis.errorbar(x, value, [value - low, high - value], **bars, **style)
 
 
 def from_one_on(axis):
@@ -393,16 +405,15 @@ def draw_corrections(rows, axis):
     for n, (row, style, said) in enumerate(by_calls(rows)):
         found = known.get(id(row), {})
         shown = [name for name in names if name in found]
-        for name in shown:
-            over_baseline(
-                axis, names.index(name) + 0.15 * n, found, name, **style | {"label": said * (name == shown[0])}
-            )
         if shown:
+            over_baseline(axis, [names.index(name) + 0.15 * n for name in shown], found, shown, **style)
             winner = min(shown, key=lambda name: found[name]["frechet"][0])
-            best.append(f"{winner}, {clear_change(found, winner)} at {said}")
+            best.append(f"{winner}, distance {clear_change(found, winner)} at {said}")
     axis.set_xticks(range(len(names)), names, rotation=25, ha="right", rotation_mode="anchor")
-    axis.set(title="Best correction: " + "; ".join(best), ylabel="Frechet distance / uncorrected")
+    axis.set(title="Best correction: " + "; ".join(best), xlabel="correction",
+             ylabel="Fréchet distance / uncorrected")  # fmt: skip
     from_one_on(axis)
+    axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
 
 
 def draw(name, rows, measured, part):
@@ -418,10 +429,10 @@ def draw(name, rows, measured, part):
     if corrects:
         draw_corrections(rows, axes[3])
     for axis in axes:
+        axis.minorticks_off()
         finish(axis, size=7)
-    for axis in axes[1:]:  # the first's tells the colours
-        if (named := axis.get_legend()) is not None:
-            named.remove()
+    if (repeated := axes[2].get_legend()) is not None:  # the first's tells the colours
+        repeated.remove()
     part.suptitle(name, fontsize=11, fontweight="bold", x=0.01, ha="left")
 
 
@@ -431,13 +442,11 @@ def draw_all(rows, measured, path):
     for row in rows:
         by_sampler.setdefault(row["sampler"], []).append(row)
     heights = [5.6 if compared(own) else 3 for own in by_sampler.values()]
-    figure = Figure(figsize=(10, sum(heights) + 0.5), layout="constrained")
+    figure = Figure(figsize=(10, sum(heights) + 0.9), layout="constrained")
     parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False).flat
     for (name, own), part in zip(by_sampler.items(), parts, strict=True):
         draw(name, own, measured, part)
-    said = "T' = model calls of a chain. Solid: lambda 1; dotted: the best uniform lambda."
-    bars = "Bars: intervals of 95 %, of other seeds than the curves."
-    figure.suptitle(f"{path.stem}. {said} {bars}", fontsize=9)
+    figure.suptitle(f"{path.stem}. {CAPTION}", fontsize=8)
     save_figure(figure, path)
 
 

@@ -300,7 +300,7 @@ def test_quick_row_and_report(compared, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "difference, said",
-    [([-1, -8, -0.5], "-20 % at T' = 10"), ([-1, -8, 0.5], "unclear at T' = 10"), ([0, 0, 0], "no change at T' = 10")],
+    [([-1, -8, -0.5], "-20 % at T' = 10"), ([-1, -8, 0.5], "unclear at T' = 10"), ([0, 0, 0], "none at T' = 10")],
 )
 @pytest.mark.parametrize("worst", [5.5, 900.0])
 def test_plots_say_what_is_clear_and_leave_nothing_out(worst, difference, said, monkeypatch):
@@ -318,6 +318,6 @@ def test_plots_say_what_is_clear_and_leave_nothing_out(worst, difference, said, 
     for axis, lows, highs in zip(axes, (0.8, 1), (worst / 5, 1), strict=True):
         bottom, top = axis.get_ylim()
         assert bottom <= min(lows, 1 + difference[1] / 5) and top >= highs
-        assert said in axis.get_title() or f"uniform, {said}" in axis.get_title()
+        assert said in axis.get_title() or f"uniform, distance {said}" in axis.get_title()
     figure = Figure()
     exposure_report.draw("ddim", [row], {}, figure.subfigures())

@@ -170,7 +170,7 @@ def test_the_page_and_its_plots_are_of_the_run_that_is_kept(tmp_path):
     drawn = (tmp_path / "beside_compile.svg").read_text()
     rows = [row for row in results["rows"] if row["group"] == "scheduler"]
     said = f"{report_program.times([row['ratio'] for row in rows])} as fast as"
-    assert said in drawn and said in plots["beside_compile.svg"] and "<text" not in drawn
+    assert said in drawn and said in plots["beside_compile.svg"]
     rows[0]["ratio"] = 1 / 98.7
     rows[0]["interval"] = [1 / 99, 1 / 98]
     results["rows"] = [

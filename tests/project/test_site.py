@@ -107,6 +107,11 @@ def test_each_link_of_the_pages_leads_to_a_file(tmp_path):
     assert home.count("{toctree}") == len(conf.PAGES) + 1 and (tmp_path / "reference" / "samplers.rst").exists()
 
 
+def test_pictures_are_small():
+    sizes = {path: path.stat().st_size for path in (ROOT / "docs").rglob("*.svg")}
+    assert len(sizes) > 5 and max(sizes.values()) < 200_000, sizes
+
+
 def test_links(tmp_path, monkeypatch):
     def relinked(text, page="docs/exposure.md"):
         return conf.relinked(text, page, tmp_path)
