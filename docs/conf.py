@@ -49,7 +49,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str | None]]] = {
     "types": ("Types and the build", {"epskernels.typing": None, "epskernels.build": None}),
 }  # fmt: skip
 # Static pages, as they are, above the navigation: {"explore/index.html": "title"}.
-STATIC: dict[str, str] = {}
+STATIC: dict[str, str] = {"explore/index.html": "See the effect"}
 # Where files that are no pages are linked to, such as https://.../blob/main; without it their names stand alone.
 REPOSITORY = os.environ.get("EPSKERNELS_REPOSITORY", "")
 
@@ -108,6 +108,19 @@ def _copy_static(site: pathlib.Path) -> None:
     for page in STATIC:
         folder = page.split("/")[0]
         shutil.copytree(ROOT / "docs" / folder, site / folder, dirs_exist_ok=True)
+        (site / page).write_text(static_page(page))
+
+
+def static_page(page: str) -> str:
+    """Its text with its links to pages as the site has them. Raises ValueError for a link to a file that is no page."""
+
+    def link(found: re.Match[str]) -> str:
+        name = (ROOT / "docs" / page).parent.joinpath(found[1]).resolve().relative_to(ROOT).as_posix()
+        if name not in pages():
+            raise ValueError(f"docs/{page}: {found[1]}: expected a page of the site")
+        return f'href="../{pages()[name]}.html"'
+
+    return re.sub(r'href="(\.\./[^"]*)"', link, (ROOT / "docs" / page).read_text())
 
 
 # ---- the pages ----
