@@ -27,7 +27,7 @@ PAGES = {
         "docs/corrections.md", "docs/exposure.md", "docs/exposure_method.md", "docs/exposure_tables.md", "docs/install.md"],
     "In production": [
         "docs/production.md", "docs/production_compile.md", "docs/production_export.md", "docs/production_serving.md",
-        "docs/benchmarks.md",
+        "docs/platforms.md", "docs/benchmarks.md",
     ],
     "Background": ["docs/glossary.md", "docs/architecture.md", "CONTRIBUTING.md", "CHANGELOG.md"],
 }  # fmt: skip
