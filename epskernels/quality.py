@@ -9,6 +9,8 @@ Inception-FID and cannot be compared with published ones; `inception_fid` is, wh
 """
 
 import dataclasses
+import functools
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -21,9 +23,11 @@ from torch import Tensor
 from .typing import Array, Device, FilePath
 
 __all__ = [
-    "WEIGHTS", "DigitFeatures", "Estimate", "compare", "digit_features", "frechet", "inception_fid", "precision_recall",
+    "WEIGHTS", "DigitFeatures", "Estimate", "compare", "digit_features", "frechet", "inception_features", "inception_fid",
+    "precision_recall",
 ]  # fmt: skip
 
+_log = logging.getLogger("epskernels")
 WEIGHTS = pathlib.Path(__file__).with_name("digits") / "classifier.npz"
 
 
@@ -90,10 +94,12 @@ def _checked(features: ArrayLike, name: str) -> Array:
 def frechet(real: ArrayLike, samples: ArrayLike) -> float:
     """The Fréchet distance between Gaussians of the features' means and covariances. real, samples: (N, D), (M, D).
 
-    It is biased upward, by less the more samples there are: compare only the same numbers of them.
+    It is biased upward, by less the more samples there are: compare only the same numbers of them. The log warns where one side
+    has no more than D of them: its covariance then has directions of which it knows nothing.
     Raises ValueError naming the argument.
     """
     of_real, of_samples = _pair(real, samples)
+    _warn_of_rank(len(of_real), *of_samples.shape)
     return _distance(_gaussian(of_real, None), _gaussian(of_samples, None))
 
 
@@ -102,6 +108,17 @@ def _pair(real: ArrayLike, samples: ArrayLike) -> tuple[Array, Array]:
     if of_real.shape[1] != of_samples.shape[1]:
         raise ValueError(f"samples: expected {of_real.shape[1]} features, as real has, got {of_samples.shape[1]}")
     return of_real, of_samples
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_of_rank(real: int, samples: int, dimensions: int) -> None:
+    """Once for the same numbers."""
+    if min(real, samples) <= dimensions:
+        _log.warning(
+            "Frechet distance: %d features of %d real images and %d samples: a covariance is of less than full rank; take "
+            "more than %d of both, or fewer features",
+            dimensions, real, samples, dimensions,
+        )  # fmt: skip
 
 
 def _gaussian(features: Array, counts: Array | None) -> tuple[Array, Array]:
@@ -206,7 +223,46 @@ def compare(
     return result
 
 
-# ---- Inception-FID, for those who have its weights ----
+# ---- Inception, for those who have its weights ----
+
+
+@torch.no_grad()
+def inception_features(
+    images: np.ndarray | Tensor,
+    weights: FilePath | None = None,
+    *,
+    dims: int = 2048,
+    device: Device = "cpu",
+    batch: int = 32,
+) -> Array:
+    """Features of InceptionV3 for images (N, C, H, W) in [-1, 1], C 1 or 3, by torch-fidelity: float64 (N, dims).
+
+    Nothing is downloaded. weights: the file of its InceptionV3; default: where torch-fidelity keeps it. dims: 2048, which FID
+    takes and which wants more than 2,048 images; or an earlier layer: 64, 192 or 768.
+    Raises ImportError without torch-fidelity, RuntimeError where there are no weights, ValueError for other arguments.
+    """
+    if dims not in (64, 192, 768, 2048):
+        raise ValueError(f"dims: expected 64, 192, 768 or 2048, got {dims!r}")
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
+    data = _Bytes(images, "images")
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as theirs
+    except ImportError as error:
+        said = "inception_features needs torch-fidelity: pip install torch-fidelity"
+        raise ImportError(said, name="torch_fidelity") from error
+    kept = pathlib.Path(torch.hub.get_dir(), "checkpoints", theirs.URL_INCEPTION_V3.rpartition("/")[2])
+    path = kept if weights is None else pathlib.Path(weights)
+    if not path.is_file():
+        what = "inception_features" if weights is None else "weights"
+        raise RuntimeError(
+            f"{what}: expected torch-fidelity's InceptionV3 in {path}, and there is no such file. Nothing is downloaded here: "
+            f"fetch {theirs.URL_INCEPTION_V3}"
+        )
+    network = theirs.FeatureExtractorInceptionV3("inception", [str(dims)], feature_extractor_weights_path=str(path))
+    network = network.to(device)
+    loader = torch.utils.data.DataLoader(data, batch_size=batch)
+    return torch.cat([network(part.to(device))[0].cpu() for part in loader]).double().numpy()
 
 
 def inception_fid(

@@ -15,8 +15,8 @@ PAGES = sorted(page.relative_to(ROOT) for page in (ROOT / "README.md", *(ROOT / 
 # What users import: completion shows what `__all__` names.
 MODULES = [
     "", "build", "calibrate", "calibrate.gradient", "calibrate.norms", "calibrate.trials", "diffusers.pipelines", "exposure",
-    "files", "graphed", "guidance", "images", "models", "ops", "published_settings", "quality", "ranks", "sample", "samplers",
-    "scaling", "schedule", "seeds", "shards", "table", "trajectory", "typing",
+    "features", "files", "graphed", "guidance", "images", "models", "ops", "published_settings", "quality", "ranks", "sample",
+    "samplers", "scaling", "schedule", "seeds", "shards", "table", "trajectory", "typing",
 ]  # fmt: skip
 # Triton reads annotations as the types of a kernel's arguments.
 WITHOUT_ANNOTATIONS = {"ops/triton_kernels.py"}
