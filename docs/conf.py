@@ -44,7 +44,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str | None]]] = {
     "diffusers": ("diffusers", {"epskernels.diffusers": None}),
     "k_diffusion": ("k-diffusion and ComfyUI", {"epskernels.k_diffusion": None}),
     "exposure": ("Exposure bias and quality", {"epskernels.exposure": None, "epskernels.calibrate": None,
-                                               "epskernels.quality": None}),
+                                               "epskernels.quality": None, "epskernels.features": None}),
     "data": ("Models and images", {"epskernels.models": None, "epskernels.images": None}),
     "types": ("Types and the build", {"epskernels.typing": None, "epskernels.build": None}),
 }  # fmt: skip
