@@ -23,8 +23,11 @@ from typing import Any, TypeVar
 ROOT = pathlib.Path(__file__).parents[1]
 HOME = "README.md"
 PAGES = {
-    "Use it": ["docs/samplers.md", "docs/diffusers.md", "docs/comfyui.md", "docs/stacks.md", "docs/step.md",
-        "docs/corrections.md", "docs/exposure.md", "docs/exposure_method.md", "docs/exposure_tables.md", "docs/install.md"],
+    "Use it": [
+        "docs/install.md", "docs/choosing_lambda.md", "docs/samplers.md", "docs/diffusers.md", "docs/comfyui.md",
+        "docs/stacks.md", "docs/step.md",
+    ],
+    "Exposure bias": ["docs/corrections.md", "docs/exposure.md", "docs/exposure_method.md", "docs/exposure_tables.md"],
     "In production": [
         "docs/production.md", "docs/production_compile.md", "docs/production_export.md", "docs/production_serving.md",
         "docs/platforms.md", "docs/benchmarks.md",
