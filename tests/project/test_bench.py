@@ -58,8 +58,14 @@ def test_run(run):
 
 @deep
 def test_memory_is_the_output_alone(run):
+    import bench
+
     rows = harness.load(run)["memory"]
-    assert len(rows) == 18
+    forms = ("new tensor", "out=", "eager PyTorch")
+    assert {(row["feature"], row["form"]) for row in rows} == {
+        (name, form) for name in bench.FEATURES for form in forms
+    }
+    assert len(rows) == len(forms) * len(bench.FEATURES)
     for row in rows:
         if row["form"] == "new tensor":
             assert row["allocations"] == 1 and row["peak_over_state"] == 1
