@@ -1,8 +1,8 @@
-"""Trained networks from a diffusers directory, as the callables that sample() takes."""
+"""Networks and what sampling from them needs: a Model of one's own, or one from a diffusers directory."""
 
-import dataclasses
 import pathlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,33 +10,83 @@ from torch import Tensor
 
 from . import schedule
 from .files import read_object
-from .typing import Device, FilePath, ModelCall
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
+from .samplers import PREDICTIONS
+from .samplers.common import clip_value, one_of
+from .table import describe
+from .trajectory import f_and_u
+from .typing import Device, FilePath, ModelCall, Shape
 
 __all__ = ["DIGITS", "Model", "load"]
 
 DIGITS = pathlib.Path(__file__).with_name("digits")  # ships with the package: see its README.md
+_VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+_Schedule = schedule.DiscreteSchedule | schedule.KarrasSchedule | schedule.FlowSchedule
+_Weights = torch.nn.Module | Tensor
 
 
-@dataclasses.dataclass
 class Model:
-    """A network and what a table for it needs.
+    """A network and what sampling from it needs; `epskernels sample --model module:function` calls a function that returns one.
 
-    call: (x, t) -> f, or (f, u) with classes. variance: ddpm's. grid: where its timesteps are, for DiscreteSchedule.grid.
-    final: where ddim's last step ends. shape: of one sample. classes: how many, 0 for an unconditional network.
+    network: (x, t) -> f, or, with classes, (x, t, labels) -> f, labels int64 (B,): a torch.nn.Module, or any callable. f is a
+    tensor, or what has it as `.sample`; it has twice the channels of x with variance "learned_range". x comes in the dtype of
+    the first floating-point weight, as float32 where there is none. t is what the schedule says: int64 timesteps of a
+    DiscreteSchedule, float32 sigma of a KarrasSchedule, float32 T*sigma of a FlowSchedule.
+    shape: of one sample, such as (3, 64, 64).
+    prediction: what f is, one of PREDICTIONS. Default: "sample" for a KarrasSchedule whose network is told sigma, "flow" for a
+    FlowSchedule, otherwise "epsilon".
+    variance: ddpm's. clip: x_0 is held to [-clip, clip]; None: it is not. Both are those of the sampler's arguments.
+    grid: spacing and steps_offset of a DiscreteSchedule's timesteps. final: where ddim's last step ends: "clean" or "first".
+    classes: how many labels there are, 0 for a network that takes none. empty: the label that stands for no class, which
+    classifier-free guidance needs; any integer that the network understands.
+    decode: samples, float32 (B, *shape), -> images (B, 1 or 3, H, W) in [-1, 1], such as a VAE's decoder. None: the samples are
+    the images.
+    weights: the modules and tensors that network and decode compute with, such as [unet, vae, text_embeddings]. Their digest
+    tells this model from another when a run is continued. Default: the network, where it is a Module; otherwise none, and
+    nothing can be continued.
+    name: what else tells it from other models of these weights; the command line sets it to --model's text.
+    Raises ValueError or TypeError naming the argument, also for a Module in training mode.
     """
 
-    network: "UNet2DModel"
-    schedule: schedule.DiscreteSchedule
-    prediction: str
-    variance: str
-    clip: float | None
-    grid: dict[str, Any]
-    final: str
-    shape: tuple[int, ...]
-    classes: int
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        schedule: _Schedule,
+        shape: Shape,
+        *,
+        prediction: str | None = None,
+        variance: str = "fixed_small",
+        clip: float | None = None,
+        grid: Mapping[str, Any] | None = None,
+        final: str = "clean",
+        classes: int = 0,
+        empty: int | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        weights: _Weights | Sequence[_Weights] | None = None,
+        name: str = "",
+    ):
+        for argument, function in (("network", network), ("decode", decode)):
+            if not callable(function) and (function is not None or argument == "network"):
+                raise TypeError(f"{argument}: expected a callable, got {describe(function)}")
+        self.network, self.decode, self.name = network, decode, name
+        # Any: what load returns has timesteps, and a reader knows that better than a checker.
+        self.schedule: Any = _checked_schedule(schedule, dict(grid or {}), final)
+        self.grid, self.final = dict(grid or {}), final
+        if not isinstance(shape, (tuple, list)) or not shape or not all(_is_integer(size, 1) for size in shape):
+            raise ValueError(f"shape: expected the sizes of one sample, such as (3, 64, 64), got {shape!r}")
+        self.shape = tuple(int(size) for size in shape)
+        self.prediction = _default_prediction(schedule) if prediction is None else prediction
+        one_of("prediction", self.prediction, tuple(PREDICTIONS))
+        one_of("variance", variance, _VARIANCES)
+        clip_value(clip)
+        self.variance, self.clip = variance, clip
+        if not _is_integer(classes, 0):
+            raise ValueError(f"classes: expected an integer of at least 0, got {classes!r}")
+        if empty is not None and (classes == 0 or not _is_integer(empty)):
+            raise ValueError(f"empty: expected a label, of a network with classes, or None, got {empty!r}")
+        self.classes, self.empty = classes, empty
+        if weights is None:
+            weights = [network] if isinstance(network, torch.nn.Module) else []
+        self.weights = _checked_weights(weights)
 
     @property
     def learned_variance(self) -> bool:
@@ -44,32 +94,105 @@ class Model:
         return self.variance == "learned_range"
 
     def callable(self, label: int | None = None, guidance: float = 1.0) -> ModelCall:
-        """The network as sample() calls it. label: a class; with guidance other than 1 its last class is the empty one.
+        """The network as sample() calls it: (x, t) -> f, or -> (f, u) with guidance other than 1, u that of the empty class.
 
-        Raises ValueError for a label or a guidance that the network cannot use.
+        label: a class; a network of one class needs none. Raises ValueError for a label or a guidance that the network cannot
+        use.
         """
         if self.classes == 0:
             if label is not None or guidance != 1:
                 raise ValueError("guidance and class need a network with classes, and this one has none")
-            return lambda x, t: self.network(self._cast(x), t, return_dict=False)[0]
+            return lambda x, t: _output(self.network(self._cast(x), t))
+        label = 0 if label is None and self.classes == 1 else label
         if label is None or not 0 <= label < self.classes:
             raise ValueError(f"class: expected a class in [0, {self.classes}), got {label}")
+        if guidance != 1 and self.empty is None:
+            raise ValueError(f"guidance: expected 1, since this network has no empty class, got {guidance:g}")
 
-        def conditional(x: Tensor, t: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        def conditional(x: Tensor, t: Tensor) -> Any:
             labels = torch.full((len(x),), label, device=x.device)
-            if guidance == 1:
-                return self.network(self._cast(x), t, class_labels=labels, return_dict=False)[0]
-            both = torch.cat([labels, torch.full_like(labels, self.classes - 1)])
-            output = self.network(self._cast(x).repeat(2, 1, 1, 1), t.repeat(2), class_labels=both, return_dict=False)[
-                0
-            ]
+            return _output(self.network(self._cast(x), t, labels))
+
+        def guided(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            labels = torch.tensor([label, self.empty], device=x.device).repeat_interleave(len(x))
+            output = _output(self.network(torch.cat([self._cast(x)] * 2), t.repeat(2), labels))
+            if not isinstance(output, Tensor):
+                raise TypeError("network: expected it to return f alone: guidance calls it for both")
             f, u = output.chunk(2)
             return f, u
 
-        return conditional
+        return conditional if guidance == 1 else guided
+
+    def images(self, samples: Tensor) -> Tensor:
+        """Samples (B, *shape) as images, float32 (B, 1 or 3, H, W) in [-1, 1]: decoded where the model has a decode.
+
+        Raises ValueError for what no image file could hold.
+        """
+        samples = samples.float()
+        with torch.no_grad():
+            found = samples if self.decode is None else self.decode(samples)
+        found = getattr(found, "sample", found)
+        shape = tuple(found.shape) if isinstance(found, Tensor) else describe(found)
+        if (
+            not isinstance(found, Tensor)
+            or found.dim() != 4
+            or (len(found), found.shape[1] in (1, 3)) != (len(samples), True)
+        ):
+            of = "the samples" if self.decode is None else "decode"
+            raise ValueError(f"expected images of 1 or 3 channels, ({len(samples)}, C, H, W), of {of}, got {shape}")
+        return found.float()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the weights: of modules their parameters, then their buffers."""
+        for each in self.weights:
+            if isinstance(each, Tensor):
+                yield each
+            else:
+                yield from each.parameters()
+                yield from each.buffers()
 
     def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.network.dtype)
+        return x.to(next((each.dtype for each in self.tensors() if each.is_floating_point()), torch.float32))
+
+
+def _is_integer(value: object, low: float = -np.inf) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= low)
+
+
+def _output(output: Any) -> Any:
+    f, u = f_and_u(output)
+    return f if u is None else (f, u)
+
+
+def _default_prediction(path: _Schedule) -> str:
+    if isinstance(path, schedule.FlowSchedule):
+        return "flow"
+    return "sample" if isinstance(path, schedule.KarrasSchedule) and path.model is None else "epsilon"
+
+
+def _checked_schedule(path: Any, grid: dict[str, Any], final: str) -> _Schedule:
+    if not isinstance(path, _Schedule):
+        raise TypeError(f"schedule: expected a DiscreteSchedule, KarrasSchedule or FlowSchedule, got {describe(path)}")
+    one_of("final", final, ("clean", "first"))
+    if unknown := grid.keys() - {"spacing", "steps_offset"}:
+        raise ValueError(f"grid: expected spacing and steps_offset, got {sorted(unknown)}")
+    if isinstance(path, schedule.DiscreteSchedule):
+        path.timesteps(1, **grid)
+    elif grid or final != "clean":
+        raise ValueError(f"grid, final: expected none with a {type(path).__name__}, which has no timesteps")
+    return path
+
+
+def _checked_weights(weights: Any) -> tuple[_Weights, ...]:
+    found = (weights,) if isinstance(weights, _Weights) else tuple(weights)
+    for each in found:
+        if not isinstance(each, _Weights):
+            raise TypeError(f"weights: expected modules and tensors, got {describe(each)}")
+        if isinstance(each, torch.nn.Module) and each.training:
+            raise ValueError(
+                f"weights: expected modules for inference, got a {type(each).__name__} in training mode: call its eval()"
+            )
+    return found
 
 
 def load(directory: FilePath = DIGITS, device: Device = "cpu") -> Model:
@@ -112,15 +235,16 @@ def load(directory: FilePath = DIGITS, device: Device = "cpu") -> Model:
     if len(size) != 2:
         raise ValueError(f"model: expected a sample_size (H, W) in {directory}/unet, got {unet.sample_size}")
     return Model(
-        network=network,
-        schedule=_betas(config, scheduler),
+        network,
+        _betas(config, scheduler),
+        (unet.in_channels, *size),
         prediction=config.prediction_type,
         variance=_variance(config, unet),
         clip=config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None,
         grid={"spacing": config.get("timestep_spacing", "leading"), "steps_offset": config.get("steps_offset", 0)},
         final="clean" if config.get("set_alpha_to_one", True) else "first",
-        shape=(unet.in_channels, *size),
         classes=unet.num_class_embeds or 0,
+        empty=unet.num_class_embeds - 1 if unet.num_class_embeds else None,
     )
 
 

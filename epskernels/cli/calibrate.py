@@ -27,6 +27,7 @@ from .common import (
     make_table,
     missing_package,
     model_digests,
+    require_weights,
     require_writable,
     tensors_digest,
 )
@@ -65,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        help="real images: a .npy or .npz (N, C, H, W), a directory of image files or of one for each class, or mnist",
+        help="real images: a directory of image files, or of one for each class, cropped and resized to the model's size where "
+        "they are larger; a .npy or .npz (N, C, H, W), or uint8 (N, H, W, C), such as guided-diffusion's arr_0; or mnist; with "
+        "--class, those of that class where the data tells; for a model with a decode, its latents as floats",
     )
     parser.add_argument("--images", type=int, default=256, metavar="N", help="how many of them; default: %(default)s")
     _add_method_arguments(parser)
@@ -218,6 +221,8 @@ def run(args: argparse.Namespace) -> None:
     task = _load_task(args)
     plots = _plot_paths(args)
     _check_files(args, plots)
+    if args.cache:
+        require_weights("--cache", args.cache, task.model)
     config, weights = model_digests(task.model)
     result = _search(task, _cache_key(task, config, weights)) if args.method == "search" else _match_norms(task)
     result.best.save(
@@ -243,7 +248,8 @@ def _load_task(args: argparse.Namespace) -> _Task:
     model, call = load_model(args, args.device)
     try:
         beside = scaling.as_scaling(1.0 if args.lambda_ is None else lambda_value(args.lambda_), "--lambda")
-        task = _Task(args, model, call, torch.from_numpy(images.load(args.data, model.shape, args.images)), beside)
+        data = images.load(args.data, model.shape, args.images, label=args.label, bounded=model.decode is None)
+        task = _Task(args, model, call, torch.from_numpy(data), beside)
         task.table()
     except ImportError as error:
         raise missing_package(error) from error
@@ -377,7 +383,7 @@ def _correction_maker(args: argparse.Namespace) -> Callable[..., Any]:
     return functools.partial(make, **{name: getattr(args, name) for name in takes if getattr(args, name) is not None})
 
 
-def _cache_key(task: _Task, config: str, weights: str) -> str:
+def _cache_key(task: _Task, config: str, weights: str | None) -> str:
     """All that a trial's score depends on: --cache of another key is refused."""
     args = task.args
     return json_digest(

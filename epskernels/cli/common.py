@@ -1,11 +1,17 @@
 """What the commands share: the arguments that name a model and a sampler, the table they give, files, digests, messages."""
 
 import argparse
+import functools
 import hashlib
+import importlib
 import inspect
 import json
+import os
 import pathlib
-from collections.abc import Callable, Iterable
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +20,16 @@ from .. import corrections, models, samplers, schedule
 from ..corrections import Correction, as_correction
 from ..files import check_writable
 from ..scaling import EpsilonScaling
+from ..table import describe
 from ..typing import ModelCall
 
-# Samplers that do not go from noise to an image with the networks of UNet2DModel pipelines.
-_FOR_OTHERS = {"flow_euler", "pfgmpp", "consistency", "ddim_inverse"}
+# Samplers that do not go from a seed's noise to an image.
+_FOR_OTHERS = {"pfgmpp", "ddim_inverse"}
+# What is sampled with where --sampler is not given.
+_DEFAULT_SAMPLER = {
+    schedule.DiscreteSchedule: "ddpm", schedule.KarrasSchedule: "edm_heun", schedule.FlowSchedule: "flow_euler",
+}  # fmt: skip
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 # ---- messages ----
@@ -44,21 +56,48 @@ def missing_package(error: ImportError) -> UsageError:
 # ---- the model and its sampler ----
 
 
-def offered_samplers() -> list[str]:
-    """The names that --sampler takes."""
-    return sorted(set(samplers.SAMPLERS) - _FOR_OTHERS)
+def offered_samplers(model: models.Model | None = None) -> list[str]:
+    """The names that --sampler takes; those of them that take the model's schedule."""
+    names = sorted(set(samplers.SAMPLERS) - _FOR_OTHERS)
+    return names if model is None else [name for name in names if _takes(name, model)]
+
+
+def _takes(name: str, model: models.Model) -> bool:
+    if name == "consistency" and isinstance(model.schedule, schedule.DiscreteSchedule):
+        return False  # its tables can be made, but no network that predicts noise is a consistency function
+    try:
+        _on_schedule(model.schedule, lambda path: samplers.SAMPLERS[name](path, 3, prediction=model.prediction))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _on_schedule(path: Any, make: Callable[[Any], Any]) -> Any:
+    """make(path); for timesteps and a sampler that wants noise levels, of the KarrasSchedule of those that they stand for."""
+    try:
+        return make(path)
+    except TypeError as error:
+        wanted = str(error).startswith("schedule: expected a KarrasSchedule")
+        if not wanted or not isinstance(path, schedule.DiscreteSchedule):
+            raise
+    return make(schedule.KarrasSchedule(model=path))
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `load_model` and `make_table` read."""
     parser.add_argument(
         "--model",
-        type=pathlib.Path,
-        default=models.DIGITS,
-        metavar="DIR",
-        help="a diffusers pipeline directory (unet/, scheduler/); default: the digits that ship with the package",
+        default=str(models.DIGITS),
+        metavar="MODEL",
+        help="a diffusers pipeline directory (unet/, scheduler/); or module:function, a function of yours, of the device or of "
+        "nothing, that returns an epskernels.models.Model: the current folder can be imported; default: the digits that ship "
+        "with the package",
     )
-    parser.add_argument("--sampler", choices=offered_samplers(), default="ddpm", help="default: %(default)s")
+    parser.add_argument(
+        "--sampler",
+        choices=offered_samplers(),
+        help="default: ddpm; for a model that is told sigma edm_heun, for a flow flow_euler",
+    )
     parser.add_argument("--steps", type=int, default=50, help="sampler steps; default: %(default)s")
     parser.add_argument("--eta", type=float, help="DDIM's eta; default: 0")
     parser.add_argument("--direction", choices=("scaled", "unscaled"), help="DDIM's direction term; default: scaled")
@@ -74,18 +113,80 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[models.Model, ModelCall]:
-    """The model, and the function that `epskernels.sample` calls. Raises UsageError."""
+    """The model, and the function that `epskernels.sample` calls. Sets args.sampler where none was given. Raises UsageError."""
     try:
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
         raise UsageError(f"--device: {str(device)!r} cannot be used: {first_line(error)}") from error
     try:
-        model = models.load(args.model, device)
+        if _FUNCTION.fullmatch(args.model) and not os.path.isdir(args.model):
+            model = _own_model(args.model, torch.device(device))
+        else:
+            model = models.load(args.model, device)
+        args.sampler = args.sampler or _DEFAULT_SAMPLER[type(model.schedule)]
         return model, model.callable(args.label, args.guidance)
     except ImportError as error:
         raise missing_package(error) from error
     except (ValueError, OSError) as error:
         raise UsageError(error) from error
+
+
+def _own_model(text: str, device: torch.device) -> models.Model:
+    """What the function module:function returns for the device. Raises UsageError."""
+    function = load_function(text, "--model")
+    parameters = inspect.signature(function).parameters.values()
+    takes = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    needed = [
+        each.name
+        for each in parameters
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if len(needed) > 1 or (needed and not takes):
+        raise UsageError(f"--model: expected {text} to take a device, or nothing, it needs {', '.join(needed)}")
+    model = _called(functools.partial(function, *([device] if takes else [])), f"--model: {text}")
+    if not isinstance(model, models.Model):
+        raise UsageError(f"--model: expected {text} to return an epskernels.models.Model, got {describe(model)}")
+    if elsewhere := {str(each.device) for each in model.tensors() if each.device.type != device.type}:
+        raise UsageError(
+            f"--device: the weights of {text} are on {', '.join(sorted(elsewhere))}, expected {device}: let the function take "
+            "the device"
+        )
+    model.name = model.name or text
+    return model
+
+
+def load_function(text: str, option: str) -> Callable[..., Any]:
+    """The function that the text of an option names, module:function; the current folder can be imported. Raises UsageError."""
+    if not _FUNCTION.fullmatch(text):
+        raise UsageError(f"{option}: expected module:function, got {text!r}")
+    name, _, path = text.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+        importlib.invalidate_caches()
+    try:
+        found = _called(functools.partial(importlib.import_module, name), f"{option}: importing {name}")
+    except UsageError as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and cause.name and f"{name}.".startswith(f"{cause.name}."):
+            raise UsageError(f"{option}: no module {name} in {os.getcwd()}, nor installed") from cause
+        raise
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"{option}: {name} has no {path}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UsageError(f"{option}: expected a function, {text} is {describe(found)}")
+    return found
+
+
+def _called(function: Callable[[], Any], what: str) -> Any:
+    """function(), which is the user's. Raises UsageError that says where it failed."""
+    try:
+        return function()
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{last.filename}, line {last.lineno}"
+        raise UsageError(f"{what} raised {type(error).__name__}: {first_line(error)} ({where})") from error
 
 
 def lambda_value(text: str) -> Any:
@@ -156,16 +257,29 @@ def make_table(
     if "variance" in takes:
         options.setdefault("variance", model.variance)
     grid: dict[str, Any] = {}
-    if inspect.Parameter.VAR_KEYWORD in {each.kind for each in takes.values()}:  # the options of DiscreteSchedule.grid
+    accepts_grid = inspect.Parameter.VAR_KEYWORD in {each.kind for each in takes.values()}
+    if accepts_grid and isinstance(model.schedule, schedule.DiscreteSchedule):
         grid = {"spacing": "trailing"} if args.sampler.startswith("dpmpp_") else dict(model.grid)
         if args.sampler == "ddim":
             grid["final"] = model.final
+
+    def on(path: Any) -> Any:
+        timesteps = grid if path is model.schedule else {}
+        return make(sampler, path, args.steps, **options, **timesteps)
+
+    if args.sampler == "consistency" and not _takes(args.sampler, model):
+        raise UsageError(_not_offered(args.sampler, model))
     try:
-        return make(sampler, model.schedule, args.steps, **options, **grid)
+        return _on_schedule(model.schedule, on)
     except TypeError as error:
-        if not str(error).startswith("schedule: expected a KarrasSchedule"):
+        if not str(error).startswith("schedule: expected"):
             raise
-    return make(sampler, schedule.KarrasSchedule(model=model.schedule), args.steps, **options)
+        raise UsageError(_not_offered(args.sampler, model)) from error
+
+
+def _not_offered(name: str, model: models.Model) -> str:
+    kind, offered = type(model.schedule).__name__, ", ".join(offered_samplers(model))
+    return f"--sampler: {name} cannot sample this model, whose schedule is a {kind}; expected one of {offered}"
 
 
 def fitted_for(args: argparse.Namespace) -> dict[str, Any]:
@@ -202,7 +316,37 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def model_digests(model: models.Model) -> tuple[str, str]:
-    """(of the network's configuration, without the path that it came from; of the network's weights)."""
-    config = {key: value for key, value in model.network.config.items() if not key.startswith("_")}
-    return json_digest(config), tensors_digest(model.network.state_dict().values())
+def model_digests(model: models.Model) -> tuple[str, str | None]:
+    """(of the network's configuration, without the path that it came from; of all its weights, or None where it says none).
+
+    Of a model that has a name, the configuration is that, and what its modules are made of.
+    """
+    weights = [value for each in model.weights for value in _state(each)]
+    told: Any = _configuration(model.network)
+    if model.name:
+        modules = [each for each in model.weights if isinstance(each, torch.nn.Module)]
+        parts = [(name, part) for each in modules for name, part in each.named_modules()]
+        told = [model.name, [[name, type(part).__qualname__, _configuration(part)] for name, part in parts]]
+    return json_digest(told), tensors_digest(weights) if weights else None
+
+
+def _configuration(part: Any) -> dict[str, Any]:
+    """As diffusers' networks have it; empty for others."""
+    config = getattr(part, "config", None)
+    return (
+        {key: value for key, value in config.items() if not key.startswith("_")} if isinstance(config, Mapping) else {}
+    )
+
+
+def _state(weights: torch.nn.Module | torch.Tensor) -> list[torch.Tensor]:
+    if isinstance(weights, torch.Tensor):
+        return [weights]
+    return [value for value in weights.state_dict().values() if isinstance(value, torch.Tensor)]
+
+
+def require_weights(option: str, path: pathlib.Path, model: models.Model) -> None:
+    """Raises UsageError where nothing tells the model from another: what is there may then be another's."""
+    if not model.weights:
+        raise UsageError(
+            f"{option}: {path} is continued by a model of the same weights, and {model.name} says none: Model(..., weights=...)"
+        )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .. import __version__, corrections, ops, scaling, shards
+from .. import __version__, corrections, images, ops, scaling, shards
 from ..corrections import check_bands
 from ..files import write_whole
 from ..models import Model
@@ -34,6 +34,7 @@ from .common import (
     make_table,
     model_digests,
     read_correction,
+    require_weights,
     require_writable,
     tensors_digest,
 )
@@ -45,6 +46,7 @@ TEXTS = {
     "  epskernels sample --out digits.png\n"
     "  epskernels sample --sampler ddim --steps 20 --lambda 1.004 --compare --out both.png\n"
     "  epskernels sample --lambda ADM/CIFAR-10/20/linear --steps 20 --seeds 0-255 --out samples.npz\n"
+    "  epskernels sample --model my_models:edm --steps 18 --seeds 0-49999 --out samples --format png\n"
     "  torchrun --nproc-per-node 4 -m epskernels sample --seeds 0-49999 --out samples",
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -91,6 +93,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".png for a grid of images, .npz for the samples and seeds, a name without suffix for a directory that is written "
         "a batch at a time, by all processes of torchrun, and continued where a run was interrupted; may be given again",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("png", "adm"),
+        action="append",
+        default=[],
+        help="png: the directory holds a PNG for each seed, as pytorch-fid, clean-fid and EDM's fid.py read them; adm: the .npz "
+        "holds arr_0, uint8 (N, H, W, 3), as guided-diffusion's evaluator reads it; both rounded to the nearest of 256 levels; "
+        "may be given again",
     )
     parser.add_argument(
         "--threads",
@@ -182,7 +193,7 @@ def run(args: argparse.Namespace) -> None:
             torch.set_num_threads(threads)
         with ops.use_backend(args.backend), ranks:
             sampling = _Sampling(args, device)
-            _check_files(args, sampling.model)
+            _check_files(args, sampling, directory)
             _check_size(args, sampling, directory)
             if ranks.rank == 0:
                 _warn_of_transfer(args, sampling.model)
@@ -216,6 +227,31 @@ class _Sampling:
             raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
         self.seed_bytes = 4 * math.prod(self.model.shape) * len(self.tables)  # on the host: samples are float32 there
         self.args, self.device, self.model_seconds, self.seconds = args, device, 0.0, 0.0
+        self.image_shape: tuple[int, ...] = ()  # (C, H, W), once check_images has found it
+
+    def stored_bytes(self) -> int:
+        """Of a seed in a directory, of all names."""
+        return math.prod(self.image_shape) * len(self.tables) if "png" in self.args.format else self.seed_bytes
+
+    def check_images(self) -> None:
+        """Raises UsageError where the samples are no images, or decode makes none: it decodes one of zeros."""
+        try:
+            self.image_shape = self.images(torch.zeros(1, *self.model.shape)).shape[1:]
+        except ValueError as error:
+            raise UsageError(f"--out, --format: {error}") from error
+
+    def images(self, samples: torch.Tensor) -> torch.Tensor:
+        """Samples as images, on the host, decoded a batch at a time where the model has a decode."""
+        parts = samples.split(self.args.batch)
+        return torch.cat([self.model.images(part.to(self.device)).cpu() for part in parts])
+
+    def stored(self, samples: torch.Tensor) -> np.ndarray:
+        """What a directory holds of them: float32, or with --format png bytes."""
+        if "png" in self.args.format:
+            if not samples.isfinite().all():
+                _warn_of_not_finite()
+            return images.to_bytes(self.images(samples))
+        return samples.float().numpy()
 
     def __call__(self, name: str, seeds: np.ndarray, progress: bool = False) -> torch.Tensor:
         """The samples of a batch of seeds, on the host."""
@@ -243,8 +279,9 @@ class _Sampling:
             "eta": args.eta, "direction": args.direction, "variance": args.variance, "class": args.label,
             "guidance": args.guidance, "dtype": args.dtype, "batch": args.batch, "shape": list(self.model.shape),
             "seeds": f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, {seeds.digest()}",
-            "model": " ".join(model_digests(self.model)),
+            "model": " ".join(map(str, model_digests(self.model))),
             "tables": {name: tensors_digest([table.rows]) for name, table in self.tables.items()},
+            **({"images": "png", "size": list(self.image_shape)} if "png" in args.format else {}),
             **({"time_shift": args.time_shift} if args.time_shift else {}),
             "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu,
             **({"correction": self.correction.to_dict()} if self.correction else {}),
@@ -269,7 +306,7 @@ def _sample_in_memory(args: argparse.Namespace, sampling: _Sampling) -> None:
     lines = [sampling.headline(), _times(sampling.model_seconds, sampling.seconds)]
     lines.append(f"sha256 of the initial noise {tensors_digest(noise)}")
     lines += [f"sha256 of the {name} {tensors_digest([samples])}" for name, samples in runs.items()]
-    _write_and_print(args, lines, lambda: runs)
+    _write_and_print(sampling, lines, lambda: runs)
 
 
 def _sample_into_directory(
@@ -279,7 +316,7 @@ def _sample_into_directory(
     run, missing = _begin_or_continue(args, sampling, ranks, directory)
     own = missing[ranks.rank :: ranks.size]
     for name, chunk in tqdm(own, desc=f"{directory}", unit="chunk", disable=args.quiet or ranks.rank > 0):
-        run.write(name, chunk, sampling(name, run.seeds_of(chunk)).float().numpy())
+        run.write(name, chunk, sampling.stored(sampling(name, run.seeds_of(chunk))))
     counts = ranks.gather((len(own), sampling.model_seconds, sampling.seconds))
     run.clean()
     if counts is None:  # this is not rank 0
@@ -294,34 +331,36 @@ def _sample_into_directory(
     finite = []
 
     def stored(name: str) -> Iterator[torch.Tensor]:
-        """The state's dtype holds them exactly: the hash is that of the same samples in memory."""
+        """The state's dtype holds them exactly: the hash is that of the same samples in memory. Bytes are hashed as they are."""
         for _, array in run.chunks(name):
-            yield torch.from_numpy(array).to(DTYPES[args.dtype])
+            samples = torch.from_numpy(array)
+            yield samples if array.dtype == np.uint8 else samples.to(DTYPES[args.dtype])
             finite.append(np.isfinite(array).all())
 
-    lines += [f"sha256 of the {name} {tensors_digest(stored(name))}" for name in run.names]
+    of = "the pixels of the" if "png" in args.format else "the"
+    lines += [f"sha256 of {of} {name} {tensors_digest(stored(name))}" for name in run.names]
     if not all(finite):
         _warn_of_not_finite()
-    _write_and_print(args, lines, lambda: {name: torch.from_numpy(run.load(name)) for name in run.names})
+    _write_and_print(sampling, lines, lambda: {name: torch.from_numpy(run.load(name)) for name in run.names})
 
 
 def _begin_or_continue(
     args: argparse.Namespace, sampling: _Sampling, ranks: Ranks, directory: pathlib.Path
-) -> tuple[shards.Shards, list[tuple[str, int]]]:
-    """(the directory's Shards, the chunks that it lacks), the same on every rank. Raises UsageError for another run's."""
+) -> tuple[shards.Shards | shards.Pngs, list[tuple[str, int]]]:
+    """(the directory's Shards or Pngs, the chunks that it lacks), the same on every rank. Raises UsageError for another run's."""
     settings = sampling.settings()
 
     def begin() -> list[tuple[str, int]]:
         run = shards.begin(directory, settings, args.seeds)
         missing, damaged = run.missing()
-        _check_room("--out", directory, len(missing) * args.batch * 4 * math.prod(sampling.model.shape))
+        _check_room("--out", directory, len(missing) * args.batch * sampling.stored_bytes() // len(run.names))
         for path in damaged:
             print(f"warning: {path} is damaged, and is made again", file=sys.stderr)
         return missing
 
     try:
         missing = ranks.from_first(begin)
-        run = shards.Shards(directory)
+        run = shards.opened(directory, args.seeds)
         run.compare(settings, f"rank {ranks.rank}")
     except (ValueError, OSError) as error:
         raise UsageError(f"--out: {error}") from error
@@ -343,6 +382,7 @@ def _check_arguments(args: argparse.Namespace) -> pathlib.Path | None:
     directories = [path for path in args.out or () if not path.suffix]
     if len(directories) > 1:
         raise UsageError(f"--out: expected one directory, got {len(directories)}")
+    _check_format(args, directories)
     scaled = args.lambda_ is not None or args.lambda_linear or args.published or args.scaling
     if args.compare and not (scaled or args.correction or args.time_shift):
         raise UsageError(
@@ -352,16 +392,33 @@ def _check_arguments(args: argparse.Namespace) -> pathlib.Path | None:
     return directories[0] if directories else None
 
 
-def _check_files(args: argparse.Namespace, model: Model) -> None:
+def _check_format(args: argparse.Namespace, directories: list[pathlib.Path]) -> None:
+    arrays = [path for path in args.out or () if path.suffix == ".npz"]
+    if "png" in args.format and not directories:
+        raise UsageError("--format: png is for a directory, and no --out (no suffix) names one")
+    if "adm" in args.format and not arrays:
+        raise UsageError("--format: adm is for a .npz, and no --out names one")
+    if "png" in args.format and "adm" not in args.format and arrays:
+        raise UsageError(
+            f"--format: png keeps pixels, and {arrays[0]} is for samples; give --format adm too, or run it apart"
+        )
+    if "png" in args.format and (twice := args.seeds.twice()) is not None:
+        raise UsageError(f"--seeds: expected each once, for the names of the PNGs, got {twice} again")
+
+
+def _check_files(args: argparse.Namespace, sampling: "_Sampling", directory: pathlib.Path | None) -> None:
     """Raises UsageError for a file that cannot be written, or that cannot hold the model's samples."""
+    pngs = "png" in args.format or any(path.suffix == ".png" for path in args.out or ())
+    if pngs:
+        try:
+            import PIL.Image  # noqa: F401
+        except ImportError as error:
+            raise UsageError("--out: a .png needs Pillow: pip install pillow") from error
+    if pngs or "adm" in args.format:
+        sampling.check_images()
+    if directory is not None:
+        require_weights("--out", directory, sampling.model)
     for path in args.out or ():
-        if path.suffix == ".png":
-            if model.shape[0] not in (1, 3):
-                raise UsageError(f"--out: expected images of 1 or 3 channels for a .png, got {model.shape[0]}")
-            try:
-                import PIL.Image  # noqa: F401
-            except ImportError as error:
-                raise UsageError("--out: a .png needs Pillow: pip install pillow") from error
         if path.suffix:
             require_writable("--out", path)
 
@@ -370,6 +427,7 @@ def _check_size(args: argparse.Namespace, sampling: _Sampling, directory: pathli
     """Raises UsageError for more samples than the memory or the disk has room for."""
     count = len(args.seeds)
     size = count * (8 + sampling.seed_bytes)  # 8: the seed itself
+    stored = count * (8 + sampling.stored_bytes())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     in_memory = directory is None or any(path.suffix for path in args.out)
     if in_memory and size > memory:
@@ -380,7 +438,7 @@ def _check_size(args: argparse.Namespace, sampling: _Sampling, directory: pathli
     try:
         for path in args.out or ():
             if path.suffix == ".npz" or (path == directory and not (path / "run.json").exists()):
-                _check_room("--out", path, size)
+                _check_room("--out", path, stored if path == directory else size)
     except OSError as error:
         raise UsageError(f"--out: {error}") from error
 
@@ -404,7 +462,12 @@ def _warn_of_transfer(args: argparse.Namespace, model: Model) -> None:
             differences = "; ".join(f"{name} {notes[name]}, here {asked[name]}" for name in changed)
             print(f"warning: {path} was fitted for {differences}: {what} need not transfer", file=sys.stderr)
         if "weights" in notes and notes["weights"] != model_digests(model)[1]:
-            print(f"warning: {path} was fitted for other weights: {what} need not transfer", file=sys.stderr)
+            others = (
+                "other weights"
+                if notes["weights"] and model.weights
+                else "weights that cannot be compared with this model's"
+            )
+            print(f"warning: {path} was fitted for {others}: {what} need not transfer", file=sys.stderr)
 
 
 # ---- what is written and printed ----
@@ -420,19 +483,17 @@ def _times(model_seconds: float, seconds: float) -> str:
     )
 
 
-def _write_and_print(
-    args: argparse.Namespace, lines: list[str], load: Callable[[], Mapping[str, torch.Tensor]]
-) -> None:
+def _write_and_print(sampling: _Sampling, lines: list[str], load: Callable[[], Mapping[str, torch.Tensor]]) -> None:
     """Writes the files of --out, then prints the lines. Where a file cannot be written the rest is done, and then it raises.
 
     load: gives the samples by name. It is called once, and only where there is a file to write.
     """
     runs, failed = None, None
-    for path in args.out or ():
+    for path in sampling.args.out or ():
         if path.suffix:
             try:
                 runs = load() if runs is None else runs
-                _write_samples(path, args.seeds, runs)
+                _write_samples(path, sampling, runs)
                 lines.append(f"wrote {path}")
             except (OSError, ValueError, MemoryError) as error:
                 failed = failed or error
@@ -441,17 +502,40 @@ def _write_and_print(
         raise failed
 
 
-def _write_samples(path: pathlib.Path, seeds: Seeds, runs: Mapping[str, torch.Tensor]) -> None:
-    """A grid of images, or the samples and their seeds, by the path's suffix."""
-    arrays: dict[str, Any] = {name: samples.float().numpy() for name, samples in runs.items()}
+def _write_samples(path: pathlib.Path, sampling: _Sampling, runs: Mapping[str, torch.Tensor]) -> None:
+    """A grid of images, the samples and their seeds, or with --format adm their bytes.
+
+    runs: samples (N, *shape), or bytes (N, H, W, C) from a directory of PNGs.
+    """
     if path.suffix == ".png":
+        arrays: dict[str, Any] = {name: _images_of(sampling, samples) for name, samples in runs.items()}
         from PIL import Image
 
         grid = image_grid(arrays.values())
         image = Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid)
         write_whole(path, lambda file: image.save(file, format="PNG"))
+        return
+    if "adm" in sampling.args.format:
+        arrays = {name.replace("samples", "arr_0"): _bytes_of(sampling, samples) for name, samples in runs.items()}
+        if sampling.args.label is not None:
+            arrays["arr_1"] = np.full(len(sampling.args.seeds), sampling.args.label)
     else:
-        write_whole(path, lambda file: np.savez(file, seeds=np.array(seeds), **arrays))
+        arrays = {"seeds": np.array(sampling.args.seeds)}
+        arrays |= {name: samples.float().numpy() for name, samples in runs.items()}
+    write_whole(path, lambda file: np.savez(file, **arrays))
+
+
+def _images_of(sampling: _Sampling, samples: torch.Tensor) -> np.ndarray:
+    """float32 (N, C, H, W) in [-1, 1]. Bytes become values a little above their own, which rounding and cutting off give back."""
+    if samples.dtype != torch.uint8:
+        return sampling.images(samples).numpy()
+    return images.to_floats(samples.numpy()).transpose(0, 3, 1, 2) + np.float32(1e-5)
+
+
+def _bytes_of(sampling: _Sampling, samples: torch.Tensor) -> np.ndarray:
+    """uint8 (N, H, W, 3): the evaluator's network knows no grey images."""
+    pixels = samples.numpy() if samples.dtype == torch.uint8 else images.to_bytes(sampling.images(samples))
+    return pixels.repeat(3, axis=3) if pixels.shape[3] == 1 else pixels
 
 
 def image_grid(batches: Iterable[np.ndarray]) -> np.ndarray:
