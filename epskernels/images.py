@@ -43,14 +43,15 @@ def to_floats(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 def load(
     source: FilePath, shape: Shape, count: int | None = None, *, label: int | None = None, bounded: bool = True
 ) -> NDArray[np.float32]:
-    """The first `count` images (all where None), float32 (N, *shape) in [-1, 1]; of classes in their order, evenly spaced ones.
+    """The first `count` images (all where None), float32 (N, *shape) in [-1, 1]; evenly spaced ones of what is sorted by class.
 
     source: a folder of image files, in the order of their names; a folder of such folders, at any depth, of which the first
     level is the classes (torchvision's ImageFolder); a .npy, or a .npz with `images`, `arr_0` (guided-diffusion's batches) or
     one array, (N, *shape), or uint8 (N, H, W, C); "mnist".
-    An image file may have any size of at least (H, W): the largest centred part of that aspect ratio is resized to it, by
-    Pillow's bicubic filter, and the log says so. It is converted to grey where shape has one channel, otherwise to RGB; its
-    alpha channel is dropped, its EXIF rotation left alone. uint8 is mapped to [-1, 1]; floats must be inside of it.
+    An image file may have any size of at least (H, W): it is cropped to its largest centred part of that aspect ratio, in whole
+    pixels, and that is resized by Pillow's bicubic filter; the log says so. It is converted to grey where shape has one channel,
+    otherwise to RGB; its alpha channel is dropped, its EXIF rotation left alone. uint8 is mapped to [-1, 1], where floats must
+    be.
     label: only images of this class, counted from 0 in the order of the folders' names; of a .npz by its `labels` or `arr_1`.
     bounded: False takes any finite floats, such as latents.
     Raises ValueError, FileNotFoundError, or ImportError, saying what was expected.
@@ -168,9 +169,10 @@ def _read(path: pathlib.Path, shape: Shape) -> tuple[NDArray[np.uint8], tuple[in
         converted = image.convert("L" if shape[0] == 1 else "RGB")
         if own != size and own[0] >= size[0] and own[1] >= size[1]:
             scale = min(own[0] / size[0], own[1] / size[1])
-            h, w = size[0] * scale, size[1] * scale
-            box = ((own[1] - w) / 2, (own[0] - h) / 2, (own[1] + w) / 2, (own[0] + h) / 2)
-            converted, resized = converted.resize((size[1], size[0]), Image.Resampling.BICUBIC, box), own
+            h, w = round(size[0] * scale), round(size[1] * scale)
+            top, left = (own[0] - h) // 2, (own[1] - w) // 2
+            converted = converted.crop((left, top, left + w, top + h))
+            converted, resized = converted.resize((size[1], size[0]), Image.Resampling.BICUBIC), own
         pixels = np.asarray(converted)
     if mode[0] in "IF":  # Pillow does not scale these to 8 bits: it cuts off what is above 255
         raise ValueError(

@@ -51,7 +51,7 @@ class Grid:
 
 
 def _readonly(values: ArrayLike) -> Array:
-    copy = np.array(values, dtype=np.float64)
+    copy = np.array(np.asarray(values, dtype=np.float64))
     copy.setflags(write=False)
     return copy
 

@@ -267,19 +267,17 @@ def make_table(
         timesteps = grid if path is model.schedule else {}
         return make(sampler, path, args.steps, **options, **timesteps)
 
-    if args.sampler == "consistency" and not _takes(args.sampler, model):
-        raise UsageError(_not_offered(args.sampler, model))
     try:
+        if args.sampler == "consistency" and not _takes(args.sampler, model):
+            raise TypeError("schedule: expected a KarrasSchedule of a consistency function")
         return _on_schedule(model.schedule, on)
-    except TypeError as error:
-        if not str(error).startswith("schedule: expected"):
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith(("schedule:", "space:")) or _takes(args.sampler, model):
             raise
-        raise UsageError(_not_offered(args.sampler, model)) from error
-
-
-def _not_offered(name: str, model: models.Model) -> str:
-    kind, offered = type(model.schedule).__name__, ", ".join(offered_samplers(model))
-    return f"--sampler: {name} cannot sample this model, whose schedule is a {kind}; expected one of {offered}"
+        kind, others = type(model.schedule).__name__, ", ".join(offered_samplers(model))
+        raise UsageError(
+            f"--sampler: {args.sampler} cannot sample a model with a {kind} ({error}); expected one of {others}"
+        ) from error
 
 
 def fitted_for(args: argparse.Namespace) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ..files import write_whole
 from ..models import Model
 from ..ranks import Ranks
 from ..sample import sample
+from ..schedule import DiscreteSchedule
 from ..seeds import Seeds
 from ..seeds import parse as parse_ranges
 from ..time_shift import ShiftedTable
@@ -212,6 +213,9 @@ class _Sampling:
         self.model, self.call = load_model(args, device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
+        if args.time_shift and not isinstance(self.model.schedule, DiscreteSchedule):
+            kind = type(self.model.schedule).__name__
+            raise UsageError(f"--time-shift: expected a model of timesteps, a DiscreteSchedule, got a {kind}")
         try:
             self.scaling = _read_scaling(args)
             self.correction = None if args.correction is None else read_correction(args.correction)

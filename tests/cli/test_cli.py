@@ -89,7 +89,10 @@ def test_an_interrupted_write_leaves_the_file_as_it_was(suffix, tiny, tmp_path, 
 def test_channels_that_no_png_has_are_refused_before_sampling(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli.sample, "sample", None)
     assert run("--model", tiny["two"], "--seeds", "0", "--out", str(tmp_path / "new" / "grid.png")) == 2
-    assert "--out, --format: expected images of 1 or 3 channels, (1, C, H, W), of the samples, got (1, 2, 8, 8)" in capsys.readouterr().err
+    assert (
+        "--out, --format: expected images of 1 or 3 channels, (1, C, H, W), of the samples, got (1, 2, 8, 8)"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "new").exists()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import exposure, samplers, scaling
+from epskernels import exposure, samplers, scaling, schedule
 
 from ..support import markdown_examples
 from ..support.markdown_examples import ROOT, blocks, environment
@@ -92,3 +92,44 @@ def test_serving_page(tmp_path):
     request = lambda x, t: names["model"](x, t, torch.tensor([1]))  # noqa: E731
     assert torch.equal(samples[1], epskernels.sample(request, names["tables"][1], [1], (3, 32, 32))[0])
     assert names["everything"].shape == (42, 1, 28, 28)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_your_model_page(tmp_path):
+    """Each section compares `sample` with a loop of its own. Here: that such a comparison finds a mistake."""
+    names = markdown_examples.run("docs/your_model.md", tmp_path)
+    assert sorted(path.name for path in (tmp_path / "pngs").iterdir()) == [
+        *(f"00000{i}.png" for i in range(4)),
+        "run.json",
+    ]
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 16, 16, 3)
+    check, image, latent = names["check"], (3, 16, 16), (4, 8, 8)
+    labelled = lambda x, t: names["adm"](x, t, y=names["y"])  # noqa: E731
+    own = names["own_p_sample"](names["timesteps"])
+    karras = schedule.KarrasSchedule(rho=6)
+    mistakes = [
+        (
+            names["own_ddpm"](names["network"], names["betas"]),
+            names["network"],
+            samplers.ddpm(schedule.linear(50), 50),
+            image,
+        ),
+        (
+            names["own_heun"](names["net"]),
+            lambda x, t: names["net"](x, t, names["one_hot"]),
+            samplers.edm_heun(karras, 18),
+            image,
+        ),
+        (own, labelled, samplers.ddpm(schedule.linear(), "10"), image),  # fixed_small
+        (own, labelled, samplers.ddpm(schedule.linear(), 10, variance="learned_range"), image),  # other timesteps
+        (names["own_ldm"](), names["latent_model"], samplers.ddim(schedule.scaled_linear(), 10, guidance=7.5), latent),
+        (
+            names["own_euler"](),
+            names["flow_model"],
+            samplers.flow_euler(schedule.FlowSchedule(), 10, guidance=4),
+            latent,
+        ),
+    ]
+    for of_own_loop, model, table, shape in mistakes:
+        with pytest.raises(AssertionError, match="not wired as your own loop"):
+            check(of_own_loop, epskernels.sample(model, table, range(4), shape))
