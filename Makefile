@@ -14,10 +14,8 @@ EPSKERNELS_CUDA ?= $(if $(NVCC),1,auto)
 WORKERS ?= 2
 CHECKED := $(addprefix tests/,ops/test_bad_input.py ops/test_step_bits.py ops/test_guidance.py diffusers/test_calls.py \
 	diffusers/test_stale_schedules.py project/test_pairwise.py $(foreach test,table schedule scaling oracles k_diffusion,samplers/test_$(test).py))
-# The digits of `make sample`.
-SEEDS ?= 0-63
-STEPS ?= 20
-LAMBDA ?= 1.005
+# The digits of `make sample`, whose first sixteen are in the picture.
+SEEDS ?= 0-255
 # How long `make quality` works before it stops; it goes on from there.
 MINUTES ?= 60
 
@@ -34,7 +32,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/spec.py $(wildcard csrc/*)
 
-.PHONY: build sample check test test-deep lint mutants sanitize gpu-check bench bench-full bench-diffusers bench-dispatch \
+.PHONY: build sample check test test-deep lint docs mutants sanitize gpu-check bench bench-full bench-diffusers bench-dispatch \
 	bench-compare report quality quality-report quality-quick train clean another-torch
 
 build: $(READY)
@@ -53,7 +51,7 @@ $(READY): $(VENV)/.torch $(SOURCES)
 	touch $@
 
 sample: $(READY)
-	$(BIN)/epskernels sample --steps $(STEPS) --lambda $(LAMBDA) --compare --seeds $(SEEDS) --out samples.png
+	$(BIN)/epskernels demo --seeds $(SEEDS) --out samples.png
 
 # Each worker on one thread; modules whose fixtures are expensive stay on one worker (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
@@ -75,6 +73,18 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The extra is read from the installed package: nothing is built again.
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install --quiet 'epskernels[docs]'
+	touch $@
+
+# build/site/index.html: every broken link, unknown anchor and unknown name is an error. EPSKERNELS_REPOSITORY=https://.../blob/main
+# has the files that are no pages linked to.
+docs: $(VENV)/.docs
+	mkdir -p build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees build/docs build/site
+	@echo build/site/index.html
 
 # Plants faults and asks which test notices: MUTANTS="--resume", "--only REGEX" (python -m tests.mutants --help).
 mutants: $(READY)
@@ -108,7 +118,7 @@ report: $(READY)
 	$(BIN)/python benchmarks/report.py $(RUN)
 
 # Three models with and without Epsilon Scaling (docs/exposure.md): all of it, going on from runs/exposure; what that found moved
-# into experiments/results, the page and the README's table; and one row again, which must lie in the table's intervals.
+# into experiments/results, docs/exposure.md and its tables; and one row again, which must lie in the table's intervals.
 quality: $(READY)
 	$(BIN)/python experiments/exposure.py run --minutes $(MINUTES)
 

@@ -18,6 +18,7 @@ __all__ = [
     "why_missing",
 ]  # fmt: skip
 
+# What runs: "auto" is the fastest that is there for the tensors' device.
 BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "cuda", "triton", "reference")
 _FOLDER = pathlib.Path(__file__).parent
 _NOTES = {"cpu": _FOLDER / "not_built.txt", "cuda": _FOLDER / "not_built_cuda.txt"}

@@ -29,6 +29,7 @@ from . import scaling
 from .exposure import Images, batches, epsilon_norm, figures, noised, save_figure
 from .files import check_writable, read_object, reading, write_whole
 from .ops import as_seeds, normal
+from .plots import finish
 from .table import Table
 from .trajectory import Trajectory
 from .typing import Array, FilePath, ModelCall, Outputs, SeedsLike, Shape
@@ -39,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 Sampler = Callable[[scaling.EpsilonScaling], Table]
-FITS = {"constant": 0, "linear": 1, "quadratic": 2}
+FITS = {"constant": 0, "linear": 1, "quadratic": 2}  # the degree of each kind of polynomial
 
 
 # ---- polynomials ----
@@ -137,16 +138,18 @@ class Matched:
     def plot(self, path: FilePath, kind: str | None = None, skip: int | None = None) -> None:
         """lambda_t with two standard errors, and the fit."""
         skip = self.skip if skip is None else skip
-        figure, (axis,) = figures(1)
+        figure, (axis,) = figures(1, width=5.4)
         i = np.arange(len(self.lambda_t))
         axis.errorbar(i, self.lambda_t, 2 * self.standard_error, fmt="o", markersize=3, capsize=2, label="matched")
         if kind in FITS:
             line = fit(self.lambda_t, kind, skip)
             axis.plot(i, line(i[::-1]), label=f"{kind}, R^2 {line.r2:.3f}")
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(title=f"lambda_t, {self.sampler}", xlabel="step, the noisiest first")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        low, high = self.lambda_t.min(), self.lambda_t.max()
+        axis.set(title=f"{self.sampler}: lambda_t from {low:.4g} to {high:.4g} closes the norm gap",
+                 xlabel=f"step, 0 (noisiest) to {len(i) - 1}", ylabel="lambda_t, with two standard errors")  # fmt: skip
+        axis.locator_params(axis="x", integer=True)
+        finish(axis)
         save_figure(figure, path)
 
 
@@ -208,9 +211,10 @@ def match_norms(
     lambda_t just found, so that the gap of the scaled sampler is closed exactly; but a lambda_t above 1 leaves noise in x, one
     below 1 takes too much out, and the next norm moves the same way: in a sampler that adds no noise of its own lambda_t may run
     away, as it does on two of the three models of docs/exposure.md, downward.
-    model: as in `sample`. sampler: a function of a scaling that returns the Table, such as
+    model: any callable (x, t) -> f. sampler: a function of a scaling that returns the Table, such as
     functools.partial(samplers.ddpm, schedule, 20) called with scaling=: `lambda s: samplers.ddpm(schedule, 20, scaling=s)`.
-    images, seed, batch: as in `exposure.measure`; all are held in memory, as are as many states and model outputs.
+    images: at least two real ones, as `exposure.measure` takes them. seed: image n is given the noise of seed + n. batch: images
+    per model call. All are held in memory, as are as many states and model outputs.
     Raises ValueError naming the argument.
     """
     table, step_of_row = steps_of(sampler)
@@ -314,7 +318,8 @@ def search(
     seeds. One that is not finite counts as infinitely bad.
     bounds: (low, high) of b, the uniform lambda; or ((low, high) of k, (low, high) of lambda in the middle) of
     lambda_i = k*i + b, i from the cleanest of `steps`: first k, then the middle beside the best k. The first step is a sixth of
-    the bounds' distance. trials: calls of score, at most. The rest is as in `search_weights`.
+    the bounds' distance. trials: calls of score, at most. cache: a JSON file; trials
+    that it holds are not made again. key: whatever else the score depends on, kept with it.
     Raises ValueError naming the argument, also where no trial has a finite score.
     """
     limits = _checked_bounds(bounds)
@@ -541,10 +546,10 @@ def learn(
 ) -> Learned:
     """The lambda_t that Adam finds for a loss of the samples, by the gradient through every step and model call: a Learned.
 
-    model: as in `sample`, differentiable in x. sampler: as in `match_norms`. loss: a function of the samples (B, *shape) that
-    returns a scalar tensor. seeds: of the samples, the same in every round, all in one batch, with the activations of a whole
-    trajectory in memory. form: "array", a lambda_t for each step, "constant", "linear" or "quadratic". rate: Adam's, of
-    lambda itself.
+    model: any callable (x, t) -> f, differentiable in x. sampler: a function of a scaling that returns the Table. loss: a
+    function of the samples (B, *shape) that returns a scalar tensor. seeds: of the samples, the same in every round, all in one
+    batch, with the activations of a whole trajectory in memory. form: "array", a lambda_t for each step, "constant", "linear"
+    or "quadratic". rate: Adam's, of lambda itself.
     Raises ValueError naming the argument, also where the loss is not finite.
     """
     table, step_of_row = steps_of(sampler)

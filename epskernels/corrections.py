@@ -151,9 +151,11 @@ def dc(s: Weight, *, schedule: str = "constant", target: str = "m0") -> Correcti
 def dcw(low: Weight, high: Weight = 0.0, *, schedule: str = "sigma", target: str = "m0", dims: int = 2) -> Correction:
     """Differential correction in the wavelet domain (arXiv 2604.16044, eq. 18 to 21): each band of x' - m0 with its own weight.
 
-    low, high: as `dc`'s s. schedule: "sigma", as the authors recommend: low*sigma_t/sigma_max, high*(1 - sigma_t/sigma_max); or
-    "constant": the weights as they are. dims: 2 for images and video, 1 for signals. Search low first, then high beside the best
-    low. The other arguments as in `dc`. Raises ValueError and TypeError naming the argument.
+    low, high: a number, numbers (one for each step, the noisiest first), or {"levels": , "values": } over log(alpha/sigma),
+    linear between them. schedule: "sigma", as the authors recommend: low*sigma_t/sigma_max, high*(1 - sigma_t/sigma_max); or
+    "constant": the weights as they are. dims: 2 for images and video, 1 for signals. Search low first, then high beside the
+    best low. target: what x' is compared with: "m0", or "alpha*m0", what x' holds of the image by the estimate m0. Raises
+    ValueError and TypeError naming the argument.
     """
     return Correction("dcw", low, high, schedule, target, dims)
 
@@ -161,9 +163,10 @@ def dcw(low: Weight, high: Weight = 0.0, *, schedule: str = "sigma", target: str
 def frequency(low: Weight, high: Weight = 1.0, *, schedule: str = "constant", dims: int = 2) -> Correction:
     """Frequency regulation (W++, arXiv 2507.10072): low*L(x') + high*(x' - L(x')); 1 leaves a band as it is.
 
-    low, high: factors, above 0: a number, numbers, or a table of levels, as `dc`'s s. schedule: "constant", or "sigma":
-    what differs from 1 is taken times sigma_t/sigma_max in the low band, 1 - sigma_t/sigma_max in the high one.
-    The arguments as in `dcw`. Raises ValueError and TypeError naming the argument.
+    low, high: factors, above 0: a number, numbers (one for each step, the noisiest first), or {"levels": , "values": } over
+    log(alpha/sigma), linear between them. schedule: "constant", or "sigma": what differs from 1 is taken times sigma_t/sigma_max
+    in the low band, 1 - sigma_t/sigma_max in the high one. dims: 2 for images and video, 1 for signals.
+    Raises ValueError and TypeError naming the argument.
     """
     made = Correction("frequency", low, high, schedule, dims=dims)
     for name in ("low", "high"):
@@ -174,7 +177,7 @@ def frequency(low: Weight, high: Weight = 1.0, *, schedule: str = "constant", di
     return made
 
 
-CorrectionLike = Correction | Mapping[str, Any] | str | os.PathLike[str]
+CorrectionLike = Correction | Mapping[str, Any] | str | os.PathLike[str]  # what as_correction takes, and None
 
 
 def _from_dict(saved: Mapping[str, Any]) -> Correction:

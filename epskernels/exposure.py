@@ -29,6 +29,7 @@ from .bands import low_band
 from .files import check_writable, read_object, reading, write_whole
 from .ops import moments, normal
 from .ops.reference import guided_output
+from .plots import figures, finish, largest_gap, save_figure
 from .table import Table, check_one_sampler, denoising_rows
 from .trajectory import Trajectory
 from .typing import Array, Device, FilePath, ModelCall, Outputs
@@ -45,8 +46,8 @@ __all__ = [
 Images = Iterable[Any]  # of images, or of tuples that begin with one; a DataLoader of batches of them
 FORMAT = 1  # of an Exposure's file
 STATE_FORMAT = 2  # of measure's state: 1 had no bands
-PARTS = ("training", "chain", "samples")
-BANDS = ("state_low", "noise_low", "state_high", "noise_high")
+PARTS = ("training", "chain", "samples")  # of what `measure` runs
+BANDS = ("state_low", "noise_low", "state_high", "noise_high")  # of the state and of eps, whose norms `measure` takes
 STREAM_DATA = 2  # of the generator: the noise that is added to real images
 _PIXELS = ("single", "error", "chain")  # per-pixel statistics
 _BAND_ROWS = {f"{name}_{part}{suffix}" for name in BANDS for part in PARTS for suffix in ("", "_se")}
@@ -217,14 +218,19 @@ class Exposure:
 
     def plot(self, path: FilePath) -> None:
         """DeltaN(t), delta_t, and the variance after one step beside the closed form. By the file's suffix: .png, .svg, .pdf."""
-        figure, axes = figures(3)
+        figure, axes = figures(3, width=4.8)
         i = np.arange(len(self.t))
         axes[0].errorbar(i, self.norm_gap, 2 * self.norm_gap_se, marker="o", markersize=3, capsize=2)
         axes[0].axhline(1, color="black", linewidth=0.8)
-        axes[0].set(title="norm gap DeltaN, two standard errors")
-        for name, marker in (("delta_chain", "o"), ("delta_single", "s")):
-            axes[1].plot(i, getattr(self, name), marker=marker, markersize=3, label=name.replace("_", ", "))
-        axes[1].set(title="variance error delta_t", yscale="log")
+        axes[0].set(
+            title=f"Predicted noise: {largest_gap(self.norm_gap, self.norm_gap_se)}",
+            ylabel="norm gap: sampling / training",
+        )
+        for name, marker, said in (("chain", "o", "after all steps so far"), ("single", "s", "after this step alone")):
+            axes[1].plot(i, getattr(self, f"delta_{name}"), marker=marker, markersize=3, label=said)
+        last = self.delta_chain[-1]
+        axes[1].set(title="Variance error" + ("" if np.isnan(last) else f": {last:.2g} at the end of the chain"),
+                    ylabel="delta_t, squared units of the images", yscale="log")  # fmt: skip
         for name, line, said in (
             ("single", "o", "measured"),
             ("paper", "--", "closed form, independent error"),
@@ -232,7 +238,10 @@ class Exposure:
         ):
             excess = getattr(self, f"variance_{name}") - self.sigma_out**2
             axes[2].plot(i, excess, line, markersize=3, label=said)
-        axes[2].set(title="variance after one step, less sigma^2")
+        with np.errstate(invalid="ignore", divide="ignore"):
+            off = np.abs(self.variance_closed / self.variance_single - 1)
+        within = f" at most {100 * np.nanmax(off):.2g} % off" if np.isfinite(off).any() else ""
+        axes[2].set(title=f"Variance after one step: closed form{within}", ylabel="variance less sigma^2")
         axes[2].set_yscale("symlog", linthresh=1e-5)
         self._save(figure, axes, path)
 
@@ -242,43 +251,28 @@ class Exposure:
             raise ValueError(
                 "bands: expected an Exposure that has them in both training and sampling, got NaN for all rows"
             )
-        figure, axes = figures(2)
-        for axis, (name, said) in zip(axes, (("state", "states x_t"), ("noise", "predictions eps_theta")), strict=True):
+        figure, axes = figures(2, width=5.4)
+        for axis, (name, said) in zip(axes, (("state", "States x_t"), ("noise", "Predicted noise")), strict=True):
+            found = []
             for band, marker in (("low", "o"), ("high", "s")):
                 gap, error = (getattr(self, f"{name}_gap_{band}{suffix}") for suffix in ("", "_se"))
                 axis.errorbar(
                     np.arange(len(gap)), gap, 2 * error, marker=marker, markersize=3, capsize=2, label=f"{band} band"
                 )
+                found.append(f"{band} band {largest_gap(gap, error)}")
             axis.axhline(1, color="black", linewidth=0.8)
-            axis.set(title=f"norm gap of {said}", ylabel="sampling / training, two standard errors")
+            axis.set(title=f"{said}:\n" + ",\n".join(found),
+                     ylabel="norm: sampling / training")  # fmt: skip
         self._save(figure, axes, path)
 
     def _save(self, figure: "Figure", axes: "list[Axes]", path: FilePath) -> None:
         for axis in axes:
-            axis.set_xlabel("row, the noisiest first")
-            axis.grid(alpha=0.3)
-            if axis.get_legend_handles_labels()[1]:
-                axis.legend(fontsize=8)
-        figure.suptitle(f"{self.sampler}, {self.images} images", fontsize=10)
+            axis.set_xlabel(f"model call, 0 (noisiest) to {len(self.t) - 1}")
+            axis.locator_params(axis="x", integer=True)
+            finish(axis)
+        said = f"{self.sampler}, T' = {len(self.t)} model calls, {self.images} images; bars: two standard errors"
+        figure.suptitle(said, fontsize=9, color="dimgray")
         save_figure(figure, path)
-
-
-def save_figure(figure: "Figure", path: FilePath) -> None:
-    """By the path's suffix, or as .png, whole or not at all."""
-    path = pathlib.Path(path)
-    path = path if path.suffix else path.with_name(f"{path.name}.png")
-    figure.tight_layout()
-    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
-
-
-def figures(columns: int) -> "tuple[Figure, list[Axes]]":
-    """A figure with that many axes beside each other. Raises ImportError, saying what to install."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no display, no global state
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib", name="matplotlib") from error
-    figure = Figure(figsize=(4.6 * columns, 3.6))
-    return figure, list(np.atleast_1d(figure.subplots(1, columns)))
 
 
 # ---- measuring ----
@@ -300,7 +294,7 @@ def measure(
 ) -> Exposure:
     """The exposure bias of a model under a sampler: an Exposure.
 
-    model: (x, t) -> f, as in `sample`. table: one sampler's, on the device to work on; its lambda_t is what is measured with.
+    model: any callable (x, t) -> f. table: one sampler's, on the device to work on; its lambda_t is what is measured with.
     images: an iterable of at least two real images (C, H, W) of a floating dtype, in the network's range, such as a tensor
     (N, C, H, W) or a torch Dataset; of a tuple (image, label) the image is taken. Of a DataLoader each image of its batches.
     seed: image n is given the noise of seed + n: the same in any batch. batch: images per model call.

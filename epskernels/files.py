@@ -52,15 +52,14 @@ def read_object(path: FilePath, expected: str) -> dict[str, Any]:
         return found
 
 
-def write_whole(path: FilePath, write: Callable[[IO[bytes]], object], *, clean: bool = True, sync: bool = True) -> None:
+def write_whole(path: FilePath, write: Callable[[IO[bytes]], object], *, clean: bool = True) -> None:
     """write(file), whole or not at all, whatever interrupts, the power included. A link is written through.
 
-    clean: also remove what killed processes left of this file, for which its folder is listed. sync: False does not wait for the
-    disk, so that the file may be damaged where the power fails: for many small ones that are checked when they are read.
+    clean: also remove what killed processes left of this file, for which its folder is listed.
     Raises OSError that names the path, such as for a full disk.
     """
     path = pathlib.Path(path).resolve()
-    with _written(path, write, sync) as temporary:
+    with _written(path, write) as temporary:
         os.replace(temporary, path)
         if clean:
             remove_leftovers(path.parent, lambda name: name == path.name)
@@ -89,15 +88,14 @@ def write_new(path: FilePath, write: Callable[[IO[bytes]], object]) -> bool:
 
 
 @contextlib.contextmanager
-def _written(path: pathlib.Path, write: Callable[[IO[bytes]], object], sync: bool = True) -> Iterator[pathlib.Path]:
-    """A temporary file beside the path, written and, with sync, on the disk; gone at the end."""
+def _written(path: pathlib.Path, write: Callable[[IO[bytes]], object]) -> Iterator[pathlib.Path]:
+    """A temporary file beside the path, written and on the disk; gone at the end."""
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            if sync:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         yield temporary
     except OSError as error:
         raise _named(error, path) from error

@@ -25,13 +25,13 @@ __all__ = ["GraphedSampler"]
 class GraphedSampler:
     """A sampler whose whole loop is captured once, for one table, batch and shape, and replayed for any seeds.
 
-    model: any callable (x, t) -> f, or -> (f, u), as in `sample`; what it is conditioned on it reads from tensors of its own,
-    which may be written between calls. doubled: it takes and returns (2B, ...) instead, u in the first half and f in the second.
-    x comes in model_dtype (default: dtype), and f must have it too; t is (B,) or (2B,), int64 timesteps or float32 noise levels.
-    table: one sampler's Table, or a ShiftedTable (`time_shift`). batch, shape: of the samples, (batch, *shape). dtype: of the
-    state. device: default the table's.
-    whole: capture the loop over all rows, one replay per call of the sampler; else a graph of one row, replayed for each, its
-    index advancing on the device: less memory for long tables, and a few small kernels more for each row.
+    model: any callable (x, t) -> f, or -> (f, u), u the unconditional output; what it is conditioned on it reads from tensors
+    of its own, which may be written between calls. doubled: it takes and returns (2B, ...) instead, u in the first half and f
+    in the second. x comes in model_dtype (default: dtype), and f must have it too; t is (B,) or (2B,), int64 timesteps or
+    float32 noise levels. table: one sampler's Table, or a ShiftedTable (`time_shift`). batch, shape: of the samples, (batch,
+    *shape). dtype: of the state. device: default the table's. whole: capture the loop over all rows, one replay per call of the
+    sampler; else a graph of one row, replayed for each, its index advancing on the device: less memory for long tables, and a
+    few small kernels more for each row.
 
     Calls give the bits of `sample` with the same table and seeds where the model does. One call at a time: others wait, on the
     device too, whatever their streams. What the model reads is the caller's to order; the sampler itself has to be kept until

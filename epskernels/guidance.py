@@ -31,8 +31,11 @@ def guidance_rescale(
     """The factor that brings the guided output's standard deviation towards the conditional one's: (B,) float32, for
     `step(..., u=u, rescale=...)`.
 
-    f, u, table, index, backend: as in `step`. phi: how far, in [0, 1]; 0 gives ones. A sample whose guided output is constant,
-    zeros too, has no deviation to bring anywhere: its factor is 1.
+    A sample whose guided output is constant, zeros too, has no deviation to bring anywhere: its factor is 1.
+
+    f, u: the model's outputs, conditional and unconditional, (B, ...), float32, float16 or bfloat16. table: a Table, or its rows:
+    float32 (R, 24). index: an int, or an int64 tensor, () for one row or (B,) for a row each. phi: how far, in [0, 1]; 0 gives
+    ones. backend: what runs, one of BACKENDS; None for what `use_backend` says.
     Raises ValueError for phi, RuntimeError for the others. Lin et al., arXiv 2305.08891, eq. 15 and 16.
     """
     if not (isinstance(phi, Real) and 0 <= phi <= 1):
@@ -62,9 +65,13 @@ def dynamic_threshold(
 ) -> Tensor:
     """The quantile of |m0| in each sample, at least 1 and at most sample_max_value: (B,) float32, for `step(..., threshold=...)`.
 
-    x, f, table, index, u, rescale, backend: as in `step`. ratio: which quantile, in (0, 1], between two elements by linear
-    interpolation. sample_max_value: at least 1; inf for no bound. Raises ValueError for the last two, or a table whose m0 is
-    not x_0, RuntimeError for the others. Saharia et al., arXiv 2205.11487, section 2.3; diffusers' `_threshold_sample`.
+    x: the state, (B, ...), float32, float16 or bfloat16. f, u: the model's outputs, conditional and unconditional, x's shape, any
+    of the three dtypes; u is needed where the row's g is not 1. table: a Table, or its rows: float32 (R, 24). index: an int, or
+    an int64 tensor, () for one row or (B,) for a row each. rescale: (B,) float32, times the guided output (`guidance_rescale`).
+    ratio: which quantile, in (0, 1], between two elements by linear interpolation. sample_max_value: at least 1; inf for no
+    bound. backend: what runs, one of BACKENDS; None for what `use_backend` says. Raises ValueError for ratio and
+    sample_max_value, or a table whose m0 is not x_0, RuntimeError for the others. Saharia et al., arXiv 2205.11487, section
+    2.3; diffusers' `_threshold_sample`.
     """
     if not (isinstance(ratio, Real) and 0 < ratio <= 1):
         raise ValueError(f"ratio: expected a value in (0, 1], got {ratio!r}")

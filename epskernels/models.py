@@ -25,26 +25,27 @@ _Weights = torch.nn.Module | Tensor
 
 
 class Model:
-    """A network and what sampling from it needs; `epskernels sample --model module:function` calls a function that returns one.
+    """A network and what sampling from it needs: `epskernels sample --model module:function` calls a function that makes one.
 
-    network: (x, t) -> f, or, with classes, (x, t, labels) -> f, labels int64 (B,): a torch.nn.Module, or any callable. f is a
-    tensor, or what has it as `.sample`; it has twice the channels of x with variance "learned_range". x comes in the dtype of
-    the first floating-point weight, as float32 where there is none. t is what the schedule says: int64 timesteps of a
-    DiscreteSchedule, float32 sigma of a KarrasSchedule, float32 T*sigma of a FlowSchedule.
+    network: (x, t) -> f, or with classes (x, t, labels) -> f, labels int64 (B,). A torch.nn.Module or another callable. f is a
+    tensor, or what has it as `.sample`; with variance "learned_range" it has twice the channels of x. x comes in the dtype of
+    the first floating-point tensor of weights, t as the schedule has it: int64 timesteps of a DiscreteSchedule, float32 sigma of
+    a KarrasSchedule, float32 T*sigma of a FlowSchedule.
+    schedule: what the network was trained on.
     shape: of one sample, such as (3, 64, 64).
-    prediction: what f is, one of PREDICTIONS. Default: "sample" for a KarrasSchedule whose network is told sigma, "flow" for a
-    FlowSchedule, otherwise "epsilon".
-    variance: ddpm's. clip: x_0 is held to [-clip, clip]; None: it is not. Both are those of the sampler's arguments.
-    grid: spacing and steps_offset of a DiscreteSchedule's timesteps. final: where ddim's last step ends: "clean" or "first".
-    classes: how many labels there are, 0 for a network that takes none. empty: the label that stands for no class, which
-    classifier-free guidance needs; any integer that the network understands.
-    decode: samples, float32 (B, *shape), -> images (B, 1 or 3, H, W) in [-1, 1], such as a VAE's decoder. None: the samples are
-    the images.
-    weights: the modules and tensors that network and decode compute with, such as [unet, vae, text_embeddings]. Their digest
-    tells this model from another when a run is continued. Default: the network, where it is a Module; otherwise none, and
-    nothing can be continued.
-    name: what else tells it from other models of these weights; the command line sets it to --model's text.
-    Raises ValueError or TypeError naming the argument, also for a Module in training mode.
+    prediction: what f is, one of samplers.PREDICTIONS; default: "sample" for a KarrasSchedule that tells the network sigma,
+    "flow" for a FlowSchedule, otherwise "epsilon".
+    variance: the sampler ddpm's.
+    clip: x_0 is held to [-clip, clip]; None: it is not.
+    grid: spacing and steps_offset of a DiscreteSchedule's timesteps.
+    final: where the sampler ddim ends: "clean" or "first".
+    classes: how many labels there are; 0: the network takes none.
+    empty: the label of no class, which classifier-free guidance needs; any integer that the network understands.
+    decode: (B, *shape), float32, -> images (B, 1 or 3, H, W) in [-1, 1], such as a VAE's; None: the samples are the images.
+    weights: the modules and tensors that network and decode compute with, such as [unet, vae, embeddings]. Their digest tells
+    this model from another; without any, nothing that was written can be continued. Default: the network, if it is a Module.
+    name: tells it from other models of the same weights; the command line puts --model there.
+    Raises ValueError or TypeError that names the argument, also for a Module in training mode.
     """
 
     def __init__(
@@ -60,32 +61,32 @@ class Model:
         final: str = "clean",
         classes: int = 0,
         empty: int | None = None,
-        decode: Callable[[Tensor], Tensor] | None = None,
+        decode: Callable[[Tensor], Any] | None = None,
         weights: _Weights | Sequence[_Weights] | None = None,
         name: str = "",
     ):
-        for argument, function in (("network", network), ("decode", decode)):
-            if not callable(function) and (function is not None or argument == "network"):
-                raise TypeError(f"{argument}: expected a callable, got {describe(function)}")
-        self.network, self.decode, self.name = network, decode, name
-        # Any: what load returns has timesteps, and a reader knows that better than a checker.
-        self.schedule: Any = _checked_schedule(schedule, dict(grid or {}), final)
-        self.grid, self.final = dict(grid or {}), final
+        if not callable(network):
+            raise TypeError(f"network: expected a callable, got {describe(network)}")
+        if decode is not None and not callable(decode):
+            raise TypeError(f"decode: expected a callable or None, got {describe(decode)}")
         if not isinstance(shape, (tuple, list)) or not shape or not all(_is_integer(size, 1) for size in shape):
             raise ValueError(f"shape: expected the sizes of one sample, such as (3, 64, 64), got {shape!r}")
-        self.shape = tuple(int(size) for size in shape)
-        self.prediction = _default_prediction(schedule) if prediction is None else prediction
-        one_of("prediction", self.prediction, tuple(PREDICTIONS))
-        one_of("variance", variance, _VARIANCES)
-        clip_value(clip)
-        self.variance, self.clip = variance, clip
         if not _is_integer(classes, 0):
             raise ValueError(f"classes: expected an integer of at least 0, got {classes!r}")
         if empty is not None and (classes == 0 or not _is_integer(empty)):
             raise ValueError(f"empty: expected a label, of a network with classes, or None, got {empty!r}")
-        self.classes, self.empty = classes, empty
+        self.network, self.decode, self.name = network, decode, name
+        self.grid, self.final = dict(grid or {}), final
+        # Any: who has loaded a model of timesteps knows that it has them, and a type checker does not.
+        self.schedule: Any = _checked_schedule(schedule, self.grid, final)
+        self.shape = tuple(int(size) for size in shape)
+        self.prediction = prediction or _default_prediction(schedule)
+        one_of("prediction", self.prediction, tuple(PREDICTIONS))
+        one_of("variance", variance, _VARIANCES)
+        clip_value(clip)
+        self.variance, self.clip, self.classes, self.empty = variance, clip, classes, empty
         if weights is None:
-            weights = [network] if isinstance(network, torch.nn.Module) else []
+            weights = network if isinstance(network, torch.nn.Module) else ()
         self.weights = _checked_weights(weights)
 
     @property
@@ -96,50 +97,50 @@ class Model:
     def callable(self, label: int | None = None, guidance: float = 1.0) -> ModelCall:
         """The network as sample() calls it: (x, t) -> f, or -> (f, u) with guidance other than 1, u that of the empty class.
 
-        label: a class; a network of one class needs none. Raises ValueError for a label or a guidance that the network cannot
-        use.
+        label: a class. Raises ValueError for a label or a guidance that the network cannot use.
         """
         if self.classes == 0:
             if label is not None or guidance != 1:
                 raise ValueError("guidance and class need a network with classes, and this one has none")
-            return lambda x, t: _output(self.network(self._cast(x), t))
-        label = 0 if label is None and self.classes == 1 else label
+            return self._output
         if label is None or not 0 <= label < self.classes:
             raise ValueError(f"class: expected a class in [0, {self.classes}), got {label}")
         if guidance != 1 and self.empty is None:
             raise ValueError(f"guidance: expected 1, since this network has no empty class, got {guidance:g}")
 
-        def conditional(x: Tensor, t: Tensor) -> Any:
-            labels = torch.full((len(x),), label, device=x.device)
-            return _output(self.network(self._cast(x), t, labels))
+        def conditional(x: Tensor, t: Tensor) -> Tensor:
+            return self._output(x, t, torch.full((len(x),), label, device=x.device))
 
         def guided(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             labels = torch.tensor([label, self.empty], device=x.device).repeat_interleave(len(x))
-            output = _output(self.network(torch.cat([self._cast(x)] * 2), t.repeat(2), labels))
-            if not isinstance(output, Tensor):
-                raise TypeError("network: expected it to return f alone: guidance calls it for both")
-            f, u = output.chunk(2)
+            f, u = self._output(torch.cat([x, x]), t.repeat(2), labels).chunk(2)
             return f, u
 
         return conditional if guidance == 1 else guided
 
-    def images(self, samples: Tensor) -> Tensor:
-        """Samples (B, *shape) as images, float32 (B, 1 or 3, H, W) in [-1, 1]: decoded where the model has a decode.
+    def _output(self, x: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
+        dtypes = (each.dtype for each in self.tensors() if each.is_floating_point())
+        f, u = f_and_u(self.network(x.to(next(dtypes, torch.float32)), t, *labels))
+        if u is not None:
+            raise TypeError(
+                "network: expected it to return f alone, got a pair: guidance asks for the empty class itself"
+            )
+        return f
 
-        Raises ValueError for what no image file could hold.
+    def images(self, samples: Tensor) -> Tensor:
+        """Samples (B, *shape) as images, float32 (B, 1 or 3, H, W): decoded, if the model has a decode.
+
+        Raises ValueError if they are no images.
         """
-        samples = samples.float()
-        with torch.no_grad():
-            found = samples if self.decode is None else self.decode(samples)
+        found: Any = samples.float()
+        if self.decode is not None:
+            with torch.no_grad():
+                found = self.decode(found)
         found = getattr(found, "sample", found)
         shape = tuple(found.shape) if isinstance(found, Tensor) else describe(found)
-        if (
-            not isinstance(found, Tensor)
-            or found.dim() != 4
-            or (len(found), found.shape[1] in (1, 3)) != (len(samples), True)
-        ):
-            of = "the samples" if self.decode is None else "decode"
-            raise ValueError(f"expected images of 1 or 3 channels, ({len(samples)}, C, H, W), of {of}, got {shape}")
+        if not (isinstance(shape, tuple) and len(shape) == 4 and shape[0] == len(samples) and shape[1] in (1, 3)):
+            what = "samples" if self.decode is None else "what decode returns"
+            raise ValueError(f"{what}: expected images ({len(samples)}, 1 or 3, H, W), got {shape}")
         return found.float()
 
     def tensors(self) -> Iterator[Tensor]:
@@ -151,17 +152,9 @@ class Model:
                 yield from each.parameters()
                 yield from each.buffers()
 
-    def _cast(self, x: Tensor) -> Tensor:
-        return x.to(next((each.dtype for each in self.tensors() if each.is_floating_point()), torch.float32))
-
 
 def _is_integer(value: object, low: float = -np.inf) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= low)
-
-
-def _output(output: Any) -> Any:
-    f, u = f_and_u(output)
-    return f if u is None else (f, u)
 
 
 def _default_prediction(path: _Schedule) -> str:
@@ -190,7 +183,7 @@ def _checked_weights(weights: Any) -> tuple[_Weights, ...]:
             raise TypeError(f"weights: expected modules and tensors, got {describe(each)}")
         if isinstance(each, torch.nn.Module) and each.training:
             raise ValueError(
-                f"weights: expected modules for inference, got a {type(each).__name__} in training mode: call its eval()"
+                f"weights: expected modules in evaluation mode, got a {type(each).__name__} in training: call eval()"
             )
     return found
 

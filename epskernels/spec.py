@@ -11,6 +11,7 @@ of the description of a call and not out of the call, which then fails.
 
 # ---- the row ----
 
+# A row's columns, in their order: docs/architecture.md tells what each is.
 COLUMNS = (
     "d_x", "d_f", "clip", "g",
     "c_x", "c_f", "c_m0", "c_m1", "c_m2", "c_grad", "c_noise",

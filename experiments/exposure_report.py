@@ -1,4 +1,4 @@
-"""Draws experiments/results/*.json and writes the measured parts of docs/exposure.md and README.md, between their markers."""
+"""Draws experiments/results/*.json and writes the measured parts of docs/exposure.md and exposure_tables.md, between markers."""
 
 import comparison
 import matplotlib
@@ -69,7 +69,7 @@ def difference(found, name, measure="frechet", whole=True):
 
 
 def overview(rows):
-    """Samplers against numbers of model calls, for the README."""
+    """Samplers against numbers of model calls, for the page of findings."""
     columns = sorted({group(row) for row, *_ in with_tables(rows)})
     cells = {}
     for row, _, found in with_tables(rows):
@@ -250,6 +250,37 @@ def corrections(subject, rows):
         yield f"\nNot measured yet, by sampler and number of model calls: {'; '.join(missing)}."
 
 
+# What `shares` shows: a method of its own, or the best of several.
+SHOWN = {
+    "uniform lambda": ["uniform"],
+    "TSR": ["tsr"],
+    "DC, better target": ["dc", "dc, alpha*m0"],
+    "low band, constant": ["dcw low, constant"],
+    "frequency": ["frequency"],
+    "time shift": ["time shift"],
+}
+
+
+def shares(saved, calls=10):
+    """How much of the distance each method takes off, in percent, of all rows of so many model calls; the best is bold."""
+
+    def share(found, names):
+        values = [found[name]["frechet"][0] for name in names if name in found]
+        return 1 - min(values) / found["baseline"]["frechet"][0] if values else None
+
+    def cells(found):
+        each = [share(found, names) for names in SHOWN.values()]
+        best = max(value for value in each if value is not None)
+        for value in each:
+            said = "" if value is None else f"{100 * value:.0f} %"
+            yield f"**{said}**" if value == best else said
+
+    return table(["model", "sampler, T'", *SHOWN], (
+        [f"`{subject}`", title(row), *cells(found)]
+        for subject, each in saved.items() for row, _, found, _ in compared(each["rows"]) if group(row) == calls
+    ))  # fmt: skip
+
+
 def variety(rows):
     """Precision, recall and delta_t of the same."""
     names = ["baseline", *methods(rows)]
@@ -345,23 +376,24 @@ def section(subject, saved, folder):
     floor = "; ".join(f"{size}: {distance:.3g}" for size, distance in about["noise"].items() if size != "sets")
     select_seed, select = about["select"]
     first = next(iter(measured.values()))
-    parts = {
-        "The corrections side by side: change of the Frechet distance, and the weights": corrections(subject, rows),
-        "The same: precision, recall, and delta_t at the end of the chain": variety(rows),
-        "Frechet distance, and its change by lambda": distances(rows),
-        "Precision and recall": precision_recall(rows),
-        "Shapes of lambda_t, each at its best mean": shapes(rows),
-        f"Best b, and how far it may be off, over the {select:,} samples of a trial": sensitivity(rows),
-        f"The trials: distance of {select:,} samples from seed {select_seed:,} on": trials(rows),
-        "lambda_t by norms, and its fits without the cleanest quarter of the steps": fits(rows),
-        "Norm gap and delta_t": bias(measured),
-        f"The closed form: variance after one step, {first.sampler}, {first.images} of the data": closed_form(first),
-    }
+    trials_of = f"over the {select:,} samples of a trial"
+    parts = {  # a heading, and what the table says
+        ("The corrections side by side", "Change of the Frechet distance, and the weights."): corrections(subject, rows),
+        ("Their precision, recall, and delta_t", "delta_t is that at the end of the chain."): variety(rows),
+        ("Frechet distance, and its change by lambda", "T' is the number of steps."): distances(rows),
+        ("Precision and recall", "The baseline's, and how much each lambda changes them."): precision_recall(rows),
+        ("Shapes of lambda_t", "Each at its best mean b."): shapes(rows),
+        ("Best b, and how far it may be off", f"By lines between the trials, {trials_of}."): sensitivity(rows),
+        ("The trials", f"The distance by b, {trials_of} from seed {select_seed:,} on; the best is bold."): trials(rows),
+        ("lambda_t by norms", "Its fits leave out the cleanest quarter of the steps."): fits(rows),
+        ("Norm gap and delta_t", "Of chains up to 21 rows, and of those of 1,000; the plots have all."): bias(measured),
+        ("The closed form", f"Variance after one step of {first.sampler}, {first.images} of the data."): closed_form(first),
+    }  # fmt: skip
     yield f"## {subject}"
     yield f"Between {one:,} of the real data and {other:,} others, with noise of that standard deviation on the others: {floor}."
-    for heading, lines in parts.items():
+    for (heading, about_it), lines in parts.items():
         if text := "\n".join(lines):
-            yield f"### {heading}\n\n{text}"
+            yield f"### {heading} ({subject})\n\n{about_it}\n\n{text.lstrip()}"
     yield f"![norm gap, delta_t and distance of each sampler]({folder.name}/{subject}.svg)"
 
 
@@ -377,7 +409,14 @@ def report(saved, root):
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.svg"):
         old.unlink()
-    sections = [part for subject, each in saved.items() for part in section(subject, each, folder)]
-    replace(root / "docs" / "exposure.md", sections)
-    overviews = [f"{subject}:\n\n" + "\n".join(overview(each["rows"])) for subject, each in saved.items()]
-    replace(root / "README.md", overviews)
+    replace(root / "docs" / "exposure_tables.md", [part for each in saved.items() for part in section(*each, folder)])
+    about = (
+        "## The corrections at ten model calls\n\nHow much of the Fréchet distance each takes off, the weights chosen on other "
+        "seeds; the best of a row is bold.",
+        "\n".join(shares(saved)),
+        "## The best uniform lambda\n\nThe Fréchet distance without scaling, its change by the best uniform lambda, and that "
+        "lambda. T' counts model calls, of `edm_heun` 11, 21, 49, 99. The interval is of 95 %; a change is bold where "
+        "its interval leaves 0 out.",
+    )
+    overviews = [f"`{subject}`:\n\n" + "\n".join(overview(each["rows"])) for subject, each in saved.items()]
+    replace(root / "docs" / "exposure.md", [*about, *overviews])

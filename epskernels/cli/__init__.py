@@ -1,4 +1,4 @@
-"""The command line: `epskernels sample`, `epskernels calibrate` and `epskernels info`.
+"""The command line: `epskernels demo`, `sample`, `calibrate` and `info`.
 
 Each command is a module with TEXTS for the help, add_arguments(parser) and run(args). `common.py` is what they share.
 """
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from . import calibrate, info, sample
+from . import calibrate, demo, info, sample
 from .common import UsageError, first_line
 
 __all__ = ["build_parser", "main"]
 
-COMMANDS = {"info": info, "sample": sample, "calibrate": calibrate}  # in the order of --help
+COMMANDS = {"info": info, "demo": demo, "sample": sample, "calibrate": calibrate}  # in the order of --help
 
 
 def build_parser() -> argparse.ArgumentParser:

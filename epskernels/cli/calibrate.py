@@ -66,9 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        help="real images: a directory of image files, or of one for each class, cropped and resized to the model's size where "
-        "they are larger; a .npy or .npz (N, C, H, W), or uint8 (N, H, W, C), such as guided-diffusion's arr_0; or mnist; with "
-        "--class, those of that class where the data tells; for a model with a decode, its latents as floats",
+        help="real images: a directory of image files, or of one for each class; larger ones are cropped to their centre and "
+        "resized; a .npy or .npz (N, C, H, W), or uint8 (N, H, W, C), such as arr_0 of guided-diffusion; or mnist. With --class: "
+        "those of the class. For a model with a decode: its latents, in a .npy or .npz",
     )
     parser.add_argument("--images", type=int, default=256, metavar="N", help="how many of them; default: %(default)s")
     _add_method_arguments(parser)

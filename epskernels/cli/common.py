@@ -1,17 +1,18 @@
 """What the commands share: the arguments that name a model and a sampler, the table they give, files, digests, messages."""
 
 import argparse
-import functools
+import contextlib
 import hashlib
 import importlib
 import inspect
 import json
+import operator
 import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +24,9 @@ from ..scaling import EpsilonScaling
 from ..table import describe
 from ..typing import ModelCall
 
-# Samplers that do not go from a seed's noise to an image.
-_FOR_OTHERS = {"pfgmpp", "ddim_inverse"}
-# What is sampled with where --sampler is not given.
-_DEFAULT_SAMPLER = {
+_FOR_OTHERS = {"pfgmpp", "ddim_inverse"}  # samplers that do not go from a seed's noise to an image
+# What is sampled with by default.
+_DEFAULT_SAMPLERS = {
     schedule.DiscreteSchedule: "ddpm", schedule.KarrasSchedule: "edm_heun", schedule.FlowSchedule: "flow_euler",
 }  # fmt: skip
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -53,34 +53,58 @@ def missing_package(error: ImportError) -> UsageError:
     return UsageError(f"{error.name} is missing: pip install diffusers safetensors pillow")
 
 
+# ---- functions of the user's ----
+
+
+def load_function(option: str, text: str) -> Callable[..., Any]:
+    """The function that an option's text names, module:function; the current folder is looked in first. Raises UsageError."""
+    if not _FUNCTION.fullmatch(text):
+        raise UsageError(f"{option}: expected module:function, such as my_module:my_function, got {text!r}")
+    name, _, path = text.partition(":")
+    if sys.path[0] != os.getcwd():  # as in `python -m`; it stays, for what the function imports when it is called
+        sys.path.insert(0, os.getcwd())
+    importlib.invalidate_caches()
+    try:
+        found: Any = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{name}.".startswith(f"{missing}."):
+            raise UsageError(f"{option}: no module {missing!r} in {os.getcwd()} or among the installed ones") from error
+        raise UsageError(f"{option}: {name} cannot be imported: {_raised(error)}") from error
+    try:
+        found = operator.attrgetter(path)(found)
+    except AttributeError:
+        where = getattr(found, "__file__", "built in")
+        raise UsageError(f"{option}: {name} has no {path!r} ({where})") from None
+    if not callable(found):
+        raise UsageError(f"{option}: expected {text} to be a function, got {describe(found)}")
+    return found
+
+
+@contextlib.contextmanager
+def calling(option: str, text: str) -> Iterator[None]:
+    """Around a call of the user's function: says in one line what it raised, and where. Raises UsageError."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{option}: {text} raised {_raised(error)}") from error
+
+
+def _raised(error: BaseException) -> str:
+    """The error and where it was raised."""
+    said = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, SyntaxError):  # which says its place itself
+        return said
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({place.filename}, line {place.lineno})"
+
+
 # ---- the model and its sampler ----
 
 
-def offered_samplers(model: models.Model | None = None) -> list[str]:
-    """The names that --sampler takes; those of them that take the model's schedule."""
-    names = sorted(set(samplers.SAMPLERS) - _FOR_OTHERS)
-    return names if model is None else [name for name in names if _takes(name, model)]
-
-
-def _takes(name: str, model: models.Model) -> bool:
-    if name == "consistency" and isinstance(model.schedule, schedule.DiscreteSchedule):
-        return False  # its tables can be made, but no network that predicts noise is a consistency function
-    try:
-        _on_schedule(model.schedule, lambda path: samplers.SAMPLERS[name](path, 3, prediction=model.prediction))
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _on_schedule(path: Any, make: Callable[[Any], Any]) -> Any:
-    """make(path); for timesteps and a sampler that wants noise levels, of the KarrasSchedule of those that they stand for."""
-    try:
-        return make(path)
-    except TypeError as error:
-        wanted = str(error).startswith("schedule: expected a KarrasSchedule")
-        if not wanted or not isinstance(path, schedule.DiscreteSchedule):
-            raise
-    return make(schedule.KarrasSchedule(model=path))
+def offered_samplers() -> list[str]:
+    """The names that --sampler takes."""
+    return sorted(set(samplers.SAMPLERS) - _FOR_OTHERS)
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,15 +112,13 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=str(models.DIGITS),
-        metavar="MODEL",
-        help="a diffusers pipeline directory (unet/, scheduler/); or module:function, a function of yours, of the device or of "
-        "nothing, that returns an epskernels.models.Model: the current folder can be imported; default: the digits that ship "
-        "with the package",
+        help="a diffusers pipeline directory (unet/, scheduler/), or MODULE:FUNCTION, a function of yours that takes the device "
+        "and returns an epskernels.models.Model; default: the digits that ship with the package",
     )
     parser.add_argument(
         "--sampler",
         choices=offered_samplers(),
-        help="default: ddpm; for a model that is told sigma edm_heun, for a flow flow_euler",
+        help="default: ddpm; edm_heun for a model that is told sigma, flow_euler for a flow",
     )
     parser.add_argument("--steps", type=int, default=50, help="sampler steps; default: %(default)s")
     parser.add_argument("--eta", type=float, help="DDIM's eta; default: 0")
@@ -113,7 +135,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[models.Model, ModelCall]:
-    """The model, and the function that `epskernels.sample` calls. Sets args.sampler where none was given. Raises UsageError."""
+    """The model, and the function that `epskernels.sample` calls. Sets args.sampler, if it is None. Raises UsageError."""
     try:
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
@@ -123,7 +145,9 @@ def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[mo
             model = _own_model(args.model, torch.device(device))
         else:
             model = models.load(args.model, device)
-        args.sampler = args.sampler or _DEFAULT_SAMPLER[type(model.schedule)]
+        args.sampler = args.sampler or next(
+            name for kind, name in _DEFAULT_SAMPLERS.items() if isinstance(model.schedule, kind)
+        )
         return model, model.callable(args.label, args.guidance)
     except ImportError as error:
         raise missing_package(error) from error
@@ -132,61 +156,17 @@ def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[mo
 
 
 def _own_model(text: str, device: torch.device) -> models.Model:
-    """What the function module:function returns for the device. Raises UsageError."""
-    function = load_function(text, "--model")
-    parameters = inspect.signature(function).parameters.values()
-    takes = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    needed = [
-        each.name
-        for each in parameters
-        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-    ]
-    if len(needed) > 1 or (needed and not takes):
-        raise UsageError(f"--model: expected {text} to take a device, or nothing, it needs {', '.join(needed)}")
-    model = _called(functools.partial(function, *([device] if takes else [])), f"--model: {text}")
+    """The Model that the function module:function returns for the device. Raises UsageError."""
+    function = load_function("--model", text)
+    with calling("--model", f"{text}(device)"):
+        model = function(device)
     if not isinstance(model, models.Model):
         raise UsageError(f"--model: expected {text} to return an epskernels.models.Model, got {describe(model)}")
-    if elsewhere := {str(each.device) for each in model.tensors() if each.device.type != device.type}:
-        raise UsageError(
-            f"--device: the weights of {text} are on {', '.join(sorted(elsewhere))}, expected {device}: let the function take "
-            "the device"
-        )
+    for each in model.tensors():
+        if each.device.type != device.type:
+            raise UsageError(f"--model: expected {text} to put its weights on {device}, got a tensor on {each.device}")
     model.name = model.name or text
     return model
-
-
-def load_function(text: str, option: str) -> Callable[..., Any]:
-    """The function that the text of an option names, module:function; the current folder can be imported. Raises UsageError."""
-    if not _FUNCTION.fullmatch(text):
-        raise UsageError(f"{option}: expected module:function, got {text!r}")
-    name, _, path = text.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-        importlib.invalidate_caches()
-    try:
-        found = _called(functools.partial(importlib.import_module, name), f"{option}: importing {name}")
-    except UsageError as error:
-        cause = error.__cause__
-        if isinstance(cause, ModuleNotFoundError) and cause.name and f"{name}.".startswith(f"{cause.name}."):
-            raise UsageError(f"{option}: no module {name} in {os.getcwd()}, nor installed") from cause
-        raise
-    for part in path.split("."):
-        if not hasattr(found, part):
-            raise UsageError(f"{option}: {name} has no {path}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UsageError(f"{option}: expected a function, {text} is {describe(found)}")
-    return found
-
-
-def _called(function: Callable[[], Any], what: str) -> Any:
-    """function(), which is the user's. Raises UsageError that says where it failed."""
-    try:
-        return function()
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{last.filename}, line {last.lineno}"
-        raise UsageError(f"{what} raised {type(error).__name__}: {first_line(error)} ({where})") from error
 
 
 def lambda_value(text: str) -> Any:
@@ -258,26 +238,21 @@ def make_table(
         options.setdefault("variance", model.variance)
     grid: dict[str, Any] = {}
     accepts_grid = inspect.Parameter.VAR_KEYWORD in {each.kind for each in takes.values()}
-    if accepts_grid and isinstance(model.schedule, schedule.DiscreteSchedule):
+    discrete = isinstance(model.schedule, schedule.DiscreteSchedule)
+    if accepts_grid and discrete:  # the options of DiscreteSchedule.grid
         grid = {"spacing": "trailing"} if args.sampler.startswith("dpmpp_") else dict(model.grid)
         if args.sampler == "ddim":
             grid["final"] = model.final
-
-    def on(path: Any) -> Any:
-        timesteps = grid if path is model.schedule else {}
-        return make(sampler, path, args.steps, **options, **timesteps)
-
     try:
-        if args.sampler == "consistency" and not _takes(args.sampler, model):
-            raise TypeError("schedule: expected a KarrasSchedule of a consistency function")
-        return _on_schedule(model.schedule, on)
+        return make(sampler, model.schedule, args.steps, **options, **grid)
     except (TypeError, ValueError) as error:
-        if not str(error).startswith(("schedule:", "space:")) or _takes(args.sampler, model):
+        said = str(error)
+        if not said.startswith(("schedule:", "space:")):
             raise
-        kind, others = type(model.schedule).__name__, ", ".join(offered_samplers(model))
-        raise UsageError(
-            f"--sampler: {args.sampler} cannot sample a model with a {kind} ({error}); expected one of {others}"
-        ) from error
+        # Samplers of noise levels take those of the timesteps; a network that predicts noise is no consistency function.
+        if not discrete or args.sampler == "consistency" or "expected a KarrasSchedule" not in said:
+            raise UsageError(f"--sampler: {args.sampler} does not fit the model: {said}") from error
+    return make(sampler, schedule.KarrasSchedule(model=model.schedule), args.steps, **options)
 
 
 def fitted_for(args: argparse.Namespace) -> dict[str, Any]:
@@ -315,36 +290,23 @@ def json_digest(value: Any) -> str:
 
 
 def model_digests(model: models.Model) -> tuple[str, str | None]:
-    """(of the network's configuration, without the path that it came from; of all its weights, or None where it says none).
-
-    Of a model that has a name, the configuration is that, and what its modules are made of.
-    """
-    weights = [value for each in model.weights for value in _state(each)]
-    told: Any = _configuration(model.network)
-    if model.name:
-        modules = [each for each in model.weights if isinstance(each, torch.nn.Module)]
-        parts = [(name, part) for each in modules for name, part in each.named_modules()]
-        told = [model.name, [[name, type(part).__qualname__, _configuration(part)] for name, part in parts]]
-    return json_digest(told), tensors_digest(weights) if weights else None
-
-
-def _configuration(part: Any) -> dict[str, Any]:
-    """As diffusers' networks have it; empty for others."""
-    config = getattr(part, "config", None)
-    return (
+    """(of what the model says of itself, without the path that it came from; of its weights, None if it has none)."""
+    config = getattr(model.network, "config", {})
+    told = (
         {key: value for key, value in config.items() if not key.startswith("_")} if isinstance(config, Mapping) else {}
     )
-
-
-def _state(weights: torch.nn.Module | torch.Tensor) -> list[torch.Tensor]:
-    if isinstance(weights, torch.Tensor):
-        return [weights]
-    return [value for value in weights.state_dict().values() if isinstance(value, torch.Tensor)]
+    weights = [
+        value
+        for each in model.weights
+        for value in ([each] if isinstance(each, torch.Tensor) else each.state_dict().values())
+        if isinstance(value, torch.Tensor)
+    ]
+    return json_digest([model.name, told] if model.name else told), tensors_digest(weights) if weights else None
 
 
 def require_weights(option: str, path: pathlib.Path, model: models.Model) -> None:
-    """Raises UsageError where nothing tells the model from another: what is there may then be another's."""
+    """Raises UsageError if nothing tells the model from another: what the path holds may then be another's."""
     if not model.weights:
         raise UsageError(
-            f"{option}: {path} is continued by a model of the same weights, and {model.name} says none: Model(..., weights=...)"
+            f"{option}: {path} can be continued by the same weights alone, and {model.name} names none: Model(..., weights=...)"
         )

@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__, corrections, images, ops, scaling, shards
 from ..corrections import check_bands
-from ..files import write_whole
+from ..files import remove_leftovers, write_whole
 from ..models import Model
 from ..ranks import Ranks
 from ..sample import sample
@@ -25,6 +25,7 @@ from ..schedule import DiscreteSchedule
 from ..seeds import Seeds
 from ..seeds import parse as parse_ranges
 from ..time_shift import ShiftedTable
+from . import picture
 from .common import (
     UsageError,
     add_sampler_arguments,
@@ -47,7 +48,7 @@ TEXTS = {
     "  epskernels sample --out digits.png\n"
     "  epskernels sample --sampler ddim --steps 20 --lambda 1.004 --compare --out both.png\n"
     "  epskernels sample --lambda ADM/CIFAR-10/20/linear --steps 20 --seeds 0-255 --out samples.npz\n"
-    "  epskernels sample --model my_models:edm --steps 18 --seeds 0-49999 --out samples --format png\n"
+    "  epskernels sample --model my_models:edm --steps 18 --seeds 0-49999 --out samples --uint8\n"
     "  torchrun --nproc-per-node 4 -m epskernels sample --seeds 0-49999 --out samples",
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -96,13 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a batch at a time, by all processes of torchrun, and continued where a run was interrupted; may be given again",
     )
     parser.add_argument(
-        "--format",
-        choices=("png", "adm"),
-        action="append",
-        default=[],
-        help="png: the directory holds a PNG for each seed, as pytorch-fid, clean-fid and EDM's fid.py read them; adm: the .npz "
-        "holds arr_0, uint8 (N, H, W, 3), as guided-diffusion's evaluator reads it; both rounded to the nearest of 256 levels; "
-        "may be given again",
+        "--uint8",
+        action="store_true",
+        help="for other tools: a .npz holds arr_0, uint8 (N, H, W, 3), as guided-diffusion's evaluator reads it, and a directory "
+        "also a folder of a PNG for each seed, as pytorch-fid, clean-fid and EDM's fid.py read it",
     )
     parser.add_argument(
         "--threads",
@@ -213,9 +211,11 @@ class _Sampling:
         self.model, self.call = load_model(args, device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
-        if args.time_shift and not isinstance(self.model.schedule, DiscreteSchedule):
-            kind = type(self.model.schedule).__name__
-            raise UsageError(f"--time-shift: expected a model of timesteps, a DiscreteSchedule, got a {kind}")
+        path = self.model.schedule
+        if args.time_shift and not isinstance(getattr(path, "model", path), DiscreteSchedule):
+            raise UsageError(
+                f"--time-shift: expected a model that is told timesteps, got one of a {type(path).__name__}"
+            )
         try:
             self.scaling = _read_scaling(args)
             self.correction = None if args.correction is None else read_correction(args.correction)
@@ -231,31 +231,19 @@ class _Sampling:
             raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
         self.seed_bytes = 4 * math.prod(self.model.shape) * len(self.tables)  # on the host: samples are float32 there
         self.args, self.device, self.model_seconds, self.seconds = args, device, 0.0, 0.0
-        self.image_shape: tuple[int, ...] = ()  # (C, H, W), once check_images has found it
+        self.image_bytes = 0  # of a seed, with --uint8
 
-    def stored_bytes(self) -> int:
-        """Of a seed in a directory, of all names."""
-        return math.prod(self.image_shape) * len(self.tables) if "png" in self.args.format else self.seed_bytes
+    def images(self, samples: torch.Tensor) -> np.ndarray:
+        """Samples as images (N, 1 or 3, H, W) in [-1, 1], decoded a batch at a time. Raises ValueError if they are none."""
+        return np.concatenate(list(self._images(samples)))
 
-    def check_images(self) -> None:
-        """Raises UsageError where the samples are no images, or decode makes none: it decodes one of zeros."""
-        try:
-            self.image_shape = self.images(torch.zeros(1, *self.model.shape)).shape[1:]
-        except ValueError as error:
-            raise UsageError(f"--out, --format: {error}") from error
+    def pixels(self, samples: torch.Tensor) -> np.ndarray:
+        """The same as uint8 (N, H, W, 1 or 3)."""
+        return np.concatenate([images.to_bytes(part) for part in self._images(samples)])
 
-    def images(self, samples: torch.Tensor) -> torch.Tensor:
-        """Samples as images, on the host, decoded a batch at a time where the model has a decode."""
-        parts = samples.split(self.args.batch)
-        return torch.cat([self.model.images(part.to(self.device)).cpu() for part in parts])
-
-    def stored(self, samples: torch.Tensor) -> np.ndarray:
-        """What a directory holds of them: float32, or with --format png bytes."""
-        if "png" in self.args.format:
-            if not samples.isfinite().all():
-                _warn_of_not_finite()
-            return images.to_bytes(self.images(samples))
-        return samples.float().numpy()
+    def _images(self, samples: torch.Tensor) -> Iterator[np.ndarray]:
+        for part in samples.split(self.args.batch):
+            yield self.model.images(part.to(self.device)).cpu().numpy()
 
     def __call__(self, name: str, seeds: np.ndarray, progress: bool = False) -> torch.Tensor:
         """The samples of a batch of seeds, on the host."""
@@ -285,7 +273,6 @@ class _Sampling:
             "seeds": f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, {seeds.digest()}",
             "model": " ".join(map(str, model_digests(self.model))),
             "tables": {name: tensors_digest([table.rows]) for name, table in self.tables.items()},
-            **({"images": "png", "size": list(self.image_shape)} if "png" in args.format else {}),
             **({"time_shift": args.time_shift} if args.time_shift else {}),
             "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu,
             **({"correction": self.correction.to_dict()} if self.correction else {}),
@@ -294,10 +281,22 @@ class _Sampling:
 
     def headline(self) -> str:
         """What was sampled, as the first line that is printed."""
-        args = self.args
-        shift = "".join(f", {name} {value:g}" for name, value in (args.time_shift or {}).items())
-        correction = f", correction {args.correction}" if self.correction else ""
-        return f"{args.sampler}, {args.steps} steps, {len(args.seeds)} seeds, {self.scaling}{correction}{shift}"
+        return f"{self._setting()}, {self._applied()}"
+
+    def panels(self, runs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+        """(the runs by their titles in a picture, the lines above them)."""
+        if len(runs) == 1:
+            return {self.headline(): runs["samples"]}, []
+        titles = {"baseline": "without", "samples": f"with {self._applied()}"}
+        return {titles[name]: images for name, images in runs.items()}, [f"{self._setting()}, the same on both sides"]
+
+    def _setting(self) -> str:
+        return f"{self.args.sampler}, {self.args.steps} steps, {len(self.args.seeds)} seeds"
+
+    def _applied(self) -> str:
+        said = [f"{name} {value:g}" for name, value in (self.args.time_shift or {}).items()]
+        said = [f"correction {self.args.correction}", *said] if self.correction else said
+        return ", ".join(said if said and self.scaling == scaling.constant(1.0) else [str(self.scaling), *said])
 
 
 def _sample_in_memory(args: argparse.Namespace, sampling: _Sampling) -> None:
@@ -310,17 +309,24 @@ def _sample_in_memory(args: argparse.Namespace, sampling: _Sampling) -> None:
     lines = [sampling.headline(), _times(sampling.model_seconds, sampling.seconds)]
     lines.append(f"sha256 of the initial noise {tensors_digest(noise)}")
     lines += [f"sha256 of the {name} {tensors_digest([samples])}" for name, samples in runs.items()]
-    _write_and_print(sampling, lines, lambda: runs)
+    _write_and_print(args, sampling, lines, lambda: runs)
 
 
 def _sample_into_directory(
     args: argparse.Namespace, sampling: _Sampling, ranks: Ranks, directory: pathlib.Path
 ) -> None:
-    """Samples the chunks that the directory lacks: each rank every size-th of the list that rank 0 made."""
-    run, missing = _begin_or_continue(args, sampling, ranks, directory)
+    """Makes what the directory lacks: each rank every size-th of the lists that rank 0 made."""
+    run, missing, without_pngs = _begin_or_continue(args, sampling, ranks, directory)
     own = missing[ranks.rank :: ranks.size]
     for name, chunk in tqdm(own, desc=f"{directory}", unit="chunk", disable=args.quiet or ranks.rank > 0):
-        run.write(name, chunk, sampling.stored(sampling(name, run.seeds_of(chunk))))
+        run.write(name, chunk, sampling(name, run.seeds_of(chunk)).float().numpy())
+        if args.uint8:
+            _write_pngs(sampling, run, name, chunk)
+    for name, chunk in without_pngs[ranks.rank :: ranks.size]:
+        _write_pngs(sampling, run, name, chunk)
+    if args.uint8:
+        for name in run.names:
+            remove_leftovers(run.directory / name, lambda file: file.endswith(".png"))
     counts = ranks.gather((len(own), sampling.model_seconds, sampling.seconds))
     run.clean()
     if counts is None:  # this is not rank 0
@@ -335,40 +341,65 @@ def _sample_into_directory(
     finite = []
 
     def stored(name: str) -> Iterator[torch.Tensor]:
-        """The state's dtype holds them exactly: the hash is that of the same samples in memory. Bytes are hashed as they are."""
+        """The state's dtype holds them exactly: the hash is that of the same samples in memory."""
         for _, array in run.chunks(name):
-            samples = torch.from_numpy(array)
-            yield samples if array.dtype == np.uint8 else samples.to(DTYPES[args.dtype])
+            yield torch.from_numpy(array).to(DTYPES[args.dtype])
             finite.append(np.isfinite(array).all())
 
-    of = "the pixels of the" if "png" in args.format else "the"
-    lines += [f"sha256 of {of} {name} {tensors_digest(stored(name))}" for name in run.names]
+    lines += [f"sha256 of the {name} {tensors_digest(stored(name))}" for name in run.names]
     if not all(finite):
         _warn_of_not_finite()
-    _write_and_print(sampling, lines, lambda: {name: torch.from_numpy(run.load(name)) for name in run.names})
+    _write_and_print(args, sampling, lines, lambda: {name: torch.from_numpy(run.load(name)) for name in run.names})
+
+
+def _write_pngs(sampling: _Sampling, run: shards.Shards, name: str, chunk: int) -> None:
+    """The chunk's samples as PNGs."""
+    from PIL import Image
+
+    samples = torch.from_numpy(run.read(name, chunk))
+    for path, pixels in zip(_png_paths(run, name, chunk), sampling.pixels(samples), strict=True):
+        image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+        write_whole(path, functools.partial(image.save, format="PNG"), clean=False)
+
+
+def _png_paths(run: shards.Shards, name: str, chunk: int) -> list[pathlib.Path]:
+    """A file for each seed of the chunk, in a folder for the name. Their numbers have the same number of digits."""
+    digits = max(6, len(str(run.seeds.max(initial=0))))
+    return [run.directory / name / f"{seed:0{digits}d}.png" for seed in run.seeds_of(chunk).tolist()]
+
+
+_Chunks = list[tuple[str, int]]
 
 
 def _begin_or_continue(
     args: argparse.Namespace, sampling: _Sampling, ranks: Ranks, directory: pathlib.Path
-) -> tuple[shards.Shards | shards.Pngs, list[tuple[str, int]]]:
-    """(the directory's Shards or Pngs, the chunks that it lacks), the same on every rank. Raises UsageError for another run's."""
+) -> tuple[shards.Shards, _Chunks, _Chunks]:
+    """(the directory's Shards, the chunks that it lacks, the others that lack PNGs), the same on every rank.
+
+    Raises UsageError for another run's directory.
+    """
     settings = sampling.settings()
 
-    def begin() -> list[tuple[str, int]]:
+    def begin() -> tuple[_Chunks, _Chunks]:
         run = shards.begin(directory, settings, args.seeds)
         missing, damaged = run.missing()
-        _check_room("--out", directory, len(missing) * args.batch * sampling.stored_bytes() // len(run.names))
+        _check_room("--out", directory, len(missing) * args.batch * 4 * math.prod(sampling.model.shape))
         for path in damaged:
             print(f"warning: {path} is damaged, and is made again", file=sys.stderr)
-        return missing
+        if not args.uint8:
+            return missing, []
+        for name in run.names:
+            require_writable("--out", run.directory / name / "begun.png")
+        others = {(name, chunk) for name in run.names for chunk in range(len(run))}.difference(missing)
+        return missing, [each for each in sorted(others) if not all(path.exists() for path in _png_paths(run, *each))]
 
     try:
-        missing = ranks.from_first(begin)
-        run = shards.opened(directory, args.seeds)
+        missing, without_pngs = ranks.from_first(begin)
+        run = shards.Shards(directory)
         run.compare(settings, f"rank {ranks.rank}")
     except (ValueError, OSError) as error:
         raise UsageError(f"--out: {error}") from error
-    return run, missing
+    return run, missing, without_pngs
 
 
 # ---- checks before the work ----
@@ -386,7 +417,8 @@ def _check_arguments(args: argparse.Namespace) -> pathlib.Path | None:
     directories = [path for path in args.out or () if not path.suffix]
     if len(directories) > 1:
         raise UsageError(f"--out: expected one directory, got {len(directories)}")
-    _check_format(args, directories)
+    if args.uint8 and not directories and not any(path.suffix == ".npz" for path in args.out or ()):
+        raise UsageError("--uint8: expected an --out that is a .npz or a directory (no suffix)")
     scaled = args.lambda_ is not None or args.lambda_linear or args.published or args.scaling
     if args.compare and not (scaled or args.correction or args.time_shift):
         raise UsageError(
@@ -396,30 +428,20 @@ def _check_arguments(args: argparse.Namespace) -> pathlib.Path | None:
     return directories[0] if directories else None
 
 
-def _check_format(args: argparse.Namespace, directories: list[pathlib.Path]) -> None:
-    arrays = [path for path in args.out or () if path.suffix == ".npz"]
-    if "png" in args.format and not directories:
-        raise UsageError("--format: png is for a directory, and no --out (no suffix) names one")
-    if "adm" in args.format and not arrays:
-        raise UsageError("--format: adm is for a .npz, and no --out names one")
-    if "png" in args.format and "adm" not in args.format and arrays:
-        raise UsageError(
-            f"--format: png keeps pixels, and {arrays[0]} is for samples; give --format adm too, or run it apart"
-        )
-    if "png" in args.format and (twice := args.seeds.twice()) is not None:
-        raise UsageError(f"--seeds: expected each once, for the names of the PNGs, got {twice} again")
-
-
-def _check_files(args: argparse.Namespace, sampling: "_Sampling", directory: pathlib.Path | None) -> None:
+def _check_files(args: argparse.Namespace, sampling: _Sampling, directory: pathlib.Path | None) -> None:
     """Raises UsageError for a file that cannot be written, or that cannot hold the model's samples."""
-    pngs = "png" in args.format or any(path.suffix == ".png" for path in args.out or ())
+    pngs = any(path.suffix == ".png" for path in args.out or ()) or (args.uint8 and directory is not None)
     if pngs:
         try:
             import PIL.Image  # noqa: F401
         except ImportError as error:
             raise UsageError("--out: a .png needs Pillow: pip install pillow") from error
-    if pngs or "adm" in args.format:
-        sampling.check_images()
+    if pngs or args.uint8:
+        try:
+            size = sampling.pixels(torch.zeros(1, *sampling.model.shape)).size
+            sampling.image_bytes = size * len(sampling.tables) if args.uint8 else 0
+        except ValueError as error:
+            raise UsageError(f"--out: {error}") from error
     if directory is not None:
         require_weights("--out", directory, sampling.model)
     for path in args.out or ():
@@ -430,8 +452,7 @@ def _check_files(args: argparse.Namespace, sampling: "_Sampling", directory: pat
 def _check_size(args: argparse.Namespace, sampling: _Sampling, directory: pathlib.Path | None) -> None:
     """Raises UsageError for more samples than the memory or the disk has room for."""
     count = len(args.seeds)
-    size = count * (8 + sampling.seed_bytes)  # 8: the seed itself
-    stored = count * (8 + sampling.stored_bytes())
+    size = count * (8 + sampling.seed_bytes + sampling.image_bytes)  # 8: the seed itself
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     in_memory = directory is None or any(path.suffix for path in args.out)
     if in_memory and size > memory:
@@ -442,7 +463,7 @@ def _check_size(args: argparse.Namespace, sampling: _Sampling, directory: pathli
     try:
         for path in args.out or ():
             if path.suffix == ".npz" or (path == directory and not (path / "run.json").exists()):
-                _check_room("--out", path, stored if path == directory else size)
+                _check_room("--out", path, size)
     except OSError as error:
         raise UsageError(f"--out: {error}") from error
 
@@ -465,11 +486,9 @@ def _warn_of_transfer(args: argparse.Namespace, model: Model) -> None:
         if changed := [name for name in asked if name in notes and notes[name] != asked[name]]:
             differences = "; ".join(f"{name} {notes[name]}, here {asked[name]}" for name in changed)
             print(f"warning: {path} was fitted for {differences}: {what} need not transfer", file=sys.stderr)
-        if "weights" in notes and notes["weights"] != model_digests(model)[1]:
+        if "weights" in notes and notes["weights"] != (digest := model_digests(model)[1]):
             others = (
-                "other weights"
-                if notes["weights"] and model.weights
-                else "weights that cannot be compared with this model's"
+                "other weights" if notes["weights"] and digest else "weights that cannot be compared with the model's"
             )
             print(f"warning: {path} was fitted for {others}: {what} need not transfer", file=sys.stderr)
 
@@ -487,13 +506,18 @@ def _times(model_seconds: float, seconds: float) -> str:
     )
 
 
-def _write_and_print(sampling: _Sampling, lines: list[str], load: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+def _write_and_print(
+    args: argparse.Namespace,
+    sampling: _Sampling,
+    lines: list[str],
+    load: Callable[[], Mapping[str, torch.Tensor]],
+) -> None:
     """Writes the files of --out, then prints the lines. Where a file cannot be written the rest is done, and then it raises.
 
     load: gives the samples by name. It is called once, and only where there is a file to write.
     """
     runs, failed = None, None
-    for path in sampling.args.out or ():
+    for path in args.out or ():
         if path.suffix:
             try:
                 runs = load() if runs is None else runs
@@ -507,54 +531,19 @@ def _write_and_print(sampling: _Sampling, lines: list[str], load: Callable[[], M
 
 
 def _write_samples(path: pathlib.Path, sampling: _Sampling, runs: Mapping[str, torch.Tensor]) -> None:
-    """A grid of images, the samples and their seeds, or with --format adm their bytes.
-
-    runs: samples (N, *shape), or bytes (N, H, W, C) from a directory of PNGs.
-    """
+    """By the path's suffix: a picture of the samples, or the samples and their seeds; with --uint8 their bytes."""
     if path.suffix == ".png":
-        arrays: dict[str, Any] = {name: _images_of(sampling, samples) for name, samples in runs.items()}
-        from PIL import Image
-
-        grid = image_grid(arrays.values())
-        image = Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid)
-        write_whole(path, lambda file: image.save(file, format="PNG"))
+        shown = {name: sampling.images(samples) for name, samples in runs.items()}
+        picture.save(picture.draw(*sampling.panels(shown)), path)
         return
-    if "adm" in sampling.args.format:
-        arrays = {name.replace("samples", "arr_0"): _bytes_of(sampling, samples) for name, samples in runs.items()}
-        if sampling.args.label is not None:
-            arrays["arr_1"] = np.full(len(sampling.args.seeds), sampling.args.label)
-    else:
-        arrays = {"seeds": np.array(sampling.args.seeds)}
-        arrays |= {name: samples.float().numpy() for name, samples in runs.items()}
+    arrays: dict[str, Any] = {"seeds": np.array(sampling.args.seeds)}
+    for name, samples in runs.items():
+        if sampling.args.uint8:
+            pixels = sampling.pixels(samples)
+            in_rgb = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+            arrays["arr_0" if name == "samples" else name] = in_rgb
+        else:
+            arrays[name] = samples.float().numpy()
+    if sampling.args.uint8 and sampling.args.label is not None:
+        arrays["arr_1"] = np.full(len(sampling.args.seeds), sampling.args.label)
     write_whole(path, lambda file: np.savez(file, **arrays))
-
-
-def _images_of(sampling: _Sampling, samples: torch.Tensor) -> np.ndarray:
-    """float32 (N, C, H, W) in [-1, 1]. Bytes become values a little above their own, which rounding and cutting off give back."""
-    if samples.dtype != torch.uint8:
-        return sampling.images(samples).numpy()
-    return images.to_floats(samples.numpy()).transpose(0, 3, 1, 2) + np.float32(1e-5)
-
-
-def _bytes_of(sampling: _Sampling, samples: torch.Tensor) -> np.ndarray:
-    """uint8 (N, H, W, 3): the evaluator's network knows no grey images."""
-    pixels = samples.numpy() if samples.dtype == torch.uint8 else images.to_bytes(sampling.images(samples))
-    return pixels.repeat(3, axis=3) if pixels.shape[3] == 1 else pixels
-
-
-def image_grid(batches: Iterable[np.ndarray]) -> np.ndarray:
-    """Batches (N, C, H, W) in [-1, 1] side by side, each as a square grid: uint8 (H', W', C)."""
-    columns = []
-    for batch in batches:
-        images = np.clip(np.nan_to_num(batch) * 127.5 + 127.5, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-        n, h, w, c = images.shape
-        side = int(np.ceil(np.sqrt(n)))
-        cells = np.full((side * side, h + 2, w + 2, c), 96, np.uint8)
-        cells[:n, 1:-1, 1:-1] = images
-        rows = cells.reshape(side, side, h + 2, w + 2, c)[: -(-n // side)]
-        columns.append(rows.transpose(0, 2, 1, 3, 4).reshape(-1, side * (w + 2), c))
-    gap = np.full((len(columns[0]), 12, columns[0].shape[2]), 255, np.uint8)
-    parts = [columns[0]]
-    for column in columns[1:]:
-        parts += [gap, column]
-    return np.concatenate(parts, axis=1)

@@ -1,7 +1,9 @@
 """diffusers' schedulers with the step in one launch and Epsilon Scaling in it: see docs/diffusers.md.
 
+A scheduler takes the configuration of diffusers' class of its name, and two arguments more: eps_scaling, lambda in any form that
+`scaling.as_scaling` takes, and correction, of x' after each step, in any form that `corrections.as_correction` takes.
+
 The names here are those of `pipelines.py`, which is read when one of them is asked for first. So `import epskernels` costs no
-from types import ModuleType, ModuleType
 import of diffusers, and yet a saved pipeline, whose files name this package, finds its scheduler: diffusers looks for it among
 the modules that are imported, and imports none itself.
 """

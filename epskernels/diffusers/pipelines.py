@@ -69,6 +69,7 @@ _log = logging.getLogger("epskernels")
 _Pipeline = TypeVar("_Pipeline")
 _Twin = TypeVar("_Twin", bound=Configured)
 
+# The fused twin of each class of diffusers'.
 FUSED: dict[type, type[Configured]] = {
     twin._theirs: twin
     for twin in (
@@ -103,8 +104,8 @@ def fused(scheduler: Any, eps_scaling: ScalingLike | None = None, correction: Co
     """The fused twin of a diffusers scheduler, with its configuration and what else it carries.
 
     Of any other scheduler, a user's own too, a subclass of its class that scales its model's output, and then runs its own step.
-    eps_scaling: lambda, as scaling.as_scaling takes it; default a fused scheduler's own, or 1, which is diffusers' numbers.
-    correction: of x' after each step, as corrections.as_correction takes it; default a fused scheduler's own, or none.
+    eps_scaling: lambda, as `scaling.as_scaling` takes it; default a fused scheduler's own, or 1, which is diffusers' numbers.
+    correction: of x' after each step, as `corrections.as_correction` takes it; default a fused scheduler's own, or none.
     Raises TypeError for a scheduler of tokens; ValueError for a lambda other than 1 where it is not known how much of the model's
     output is noise, and for a correction of a scheduler that takes none; as scaling.as_scaling and corrections.as_correction.
     """
@@ -133,8 +134,10 @@ def fuse(
 ) -> _Pipeline:  # fmt: skip
     """Replaces all schedulers of a pipeline by their fused twins, and returns the pipeline; of a scheduler, returns the twin.
 
-    eps_scaling, correction: as in `fused`, of every scheduler. seeds: a sample's each, for noise made in the kernel where the
-    pipeline is given no generator; the first latents are the pipeline's (docs/diffusers.md shows how to make those by seeds too).
+    eps_scaling: lambda of every scheduler, as `scaling.as_scaling` takes it; default a fused scheduler's own, or 1, which is
+    diffusers' numbers. correction: of x' after each step, as `corrections.as_correction` takes it; default a fused scheduler's
+    own, or none. seeds: a sample's each, for noise made in the kernel where the pipeline is given no generator; the first
+    latents are the pipeline's (docs/diffusers.md shows how to make those by seeds too).
     Raises as `fused`; ValueError for seeds of a pipeline with several schedulers. Where anything raises, the pipeline stays as it
     was.
     """

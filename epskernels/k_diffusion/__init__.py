@@ -1,13 +1,7 @@
 """k-diffusion's and ComfyUI's samplers by their own signatures, with Epsilon Scaling: sample_euler(model, x, sigmas, ...).
 
-model(x, sigma, **extra_args): any denoiser of x = x_0 + sigma*eps, or ComfyUI's model of a flow, x = (1 - sigma)*x_0 +
-sigma*eps: its `model_sampling` says so.
-sigmas: (N + 1,) for N steps; they must not rise. Every table is that of `samplers` there; an update is one launch.
-eps_scaling: lambda, in any form that scaling.as_scaling takes: denoised' = x - (x - denoised)/lambda. Above sigma 900 x
-is noise alone, and lambda is 1. correction: of the state after each step, except those to sigma 0, in any form that
-corrections.as_correction takes. seeds: (B,), for noise made in the kernel. Without them the noise comes from
-noise_sampler(sigma, sigma_next), by default torch.randn_like, also where k-diffusion has a Brownian tree.
-`scale_denoised` is the scaling alone, for a loop of one's own.
+On x_0 + sigma*eps, and on ComfyUI's flows, (1 - sigma)*x_0 + sigma*eps. Every table is that of `samplers` there; an update is
+one launch. `scale_denoised` is the scaling alone, for a loop of one's own.
 """
 
 from typing import Any
@@ -18,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import samplers, scaling
+from ..docstrings import described
 from ..ops import step
 from . import flows
 from .adaptive import Pair, StepSize, check_ends, of_any_step
@@ -51,6 +46,7 @@ from .comfyui import (
 )
 from .flows import BY_RATIO, ancestral, is_flow, sampling_of, without_noise
 from .sampling import (
+    ARGUMENTS,
     Callback,
     Correction,
     Denoiser,
@@ -112,6 +108,7 @@ __all__ = [
 ]
 
 
+@described(ARGUMENTS)
 def sample_euler(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0,
@@ -125,6 +122,7 @@ def sample_euler(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_heun(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0,
@@ -138,6 +136,7 @@ def sample_heun(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_dpm_2(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = float("inf"), s_noise: float = 1.0,
@@ -145,13 +144,15 @@ def sample_dpm_2(
     noise_sampler: NoiseSampler = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """EDM's algorithm 2 with the slope of the step's middle: two model calls in a step. noise_sampler and seeds are for the
-    churn."""
+    churn.
+    """
     return run(
         samplers.dpm_2, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds, noise_sampler,
         churn=(s_churn, s_tmin, s_tmax, s_noise), slope_first=True, calls=twice,
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_euler_ancestral(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
@@ -165,6 +166,7 @@ def sample_euler_ancestral(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_dpm_2_ancestral(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
@@ -179,6 +181,7 @@ def sample_dpm_2_ancestral(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_dpmpp_2s_ancestral(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
@@ -192,46 +195,59 @@ def sample_dpmpp_2s_ancestral(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_lms(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     order: int = 4, *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """Linear multistep of order 1 to 4. It draws no noise: seeds are taken as in the other samplers, and change nothing."""
+    """Linear multistep. It draws no noise.
+
+    order: 1 to 4.
+    """
     return run(
         samplers.lms, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds,
         slope_first=True, order=order,
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_dpmpp_sde(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None, r: float = 1 / 2,
     *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """DPM-Solver++, SDE: two model calls in a step, and noise after each; r: where the second lies in log sigma, in (0, 1]."""
+    """DPM-Solver++, SDE: two model calls in a step, and noise after each.
+
+    r: where the second call of a step lies in log sigma, in (0, 1].
+    """
     return run(
         samplers.dpmpp_sde, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds, noise_sampler,
         calls=twice, middles=(r,), flow=BY_RATIO, r=r, **noisy(eta, s_noise),
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_dpmpp_2m(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """DPM-Solver++(2M). It draws no noise: seeds are taken as in the other samplers, and change nothing."""
+    """DPM-Solver++(2M). It draws no noise."""
     return run(
         samplers.dpmpp_2m, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds,
         lower_order_final=False,
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_dpmpp_2m_sde(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None, solver_type: str = "midpoint",
     *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """DPM-Solver++(2M), SDE; solver_type "midpoint" or "heun"."""
+    """DPM-Solver++(2M), SDE.
+
+    solver_type: "midpoint" or "heun".
+    """
     if solver_type not in ("midpoint", "heun"):
         raise ValueError(f"solver_type: expected 'midpoint' or 'heun', got {solver_type!r}")
     return run(
@@ -240,6 +256,7 @@ def sample_dpmpp_2m_sde(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_dpmpp_3m_sde(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
@@ -252,14 +269,15 @@ def sample_dpmpp_3m_sde(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_dpm_fast(
     model: Denoiser, x: Tensor, sigma_min: float, sigma_max: float, n: int, extra_args: Extra = None, callback: Callback = None,
     disable: bool | None = None, eta: float = 0.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
     *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """DPM-Solver-fast (arXiv 2206.00927, section 3.4): n model calls in n//3 + 1 steps of orders 3, 3, ..., equal in log sigma.
+    """DPM-Solver-fast (arXiv 2206.00927, section 3.4): n model calls in steps of orders 3, 3, ..., equal in log sigma.
 
-    It ends at sigma_min, above 0. An array of lambda has a value for each step.
+    n: how many model calls, in n//3 + 1 steps. An array of lambda has a value for each step.
     """
     check_ends(sigma_min, sigma_max)
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
@@ -275,6 +293,7 @@ def sample_dpm_fast(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_dpm_adaptive(
     model: Denoiser, x: Tensor, sigma_min: float, sigma_max: float, extra_args: Extra = None, callback: Callback = None,
     disable: bool | None = None, order: int = 3, rtol: float = 0.05, atol: float = 0.0078, h_init: float = 0.05,
@@ -284,10 +303,16 @@ def sample_dpm_adaptive(
 ) -> Tensor | tuple[Tensor, dict[str, int]]:  # fmt: skip
     """DPM-Solver-12 or 23 (arXiv 2206.00927, appendix C): steps as long as the two orders agree.
 
-    It ends at sigma_min, above 0; the error is one number of the whole batch, which the host waits for. eps_scaling: one
-    number, or lambda by noise level, since the steps are not known; correction: likewise. With seeds, the k-th accepted step has
-    the k-th noise.
-    return_info: also {"steps", "nfe", "n_accept", "n_reject"}.
+    The error is one number of the whole batch, which the host waits for.
+
+    order: 2 or 3, the higher of the two orders.
+    rtol, atol: how much of the two orders' difference is allowed, relative and absolute.
+    h_init: the length of the first step in log sigma.
+    pcoeff, icoeff, dcoeff, accept_safety: of the controller of the steps' length.
+    eps_scaling: lambda: one number, or by noise level, since the steps are not known.
+    correction: of the state after each accepted step: numbers, or by noise level.
+    seeds: (B,), for noise made in the kernel: the k-th accepted step has the k-th noise.
+    return_info: also return {"steps", "nfe", "n_accept", "n_reject"}.
     """
     check_ends(sigma_min, sigma_max)
     check(x)

@@ -3,7 +3,7 @@
     x' = c_x*x + c_y*guided + c_m0*m0 + c_m1*m1 + noise        m: of the unconditional estimate; itself, or its slope
 
 The model is ComfyUI's: its hook after guidance tells the unconditional estimate. Lambda is the model's too (the node Epsilon
-Scaling): there is no eps_scaling here. The rest as in the other functions.
+Scaling): there is no eps_scaling here.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import solvers
+from ..docstrings import described
 from ..ops import step
 from ..samplers.common import number as finite
 from ..spec import COLUMNS
 from ..typing import Array
 from .flows import BY_VELOCITY, Flow, is_flow, sampling_of, without_noise
 from .sampling import (
+    ARGUMENTS,
     Callback,
     Denoiser,
     Extra,
@@ -34,6 +36,10 @@ from .sampling import (
     check_output,
     noisy,
 )
+
+OF_COMFYUI = {
+    "model": "ComfyUI's, of x_0 + sigma*eps or of a flow: its hook after guidance tells the unconditional estimate."
+}
 
 Weights = Callable[[Array, Array, Array], dict[str, Any]]  # columns, of alpha, (N + 1,), sigma and sigma_next, (N,)
 
@@ -142,54 +148,60 @@ def _gradient_estimation(gamma: float) -> Weights:
     return weights
 
 
+@described(ARGUMENTS, OF_COMFYUI)
 def sample_euler_cfg_pp(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     *, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """Euler's steps. It draws no noise."""
+    """Euler's steps with CFG++. It draws no noise."""
     return _run(_euler(0.0, 1.0), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
+@described(ARGUMENTS, OF_COMFYUI)
 def sample_euler_ancestral_cfg_pp(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None, *, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """Euler down to sigma_down, then noise up, on flows too."""
+    """Euler with CFG++ down to sigma_down, then noise up, on flows too."""
     options = noisy(eta, s_noise)
     weights = _euler(options["eta"], options["S_noise"])
     return _run(weights, model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler)
 
 
+@described(ARGUMENTS, OF_COMFYUI)
 def sample_dpmpp_2m_cfg_pp(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     *, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """DPM-Solver++(2M), the difference being that of the guided estimate and the unconditional one before. No noise."""
+    """DPM-Solver++(2M) with CFG++: the difference is that of the guided estimate and the unconditional one before. No noise."""
     return _run(_dpmpp_2m, model, x, sigmas, extra_args, callback, disable, seeds)
 
 
+@described(ARGUMENTS, OF_COMFYUI)
 def sample_res_multistep_cfg_pp(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     *, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """RES, second order multistep. It draws no noise."""
+    """RES, second order multistep, with CFG++. It draws no noise."""
     return _run(_res_multistep(0.0, 1.0), model, x, sigmas, extra_args, callback, disable, seeds)
 
 
+@described(ARGUMENTS, OF_COMFYUI)
 def sample_res_multistep_ancestral_cfg_pp(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None, *, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """RES down to sigma_down, then noise up. A flow is refused unless eta is 0."""
+    """RES with CFG++ down to sigma_down, then noise up. A flow is refused unless eta is 0."""
     options = noisy(eta, s_noise)
     weights = _res_multistep(options["eta"], options["S_noise"])
     return _run(weights, model, x, sigmas, extra_args, callback, disable, seeds, noise_sampler, without_noise(eta))
 
 
+@described(ARGUMENTS, OF_COMFYUI)
 def sample_gradient_estimation_cfg_pp(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     ge_gamma: float = 2.0, *, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """Gradient estimation, by the slopes of the unconditional estimate. It draws no noise."""
+    """Gradient estimation with CFG++, by the slopes of the unconditional estimate. It draws no noise."""
     weights = _gradient_estimation(finite("ge_gamma", ge_gamma))
     return _run(weights, model, x, sigmas, extra_args, callback, disable, seeds)

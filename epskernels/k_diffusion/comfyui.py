@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import samplers, scaling, solvers
+from ..docstrings import described
 from ..samplers.common import Calls, karras, one_of, points, several_calls
 from ..samplers.common import number as finite
 from ..schedule import KarrasSchedule
@@ -15,6 +16,7 @@ from ..table import Table
 from ..typing import Array
 from .flows import BY_RATIO, Flow, is_flow, sampling_of, without_noise
 from .sampling import (
+    ARGUMENTS,
     Callback,
     Correction,
     Denoiser,
@@ -35,6 +37,7 @@ _ENDS = np.log1p(np.array([0.002, 80.0]) ** 2)
 _BETA_D = 2 * (_ENDS[0] / 0.001 - _ENDS[1]) / (0.001 - 1)
 
 
+@described(ARGUMENTS)
 def sample_dpmpp_2m_sde_heun(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
@@ -47,6 +50,7 @@ def sample_dpmpp_2m_sde_heun(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_ddpm(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     noise_sampler: NoiseSampler = None,
@@ -66,6 +70,7 @@ def _consistent(schedule: KarrasSchedule, steps: int, **options: Any) -> Table:
     return samplers.flow_euler(schedule.grid(steps), steps, stochastic=True, **options)
 
 
+@described(ARGUMENTS)
 def sample_lcm(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     noise_sampler: NoiseSampler = None,
@@ -93,6 +98,7 @@ def _heunpp2(schedule: KarrasSchedule, steps: int, *, scaling: scaling.ScalingLi
     return several_calls("heunpp2", grid, sum(calls, []), scaling, prediction, None, 1.0)
 
 
+@described(ARGUMENTS)
 def sample_heunpp2(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
@@ -104,6 +110,7 @@ def sample_heunpp2(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_ipndm(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     max_order: int = 4, *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
@@ -116,6 +123,7 @@ def sample_ipndm(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_ipndm_v(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     max_order: int = 4, *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
@@ -128,6 +136,7 @@ def sample_ipndm_v(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_deis(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     max_order: int = 3, *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
@@ -140,6 +149,7 @@ def sample_deis(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_res_multistep(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
@@ -148,6 +158,7 @@ def sample_res_multistep(
     return run(samplers.res_multistep, model, x, sigmas, extra_args, callback, disable, eps_scaling, correction, seeds)
 
 
+@described(ARGUMENTS)
 def sample_res_multistep_ancestral(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
@@ -160,6 +171,7 @@ def sample_res_multistep_ancestral(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_gradient_estimation(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     ge_gamma: float = 2.0,
@@ -172,12 +184,17 @@ def sample_gradient_estimation(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_er_sde(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     s_noise: float = 1.0, noise_sampler: NoiseSampler = None, noise_scaler: Callable[[Tensor], Tensor] | None = None,
     max_stage: int = 3, *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """ER-SDE-Solver-1 to 3; noise_scaler: phi of sigma/alpha. Its integrals are exact, where ComfyUI adds up 200 points."""
+    """ER-SDE-Solver-1 to 3. Its integrals are exact, where ComfyUI adds up 200 points.
+
+    noise_scaler: the noise scale phi of sigma/alpha; None for ComfyUI's default.
+    max_stage: 1, 2 or 3, the order.
+    """
     one_of("max_stage", max_stage, (1, 2, 3))
     scaler = None if noise_scaler is None else lambda r: noise_scaler(torch.as_tensor(r)).numpy()
     return run(
@@ -187,12 +204,17 @@ def sample_er_sde(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_seeds_2(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None, r: float = 0.5, solver_type: str = "phi_1",
     *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """SEEDS-2: two model calls in a step, and noise after each; r: where the second lies in log SNR, in (0, 1]."""
+    """SEEDS-2: two model calls in a step, and noise after each.
+
+    r: where the second call of a step lies in log SNR, in (0, 1].
+    solver_type: "phi_1" or "phi_2".
+    """
     if solver_type not in ("phi_1", "phi_2"):
         raise ValueError(f"solver_type: expected 'phi_1' or 'phi_2', got {solver_type!r}")
     return run(
@@ -203,30 +225,39 @@ def sample_seeds_2(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_exp_heun_2_x0(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     solver_type: str = "phi_2",
     *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """Heun's exponential method: SEEDS-2 whose second call is at the step's end, without noise."""
+    """Heun's exponential method: SEEDS-2 whose second call is at the step's end, without noise.
+
+    solver_type: "phi_1" or "phi_2".
+    """
     return sample_seeds_2(
         model, x, sigmas, extra_args, callback, disable, 0.0, 1.0, None, 1.0, solver_type,
         eps_scaling=eps_scaling, correction=correction, seeds=seeds,
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_exp_heun_2_x0_sde(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None, solver_type: str = "phi_2",
     *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """SEEDS-2 whose second call is at the step's end, after the step's noise."""
+    """SEEDS-2 whose second call is at the step's end, after the step's noise.
+
+    solver_type: "phi_1" or "phi_2".
+    """
     return sample_seeds_2(
         model, x, sigmas, extra_args, callback, disable, eta, s_noise, noise_sampler, 1.0, solver_type,
         eps_scaling=eps_scaling, correction=correction, seeds=seeds,
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_seeds_3(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
@@ -240,15 +271,19 @@ def sample_seeds_3(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_sa_solver(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     tau_func: Callable[[float], float] | None = None, s_noise: float = 1.0, noise_sampler: NoiseSampler = None,
     predictor_order: int = 3, corrector_order: int = 4,
     *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
-    """SA-Solver. tau_func: tau at the sigma where a step ends.
+    """SA-Solver: a stochastic multistep predictor, corrected by the next model call.
 
-    Default: 1 between ComfyUI's 20 and 80 percent, 0 elsewhere; 1 everywhere for a model without model_sampling.
+    tau_func: how much noise there is at the sigma where a step ends. Default 1 between ComfyUI's 20 and 80 percent, 0
+        outside; 1 everywhere for a model without model_sampling.
+    predictor_order: 1 to 3.
+    corrector_order: 1 to 4, or 0 for none.
     """
     sampling = sampling_of(model)
 
@@ -268,12 +303,16 @@ def sample_sa_solver(
     )  # fmt: skip
 
 
+@described(ARGUMENTS)
 def sample_uni_pc(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     variant: str = "bh1", *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,
 ) -> Tensor:  # fmt: skip
     """UniPC of order 3, the last steps of lower ones. It ends at sigma 0.001 instead of 0, as in ComfyUI, or
-    just below the level before, if that is no higher. It draws no noise."""
+    just below the level before, if that is no higher. It draws no noise.
+
+    variant: "bh1" or "bh2".
+    """
     if variant not in ("bh1", "bh2"):
         raise ValueError(f"variant: expected 'bh1' or 'bh2', got {variant!r}")
     levels, alpha, to_image = as_levels(sigmas), 1.0, False
@@ -290,6 +329,7 @@ def sample_uni_pc(
     return x if alpha == 1 else x / alpha
 
 
+@described(ARGUMENTS)
 def sample_uni_pc_bh2(
     model: Denoiser, x: Tensor, sigmas: Sigmas, extra_args: Extra = None, callback: Callback = None, disable: bool | None = None,
     *, eps_scaling: scaling.ScalingLike = 1.0, correction: Correction = None, seeds: Seeds = None,

@@ -30,6 +30,34 @@ Seeds = Tensor | Iterable[SupportsIndex] | None
 Correction = CorrectionLike | None
 
 
+# What the docstrings of all functions say of their arguments (docstrings.described).
+ARGUMENTS = {
+    "model": "model(x, sigma, **extra_args), a denoiser of x = x_0 + sigma*eps, or ComfyUI's model of a flow, x = "
+    "(1 - sigma)*x_0 + sigma*eps: its `model_sampling` says so. sigma: (B,).",
+    "x": "the state to begin with, (B, ...), float32, float16 or bfloat16, at the first noise level.",
+    "sigmas": "(N + 1,) noise levels for N steps. They must not rise; the last may be 0.",
+    "sigma_min": "where the last step ends, above 0.",
+    "sigma_max": "the noise level of x.",
+    "extra_args": "the model's other arguments, by name.",
+    "callback": 'called in every step with a dict: "x", "i", "sigma", "sigma_hat" and "denoised".',
+    "disable": "True hides the progress bar.",
+    "eta": "how much noise there is; 0 is the sampler without noise.",
+    "s_churn": "how much noise is added before steps, over all of them; 0 for none.",
+    "s_tmin": "steps from a level below it have no churn.",
+    "s_tmax": "steps from a level above it have no churn.",
+    "s_noise": "a factor of the noise that is added.",
+    "noise_sampler": "noise_sampler(sigma, sigma_next) gives the noise of a step. Default torch.randn_like, also where "
+    "k-diffusion has a Brownian tree.",
+    "max_order": "1 to 4.",
+    "ge_gamma": "the share of the newest slope; 1 is Euler.",
+    "eps_scaling": "lambda, by which eps is divided, in any form that `scaling.as_scaling` takes: denoised' = x - (x - "
+    "denoised)/lambda. Above sigma 900 x is noise alone, and lambda is 1.",
+    "correction": "of the state after each step, except those to sigma 0, in any form that `corrections.as_correction` takes; "
+    "None for none.",
+    "seeds": "(B,), one for each sample, for noise made in the kernel; None takes noise_sampler's. A sampler without noise "
+    "ignores their values.",
+}
+
 _OFFSET = 1e-4  # how far from the beginning a flow's first log SNR is taken
 
 

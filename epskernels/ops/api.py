@@ -130,8 +130,8 @@ def step(
     out: written instead of a new tensor; may be x itself. m0: written with the denoised estimate, as x; may be m1 or m2. y_out:
     written with the second state y', as x; may be y. model_input: (B, ...) or (2B, ...), as f: written with what the model reads
     next, the next row's c_in times x', in both halves where the batch is doubled for guidance.
-    return_m0: return (x', m0) instead of x'; return_y: (x', m0, y'). backend: one of BACKENDS, as in `use_backend`; default its
-    choice.
+    return_m0: return (x', m0) instead of x'; return_y: (x', m0, y'). backend: what runs, one of BACKENDS; None for what
+    `use_backend` says.
 
     Samples contiguous in themselves, at any batch stride, are read in place; other layouts through a copy.
     Returns x', or with m0, or with m0 and y', in x's shape and dtype; the tensors given as out, m0 and y_out where they were.
@@ -225,9 +225,12 @@ def moments(
 ) -> Tensor:
     """Sums over each sample, float64 (B, 2): of f and of f^2; with u, (B, 4): of the guided output fhat and fhat^2 too.
 
-    f: (B, ...), float32, float16 or bfloat16. u: as f; table (or its rows) and index as in `step`: fhat = u + g*(f - u), in
-    float32, as the step forms it. backend: as in `step`. The same bits on every device: tiles of 1,024 elements, halves added to
-    halves, then the tiles likewise.
+    With u, the guided output is fhat = u + g*(f - u), in float32, as the step forms it. The same bits on every device: tiles of
+    1,024 elements, halves added to halves, then the tiles likewise.
+
+    f: the model's output, (B, ...), float32, float16 or bfloat16. u: the unconditional output, as f. table: a Table, or its rows,
+    float32 (R, 24); index: an int, or an int64 tensor, () or (B,): where g is from, needed with u. backend: what runs, one of
+    BACKENDS; None for what `use_backend` says.
     Raises RuntimeError naming the argument; for one that requires grad too: there is no gradient, and the sums of f.detach() are
     constants.
     """

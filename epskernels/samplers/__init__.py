@@ -17,6 +17,7 @@ from .multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, er_sde, r
 from .singlestep import dpm_solver, dpmpp_2s, dpmpp_3s, seeds_2, seeds_3
 from .two_calls import dpm_2, dpm_2_ancestral, dpmpp_sde, edm_euler, edm_heun, heun, pfgmpp
 
+# Each sampler by its name, except for `dit`, which takes no schedule.
 SAMPLERS: dict[str, Callable[..., Table]] = {
     sampler.__name__: sampler
     for sampler in (

@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import solvers
+from ..docstrings import described
 from ..scaling import array
 from ..schedule import Grid
 from ..table import Table
 from ..typing import Array, Steps
 from .common import (
     ANY_SCHEDULE,
+    IN_EPS,
+    ON_A_PATH,
     Correction,
     Scaling,
     Schedule,
@@ -80,6 +83,7 @@ def _table(
     return make_table(name, grid, columns | solvers.delay_line(by_call), correction=correction)
 
 
+@described(ON_A_PATH, IN_EPS)
 def lms(
     schedule: Schedule,
     steps: Steps,
@@ -94,15 +98,17 @@ def lms(
 ) -> Table:
     """Linear multistep in r = sigma/alpha (k-diffusion's lms): Adams and Bashforth's method for steps of any length.
 
-    order: 1 to 4, of the last step too; the first steps are of orders 1, 2, 3. schedule: any of the three, or a Grid, with
-    alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the history. space: "vp", the network's own state, or
-    "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    alpha must be above 0 at every step.
+
+    order: 1 to 4, of the last step too; the first steps are of orders 1, 2, 3.
+    Raises ValueError naming the argument.
     """
     grid, r = _grid("lms", schedule, steps, space, grid_options)
     weights = solvers.adams(r, r, _orders(grid, order, False))
     return _table("lms", grid, _by_call(grid.alpha_next * weights), scaling, correction, prediction, guidance)
 
 
+@described(ON_A_PATH, IN_EPS)
 def ipndm(
     schedule: Schedule,
     steps: Steps,
@@ -117,15 +123,16 @@ def ipndm(
 ) -> Table:
     """IPNDM (arXiv 2204.13902, section 4): Adams and Bashforth's weights of equal steps, such as (55, -59, 37, -9)/24.
 
-    order: 1 to 4; the first steps are of orders 1, 2, 3, a step to sigma = 0 of order 1. schedule: any of the three, or a Grid,
-    with alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the history. space: "vp", the network's own state,
-    or "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    alpha must be above 0 at every step.
+
+    Raises ValueError naming the argument.
     """
     grid, r = _grid("ipndm", schedule, steps, space, grid_options)
     weights = solvers.adams(r, np.arange(len(grid) + 1.0), _orders(grid, order, True))
     return _table("ipndm", grid, _by_call(grid.alpha_next * weights), scaling, correction, prediction, guidance)
 
 
+@described(ON_A_PATH, IN_EPS)
 def ipndm_v(
     schedule: Schedule,
     steps: Steps,
@@ -141,12 +148,12 @@ def ipndm_v(
 ) -> Table:
     """IPNDM for steps of any length (zju-pi's diff-sampler; ComfyUI's ipndm_v).
 
+    alpha must be above 0 at every step.
+
     weights: "published", those of its code: of order two on unequal steps with order=3, and with order=4 not convergent there,
-    since they do not add up to the step (`excess` says by how much the noise misses sigma); "exact", Adams and Bashforth's,
-    those of lms. A step to sigma = 0 is of order 1. order: 1 to 4; the first steps are of orders 1, 2, 3. schedule: any of the
-    three, or a Grid, with alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the history. space: "vp", the
-    network's own state, or "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises ValueError
-    naming the argument.
+        since they do not add up to the step (`excess` says by how much the noise misses sigma); or "exact", Adams and
+        Bashforth's, those of lms.
+    Raises ValueError naming the argument.
     """
     one_of("weights", weights, ("published", "exact"))
     grid, r = _grid("ipndm_v", schedule, steps, space, grid_options)
@@ -156,6 +163,7 @@ def ipndm_v(
     return _table("ipndm_v", grid, _by_call(grid.alpha_next * made), scaling, correction, prediction, guidance, misses)
 
 
+@described(ON_A_PATH, IN_EPS)
 def deis(
     schedule: Schedule,
     steps: Steps,
@@ -173,11 +181,12 @@ def deis(
 ) -> Table:
     """DEIS (arXiv 2204.13902, eq. 14 and 15): eps is a polynomial in a variable of the path, and integrated exactly.
 
+    alpha must be above 0 at every step.
+
     variable: "time", tAB-DEIS, t of the variance preserving SDE beta(t) = beta_min + beta_d*t with the same sigma/alpha;
-    "log_rho", log(sigma/alpha), diffusers' choice; "rho", rhoAB-DEIS, sigma/alpha. order: 1 to 4; the first steps are of orders
-    1, 2, 3, a step to sigma = 0 of order 1. schedule: any of the three, or a Grid, with alpha > 0 at every step. scaling:
-    lambda_t of eps/lambda_t, kept in the history. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps.
-    prediction, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+        "log_rho", log(sigma/alpha), diffusers' choice; or "rho", rhoAB-DEIS, sigma/alpha.
+    beta_d, beta_min: of the SDE whose time "time" is.
+    Raises ValueError naming the argument.
     """
     one_of("variable", variable, ("time", "log_rho", "rho"))
     beta_d, beta_min = number("beta_d", beta_d, 0), number("beta_min", beta_min)
@@ -194,6 +203,7 @@ def deis(
     return _table("deis", grid, _by_call(grid.alpha_next * weights), scaling, correction, prediction, guidance)
 
 
+@described(ON_A_PATH, IN_EPS)
 def gradient_estimation(
     schedule: Schedule,
     steps: Steps,
@@ -209,9 +219,10 @@ def gradient_estimation(
     """Gradient estimation (Permenter and Yuan, arXiv 2306.04848, alg. 2): Euler's step with gamma*eps + (1 - gamma)*(eps
     before).
 
-    gamma: 1 is euler. The first step and one to sigma = 0 are Euler's. schedule: any of the three, or a Grid, with alpha > 0 at
-    every step. scaling: lambda_t of eps/lambda_t, kept in the history. space: "vp", the network's own state, or "sigma", x_0 +
-    (sigma/alpha)*eps. prediction, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    The first step and one to sigma = 0 are Euler's. alpha must be above 0 at every step.
+
+    gamma: the share of the newest eps; 1 is euler.
+    Raises ValueError naming the argument.
     """
     gamma = number("gamma", gamma)
     grid, r = _grid("gradient_estimation", schedule, steps, space, grid_options)
@@ -223,6 +234,7 @@ def gradient_estimation(
     )
 
 
+@described(ON_A_PATH, IN_EPS)
 def plms(
     schedule: Schedule,
     steps: Steps,
@@ -238,9 +250,9 @@ def plms(
 
     There are steps + 1 calls, a row each. The first step goes again by the mean of eps at its two ends, of which the history
     keeps the first; the other steps are of orders 2, 3 and 4, the last too. lambda_t of the first step is that of both its
-    calls. schedule: any of the three, or a Grid, with alpha > 0 at every step. scaling: lambda_t of eps/lambda_t, kept in the
-    history. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. prediction, guidance, grid_options: as
-    in ddpm. Raises ValueError naming the argument.
+    calls. alpha must be above 0 at every step.
+
+    Raises ValueError naming the argument.
     """
     grid, r = _grid("plms", schedule, steps, space, grid_options)
     i = np.arange(len(grid))

@@ -22,6 +22,46 @@ Columns = dict[str, Any]  # a table's columns and provenance by name: arrays, or
 Calls = tuple[Grid, NDArray[np.int64], Columns]
 ANY_SCHEDULE = (DiscreteSchedule, KarrasSchedule, FlowSchedule)
 
+# ---- what the samplers' docstrings say of the arguments that they share (docstrings.described) ----
+
+EVERY = {
+    "steps": 'how many; for a DiscreteSchedule also ADM\'s section counts as a string ("100", "10,10,20" from the cleanest '
+    'section up, "ddim25"), or the timesteps themselves, decreasing.',
+    "scaling": "lambda_t, by which the predicted noise is divided: a number; numbers for each step, the noisiest first; an "
+    "EpsilonScaling; or another form that `scaling.as_scaling` takes. 1 changes nothing; where x is noise alone it is 1.",
+    "correction": "of x' after each step that leaves noise in it: a Correction, or another form that "
+    "`corrections.as_correction` takes; None for none.",
+    "prediction": 'what the network predicts: "epsilon", "sample" (x_0), "v_prediction" or "flow" (eps - x_0).',
+    "clip": "the estimate of x_0 is held to [-clip, clip]; None leaves it as it is.",
+    "guidance": "the scale g of classifier-free guidance, u + g*(f - u); 1 takes the conditional output f alone.",
+    "S_noise": "a factor of the noise that is added.",
+    "grid_options": "of `DiscreteSchedule.grid`: spacing, steps_offset, final. None for another schedule or a Grid.",
+}
+ON_A_PATH = EVERY | {
+    "schedule": "a DiscreteSchedule, a KarrasSchedule, a FlowSchedule, or a Grid.",
+    "space": 'the state: "vp", the network\'s own, or "sigma", x_0 + (sigma/alpha)*eps, k-diffusion\'s.',
+}
+BETWEEN = EVERY | {  # of methods that ask the network between the schedule's points, or at levels of their own
+    "schedule": "a KarrasSchedule: the network is asked at any noise level.",
+    "steps": "how many noise levels; the last step leads from the lowest to 0.",
+    "prediction": '"sample" for an EDM denoiser D(x; sigma); "epsilon", "v_prediction" or "flow" for other networks.',
+}
+CHURN = {
+    "S_churn": "how much noise is added before steps, over all of them; 0 for none.",
+    "S_min": "steps from a level below it have no churn.",
+    "S_max": "steps from a level above it have no churn.",
+    "S_noise": "a factor of the noise that churn adds.",
+}
+IN_EPS = {
+    "scaling": EVERY["scaling"] + " The history keeps eps/lambda_t.",
+    "order": "1 to 4; the first steps are of orders 1, 2, 3, a step to sigma = 0 of order 1.",
+}
+DISTILLED = EVERY | {
+    "schedule": "a DiscreteSchedule.",
+    "steps": "how many, taken from the original_steps of the distillation; or the timesteps themselves, decreasing.",
+    "original_steps": "how many evenly spaced timesteps the network was distilled on.",
+}
+
 
 # ---- arguments ----
 

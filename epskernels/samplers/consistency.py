@@ -4,12 +4,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
+from ..docstrings import described
 from ..schedule import DiscreteSchedule
 from ..table import Table
 from ..typing import Steps
-from .common import Correction, Scaling, Schedule, karras, make_table, number, one_call
+from .common import BETWEEN, DISTILLED, Correction, Scaling, Schedule, karras, make_table, number, one_call
 
 
+@described(BETWEEN)
 def consistency(
     schedule: Schedule,
     steps: Steps,
@@ -22,9 +24,13 @@ def consistency(
 ) -> Table:
     """Multistep consistency sampling (arXiv 2303.01469, alg. 1): x_s = m0 + sqrt(sigma_s^2 - sigma_min^2)*z, at last m0 itself.
 
-    schedule: a KarrasSchedule; the last of its levels is sigma_min. steps: noise levels, one model call each. The network is
-    the consistency function f(x; sigma), its boundary condition inside: prediction "sample". scaling: of eps = (x - f)/sigma,
-    which the paper does not have. clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
+    The network is the consistency function f(x; sigma), its boundary condition inside.
+
+    schedule: a KarrasSchedule; the last of its levels is sigma_min.
+    steps: how many noise levels, one model call each.
+    scaling: lambda_t of eps = (x - f)/sigma, which the paper does not have, in any form that `scaling.as_scaling` takes.
+    prediction: "sample".
+    Raises ValueError or TypeError naming the argument.
     """
     grid, columns = one_call(karras(schedule), steps, scaling, prediction, clip, guidance, {})
     noise = solvers.rest(grid.sigma_next, np.minimum(grid.sigma[-1], grid.sigma_next))
@@ -48,6 +54,7 @@ def _distilled(schedule: Schedule, steps: Steps, original_steps: int) -> tuple[D
     return schedule, distilled[np.floor(np.linspace(0, original_steps, steps, endpoint=False)).astype(np.int64)]
 
 
+@described(DISTILLED)
 def lcm(
     schedule: Schedule,
     steps: Steps,
@@ -64,8 +71,9 @@ def lcm(
     """Latent consistency models' multistep sampling (arXiv 2310.04378, alg. 3): x_s = alpha_s*x_0' + sigma_s*z.
 
     x_0' = c_skip*x + c_out*m0, the boundary condition at timestep_scaling*t; the last step is x_0' itself.
-    schedule: a DiscreteSchedule. steps: a count, taken from the original_steps of the distillation, or timesteps. scaling,
-    prediction, clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
+
+    timestep_scaling, sigma_data: of the boundary condition.
+    Raises ValueError or TypeError naming the argument.
     """
     model, t = _distilled(schedule, steps, original_steps)
     grid, columns = one_call(model, t, scaling, prediction, clip, guidance, {}, allowed=(DiscreteSchedule,))
@@ -78,6 +86,7 @@ def lcm(
     return make_table("lcm", grid, columns, correction=correction)
 
 
+@described(DISTILLED)
 def tcd(
     schedule: Schedule,
     steps: Steps,
@@ -92,9 +101,10 @@ def tcd(
 ) -> Table:
     """Trajectory consistency distillation's sampling (arXiv 2402.19159, alg. 4): to floor((1 - gamma)*s), then noise up to s.
 
-    gamma: 0 deterministic (diffusers' eta). The last step ends at timestep 0. schedule: a DiscreteSchedule. steps: a count,
-    taken from the original_steps of the distillation, or timesteps. scaling, prediction, clip, guidance: as in ddpm. Raises
-    ValueError or TypeError naming the argument.
+    The last step ends at timestep 0.
+
+    gamma: in [0, 1]; 0 is deterministic. diffusers calls it eta.
+    Raises ValueError or TypeError naming the argument.
     """
     gamma = number("gamma", gamma, 0)
     if gamma > 1:

@@ -5,10 +5,13 @@ from typing import Any
 import numpy as np
 
 from .. import solvers
+from ..docstrings import described
 from ..schedule import DiscreteSchedule, FlowSchedule, Grid, linear
 from ..table import VALUES, Table
 from ..typing import Steps
 from .common import (
+    EVERY,
+    ON_A_PATH,
     Correction,
     Scaling,
     Schedule,
@@ -24,6 +27,7 @@ from .common import (
 _TRAINED = (DiscreteSchedule, FlowSchedule)
 
 
+@described(EVERY)
 def ddpm(
     schedule: Schedule,
     steps: Steps,
@@ -38,14 +42,12 @@ def ddpm(
 ) -> Table:
     """Ancestral sampling (DDPM, arXiv 2006.11239, eq. 6-7), and ADM's p_sample with learned variance; ADM-ES.
 
-    schedule: a DiscreteSchedule (its betas are respaced to `steps` as ADM does), FlowSchedule, or a Grid. steps: a count,
-    ADM's section counts or timesteps (DiscreteSchedule.timesteps; spacing and the rest of its options pass through).
-    scaling: lambda_t, an EpsilonScaling or a number; 1 where x is noise alone (scaling.lambdas), as at zero terminal SNR or in
-    the first step of a flow. prediction: one of PREDICTIONS.
-    variance: "fixed_small" (posterior), "fixed_large" (beta), "learned_range" (the model's second half of channels, v,
-    between the two; arXiv 2102.09672, eq. 15). clip: x_0 is held to [-clip, clip]; None for none.
-    guidance: the scale g of fhat = u + g*(f - u). A classifier's gradient, where given to the step, shifts the mean by the
-    variance times it (ADM's condition_mean). Raises ValueError naming the argument.
+    A classifier's gradient, where it is given to the step, shifts the mean by the variance times it (ADM's condition_mean).
+
+    schedule: a DiscreteSchedule, whose betas are respaced to `steps` as ADM does it; a FlowSchedule; or a Grid.
+    variance: "fixed_small" (the posterior's), "fixed_large" (beta) or "learned_range" (the model's second half of channels, v,
+        between the two; arXiv 2102.09672, eq. 15).
+    Raises ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, allowed=_TRAINED)
     alpha_ts, variance_ts = solvers.chain(grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next)
@@ -75,6 +77,7 @@ def ddpm(
     return make_table("ddpm", grid, columns, correction=correction)
 
 
+@described(EVERY)
 def dit(
     steps: Steps = 250,
     *,
@@ -86,8 +89,12 @@ def dit(
 ) -> Table:
     """DiT's own sampling (arXiv 2212.09748): ddpm on linear betas, respaced as ADM's, learned variance, latents not clamped.
 
-    steps: a count, or ADM's section counts. guidance: the scale of classifier-free guidance, of as many leading channels as
-    guided_channels says, 0 for all; three of the four in its authors' code. options: as in ddpm.
+    steps: how many; or ADM's section counts as a string.
+    guidance: the scale of classifier-free guidance.
+    guided_channels: how many leading channels are guided; 0 for all. DiT's code guides three of the four.
+    T: how many timesteps the network was trained on.
+    options: of `ddpm`, such as `correction`, `clip` and `variance`.
+    Raises ValueError naming the argument.
     """
     steps = str(steps) if isinstance(steps, (int, np.integer)) else steps
     options = {"variance": "learned_range", "clip": None} | options
@@ -96,6 +103,7 @@ def dit(
     return Table(values, name=f"dit[{len(table)}]", initial_sigma=table.initial_sigma, discrete=True)
 
 
+@described(EVERY)
 def ddim(
     schedule: Schedule,
     steps: Steps,
@@ -111,12 +119,15 @@ def ddim(
 ) -> Table:
     """DDIM (arXiv 2010.02502, eq. 12), with Epsilon Scaling in either of its two published forms; on a FlowSchedule, Euler.
 
-    eta: 0 deterministic, 1 the posterior's variance. direction: "scaled", where the noise direction is derived again from the
-    scaled and clamped x_0 (ADM-ES, DDIM-ES), or "unscaled", where it is the model's own eps (LDM-ES); lambda does not transfer
-    between the two. A classifier's gradient shifts eps by -sigma_t times it after clamping (ADM's condition_score); not where
-    alpha is 0, and not in the unscaled form. A step ends at the next timestep (diffusers': T//n below its own, which is another
-    with "linspace", and with "trailing" where n does not divide T). The other arguments as in ddpm. Raises ValueError naming
-    the argument.
+    A step ends at the next timestep. (diffusers' ends T//n below its own, which is another with "linspace", and with "trailing"
+    where n does not divide T.) A classifier's gradient shifts eps by -sigma_t times it after clamping (ADM's condition_score);
+    not where alpha is 0, and not in the unscaled form.
+
+    schedule: a DiscreteSchedule, a FlowSchedule, or a Grid.
+    eta: 0 is deterministic, 1 has the posterior's variance.
+    direction: "scaled": the noise direction is derived again from the scaled and clamped x_0 (ADM-ES, DDIM-ES). "unscaled": it is
+        the model's own eps (LDM-ES). lambda does not transfer between the two.
+    Raises ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, allowed=_TRAINED)
     at, after = (grid.alpha, grid.sigma), (grid.alpha_next, grid.sigma_next)
@@ -140,6 +151,7 @@ def ddim(
     return make_table("ddim", grid, columns, correction=correction)
 
 
+@described(EVERY)
 def ddim_inverse(
     schedule: Schedule,
     steps: Steps,
@@ -153,10 +165,12 @@ def ddim_inverse(
 
     The state to start from is the image: pass it to `sample` as start=; its noise level, initial_sigma, is 0 unless the grid
     ends elsewhere. Each call is asked at the state that it finds, and told the t of the state that it leads to, as diffusers'
-    DDIMInverseScheduler does it: nothing was trained at sigma = 0. schedule: a DiscreteSchedule, FlowSchedule or Grid, the
-    noisiest first as for ddim, whose grid is walked backwards. scaling: eps/lambda_t, lambda_t that of ddim's step between the
-    same points. prediction: not "sample", which says nothing of eps at sigma = 0. x_0 is not held: its m0 is eps. Raises
-    ValueError or TypeError naming the argument.
+    DDIMInverseScheduler does it: nothing was trained at sigma = 0. x_0 is not held: its m0 is eps.
+
+    schedule: a DiscreteSchedule, a FlowSchedule or a Grid, the noisiest first. It is walked backwards.
+    scaling: lambda_t of eps/lambda_t, in any form that `scaling.as_scaling` takes: that of ddim's step between the same points.
+    prediction: "epsilon", "v_prediction" or "flow"; not "sample", which says nothing of eps at sigma = 0.
+    Raises ValueError or TypeError naming the argument.
     """
     grid = grid_of(schedule, steps, _TRAINED, grid_options)
     ends = Grid(
@@ -170,6 +184,7 @@ def ddim_inverse(
     return make_table("ddim_inverse", ends, columns)
 
 
+@described(ON_A_PATH)
 def euler(
     schedule: Schedule,
     steps: Steps,
@@ -184,16 +199,16 @@ def euler(
 ) -> Table:
     """Euler's method for the probability flow: ddim's update (eta = 0), in either state.
 
-    schedule: any of the three, or a Grid. space: "sigma", the state x_0 + (sigma/alpha)*eps of k-diffusion, of which the
-    network is fed alpha times; or "vp", the state that the network was trained on. The same trajectory, but for that factor.
-    scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming the argument: "sigma" where alpha is
-    0.
+    space: "sigma", the state x_0 + (sigma/alpha)*eps of k-diffusion, of which the network is fed alpha times; or "vp", the state
+        that the network was trained on. The trajectory is the same, up to that factor. "sigma" needs alpha > 0 at every step.
+    Raises ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     columns["c_x"], columns["c_m0"] = solvers.first_order(grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next)
     return make_table("euler", grid, columns, correction=correction)
 
 
+@described(ON_A_PATH)
 def euler_ancestral(
     schedule: Schedule,
     steps: Steps,
@@ -210,10 +225,10 @@ def euler_ancestral(
 ) -> Table:
     """Euler down to sigma_down, then noise up to sigma_s (k-diffusion's euler_ancestral); eta = 1 is the posterior's variance.
 
-    With r = sigma/alpha: up = min(r_s, eta*sqrt(r_s^2*(r_t^2 - r_s^2)/r_t^2)), down^2 = r_s^2 - up^2. schedule: any of the
-    three, or a Grid. eta: 0 is euler. S_noise scales the noise. space: "sigma", k-diffusion's state x_0 + (sigma/alpha)*eps, or
-    "vp", the network's own. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming the
-    argument.
+    With r = sigma/alpha: up = min(r_s, eta*sqrt(r_s^2*(r_t^2 - r_s^2)/r_t^2)), down^2 = r_s^2 - up^2.
+
+    eta: how much of the noise is fresh; 0 is euler.
+    Raises ValueError naming the argument.
     """
     eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
@@ -222,6 +237,7 @@ def euler_ancestral(
     return make_table("euler_ancestral", grid, columns | noise_columns(up, S_noise), correction=correction)
 
 
+@described(EVERY)
 def flow_euler(
     schedule: Schedule,
     steps: Steps,
@@ -238,8 +254,10 @@ def flow_euler(
 ) -> Table:
     """Rectified flow's sampler: Euler on x_t = (1 - sigma)*x_0 + sigma*eps, or, stochastic, m0 with fresh noise in each step.
 
-    eta: in [0, 1]; above 0 a step leads down to sigma_down, then noise up, as in ComfyUI's euler_ancestral for flows. S_noise
-    scales the noise. schedule: a FlowSchedule, or a Grid, of a flow where eta is above 0. The other arguments as in ddpm.
+    schedule: a FlowSchedule; or a Grid, of a flow where eta is above 0.
+    stochastic: each step leads to m0 with fresh noise, instead of along the flow.
+    eta: in [0, 1]; above 0 a step leads down to sigma_down, then noise up, which is ComfyUI's euler_ancestral for flows.
+    grid_options: none.
     Raises ValueError naming the argument.
     """
     eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)

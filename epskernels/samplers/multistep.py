@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
+from ..docstrings import described
 from ..schedule import Grid
 from ..table import Table
 from ..typing import Array, Steps
 from .common import (
+    ON_A_PATH,
     Columns,
     Correction,
     Scaling,
@@ -75,6 +77,7 @@ def _weights(of_m: Array) -> Columns:
     return dict(zip(("c_m0", "c_m1", "c_m2"), of_m, strict=True))
 
 
+@described(ON_A_PATH)
 def dpmpp_2m(
     schedule: Schedule,
     steps: Steps,
@@ -91,10 +94,11 @@ def dpmpp_2m(
 ) -> Table:
     """DPM-Solver++(2M), the deterministic multistep solver (arXiv 2211.01095, alg. 2), with eps/lambda_t in every m0.
 
-    lower_order_final: the last step is first order (it always is where it ends at sigma = 0). solver: "midpoint" or "heun".
-    schedule: any of the three, or a Grid, with sigma > 0 at every model call. space: "vp", the network's own state, or "sigma",
-    x_0 + (sigma/alpha)*eps. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming the
-    argument.
+    sigma must be above 0 at every model call.
+
+    lower_order_final: the last step is first order (it always is where it ends at sigma = 0).
+    solver: "midpoint" or "heun".
+    Raises ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     return make_table(
@@ -102,6 +106,7 @@ def dpmpp_2m(
     )
 
 
+@described(ON_A_PATH)
 def dpmpp_2m_sde(
     schedule: Schedule,
     steps: Steps,
@@ -120,16 +125,19 @@ def dpmpp_2m_sde(
 ) -> Table:
     """SDE-DPM-Solver++(2M) (arXiv 2211.01095, appendix B; k-diffusion's dpmpp_2m_sde): dpmpp_2m with fresh noise in each step.
 
-    eta: 0 is dpmpp_2m, 1 the reverse SDE. S_noise scales the noise. lower_order_final: the last step is first order (it always
-    is where it ends at sigma = 0). solver: "midpoint" or "heun". schedule: any of the three, or a Grid, with sigma > 0 at every
-    model call. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. scaling, prediction, clip, guidance,
-    grid_options: as in ddpm. Raises ValueError naming the argument.
+    sigma must be above 0 at every model call.
+
+    lower_order_final: the last step is first order (it always is where it ends at sigma = 0).
+    solver: "midpoint" or "heun".
+    eta: how much noise there is: 1 is the reverse SDE, 0 is dpmpp_2m.
+    Raises ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     own = _dpmpp(grid, 2, lower_order_final, solver=solver, eta=eta, S_noise=S_noise)
     return make_table("dpmpp_2m_sde", grid, columns | own, correction=correction)
 
 
+@described(ON_A_PATH)
 def dpmpp_3m(
     schedule: Schedule,
     steps: Steps,
@@ -146,10 +154,12 @@ def dpmpp_3m(
 ) -> Table:
     """DPM-Solver++(3M): two earlier m0; the first steps are of orders one and two.
 
-    lower_order_final: so are the last two. third: "published", the weights of the authors' code, diffusers and k-diffusion,
-    whose second difference counts half, so that they converge with order two; "exact", with order three. schedule: any of the
-    three, or a Grid, with sigma > 0 at every model call. space: "vp", the network's own state, or "sigma", x_0 +
-    (sigma/alpha)*eps. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    sigma must be above 0 at every model call.
+
+    lower_order_final: the last two steps are of orders two and one.
+    third: "published", the weights of the authors' code, diffusers and k-diffusion, whose second difference counts half, so that
+        they converge with order two; or "exact", with order three.
+    Raises ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     return make_table(
@@ -157,6 +167,7 @@ def dpmpp_3m(
     )
 
 
+@described(ON_A_PATH)
 def dpmpp_3m_sde(
     schedule: Schedule,
     steps: Steps,
@@ -174,10 +185,11 @@ def dpmpp_3m_sde(
 ) -> Table:
     """DPM-Solver++(3M) with fresh noise in each step (k-diffusion's dpmpp_3m_sde).
 
-    eta: 0 is dpmpp_3m, 1 the reverse SDE. S_noise scales the noise. lower_order_final: the last two steps are of orders two and
-    one. schedule: any of the three, or a Grid, with sigma > 0 at every model call. space: "vp", the network's own state, or
-    "sigma", x_0 + (sigma/alpha)*eps. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming
-    the argument.
+    sigma must be above 0 at every model call.
+
+    lower_order_final: the last two steps are of orders two and one.
+    eta: how much noise there is: 1 is the reverse SDE, 0 is dpmpp_3m.
+    Raises ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     return make_table(
@@ -188,6 +200,7 @@ def dpmpp_3m_sde(
     )
 
 
+@described(ON_A_PATH)
 def res_multistep(
     schedule: Schedule,
     steps: Steps,
@@ -205,10 +218,10 @@ def res_multistep(
     """RES's second order multistep (arXiv 2308.02157, section 3), ancestral where eta > 0: with eta 0, dpmpp_2m with
     solver="heun".
 
-    eta: a step leads down to sigma_down, then noise up, as in euler_ancestral. Its first step, and those down to 0, are
-    Euler's. S_noise scales the noise. space: "sigma", the state x_0 + (sigma/alpha)*eps, or "vp". schedule: any of the three,
-    or a Grid, with sigma > 0 at every model call. scaling, prediction, clip, guidance, grid_options: as in ddpm. Raises
-    ValueError naming the argument.
+    The first step, and those down to 0, are Euler's. sigma must be above 0 at every model call.
+
+    eta: above 0 a step leads down to sigma_down, then noise up.
+    Raises ValueError naming the argument.
     """
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
     eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
@@ -222,6 +235,7 @@ def res_multistep(
     return make_table("res_multistep", grid, columns | noise_columns(up, S_noise), correction=correction)
 
 
+@described(ON_A_PATH)
 def er_sde(
     schedule: Schedule,
     steps: Steps,
@@ -237,13 +251,15 @@ def er_sde(
     space: str = "vp",
     **grid_options: Any,
 ) -> Table:
-    """ER-SDE-Solver-1 to 3 (arXiv 2309.06169), the extended reverse-time SDE, of order `order` at most.
+    """ER-SDE-Solver-1 to 3 (arXiv 2309.06169), the extended reverse-time SDE.
 
-    scaler: the noise scale phi of r = sigma/alpha, a function of arrays; default the authors' fifth, r*(exp(r^0.3) + 10).
-    phi(r) = r is the probability flow, without noise. Its integrals are exact; the authors add up 200 points. Order 3 converges
-    like order 2, as published. S_noise scales the noise. schedule: any of the three, or a Grid, with alpha and sigma > 0 at
-    every model call. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. scaling, prediction, clip,
-    guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    The integrals of the noise scale are exact; the authors add up 200 points. Order 3 converges like order 2, as published. alpha
+    and sigma must be above 0 at every model call.
+
+    order: 1, 2 or 3: the highest that a step has.
+    scaler: the noise scale phi of r = sigma/alpha, a function of arrays. phi(r) = r is the probability flow, without noise.
+        Default the authors' fifth, r*(exp(r^0.3) + 10).
+    Raises ValueError naming the argument.
     """
     one_of("order", order, (1, 2, 3))
     grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, grid_options, space=space)
@@ -263,6 +279,7 @@ def er_sde(
     )
 
 
+@described(ON_A_PATH)
 def unipc(
     schedule: Schedule,
     steps: Steps,
@@ -282,10 +299,13 @@ def unipc(
     """UniPC (arXiv 2302.04867, alg. 1 and 2; B(h), x_0 predicted): a multistep predictor, corrected by the next call's m0.
 
     Once the model was called at the predicted x, the corrected state is y + kappa*m0: y, the second state, is what the row
-    before knew of it, so that no tensor is kept beyond m1 and m2. order: 1, 2 or 3. solver: "bh1" or "bh2". corrector: False
-    for UniP. lower_order_final: the last steps are of orders ..., 2, 1. schedule: any of the three, or a Grid, with alpha and
-    sigma > 0 at every model call. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. scaling,
-    prediction, clip, guidance, grid_options: as in ddpm. Raises ValueError naming the argument.
+    before knew of it, so that no tensor is kept beyond m1 and m2. alpha and sigma must be above 0 at every model call.
+
+    order: 1, 2 or 3.
+    solver: "bh1" or "bh2".
+    corrector: False for UniP, the predictor alone.
+    lower_order_final: the last steps are of orders ..., 2, 1.
+    Raises ValueError naming the argument.
     """
     one_of("order", order, (1, 2, 3))
     one_of("solver", solver, ("bh1", "bh2"))
@@ -314,6 +334,7 @@ def unipc(
     return make_table("unipc", grid, columns, correction=correction)
 
 
+@described(ON_A_PATH)
 def sa_solver(
     schedule: Schedule,
     steps: Steps,
@@ -334,13 +355,15 @@ def sa_solver(
 ) -> Table:
     """SA-Solver (arXiv 2309.05019, alg. 1; x_0 predicted): a stochastic multistep predictor, corrected by the next call's m0.
 
-    predictor_order: 1 to 3. corrector_order: 1 to 4, or 0 for none. tau: 0 is the probability flow, 1 the reverse SDE, in steps
-    that end at sigma/alpha in [S_min, S_max]; 0 in the others; or a function of those ends, arrays. S_noise scales the noise.
     Towards sigma = 0 the orders fall, and the last call is not corrected. The corrected state keeps the predictor's noise: it
-    is x + y + kappa*m0, x the predicted state. schedule: any of the three, or a Grid, with alpha and sigma > 0 at every model
-    call. space: "vp", the network's own state, or "sigma", x_0 + (sigma/alpha)*eps. scaling, prediction, clip, guidance,
-    grid_options: as in ddpm. Raises ValueError
-    naming the argument.
+    is x + y + kappa*m0, x the predicted state. alpha and sigma must be above 0 at every model call.
+
+    predictor_order: 1 to 3.
+    corrector_order: 1 to 4, or 0 for none.
+    tau: how much noise there is: 0 is the probability flow, 1 the reverse SDE; or a function of the sigma/alpha where steps end,
+        an array.
+    S_min, S_max: tau is 0 in steps that end at a sigma/alpha outside of them.
+    Raises ValueError naming the argument.
     """
     one_of("predictor_order", predictor_order, (1, 2, 3))
     one_of("corrector_order", corrector_order, (0, 1, 2, 3, 4))

@@ -10,10 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
+from ..docstrings import described
 from ..schedule import Grid, KarrasSchedule
 from ..table import Table
 from ..typing import Array
-from .common import Calls, Correction, Scaling, Schedule, karras, noise_columns, number, one_of, points, several_calls
+from .common import (
+    BETWEEN,
+    Calls,
+    Correction,
+    Scaling,
+    Schedule,
+    karras,
+    noise_columns,
+    number,
+    one_of,
+    points,
+    several_calls,
+)
 
 # Of each order: where the calls after the first lie in log SNR.
 _RATIOS: dict[int, tuple[float, ...]] = {1: (), 2: (0.5,), 3: (1 / 3, 2 / 3)}
@@ -65,6 +78,7 @@ def _singlestep(
     return several_calls(name, grid, sum(calls, []), scaling, prediction, clip, guidance, correction=correction)
 
 
+@described(BETWEEN)
 def dpmpp_2s(
     schedule: Schedule,
     steps: int,
@@ -79,9 +93,10 @@ def dpmpp_2s(
 ) -> Table:
     """DPM-Solver++(2S) (arXiv 2211.01095, alg. 1, r = 1/2), k-diffusion's dpmpp_2s_ancestral where eta > 0: 2*steps - 1 calls.
 
-    The first row leads to the middle of the step in log SNR, the second from there. A step down to 0 has one row. schedule: a
-    KarrasSchedule, since the network is asked between its points. eta: a step leads down to sigma_down, then noise up, as in
-    euler_ancestral. S_noise scales the noise. scaling, clip, guidance: as in ddpm; lambda_t of a step is that of its calls.
+    The first row leads to the middle of the step in log SNR, the second from there. A step down to 0 has one row. lambda_t of a
+    step is that of its calls.
+
+    eta: above 0 a step leads down to sigma_down, then noise up.
     Raises ValueError or TypeError naming the argument.
     """
     eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
@@ -93,6 +108,7 @@ def dpmpp_2s(
     )  # fmt: skip
 
 
+@described(BETWEEN)
 def dpmpp_3s(
     schedule: Schedule,
     steps: int,
@@ -106,9 +122,10 @@ def dpmpp_3s(
     """DPM-Solver++(3S), single step of order three, x_0 integrated (DPM-Solver's code, from arXiv 2211.01095): 3*steps - 2
     calls.
 
-    A step's calls lie at its start, at 1/3 and at 2/3 of it in log SNR; the last step, to sigma = 0, has one. schedule: a
-    KarrasSchedule. scaling, clip, guidance: as in ddpm; lambda_t of a step is that of its calls. Raises ValueError or TypeError
-    naming the argument.
+    A step's calls lie at its start, at 1/3 and at 2/3 of it in log SNR; the last step, to sigma = 0, has one. lambda_t of a
+    step is that of its calls.
+
+    Raises ValueError or TypeError naming the argument.
     """
     grid = karras(schedule).grid(steps)
     return _singlestep(
@@ -116,6 +133,7 @@ def dpmpp_3s(
     )  # fmt: skip
 
 
+@described(BETWEEN)
 def dpm_solver(
     schedule: Schedule,
     steps: int,
@@ -133,10 +151,13 @@ def dpm_solver(
 ) -> Table:
     """DPM-Solver-1, 2 and 3 (arXiv 2206.00927, alg. 1 and 2), single steps, eps integrated: `order` calls a step.
 
-    order: 1, 2, 3, or one of them for each step; the last step, to sigma = 0, is of order 1. r: where the second call of order
-    two lies in log SNR, in (0, 1). eta: a step leads down to sigma_down, but to no level below `least`, then noise up, as in
-    euler_ancestral (k-diffusion's dpm_fast). S_noise scales the noise. schedule: a KarrasSchedule. scaling, clip, guidance: as
-    in ddpm; lambda_t of a step is that of its calls. Raises ValueError or TypeError naming the argument.
+    The last step, to sigma = 0, is of order 1. lambda_t of a step is that of its calls.
+
+    order: 1, 2, 3, or one of them for each step.
+    r: where the second call of order two lies in log SNR, in (0, 1).
+    eta: above 0 a step leads down to sigma_down, but to no level below `least`, then noise up (k-diffusion's dpm_fast).
+    least: the lowest sigma_down.
+    Raises ValueError or TypeError naming the argument.
     """
     eta, S_noise, least = number("eta", eta, 0), number("S_noise", S_noise, 0), number("least", least, 0)
     grid = karras(schedule).grid(steps)
@@ -153,6 +174,7 @@ def dpm_solver(
     )  # fmt: skip
 
 
+@described(BETWEEN)
 def seeds_2(
     schedule: Schedule,
     steps: int,
@@ -169,10 +191,12 @@ def seeds_2(
 ) -> Table:
     """SEEDS-2 (arXiv 2305.14267), x_0 predicted: DPM-Solver++(2S) of the reverse SDE, 2*steps - 1 calls.
 
-    The second call carries the first one's noise on, as one Brownian motion would. eta: 0 is dpmpp_2s, 1 the reverse SDE. r:
-    where the second call lies in log SNR, in (0, 1]. solver: "midpoint" (ComfyUI's phi_1) or "heun" (phi_2). S_noise scales the
-    noise. schedule: a KarrasSchedule. scaling, clip, guidance: as in ddpm; lambda_t of a step is that of its calls. Raises
-    ValueError or TypeError naming the argument.
+    The second call carries the first one's noise on, as one Brownian motion would. lambda_t of a step is that of its calls.
+
+    eta: how much noise there is: 1 is the reverse SDE, 0 is dpmpp_2s.
+    r: where the second call lies in log SNR, in (0, 1].
+    solver: "midpoint" (ComfyUI's phi_1) or "heun" (phi_2).
+    Raises ValueError or TypeError naming the argument.
     """
     one_of("solver", solver, ("midpoint", "heun"))
     eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
@@ -185,6 +209,7 @@ def seeds_2(
     )  # fmt: skip
 
 
+@described(BETWEEN)
 def seeds_3(
     schedule: Schedule,
     steps: int,
@@ -199,9 +224,10 @@ def seeds_3(
 ) -> Table:
     """SEEDS-3 (arXiv 2305.14267), x_0 predicted: DPM-Solver++(3S) of the reverse SDE, 3*steps - 2 calls.
 
-    Each call carries the noise of those before it on, as one Brownian motion would. eta: 0 is dpmpp_3s, 1 the reverse SDE.
-    S_noise scales the noise. schedule: a KarrasSchedule. scaling, clip, guidance: as in ddpm; lambda_t of a step is that of its
-    calls. Raises ValueError or TypeError naming the argument.
+    Each call carries the noise of those before it on, as one Brownian motion would. lambda_t of a step is that of its calls.
+
+    eta: how much noise there is: 1 is the reverse SDE, 0 is dpmpp_3s.
+    Raises ValueError or TypeError naming the argument.
     """
     eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
     grid = karras(schedule).grid(steps)

@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 
 from .. import solvers
+from ..docstrings import described
 from ..schedule import Grid
 from ..table import Table
 from ..typing import Array, Steps
 from .common import (
     ANY_SCHEDULE,
+    BETWEEN,
+    CHURN,
+    ON_A_PATH,
     Calls,
     Columns,
     Correction,
@@ -87,6 +91,7 @@ def _edm(
     return several_calls(name, at_hat, calls, scaling, prediction, clip, guidance, initial_sigma, correction=correction)
 
 
+@described(BETWEEN, CHURN)
 def edm_euler(
     schedule: Schedule,
     steps: int,
@@ -103,15 +108,16 @@ def edm_euler(
 ) -> Table:
     """EDM's sampler without the second order correction (arXiv 2206.00364, alg. 2); EDM-ES.
 
-    schedule: a KarrasSchedule. steps: noise levels; one model call each. prediction: "sample" for an EDM denoiser D(x; sigma).
-    S_churn: how much noise is added before steps, over all of them; S_min, S_max: between which levels; S_noise scales it. It
-    is folded into the noise of the row before, and the first step's into the initial latent: sigma stays exact. scaling, clip,
-    guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
+    Churn is folded into the noise of the row before, and the first step's into the initial latent: sigma stays exact.
+
+    steps: how many noise levels; one model call each.
+    Raises ValueError or TypeError naming the argument.
     """
     churn = (S_churn, S_min, S_max, S_noise)
     return _edm("edm_euler", schedule, steps, scaling, correction, prediction, clip, guidance, churn, None)
 
 
+@described(BETWEEN, CHURN)
 def edm_heun(
     schedule: Schedule,
     steps: int,
@@ -128,14 +134,15 @@ def edm_heun(
 ) -> Table:
     """EDM's stochastic sampler with Heun's method (arXiv 2206.00364, alg. 2); EDM-ES.
 
-    2*steps - 1 model calls, a row each; lambda_t of a step scales both of its evaluations. schedule: a KarrasSchedule. S_churn:
-    how much noise is added before steps, over all of them; S_min, S_max: between which levels; S_noise scales it. scaling,
-    clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
+    2*steps - 1 model calls, a row each. lambda_t of a step scales both of its calls.
+
+    Raises ValueError or TypeError naming the argument.
     """
     churn = (S_churn, S_min, S_max, S_noise)
     return _edm("edm_heun", schedule, steps, scaling, correction, prediction, clip, guidance, churn, "end")
 
 
+@described(BETWEEN)
 def pfgmpp(
     schedule: Schedule,
     steps: int,
@@ -148,12 +155,14 @@ def pfgmpp(
 ) -> Table:
     """PFGM++ (arXiv 2302.04265, alg. 2): EDM's Heun, since r = sigma*sqrt(D), from another prior: epskernels.pfgmpp_prior.
 
-    D is nowhere in the table: it is the network's, and the prior's. schedule: a KarrasSchedule. steps: noise levels, two calls
-    each but the last. scaling, clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
+    D is nowhere in the table: it is the network's, and the prior's. 2*steps - 1 model calls, a row each.
+
+    Raises ValueError or TypeError naming the argument.
     """
     return _edm("pfgmpp", schedule, steps, scaling, correction, prediction, clip, guidance, _NO_CHURN, "end")
 
 
+@described(BETWEEN, CHURN)
 def dpm_2(
     schedule: Schedule,
     steps: int,
@@ -170,14 +179,15 @@ def dpm_2(
 ) -> Table:
     """k-diffusion's dpm_2: EDM's algorithm 2 (arXiv 2206.00364), the slope taken in the middle of the step in log sigma.
 
-    2*steps - 1 model calls, a row each; lambda_t of a step scales both. schedule: a KarrasSchedule, since the network is asked
-    between its points. S_churn: how much noise is added before steps, over all of them; S_min, S_max: between which levels;
-    S_noise scales it. scaling, clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
+    2*steps - 1 model calls, a row each. lambda_t of a step scales both of its calls.
+
+    Raises ValueError or TypeError naming the argument.
     """
     churn = (S_churn, S_min, S_max, S_noise)
     return _edm("dpm_2", schedule, steps, scaling, correction, prediction, clip, guidance, churn, "middle")
 
 
+@described(BETWEEN)
 def dpm_2_ancestral(
     schedule: Schedule,
     steps: int,
@@ -190,10 +200,12 @@ def dpm_2_ancestral(
     eta: float = 1.0,
     S_noise: float = 1.0,
 ) -> Table:
-    """k-diffusion's dpm_2_ancestral: dpm_2 down to sigma_down, then noise up, as in euler_ancestral.
+    """k-diffusion's dpm_2_ancestral: dpm_2 down to sigma_down, then noise up.
 
-    A step down to 0 has one call, and no noise follows it, as there. schedule: a KarrasSchedule. eta: 0 is dpm_2. S_noise
-    scales the noise. scaling, clip, guidance: as in ddpm. Raises ValueError or TypeError naming the argument.
+    A step down to 0 has one call, and no noise follows it, as in k-diffusion.
+
+    eta: how much of the noise is fresh; 0 is dpm_2.
+    Raises ValueError or TypeError naming the argument.
     """
     eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
     grid = karras(schedule).grid(steps)
@@ -212,6 +224,7 @@ def dpm_2_ancestral(
     return several_calls("dpm_2_ancestral", grid, calls, scaling, prediction, clip, guidance, correction=correction)
 
 
+@described(BETWEEN)
 def dpmpp_sde(
     schedule: Schedule,
     steps: int,
@@ -227,9 +240,11 @@ def dpmpp_sde(
 ) -> Table:
     """k-diffusion's dpmpp_sde: DPM-Solver++(2S) (arXiv 2211.01095, alg. 1) as an SDE, with noise after both calls of a step.
 
-    schedule: a KarrasSchedule. r: where the second call lies in log SNR, above 0; up to 1. eta: 0 is dpmpp_2s, at r = 1/2.
-    S_noise scales the noise. The last step, to sigma = 0, has one call. scaling, clip, guidance: as in ddpm. Raises ValueError
-    or TypeError naming the argument.
+    The last step, to sigma = 0, has one call.
+
+    eta: how much noise there is: 1 is the reverse SDE, 0 is dpmpp_2s (at r = 1/2).
+    r: where the second call lies in log SNR, in (0, 1].
+    Raises ValueError or TypeError naming the argument.
     """
     eta, S_noise, r = number("eta", eta, 0), number("S_noise", S_noise, 0), number("r", r, 0)
     if not 0 < r <= 1:
@@ -251,6 +266,7 @@ def dpmpp_sde(
     return several_calls("dpmpp_sde", grid, calls, scaling, prediction, clip, guidance, correction=correction)
 
 
+@described(ON_A_PATH)
 def heun(
     schedule: Schedule,
     steps: Steps,
@@ -266,8 +282,8 @@ def heun(
     """Heun's method on the points of the schedule itself (k-diffusion's heun without churn): 2*steps - 1 model calls.
 
     The second row of a step is x' + kappa*(m0 - m1), evaluated at the next point; lambda_t of a step scales both. The last step
-    has one row. schedule: any of the three, or a Grid, with alpha > 0 at every step. space: "sigma", the state x_0 +
-    (sigma/alpha)*eps of k-diffusion, or "vp", the network's own. scaling, prediction, clip, guidance, grid_options: as in ddpm.
+    has one row. alpha must be above 0 at every step.
+
     Raises ValueError naming the argument.
     """
     grid = in_space(grid_of(schedule, steps, ANY_SCHEDULE, grid_options), space)

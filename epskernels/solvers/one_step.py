@@ -7,7 +7,7 @@ import numpy as np
 from ..typing import Array
 
 Numbers = Array | float  # (N,), or one number for all
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow")  # what a network may predict: eps, x_0, v, eps - x_0
 
 
 # ---- what the network's output says of x_0 and eps ----

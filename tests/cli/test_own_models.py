@@ -1,18 +1,22 @@
 """Models of one's own: the class, `--model module:function`, and the images that go in and come out."""
 
 import re
+import socket
+import subprocess
 import sys
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import epskernels
-from epskernels import cli, images, models, samplers, scaling, schedule, shards
+from epskernels import cli, images, models, samplers, scaling, schedule
 from epskernels.cli import common
 
+from ..support.markdown_examples import environment
+
+SAMPLERS = set(common.offered_samplers())
 MODULE = '''
 import numpy as np
 import torch
@@ -45,42 +49,42 @@ def other(device):
     return Model(network, schedule.linear(100), (1, 8, 8), clip=1.0)
 
 
-def learned():
+def learned(device):
     return Model(Network(2).eval(), schedule.linear(100), (1, 8, 8), clip=1.0, variance="learned_range")
 
 
-def rgb(device=None):
+def rgb(device):
     return Model(Network().eval(), schedule.linear(100), (3, 8, 6), clip=1.0, classes=2, empty=2)
 
 
-def edm():
+def edm(device):
     return Model(Network().eval(), schedule.KarrasSchedule(), (1, 8, 8))
 
 
-def flow():
+def flow(device):
     return Model(Network().eval(), schedule.FlowSchedule(3.0), [1, 8, 8])
 
 
-def latent():
+def latent(device):
     vae = torch.nn.Upsample(scale_factor=2).eval()
     network = Network().eval()
     decode = lambda latents: vae(latents[:, :3].clamp(-1, 1))
     return Model(network, schedule.scaled_linear(100), (4, 4, 4), decode=decode, weights=[network, vae, torch.ones(2)])
 
 
-def bare():
+def bare(device):
     return Model(lambda x, t: 0.1 * x, schedule.linear(100), (1, 8, 8))
 
 
-def curves():
+def curves(device):
     return Model(Network().eval(), schedule.linear(100), (1, 24))
 
 
-def nan():
+def nan(device):
     return Model(lambda x, t: float("nan") * x, schedule.linear(100), (1, 8, 8), weights=torch.ones(1))
 
 
-def training():
+def training(device):
     return Model(Network(), schedule.linear(100), (1, 8, 8))
 
 
@@ -88,7 +92,7 @@ def fails(device):
     return {}["checkpoint"]
 
 
-def nothing():
+def nothing(device):
     pass
 
 
@@ -96,11 +100,7 @@ def two(device, more):
     pass
 
 
-def keyword(*, device):
-    pass
-
-
-def elsewhere():
+def elsewhere(device):
     return Model(Network().eval().to("meta"), schedule.linear(100), (1, 8, 8))
 
 
@@ -114,8 +114,9 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "own_networks.py").write_text(MODULE)
     (tmp_path / "own_broken.py").write_text("import numpy\n\nnumpy.no_such_thing\n")
     (tmp_path / "own_needs.py").write_text("import no_such_package\n")
+    (tmp_path / "own_typo.py").write_text("def model(device)\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
     for name in ("own_networks", "own_broken", "own_needs"):
         sys.modules.pop(name, None)
@@ -125,6 +126,10 @@ def run(function, *arguments, steps=3, seeds="0-4", command="sample"):
     rest = ["--seeds", seeds] if command == "sample" else []
     given = ["--model", f"own_networks:{function}", "--steps", str(steps), "--quiet", *rest]
     return cli.main([command, *given, *[str(argument) for argument in arguments]])
+
+
+def made(function):
+    return common.load_function("--model", f"own_networks:{function}")("cpu")
 
 
 # ---- the class ----
@@ -151,7 +156,7 @@ def test_what_a_model_takes_for_granted():
     [
         ({"network": 3}, TypeError, "network: expected a callable, got 3"),
         ({"network": None}, TypeError, "network: expected a callable, got None"),
-        ({"decode": "vae"}, TypeError, "decode: expected a callable, got 'vae'"),
+        ({"decode": "vae"}, TypeError, "decode: expected a callable or None, got 'vae'"),
         ({"schedule": "linear"}, TypeError, "schedule: expected a DiscreteSchedule, KarrasSchedule or FlowSchedule, got 'li"),
         ({"shape": 3}, ValueError, "shape: expected the sizes of one sample"),
         ({"shape": ()}, ValueError, "shape: expected the sizes of one sample"),
@@ -169,8 +174,8 @@ def test_what_a_model_takes_for_granted():
         ({"final": "last"}, ValueError, "final: expected 'clean' or 'first', got 'last'"),
         ({"schedule": schedule.FlowSchedule(), "final": "first"}, ValueError, "grid, final: expected none with a FlowSchedule"),
         ({"weights": ["vae"]}, TypeError, "weights: expected modules and tensors, got 'vae'"),
-        ({"weights": torch.nn.Linear(1, 1)}, ValueError, "a Linear in training mode: call its eval"),
-        ({"network": torch.nn.Linear(1, 1)}, ValueError, "a Linear in training mode: call its eval"),
+        ({"weights": torch.nn.Linear(1, 1)}, ValueError, "weights: expected modules in evaluation mode, got a Linear in train"),
+        ({"network": torch.nn.Linear(1, 1)}, ValueError, "weights: expected modules in evaluation mode, got a Linear in train"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -191,12 +196,11 @@ def test_labels_and_guidance():
     with pytest.raises(ValueError, match="guidance and class need a network with classes"):
         models.Model(network, schedule.linear(), (1, 2, 2)).callable(0)
     one = models.Model(network, schedule.linear(), (1, 2, 2), classes=1)
-    assert torch.equal(one.callable()(x, t), x)
     with pytest.raises(ValueError, match="guidance: expected 1, since this network has no empty class, got 2"):
         one.callable(0, 2.0)
-    pairs = models.Model(lambda x, t, labels: (x, x), schedule.linear(), (1, 2, 2), classes=1, empty=1)
-    with pytest.raises(TypeError, match="network: expected it to return f alone"):
-        pairs.callable(0, 2.0)(x, t)
+    pairs = models.Model(lambda x, t: (x, x), schedule.linear(), (1, 2, 2))
+    with pytest.raises(TypeError, match="network: expected it to return f alone, got a pair"):
+        pairs.callable()(x, t)
 
 
 def test_x_comes_in_the_dtype_of_the_weights():
@@ -217,7 +221,7 @@ def test_images_of_samples():
     assert torch.equal(decoded.images(torch.ones(2, 4, 2, 2)), torch.ones(2, 1, 2, 2))
     for decode in (lambda x: x, lambda x: x[:1, :3], lambda x: x[:, 0], lambda x: None):
         wrong = models.Model(network, schedule.linear(), (4, 2, 2), decode=decode)
-        with pytest.raises(ValueError, match=r"expected images of 1 or 3 channels, \(2, C, H, W\), of decode, got"):
+        with pytest.raises(ValueError, match=r"what decode returns: expected images \(2, 1 or 3, H, W\), got"):
             wrong.images(torch.ones(2, 4, 2, 2))
 
 
@@ -226,9 +230,6 @@ def test_images_of_samples():
 
 def test_samples_are_those_of_the_library(own, capsys):
     """Also for a denoiser of sigma and a flow, each with the sampler that is its default."""
-    from own_networks import Network
-
-    net = Network().eval()
     tables = {
         "ddpm": samplers.ddpm(schedule.linear(100), 3, clip=1.0),
         "edm": samplers.edm_heun(schedule.KarrasSchedule(), 3),
@@ -237,56 +238,72 @@ def test_samples_are_those_of_the_library(own, capsys):
     }
     for name, table in tables.items():
         assert run(name, "--out", own / "s.npz") == 0
-        expected = epskernels.sample(Network(2).eval() if name == "learned" else net, table, range(5), (1, 8, 8))
+        expected = epskernels.sample(made(name).network, table, range(5), (1, 8, 8))
         assert np.array_equal(np.load(own / "s.npz")["samples"], expected.numpy()), name
         assert f"{table.name.partition('[')[0]}, 3 steps, 5 seeds" in capsys.readouterr().out
 
 
 def test_guidance_of_classes(own):
-    from own_networks import rgb
-
     assert run("rgb", "--class", "1", "--guidance", "3", "--lambda", "1.01", "--out", own / "s.npz") == 0
     table = samplers.ddpm(schedule.linear(100), 3, clip=1.0, guidance=3.0, scaling=1.01)
-    expected = epskernels.sample(rgb().callable(1, 3.0), table, range(5), (3, 8, 6))
+    expected = epskernels.sample(made("rgb").callable(1, 3.0), table, range(5), (3, 8, 6))
     assert np.array_equal(np.load(own / "s.npz")["samples"], expected.numpy())
 
 
-def test_the_samplers_that_a_schedule_allows(own, capsys):
-    """Those that are offered run, the others are refused by name, before anything is written."""
-    import own_networks
+def test_a_command_of_its_own_finds_the_module(own):
+    command = [
+        sys.executable,
+        "-m",
+        "epskernels",
+        "sample",
+        "--model",
+        "own_networks:edm",
+        "--steps",
+        "2",
+        "--seeds",
+        "0",
+    ]
+    result = subprocess.run(command, cwd=own, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0 and "edm_heun, 2 steps, 1 seeds" in result.stdout, result.stderr
 
-    everything = cli.common.offered_samplers()
-    assert {"flow_euler", "consistency"} <= set(everything) and not {"pfgmpp", "ddim_inverse"} & set(everything)
-    for function, refused in (
+
+@pytest.mark.parametrize(
+    "function, refused",
+    [
         ("ddpm", {"flow_euler", "consistency"}),
-        ("edm", {"ddpm", "ddim", "lcm", "tcd", "flow_euler"}),
-        ("flow", {"edm_euler", "edm_heun", "euler", "unipc", "consistency", "lcm", "tcd"}),
-    ):
-        offered = set(cli.common.offered_samplers(getattr(own_networks, function)(*["cpu"] * (function == "ddpm"))))
-        assert refused <= set(everything) - offered and len(offered) >= 7
-        for name in everything:
-            status = run(function, "--sampler", name, "--out", own / "new" / "s.npz", seeds="0")
-            assert (status == 0) == (name in offered), (function, name)
-            error = capsys.readouterr().err
-            assert status == 0 or (error.startswith("epskernels sample: ") and len(error.splitlines()) == 1)
-            assert status == 0 or re.search(f"--sampler: {name} cannot sample a model with a .*expected one of ", error)
+        ("edm", {"flow_euler", "ddpm", "ddim", "lcm", "tcd"}),
+        ("flow", SAMPLERS - {"flow_euler", "ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde"}),
+    ],
+    ids=["betas", "sigma", "flow"],
+)
+def test_the_samplers_that_a_schedule_allows(function, refused, own, capsys):
+    """As docs/your_model.md tells. The others are refused by name, before anything is written."""
+    found = set()
+    for name in sorted(SAMPLERS):
+        status = run(function, "--sampler", name, "--out", f"{name}/s.npz", seeds="0")
+        error = capsys.readouterr().err
+        if status == 2:
+            assert f"--sampler: {name} does not fit the model: " in error and len(error.splitlines()) == 1, error
+            found.add(name)
+        assert (own / name).exists() == (status == 0)
+    assert found == refused
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
         ("own_networks:nothing", "--model: expected own_networks:nothing to return an epskernels.models.Model, got None"),
-        ("own_networks:two", "--model: expected own_networks:two to take a device, or nothing, it needs device, more"),
-        ("own_networks:keyword", "--model: expected own_networks:keyword to take a device, or nothing, it needs device"),
-        ("own_networks:number", "--model: expected a function, own_networks:number is 3"),
-        ("own_networks:no.such", "--model: own_networks has no no.such"),
-        ("own_networks:fails", "own_networks:fails raised KeyError: 'checkpoint' ({}/own_networks.py, line 73)"),
-        ("own_networks:training", "raised ValueError: weights: expected modules for inference, got a Network in training"),
-        ("own_networks:elsewhere", "--device: the weights of own_networks:elsewhere are on meta, expected cpu: let the function"),
-        ("own_absent:model", "--model: no module own_absent in {}, nor installed"),
-        ("own_networks.deeper:model", "--model: no module own_networks.deeper in {}, nor installed"),
-        ("own_broken:model", "--model: importing own_broken raised AttributeError: "),
-        ("own_needs:model", "--model: importing own_needs raised ModuleNotFoundError: No module named 'no_such_package' ({}"),
+        ("own_networks:two", "--model: own_networks:two(device) raised TypeError: two() missing 1 required positional"),
+        ("own_networks:number", "--model: expected own_networks:number to be a function, got 3"),
+        ("own_networks:no.such", "--model: own_networks has no 'no.such' ({}/own_networks.py)"),
+        ("own_networks:fails", "own_networks:fails(device) raised KeyError: 'checkpoint' ({}/own_networks.py, line 73)"),
+        ("own_networks:training", "raised ValueError: weights: expected modules in evaluation mode, got a Network in training"),
+        ("own_networks:elsewhere", "--model: expected own_networks:elsewhere to put its weights on cpu, got a tensor on meta"),
+        ("own_absent:model", "--model: no module 'own_absent' in {} or among the installed ones"),
+        ("own_networks.deeper:model", "--model: no module 'own_networks.deeper' in {} or among the installed ones"),
+        ("own_broken:model", "--model: own_broken cannot be imported: AttributeError: "),
+        ("own_needs:model", "--model: own_needs cannot be imported: ModuleNotFoundError: No module named 'no_such_package' ({}"),
+        ("own_typo:model", "--model: own_typo cannot be imported: SyntaxError: expected ':' (own_typo.py, line 1)"),
         ("own_networks", "model: expected unet/config.json in own_networks, the directory of a diffusers pipeline"),
         ("own_networks:", "model: expected unet/config.json in own_networks:"),
     ],
@@ -303,59 +320,42 @@ def test_a_function_that_gives_no_model(text, message, own, capsys):
         ("edm", ["--variance", "fixed_small"], "--variance: not an option of --sampler edm_heun"),
         ("ddpm", ["--class", "1"], "guidance and class need a network with classes"),
         ("rgb", ["--class", "2"], "class: expected a class in [0, 2), got 2"),
-        ("edm", ["--time-shift", "10", "--sampler", "euler"], "--time-shift: expected a model of timesteps, a DiscreteSchedule"),
-        ("bare", ["--out", "folder"], "--out: folder is continued by a model of the same weights, and own_networks:bare says"),
-        ("curves", ["--out", "grid.png"], "--out, --format: expected images of 1 or 3 channels, (1, C, H, W), of the samples"),
-        ("curves", ["--out", "folder", "--format", "png"], "--out, --format: expected images of 1 or 3 channels"),
-        ("ddpm", ["--format", "png"], "--format: png is for a directory, and no --out (no suffix) names one"),
-        ("ddpm", ["--format", "adm", "--out", "folder"], "--format: adm is for a .npz, and no --out names one"),
-        ("ddpm", ["--format", "png", "--out", "folder", "--out", "s.npz"], "--format: png keeps pixels, and s.npz is for sam"),
-        ("ddpm", ["--format", "png", "--out", "folder", "--seeds", "0-3,2-5"], "--seeds: expected each once, .* got 2 again"),
+        ("edm", ["--time-shift", "10", "--sampler", "euler"], "--time-shift: expected a model that is told timesteps, got one"),
+        ("bare", ["--out", "folder"], "--out: folder can be continued by the same weights alone, and own_networks:bare names"),
+        ("curves", ["--out", "grid.png"], "--out: samples: expected images (1, 1 or 3, H, W), got (1, 1, 24)"),
+        ("curves", ["--out", "folder", "--uint8"], "--out: samples: expected images (1, 1 or 3, H, W), got (1, 1, 24)"),
+        ("curves", ["--out", "new.npz", "--uint8"], "--out: samples: expected images (1, 1 or 3, H, W), got (1, 1, 24)"),
+        ("ddpm", ["--uint8"], "--uint8: expected an --out that is a .npz or a directory"),
+        ("ddpm", ["--uint8", "--out", "grid.png"], "--uint8: expected an --out that is a .npz or a directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_refused_before_anything_is_written(function, arguments, message, own, capsys):
-    before = sorted(own.rglob("*.npz")) + sorted(own.rglob("*.json"))
+    before = set(own.iterdir())
     assert run(function, *arguments) == 2
     error = capsys.readouterr().err
-    assert (message in error or re.search(message, error)) and len(error.splitlines()) == 1
-    assert sorted(own.rglob("*.npz")) + sorted(own.rglob("*.json")) == before and not (own / "folder").exists()
+    assert message in error and len(error.splitlines()) == 1
+    assert {path for path in own.iterdir() if path.suffix or path.name == "folder"} == before
 
 
 def test_a_directory_is_continued_by_the_same_weights_and_function(own, capsys):
-    assert run("ddpm", "--out", "folder", "--batch", "2") == 0
-    assert (
-        run("ddpm", "--out", "folder", "--batch", "2") == 0
-        and "3 of them before; by rank: 0" in capsys.readouterr().out
-    )
-    for function in ("other", "learned"):
-        assert run(function, "--out", "folder", "--batch", "2", "--variance", "fixed_small") == 2
-        assert re.search("begun with other settings.*: .*model was '", capsys.readouterr().err)
+    again = ["--out", "folder", "--batch", "2", "--variance", "fixed_small"]
+    assert run("ddpm", *again) == run("ddpm", *again) == 0
+    assert "3 of them before; by rank: 0" in capsys.readouterr().out
+    for function in ("other", "rgb"):
+        assert run(function, *again, *(["--class", "0"] if function == "rgb" else [])) == 2
+        assert re.search("begun with other settings.*model was '", capsys.readouterr().err)
 
 
 def test_digests_of_models(own):
-    import own_networks
-
     def digests(function, name="own_networks:ddpm"):
-        model = getattr(own_networks, function)(*["cpu"] * (function in ("ddpm", "other")))
+        model = made(function)
         model.name = name
         return common.model_digests(model)
 
     assert digests("ddpm") == digests("ddpm") and digests("ddpm")[1] != digests("other")[1]
     assert digests("ddpm")[0] != digests("ddpm", "own_networks:again")[0] and digests("bare")[1] is None
-    assert digests("ddpm")[0] != digests("latent")[0] and digests("ddpm")[1] != digests("latent")[1]
-    unet = diffusers.UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-    )  # fmt: skip
-    told = []
-    for eps in (1e-5, 1e-3):
-        unet.register_to_config(norm_eps=eps)
-        wrapped = lambda x, t: unet(x, t)  # noqa: E731
-        told.append(
-            common.model_digests(models.Model(wrapped, schedule.linear(), (1, 8, 8), weights=unet.eval(), name="unet"))
-        )
-    assert told[0][0] != told[1][0] and told[0][1] == told[1][1]
+    assert digests("ddpm")[1] != digests("latent")[1]
 
 
 def test_lambda_of_weights_that_nobody_knows(own, capsys):
@@ -365,12 +365,12 @@ def test_lambda_of_weights_that_nobody_knows(own, capsys):
     assert run("ddpm", *fit, "known.json", command="calibrate") == 0
     capsys.readouterr()
     for function, file, warns in (
-        ("bare", "bare.json", None), ("bare", "known.json", "cannot be compared"), ("ddpm", "known.json", None),
+        ("bare", "bare.json", ""), ("bare", "known.json", "cannot be compared"), ("ddpm", "known.json", ""),
         ("ddpm", "bare.json", "cannot be compared"), ("other", "known.json", "other weights"),
     ):  # fmt: skip
         assert run(function, "--lambda", file) == 0
         error = capsys.readouterr().err
-        assert (warns is None and not error) or (warns is not None and warns in error), (function, file)
+        assert warns in error and bool(error) == bool(warns), (function, file)
 
 
 def test_calibrates_denoisers_flows_and_latents(own, capsys):
@@ -384,24 +384,22 @@ def test_calibrates_denoisers_flows_and_latents(own, capsys):
     np.save("data.npy", 3 * np.load("data.npy"))
     assert run("edm", "--data", "data.npy", "--images", "4", "--out", "no.json", command="calibrate") == 2
     assert "data: expected uint8, or floats in [-1, 1], in data.npy" in capsys.readouterr().err
-    cache = ["--method", "search", "--cache", "trials.json", "--out", "no.json"]
     np.save("data.npy", np.zeros((4, 1, 8, 8), np.float32))
-    assert run("bare", "--data", "data.npy", "--images", "4", *cache, command="calibrate") == 2
-    assert "--cache: trials.json is continued by a model of the same weights" in capsys.readouterr().err
+    cache = ["--data", "data.npy", "--images", "4", "--method", "search", "--cache", "trials.json", "--out", "no.json"]
+    assert run("bare", *cache, command="calibrate") == 2
+    assert "--cache: trials.json can be continued by the same weights alone" in capsys.readouterr().err
 
 
 # ---- what other tools read ----
 
 
 def test_bytes_are_rounded_to_the_nearest():
-    levels = torch.arange(256.0)
-    around = torch.stack([levels - 0.49, levels, levels + 0.49]) / 127.5 - 1
-    x = torch.cat([around.flatten(), torch.tensor([-1.5, 1.5, np.nan])]).reshape(1, 1, 1, -1)
-    expected = [*range(256)] * 3 + [0, 255, 0]
+    levels = np.arange(256.0)
+    around = np.stack([levels - 0.49, levels, levels + 0.49]) / 127.5 - 1
+    x = np.concatenate([around.ravel(), [-1.5, 1.5, np.nan, np.inf]]).astype(np.float32).reshape(1, 1, 1, -1)
     found = images.to_bytes(x)
-    assert found.dtype == np.uint8 and found.shape == (1, 1, 771, 1) and found.flatten().tolist() == expected
-    every = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
-    assert np.array_equal(images.to_bytes(torch.from_numpy(images.to_floats(every)))[..., 0], every[0])
+    assert found.dtype == np.uint8 and found.shape == (1, 1, 772, 1)
+    assert found.ravel().tolist() == [*range(256)] * 3 + [0, 255, 128, 255]
 
 
 def pytorch_fid(folder):
@@ -411,189 +409,121 @@ def pytorch_fid(folder):
     return [path.name for path in found], np.stack([np.asarray(Image.open(path).convert("RGB")) for path in found])
 
 
-def clean_fid(folder):
-    """The same of clean-fid, which looks into folders, and takes arrays too."""
-    endings = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp", "npy", "JPEG", "JPG", "PNG")
-    found = sorted(path for ending in endings for path in folder.rglob(f"*.{ending}"))
-    return [path.name for path in found], np.stack([np.asarray(Image.open(path).convert("RGB")) for path in found])
-
-
-@pytest.mark.parametrize("read", [pytorch_fid, clean_fid])
-@pytest.mark.parametrize(
-    "function, more", [("ddpm", []), ("rgb", ["--class", "0"]), ("latent", [])], ids=["grey", "rgb", "latent"]
-)
-def test_a_folder_of_pngs(function, more, read, own, capsys):
-    import own_networks
-
-    assert run(function, *more, "--out", "memory.npz") == 0
-    assert run(function, *more, "--out", "pngs", "--format", "png", "--batch", "2", seeds="3,0-2,1000000") == 0
-    assert "3 chunks of up to 2 seeds in pngs, 0 of them before" in capsys.readouterr().out
-    model = getattr(own_networks, function)(*["cpu"] * (function == "ddpm"))
-    expected = images.to_bytes(model.images(torch.from_numpy(np.load("memory.npz")["samples"])))[:4]
-    names, pixels = read(own / "pngs")
-    assert names == [f"{seed:07d}.png" for seed in (0, 1, 2, 3, 1000000)]
-    assert np.array_equal(pixels[:4], np.broadcast_to(expected, pixels[:4].shape))
-    assert Image.open("pngs/0000000.png").mode == ("L" if function == "ddpm" else "RGB")
-    assert images.load("pngs", (1 if function == "ddpm" else 3, *expected.shape[1:3])).shape[0] == 5
-
-
-def test_pngs_are_continued_and_the_damaged_are_made_again(own, capsys):
-    given = ["--out", "pngs", "--format", "png", "--compare", "--lambda", "1.1", "--batch", "2"]
-    assert run("ddpm", *given) == 0
-    printed = re.findall("sha256 of the pixels of the .*", capsys.readouterr().out)
-    before = {path: path.read_bytes() for path in (own / "pngs").rglob("*.png")}
-    assert len(before) == 10 and len(printed) == 2 and not list((own / "pngs").rglob("*.tmp"))
-    samples = own / "pngs" / "samples"
-    (samples / "000004.png").unlink()
-    swapped = (own / "pngs" / "baseline" / "000001.png").read_bytes()  # another sample's
-    (samples / "000001.png").write_bytes(swapped)
-    Image.open(samples / "000002.png").save(samples / "000002.png")  # the same pixels, but nothing says whose
-    assert run("ddpm", *given) == 0
-    captured = capsys.readouterr()
-    assert "3 of them before" in captured.out and captured.err.count("is damaged, and is made again") == 2
-    assert re.findall("sha256 of the pixels of the .*", captured.out) == printed
-    assert {path: path.read_bytes() for path in before} == before
-    assert run("ddpm", *given) == 0 and "6 of them before; by rank: 0" in capsys.readouterr().out
-    for changed in (["--lambda", "1.2"], ["--seeds", "0-5"], ["--batch", "3"]):
-        assert run("ddpm", *given, *changed) == 2
-        assert "begun with other settings" in capsys.readouterr().err
-    assert run("ddpm", "--lambda", "1.1", "--batch", "2", "--compare", "--out", "pngs") == 2
-    assert "images was 'png', is None" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="pngs: expected samples, it holds png images"):
-        shards.Shards("pngs")
-
-
-def test_a_run_of_pngs_is_of_bytes(own):
-    settings = {"names": ["samples"], "batch": 2, "images": "png"}
-    run_ = shards.begin("pngs", settings, [4, 7, 5])
-    assert isinstance(run_, shards.Pngs) and isinstance(shards.opened("pngs", [4, 7, 5]), shards.Pngs)
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 1), np.uint8)
-    for array in (pixels, pixels[:2].astype(np.float32), pixels[:2, ..., 0], pixels[:2].repeat(2, 3)):
-        with pytest.raises(ValueError, match=r"pngs: expected uint8 \(2, H, W, 1 or 3\) for"):
-            run_.write("samples", 0, array)
-    run_.write("samples", 0, pixels[:2])
-    assert run_.missing() == ([("samples", 1)], []) and sorted(path.name for path in (own / "pngs").iterdir()) == [
-        "000004.png", "000007.png", "run.json",
-    ]  # fmt: skip
-    run_.write("samples", 1, pixels[2:])
-    assert np.array_equal(run_.load(), pixels) and len(run_) == 2
-    shards.begin("samples", {"names": ["samples"], "batch": 2, "shape": [1]}, [4])
-    with pytest.raises(ValueError, match="samples: expected PNG images, it holds samples"):
-        shards.Pngs("samples", [4])
-
-
 @pytest.mark.parametrize(
     "function, more", [("ddpm", []), ("rgb", ["--class", "1"]), ("latent", [])], ids=["grey", "rgb", "latent"]
 )
-def test_the_array_that_adm_s_evaluator_reads(function, more, own):
-    """From memory, from a directory of samples, and from one of PNGs; its network takes three channels."""
-    assert run(function, *more, "--out", "adm.npz", "--format", "adm", "--batch", "2") == 0
-    found = np.load("adm.npz")
-    shape = (5, 8, 6 if function == "rgb" else 8, 3)
-    assert found["arr_0"].dtype == np.uint8 and found["arr_0"].shape == shape and found["arr_0"].flags.c_contiguous
-    assert ("arr_1" in found) == bool(more) and (not more or found["arr_1"].tolist() == [1] * 5)
-    for name, format in (("floats", ["adm"]), ("pngs", ["adm", "png"])):
-        formats = [part for each in format for part in ("--format", each)]
-        assert (
-            run(
-                function, *more, "--out", name, "--out", f"{name}.npz", "--out", f"{name}.png", *formats, "--batch", "2"
-            )
-            == 0
-        )
-        assert np.array_equal(np.load(f"{name}.npz")["arr_0"], found["arr_0"])
-    assert np.array_equal(np.asarray(Image.open("floats.png")).shape, np.asarray(Image.open("pngs.png")).shape)
-    assert run(function, *more, "--compare", "--lambda", "1.2", "--out", "adm.npz", "--format", "adm") == 0
-    assert set(np.load("adm.npz")) == {"arr_0", "baseline", *(["arr_1"] if more else [])}
-    assert images.load("adm.npz", (1 if function == "ddpm" else 3, *shape[1:3])).shape[0] == 5
+def test_a_folder_of_pngs_and_an_array(function, more, own):
+    """The bytes of the samples of one run in memory, from a directory and from memory."""
+    given = ["--batch", "2", "--out", "floats.npz"]
+    assert run(function, *more, *given, seeds="3,0-2,1000000") == 0
+    found = np.load("floats.npz")
+    expected = images.to_bytes(made(function).images(torch.from_numpy(found["samples"])).numpy())
+    assert run(function, *more, "--uint8", *given[:2], "--out", "folder", "--out", "a.npz", seeds="3,0-2,1000000") == 0
+    names, pixels = pytorch_fid(own / "folder" / "samples")
+    assert names == [f"{seed:07d}.png" for seed in (0, 1, 2, 3, 1000000)]
+    order = np.argsort(found["seeds"])
+    assert np.array_equal(pixels, np.broadcast_to(expected[order], pixels.shape))
+    assert Image.open("folder/samples/0000000.png").mode == ("L" if function == "ddpm" else "RGB")
+    assert run(function, *more, "--uint8", *given[:2], "--out", "b.npz", seeds="3,0-2,1000000") == 0
+    for name in ("a.npz", "b.npz"):
+        array = np.load(name)
+        assert array["arr_0"].dtype == np.uint8 and array["arr_0"].flags.c_contiguous
+        assert np.array_equal(array["arr_0"], np.broadcast_to(expected, (*expected.shape[:3], 3)))
+        assert array["seeds"].tolist() == [3, 0, 1, 2, 1000000]
+        assert array["arr_1"].tolist() == [1] * 5 if more else "arr_1" not in array
+    shape = (1 if function == "ddpm" else 3, *expected.shape[1:3])
+    assert images.load("folder/samples", shape).shape == (5, *shape)
 
 
-def test_pngs_that_are_not_finite_are_told_of(own, capsys):
-    assert run("nan", "--out", "pngs", "--format", "png") == 0
-    assert capsys.readouterr().err == "warning: some samples are not finite\n"
-    assert not np.asarray(Image.open("pngs/000000.png")).any()
+def test_what_is_compared_has_two_folders_and_two_arrays(own):
+    assert run("ddpm", "--uint8", "--compare", "--lambda", "1.2", "--out", "both", "--out", "both.npz") == 0
+    arrays = np.load("both.npz")
+    assert set(arrays) == {"seeds", "arr_0", "baseline"}
+    for folder, name in (("samples", "arr_0"), ("baseline", "baseline")):
+        assert np.array_equal(pytorch_fid(own / "both" / folder)[1], arrays[name])
+    assert not np.array_equal(arrays["arr_0"], arrays["baseline"])
+
+
+def test_pngs_that_are_not_there_are_made_from_the_samples(own, capsys, monkeypatch):
+    """Of a run without them too. What a killed process left is removed."""
+    given = ["--out", "folder", "--batch", "2"]
+    assert run("ddpm", *given) == 0 and not (own / "folder" / "samples").exists()
+    printed = re.findall("sha256 .*", capsys.readouterr().out)
+    monkeypatch.setattr(cli.sample, "sample", None)
+    assert run("ddpm", *given, "--uint8") == 0
+    assert re.findall("sha256 .*", capsys.readouterr().out) == printed
+    folder = own / "folder" / "samples"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(before) == 5
+    (folder / "000003.png").unlink()
+    left = folder / f"000003.png.{socket.gethostname()}.999999999.tmp"
+    left.write_bytes(b"a part")
+    assert run("ddpm", *given, "--uint8") == 0
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # ---- real images ----
 
 
-def save(path, pixels, **options):
+def save(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
+    Image.fromarray(pixels).save(path)
 
 
-def test_images_are_cropped_to_the_centre_and_resized(tmp_path, caplog):
-    """A square in the middle of a wide image, by Pillow's own crop and bicubic filter; a warning says how many."""
-    wide = np.random.default_rng(0).integers(0, 256, (20, 36, 3), np.uint8)
+def test_larger_images_are_cropped_to_their_centre_and_resized(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    wide, exact = rng.integers(0, 256, (20, 36, 3), np.uint8), rng.integers(0, 256, (10, 10, 3), np.uint8)
     save(tmp_path / "a.png", wide)
-    save(tmp_path / "b.png", wide[:10, :10])
-    expected = Image.fromarray(wide).crop((8, 0, 28, 20)).resize((10, 10), Image.Resampling.BICUBIC)
-    found = images.to_bytes(torch.from_numpy(images.load(tmp_path, (3, 10, 10))))
-    assert np.array_equal(found[0], np.asarray(expected)) and np.array_equal(found[1], wide[:10, :10])
-    said = f"data: 1 of 2 images of {tmp_path} were cropped to their centre and resized to 10 x 10 (Pillow, bicubic), "
-    assert caplog.messages == [f"{said}the first from 20 x 36"]
-    tall = images.to_bytes(torch.from_numpy(images.load(tmp_path, (3, 10, 5))))
-    assert np.array_equal(tall[0], np.asarray(Image.fromarray(wide).crop((13, 0, 23, 20)).resize((5, 10), 3)))
-    with pytest.raises(
-        ValueError, match=r"\(3, 11, 10\), the network's shape, in .*b.png, or more pixels, got \(3, 10, 10\)"
-    ):
-        images.load(tmp_path, (3, 11, 10))
-    with pytest.raises(ValueError, match=r"expected a .npy or .npz for samples of shape \(1, 24\), got images"):
+    save(tmp_path / "b.png", exact)
+    expected = Image.fromarray(wide).resize((10, 10), Image.Resampling.BICUBIC, box=(8, 0, 28, 20))
+    found = images.to_bytes(images.load(tmp_path, (3, 10, 10)))
+    assert np.array_equal(found, [np.asarray(expected), exact])
+    said = (
+        f"data: 1 of 2 images of {tmp_path} were cropped to their centre and resized to 10 x 10, the first from 20 x 36"
+    )
+    assert caplog.messages == [said]
+    for shape in ((3, 11, 10), (3, 10, 11)):
+        wanted = f"expected {shape}, the network's shape, or larger, in {tmp_path / 'b.png'}, got (3, 10, 10)"
+        with pytest.raises(ValueError, match=re.escape(wanted)):
+            images.load(tmp_path, shape)
+    with pytest.raises(ValueError, match=r"expected a .npy or .npz for samples of shape \(1, 24\), got a directory"):
         images.load(tmp_path, (1, 24))
-
-
-@pytest.mark.parametrize(
-    "name", ["a.png", "a.jpg", "a.JPEG", "a.bmp", "a.webp", "a.tif", "a.tiff", "a.ppm", "a.pgm", "a.gif"]
-)
-def test_any_common_image_file(name, tmp_path):
-    save(tmp_path / name, np.full((8, 8), 60, np.uint8))
-    for channels in (1, 3):
-        found = images.load(tmp_path, (channels, 8, 8))
-        assert found.shape == (1, channels, 8, 8) and np.abs((found + 1) * 127.5 - 60).max() < 2
-
-
-def test_other_modes_become_grey_or_rgb(tmp_path):
-    pixels = np.full((8, 8, 4), 40, np.uint8)
-    save(tmp_path / "alpha.png", pixels)
-    Image.fromarray(pixels[..., :3]).convert("P").save(tmp_path / "palette.png")
-    Image.fromarray(pixels[..., 0] > 3).save(tmp_path / "two.png")
-    found = images.to_bytes(torch.from_numpy(images.load(tmp_path, (3, 8, 8))))
-    assert [int(image[0, 0, 0]) for image in found] == [40, 40, 255] or abs(int(found[1, 0, 0, 0]) - 40) < 26
 
 
 def test_images_of_a_class(tmp_path):
     """Classes are counted in the order of their folders' names, as ImageFolder does; mnist and arr_1 tell too."""
     for i, name in enumerate(["cat/1.png", "cat/deep/2.png", "ant/1.png", "ant/3.png", "bee/1.png"]):
-        save(tmp_path / "data" / name, np.full((4, 4), 20 * i, np.uint8))
-    levels = lambda **named: (images.load(tmp_path / "data", (1, 4, 4), **named)[:, 0, 0, 0] + 1) * 127.5 / 20  # noqa: E731
-    assert levels().round().tolist() == [2, 3, 4, 0, 1] and levels(label=0).round().tolist() == [2, 3]
-    assert levels(label=2).round().tolist() == [0, 1] and levels(label=2, count=1).round().tolist() == [0]
-    with pytest.raises(ValueError, match="data: expected a folder for class 3 in .*, got 3 folders"):
+        save(tmp_path / "data" / name, np.full((4, 4), i, np.uint8))
+    levels = lambda **named: images.to_bytes(images.load(tmp_path / "data", (1, 4, 4), **named))[:, 0, 0, 0].tolist()  # noqa: E731
+    assert levels() == [2, 3, 4, 0, 1] and levels(label=0) == [2, 3]
+    assert levels(label=2) == [0, 1] and levels(label=2, count=1) == [0]
+    with pytest.raises(ValueError, match="data: expected a directory for class 3 in .*, got 3 directories"):
         levels(label=3)
     with pytest.raises(ValueError, match="data: expected 2 images of class 1 in .*, got 1"):
         levels(label=1, count=2)
     whole = images.load("mnist", (1, 28, 28))
-    assert np.array_equal(images.load("mnist", (1, 28, 28), 20, label=7), whole[3500:3520])
+    assert np.array_equal(images.load("mnist", (1, 28, 28), 20, label=7), whole[3500:4000:25])
     array = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
-    np.savez(tmp_path / "a.npz", array, np.array([1, 0, 1]))
-    assert np.array_equal(
-        images.load(tmp_path / "a.npz", (3, 4, 4), label=1), images.load(tmp_path / "a.npz", (3, 4, 4))[::2]
-    )
-    np.savez(tmp_path / "b.npz", array, np.array([1.0, 0, 1]))
-    with pytest.raises(ValueError, match="data: expected an integer label for each image in .*, got float64"):
-        images.load(tmp_path / "b.npz", (3, 4, 4), label=1)
+    for labels in ([1, 0, 1], [1.0, 0, 1]):
+        np.savez(tmp_path / "a.npz", array, np.array(labels))
+        every = images.load(tmp_path / "a.npz", (3, 4, 4))
+        if labels == [1, 0, 1] and isinstance(labels[0], int):
+            assert np.array_equal(images.load(tmp_path / "a.npz", (3, 4, 4), label=1), every[::2])
+        else:
+            with pytest.raises(ValueError, match="data: expected an integer label for each image in .*, got float64"):
+                images.load(tmp_path / "a.npz", (3, 4, 4), label=1)
 
 
 def test_bytes_with_their_channels_last(tmp_path):
     """As guided-diffusion's reference batches have them, beside the statistics that stand there too."""
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)
-    expected = images.to_floats(pixels.transpose(0, 3, 1, 2))
     np.savez(tmp_path / "a.npz", arr_0=pixels, mu=np.zeros(3), sigma=np.eye(3))
     np.save(tmp_path / "a.npy", pixels)
     for name in ("a.npz", "a.npy"):
-        assert np.array_equal(images.load(tmp_path / name, (3, 4, 5)), expected)
-    grey = pixels[..., :1].repeat(3, 3)
-    np.save(tmp_path / "grey.npy", grey)
-    assert np.array_equal(images.load(tmp_path / "grey.npy", (1, 4, 5)), expected[:, :1])
+        assert np.array_equal(images.to_bytes(images.load(tmp_path / name, (3, 4, 5))), pixels)
+    square = pixels[:, :3, :3]
+    np.save(tmp_path / "b.npy", square)  # (N, C, H, W) where it can be either
+    assert np.array_equal(images.to_bytes(images.load(tmp_path / "b.npy", (3, 3, 3))), square.transpose(0, 2, 3, 1))
     for array, shape in ((pixels, (1, 4, 5)), (pixels.astype(np.float32), (3, 4, 5)), (pixels, (3, 5, 4))):
         np.save(tmp_path / "b.npy", array)
         with pytest.raises(ValueError, match=r"data: expected images \(N, "):

@@ -276,7 +276,7 @@ def test_quick_row_and_report(compared, tmp_path, capsys):
     assert experiment.quick() == 1 and capsys.readouterr().out.count("NOT inside") == 1
     from exposure_report import BEGIN, END, report
 
-    pages = [tmp_path / "docs" / "exposure.md", tmp_path / "README.md"]
+    pages = [tmp_path / "docs" / "exposure_tables.md", tmp_path / "docs" / "exposure.md"]
     pages[0].parent.mkdir()
     for page in pages:
         page.write_text(f"before\n{BEGIN}old\n{END}\nafter\n")
@@ -291,4 +291,8 @@ def test_quick_row_and_report(compared, tmp_path, capsys):
     for page, start in zip(pages, (f"| ddim, 3 | 20 | {baseline:.3f} [", f"| ddim | {baseline:.3f} ["), strict=True):
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text and start in text
+    shares = next(line for line in pages[1].read_text().splitlines() if line.startswith("| `nothing` | ddim, 3 |"))
+    found = corrected["tables"]["20"]
+    least = min(found[name]["frechet"][0] for name in ("dc", "dc, alpha*m0"))
+    assert shares.split(" | ")[4].strip("*") == f"{100 * (1 - least / found['baseline']['frechet'][0]):.0f} %"
     assert (tmp_path / "docs" / "exposure" / "nothing.svg").stat().st_size > 1000

@@ -8,7 +8,7 @@ import pywt
 import torch
 
 import epskernels
-from epskernels import exposure, samplers, schedule
+from epskernels import exposure, plots, samplers, schedule
 from epskernels.bands import low_band
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -586,6 +586,30 @@ def test_infinities_are_saved_as_plain_json(tmp_path):
     found.plot(tmp_path / "exposure.png")
 
 
+@pytest.mark.parametrize(
+    "ratio, error, said",
+    [
+        ([1.01, 0.9, 1.04], 0.0, "up to 10 % smaller than in training"),
+        ([1.01, 0.9, 1.04], [0.001, 0.1, 0.001], "up to 4 % larger than in training"),
+        ([1.01, np.nan, 1.04], [0.01, 0.01, np.nan], "up to 4 % larger than in training"),
+        ([1.01, 0.99], [0.01, 0.01], "as in training"),
+        ([np.nan, np.nan], [np.nan, np.nan], "not measured"),
+        ([1.0, np.inf], 0.0, "as in training"),
+    ],
+)
+def test_what_a_title_says_of_a_gap(ratio, error, said):
+    assert plots.largest_gap(ratio, error) == said
+
+
+def test_titles_say_what_was_found(tmp_path):
+    found = exposure.measure(wavy_for(TABLES["ddpm"]), TABLES["ddpm"], images(4))
+    found.plot(tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert f"<!-- Predicted noise: {plots.largest_gap(found.norm_gap, found.norm_gap_se)} -->" in text
+    assert f"<!-- Variance error: {found.delta_chain[-1]:.2g} at the end of the chain -->" in text
+    assert "<text" not in text  # outlines: no font is asked for
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_plot(suffix, tmp_path):
     found = exposure.measure(wavy_for(TABLES["ddpm"]), TABLES["ddpm"], images(4), progress=True)
@@ -593,6 +617,9 @@ def test_plot(suffix, tmp_path):
         draw(tmp_path / f"exposure.{suffix}")
         drawn = (tmp_path / f"exposure.{suffix}").read_bytes()
         assert drawn.startswith(b"\x89PNG") if suffix == "png" else drawn.count(b'id="axes_') == axes
+        draw(tmp_path / f"again.{suffix}")  # the same bytes: no date, no random names
+        assert (tmp_path / f"again.{suffix}").read_bytes() == drawn
+        (tmp_path / f"again.{suffix}").unlink()
     found.plot(tmp_path / "without")
     assert (tmp_path / "without.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="'nope' is not supported"):

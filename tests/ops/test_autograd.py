@@ -47,7 +47,7 @@ each_set = pytest.mark.parametrize(
 def formula(
     x, f, rows, index, u=None, m1=None, m2=None, v=None, grad=None, z=None, y=None, rescale=None, threshold=None
 ):
-    """(x', m0, y') by the README's formula; no term is left out of it."""
+    """(x', m0, y') by the formula of docs/architecture.md; no term is left out of it."""
     each = (-1, *[1] * (x.dim() - 1))
     columns = rows[index].reshape(-1, rows.shape[1], *each[1:]).unbind(1)
     row = dict(zip(COLUMNS + BAND_COLUMNS, columns, strict=False))

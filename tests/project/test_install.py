@@ -16,14 +16,14 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ROOT = pathlib.Path(__file__).parents[2]
 USE = (
     "import sys, warnings, torch, epskernels\n"
-    "from epskernels import build, models, samplers, schedule\n"
+    "from epskernels import build, models, quality, samplers, schedule\n"
     "assert 'site-packages' in epskernels.__file__, epskernels.__file__\n"
     "table = samplers.ddpm(schedule.linear(), 20)\n"
     "x = torch.ones(2, 3)\n"
     "y = epskernels.step(x, x, table, 3, seeds=torch.arange(2))\n"
     "with epskernels.use_backend('reference'):\n"
     "    assert torch.equal(y, epskernels.step(x, x, table, 3, seeds=torch.arange(2)))\n"
-    "assert models.DIGITS.with_name('py.typed').exists()\n"
+    "assert models.DIGITS.with_name('py.typed').exists() and len(quality.real_digits().mean) == 64\n"
     "assert (models.DIGITS / 'unet' / 'diffusion_pytorch_model.safetensors').exists()\n"
     "if not build.why_missing():\n"
     "    torch.ops.load_library(build.library())\n"
