@@ -23,8 +23,11 @@ from typing import Any, TypeVar
 ROOT = pathlib.Path(__file__).parents[1]
 HOME = "README.md"
 PAGES = {
-    "Use it": ["docs/your_model.md", "docs/samplers.md", "docs/diffusers.md", "docs/comfyui.md", "docs/stacks.md", "docs/step.md",
-        "docs/corrections.md", "docs/exposure.md", "docs/exposure_method.md", "docs/exposure_tables.md", "docs/install.md"],
+    "Use it": [
+        "docs/install.md", "docs/choosing_lambda.md", "docs/your_model.md", "docs/samplers.md", "docs/diffusers.md",
+        "docs/comfyui.md", "docs/stacks.md", "docs/step.md",
+    ],
+    "Exposure bias": ["docs/corrections.md", "docs/exposure.md", "docs/exposure_method.md", "docs/exposure_tables.md"],
     "In production": [
         "docs/production.md", "docs/production_compile.md", "docs/production_export.md", "docs/production_serving.md",
         "docs/platforms.md", "docs/benchmarks.md",
@@ -44,7 +47,7 @@ REFERENCE: dict[str, tuple[str, dict[str, str | None]]] = {
     "diffusers": ("diffusers", {"epskernels.diffusers": None}),
     "k_diffusion": ("k-diffusion and ComfyUI", {"epskernels.k_diffusion": None}),
     "exposure": ("Exposure bias and quality", {"epskernels.exposure": None, "epskernels.calibrate": None,
-                                               "epskernels.quality": None}),
+                                               "epskernels.quality": None, "epskernels.features": None}),
     "data": ("Models and images", {"epskernels.models": None, "epskernels.images": None}),
     "types": ("Types and the build", {"epskernels.typing": None, "epskernels.build": None}),
 }  # fmt: skip

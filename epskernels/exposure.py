@@ -6,7 +6,7 @@
     ||L(x_t)||, ||x_t - L(x_t)||, and of eps                norms of the low and the high Haar band, L of `bands.py`
 
 Per row of a sampler's table (arXiv 2308.15321, sections 3 and 4). Streaming: a batch at a time, merged by Chan's formula. It does
-not judge samples (`quality.py`) nor choose lambda_t (`calibrate.py`).
+not judge samples (`quality.py`) nor choose lambda_t (`calibrate/`).
 """
 
 import dataclasses

@@ -56,12 +56,16 @@ def missing_package(error: ImportError) -> UsageError:
 # ---- functions of the user's ----
 
 
-def load_function(option: str, text: str) -> Callable[..., Any]:
-    """The function that an option's text names, module:function; the current folder is looked in first. Raises UsageError."""
+def load_function(option: str, text: str, names: Iterable[str] = ()) -> Callable[..., Any]:
+    """The function that an option's text names, MODULE:FUNCTION; the current folder is looked in first, as in `python -m`.
+
+    names: what else the option takes. Raises UsageError.
+    """
     if not _FUNCTION.fullmatch(text):
-        raise UsageError(f"{option}: expected module:function, such as my_module:my_function, got {text!r}")
+        others = f"one of {', '.join(names)}, or " if names else ""
+        raise UsageError(f"{option}: expected {others}MODULE:FUNCTION, such as mymodule:myfunction, got {text!r}")
     name, _, path = text.partition(":")
-    if sys.path[0] != os.getcwd():  # as in `python -m`; it stays, for what the function imports when it is called
+    if sys.path[0] != os.getcwd():  # until the command ends: a function may import when it is called
         sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()
     try:

@@ -149,7 +149,7 @@ def test_the_names_of_the_pages_are_there_after_the_import_alone():
     assert {"diffusers.fuse", "k_diffusion.sample_euler", "exposure", "quality", "build.library"} <= names
     code = f"""
 import functools, sys, epskernels
-late = {{"calibrate", "exposure", "images", "k_diffusion", "models", "quality"}}
+late = {{"calibrate", "exposure", "features", "images", "k_diffusion", "models", "quality"}}
 others = {{"diffusers", "matplotlib", "scipy", "epskernels.diffusers.pipelines"}}
 read = {{*others, *(f"epskernels.{{name}}" for name in late)}} & set(sys.modules)
 assert not read, read

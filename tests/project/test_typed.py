@@ -16,9 +16,9 @@ PACKAGE = ROOT / "epskernels"
 PAGES = sorted(page.relative_to(ROOT) for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 # What users import: completion shows what `__all__` names.
 MODULES = [
-    "", "build", "calibrate", "diffusers.pipelines", "exposure", "files", "graphed", "guidance", "images", "models",
-    "ops", "published_settings", "quality", "ranks", "sample", "samplers", "scaling", "schedule", "seeds", "shards", "table",
-    "trajectory", "typing",
+    "", "build", "calibrate", "calibrate.gradient", "calibrate.norms", "calibrate.trials", "diffusers.pipelines", "exposure",
+    "features", "files", "graphed", "guidance", "images", "models", "ops", "published_settings", "quality", "ranks", "sample",
+    "samplers", "scaling", "schedule", "seeds", "shards", "table", "trajectory", "typing",
 ]  # fmt: skip
 # Triton reads annotations as the types of a kernel's arguments.
 WITHOUT_ANNOTATIONS = {"ops/triton_kernels.py"}
