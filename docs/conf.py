@@ -24,8 +24,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 HOME = "README.md"
 PAGES = {
     "Use it": [
-        "docs/install.md", "docs/choosing_lambda.md", "docs/samplers.md", "docs/diffusers.md", "docs/comfyui.md",
-        "docs/stacks.md", "docs/step.md",
+        "docs/install.md", "docs/choosing_lambda.md", "docs/your_model.md", "docs/samplers.md", "docs/diffusers.md",
+        "docs/comfyui.md", "docs/stacks.md", "docs/step.md",
     ],
     "Exposure bias": ["docs/corrections.md", "docs/exposure.md", "docs/exposure_method.md", "docs/exposure_tables.md"],
     "In production": [

@@ -27,10 +27,11 @@ from .common import (
     make_table,
     missing_package,
     model_digests,
+    require_weights,
     require_writable,
     tensors_digest,
 )
-from .measures import Measure, add_measure_arguments, current_folder_first, measure_of, own_function
+from .measures import Measure, add_measure_arguments, measure_of, own_function
 
 TEXTS = {
     "help": "find lambda_t, or a correction, for a model and a sampler",
@@ -71,8 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampler_arguments(parser)
     parser.add_argument(
         "--data",
-        help="real images: a .npy or .npz (N, C, H, W), a directory of image files or of one for each class, or mnist; a search "
-        "by --score alone does without",
+        help="real images: a directory of image files, or of one for each class; larger ones are cropped to their centre and "
+        "resized; a .npy or .npz (N, C, H, W), or uint8 (N, H, W, C), such as arr_0 of guided-diffusion; or mnist. With --class: "
+        "those of the class. For a model with a decode: its latents, in a .npy or .npz. A search by --score alone does without",
     )
     parser.add_argument("--images", type=int, default=256, metavar="N", help="how many of them; default: %(default)s")
     _add_method_arguments(parser)
@@ -227,17 +229,18 @@ class _Result:
 def run(args: argparse.Namespace) -> None:
     """Writes the scaling or the correction. Its notes say what it was fitted for, so that `sample` can warn of another use."""
     _check_arguments(args)
-    with current_folder_first():
-        own = own_function(args)
-        task = _load_task(args)
-        plots = _plot_paths(args)
-        _check_files(args, plots)
-        config, weights = model_digests(task.model)
-        if args.method == "search":
-            measure = measure_of(args, own, task.model.shape, task.data)
-            result = _search(task, measure, _cache_key(task, measure, config, weights))
-        else:
-            result = _match_norms(task)
+    own = own_function(args)
+    task = _load_task(args)
+    plots = _plot_paths(args)
+    _check_files(args, plots)
+    if args.cache:
+        require_weights("--cache", args.cache, task.model)
+    config, weights = model_digests(task.model)
+    if args.method == "search":
+        measure = measure_of(args, own, task.model.shape, task.data)
+        result = _search(task, measure, _cache_key(task, measure, config, weights))
+    else:
+        result = _match_norms(task)
     result.best.save(
         args.out,
         **fitted_for(args),
@@ -263,7 +266,8 @@ def _load_task(args: argparse.Namespace) -> _Task:
         beside = scaling.as_scaling(1.0 if args.lambda_ is None else lambda_value(args.lambda_), "--lambda")
         data = torch.empty(0, *model.shape)
         if args.data is not None:
-            data = torch.from_numpy(images.load(args.data, model.shape, args.images))
+            bounded = model.decode is None
+            data = torch.from_numpy(images.load(args.data, model.shape, args.images, label=args.label, bounded=bounded))
         task = _Task(args, model, call, data, beside)
         task.table()
     except ImportError as error:
@@ -395,7 +399,7 @@ def _correction_maker(args: argparse.Namespace) -> Callable[..., Any]:
     return functools.partial(make, **{name: getattr(args, name) for name in takes if getattr(args, name) is not None})
 
 
-def _cache_key(task: _Task, measure: Measure, config: str, weights: str) -> str:
+def _cache_key(task: _Task, measure: Measure, config: str, weights: str | None) -> str:
     """All that a trial's score depends on: --cache of another key is refused."""
     args = task.args
     return json_digest(

@@ -1,23 +1,17 @@
 """What `epskernels calibrate --method search` makes small: a Fréchet distance in some features, or a score of the user's own.
 
-Features are named (`features.FEATURES`) or, like a score, MODULE:FUNCTION, imported with the current folder in front, as in
-`python -m`. What a function of the user's returns is checked, and what it raises is said in one line with its place.
+Features are named (`features.FEATURES`) or, like a score, MODULE:FUNCTION. What a function of the user's returns is checked.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
-import importlib
 import inspect
 import math
 import numbers
-import operator
-import os
 import pathlib
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,7 +20,7 @@ import torch
 from .. import features, quality
 from ..table import describe
 from ..typing import Array
-from .common import UsageError, first_line
+from .common import UsageError, calling, first_line, load_function
 
 Function = Callable[[torch.Tensor], Any]
 
@@ -62,42 +56,12 @@ def add_measure_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@contextlib.contextmanager
-def current_folder_first() -> Iterator[None]:
-    """While it lasts, modules of the current folder can be imported, as in `python -m`."""
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
 def own_function(args: argparse.Namespace) -> tuple[str, str, Function] | None:
     """(option, text, function) of --score or --features, where it is the user's own. Raises UsageError."""
     option, text = ("--score", args.score) if args.score is not None else ("--features", args.features)
     if text is None or (option == "--features" and text in features.FEATURES):
         return None
-    module_name, _, name = text.partition(":")
-    if not (module_name and name):
-        names = f"one of {', '.join(features.FEATURES)}, or " if option == "--features" else ""
-        raise UsageError(f"{option}: expected {names}MODULE:FUNCTION, such as mymodule:myfunction, got {text!r}")
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{module_name}.".startswith(f"{missing}."):
-            raise UsageError(f"{option}: no module {missing!r} in {os.getcwd()} or among the installed ones") from error
-        raise UsageError(f"{option}: {module_name} cannot be imported: {_raised(error)}") from error
-    try:
-        function = operator.attrgetter(name)(module)
-    except AttributeError:
-        raise UsageError(
-            f"{option}: {module_name} has no {name!r} ({getattr(module, '__file__', 'built in')})"
-        ) from None
-    if not callable(function):
-        raise UsageError(f"{option}: expected {text} to be a function, got {describe(function)}")
+    function = load_function(option, text, features.FEATURES if option == "--features" else ())
     return option, text, function
 
 
@@ -136,19 +100,8 @@ def _built_in(name: str) -> Callable[[torch.Tensor], Array]:
 
 
 def _called(option: str, text: str, function: Function, images: torch.Tensor) -> Any:
-    try:
+    with calling(option, text):
         return function(images)
-    except Exception as error:
-        raise UsageError(f"{option}: {text} raised {_raised(error)}") from error
-
-
-def _raised(error: BaseException) -> str:
-    """The error and where it was raised."""
-    said = f"{type(error).__name__}: {first_line(error)}"
-    if isinstance(error, SyntaxError):  # which says its place itself
-        return said
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{said} ({place.filename}, line {place.lineno})"
 
 
 def _score(text: str, value: Any) -> float:
