@@ -284,13 +284,16 @@ void model_input_tile(float c_in, const float* x, float* model_input, int64_t co
 
 // ---- the low band of x': the sums of blocks, halved or quartered, added to their elements ----
 
-// Neighbouring floats, in whole pairs.
+// Neighbouring floats, in whole pairs: as many as one register holds.
 #if defined(__AVX512F__)
 constexpr int PAIR_BYTES = 64;
 #define NEIGHBOURS 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
-#else
+#elif defined(__AVX__)
 constexpr int PAIR_BYTES = 32;
 #define NEIGHBOURS 1, 0, 3, 2, 5, 4, 7, 6
+#else
+constexpr int PAIR_BYTES = 16;
+#define NEIGHBOURS 1, 0, 3, 2
 #endif
 typedef float Pairs __attribute__((vector_size(PAIR_BYTES)));
 constexpr int64_t PAIRS = PAIR_BYTES / sizeof(float);
