@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/spec.py $(wildcard csrc/*)
 
-.PHONY: build sample check test test-deep lint docs mutants sanitize gpu-check bench bench-full bench-diffusers bench-dispatch \
+.PHONY: build sample check test test-deep test-arm lint docs mutants sanitize gpu-check bench bench-full bench-diffusers bench-dispatch \
 	bench-compare report quality quality-report quality-quick explore train clean another-torch
 
 build: $(READY)
@@ -64,9 +64,15 @@ check: $(READY)
 test: $(READY)
 	$(PYTEST)
 
-# Everything; then kills, races, damage, full disks and torchrun, at length (some two hours).
+# The CPU kernel for Arm, under qemu, and as Clang makes it: every test of its bits, and random calls.
+test-arm: $(READY)
+	EPSKERNELS_TEST_KERNELS=arm_gcc,arm_clang,clang_generic,clang_avx2,clang_avx512 $(PYTEST) -m "" \
+		-k "arm or clang or other_cpus or fuzz" $(addprefix tests/ops/test_,$(addsuffix .py,other_cpus step_bits noise guidance fuzz))
+
+# Everything, Arm and Clang too; then kills, races, damage, full disks and torchrun, at length (some two hours).
 test-deep: $(READY)
 	$(PYTEST) -m ""
+	$(MAKE) test-arm
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ranks.test_campaigns damage=30000 race=1000 full=50 kill=180 ranks=16 torchrun=300
 
 lint: $(READY)

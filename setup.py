@@ -64,6 +64,13 @@ def find_nvcc():
     return next((found for place in places if place and (found := shutil.which(place))), None)
 
 
+def build_folder():
+    """Where CMake works: one for each processor, Python and compiler that CXX names, since CMake keeps the first that it sees."""
+    named = re.sub(r"[^\w.+]+", "-", os.environ.get("CXX", ""))
+    parts = ["cmake", sysconfig.get_platform(), sys.implementation.cache_tag, named]
+    return ROOT / "build" / "-".join(part for part in parts if part)
+
+
 def cuda_architectures(nvcc):
     """Machine code for each generation of data-centre GPUs that this nvcc knows, and PTX of the newest for all later ones."""
     said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
@@ -122,7 +129,7 @@ class CMakeBuild(build_ext):
     def build_with_cmake(self, nvcc):
         import pybind11
 
-        build_dir = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build_dir = build_folder()
         torch_dir = find_torch()
         configure = [
             "cmake", "-S", ROOT, "-B", build_dir, "-G", "Ninja",

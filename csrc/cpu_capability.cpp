@@ -20,22 +20,14 @@ bool has_f16c() {
 }
 #endif
 
-[[maybe_unused]] bool machine_has(const CpuKernels& kernels) {  // only x86 has more than one
-#if defined(EPSKERNELS_X86)
-  if (&kernels == &avx2::kernels) return __builtin_cpu_supports("avx2") && has_f16c();
-  if (&kernels == &avx512::kernels)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_f16c();
-#endif
-  return &kernels == &generic::kernels;
-}
-
 std::vector<const CpuKernels*> available_kernels() {
   std::vector<const CpuKernels*> available{&generic::kernels};
 #if defined(EPSKERNELS_X86)
   __builtin_cpu_init();
-  for (const CpuKernels* kernels : {&avx2::kernels, &avx512::kernels})
-    if (machine_has(*kernels)) available.push_back(kernels);
+  if (__builtin_cpu_supports("avx2") && has_f16c()) available.push_back(&avx2::kernels);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && has_f16c())
+    available.push_back(&avx512::kernels);
 #endif
   return available;
 }

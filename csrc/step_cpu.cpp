@@ -9,6 +9,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(__clang__)
@@ -33,6 +35,8 @@ void widen_tile_float16(const uint16_t* source, float* tile, int64_t count) {
 #if defined(__F16C__)
   for (; i + 8 <= count; i += 8)
     _mm256_storeu_ps(tile + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+#elif defined(__ARM_NEON)
+  for (; i + 4 <= count; i += 4) vst1q_f32(tile + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(source + i))));
 #endif
   for (; i < count; ++i) tile[i] = widen_float16(source[i]);
 }
@@ -48,6 +52,8 @@ void round_tile_float16(const float* tile, uint16_t* target, int64_t count) {
   for (; i + 8 <= count; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i),
                      _mm256_cvtps_ph(_mm256_loadu_ps(tile + i), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+  for (; i + 4 <= count; i += 4) vst1_u16(target + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(tile + i))));
 #endif
   for (; i < count; ++i) target[i] = round_float16(tile[i]);
 }
@@ -118,6 +124,8 @@ inline Words multiply(Words a, Words b) {
   return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
   return (Words)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined(__ARM_NEON)
+  return (Words)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
@@ -284,13 +292,16 @@ void model_input_tile(float c_in, const float* x, float* model_input, int64_t co
 
 // ---- the low band of x': the sums of blocks, halved or quartered, added to their elements ----
 
-// Neighbouring floats, in whole pairs.
+// Neighbouring floats, in whole pairs: as many as one register holds.
 #if defined(__AVX512F__)
 constexpr int PAIR_BYTES = 64;
 #define NEIGHBOURS 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
-#else
+#elif defined(__AVX__)
 constexpr int PAIR_BYTES = 32;
 #define NEIGHBOURS 1, 0, 3, 2, 5, 4, 7, 6
+#else
+constexpr int PAIR_BYTES = 16;
+#define NEIGHBOURS 1, 0, 3, 2
 #endif
 typedef float Pairs __attribute__((vector_size(PAIR_BYTES)));
 constexpr int64_t PAIRS = PAIR_BYTES / sizeof(float);

@@ -63,6 +63,7 @@ ON_ONE_WORKER = (
     "test_distributed",
     "test_export",
     "test_install",
+    "test_other_cpus",
     "test_site",
     "test_triton",
 )

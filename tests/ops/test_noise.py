@@ -46,6 +46,15 @@ def test_elements_that_are_none(begin, count, message):
         _C.normal_elements(77, 3, 1, begin, count)
 
 
+def expected_elements(begin):
+    """1,001 elements of seed 77, draw 3, stream 1, as the reference makes them."""
+    group = torch.arange(251) + begin // 4
+    counter = (group & WORD, group >> 32, torch.full_like(group, 3), torch.ones_like(group))
+    words = reference.philox(counter, (torch.tensor(77), torch.tensor(0)))
+    pairs = reference.box_muller(*words[:2]), reference.box_muller(*words[2:])
+    return torch.stack([*pairs[0], *pairs[1]], dim=1).flatten()[:1001]
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("begin", [0, 4, 2**34 - 512, 2**34, 2**40 + 64, 2**62], ids=str)
 def test_elements_beyond_what_memory_holds(capability, begin):
@@ -54,12 +63,7 @@ def test_elements_beyond_what_memory_holds(capability, begin):
     _C.set_cpu_capability(capability)
     got = torch.tensor(_C.normal_elements(77, 3, 1, begin, 1001))
     _C.set_cpu_capability(before)
-    group = torch.arange(251) + begin // 4
-    counter = (group & WORD, group >> 32, torch.full_like(group, 3), torch.ones_like(group))
-    words = reference.philox(counter, (torch.tensor(77), torch.tensor(0)))
-    pairs = reference.box_muller(*words[:2]), reference.box_muller(*words[2:])
-    expected = torch.stack([*pairs[0], *pairs[1]], dim=1).flatten()[:1001]
-    assert same_bits(got, expected)
+    assert same_bits(got, expected_elements(begin))
 
 
 # Philox4x32-10, from Random123's kat_vectors: counter, key, result.

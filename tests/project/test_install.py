@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,13 @@ def test_what_is_of_no_use_is_built_where_the_switch_insists(switch, missing, us
     done = of_setup(f"reason_against('EPSKERNELS_CUDA', {missing}, {useless!r})", **variables)
     said = done.stderr if expected.startswith(("EPSKERNELS_CUDA=1", "EPSKERNELS_CUDA:")) else done.stdout
     assert said.splitlines()[-1] == expected
+
+
+def test_each_compiler_has_a_build_folder_of_its_own():
+    """CMake keeps the compiler that a folder has seen first."""
+    compilers = ("", "g++", "clang++", "/usr/bin/clang++ -m64")
+    names = {of_setup("build_folder().name", CXX=named).stdout.splitlines()[-1] for named in compilers}
+    assert len(names) == 4 and all(re.fullmatch(r"cmake-[\w.+-]+", name) for name in names)
 
 
 @pytest.mark.parametrize(

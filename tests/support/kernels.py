@@ -1,7 +1,8 @@
 """The kernels that the tests hold to the reference, all called with tensors of the host.
 
 On the host itself: the CPU kernel with each instruction set; the CUDA kernel's own source as host C++, its blocks and threads
-run as loops; the Triton kernel in its interpreter. With a GPU: the CUDA and the Triton kernel, through copies of the host's
+run as loops; the Triton kernel in its interpreter; where EPSKERNELS_TEST_KERNELS names them, the CPU kernel as other compilers
+make it, and for Arm (other_cpus.py). With a GPU: the CUDA and the Triton kernel, through copies of the host's
 memory in the same layout, so that a misaligned or strided view stays one.
 """
 
@@ -13,11 +14,14 @@ import pathlib
 import subprocess
 
 import filelock
+import pytest
 import torch
 
 import epskernels
 from epskernels import _C, build, ops, spec
 from epskernels.ops import backends, registration
+
+from . import other_cpus
 
 ROOT = pathlib.Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
@@ -27,7 +31,9 @@ if build.interprets_triton() and not build.why_missing("triton"):
     HOST_KERNELS.append("triton")
 KERNELS = HOST_KERNELS + GPU_KERNELS
 if wanted := os.environ.get("EPSKERNELS_TEST_KERNELS"):  # some of them, such as "cuda,triton"
-    KERNELS = [name for name in KERNELS if name in wanted.split(",")]
+    KERNELS = [name for name in (*KERNELS, *other_cpus.OTHERS) if name in wanted.split(",")]
+READ_ROWS = (*_C.cpu_capabilities(), *other_cpus.OTHERS)  # on the host: they raise where the others give NaN
+CPU_KERNELS = [name for name in KERNELS if name in READ_ROWS]
 
 
 def compile_for_host(sources, here, sanitizers, target):
@@ -79,13 +85,22 @@ def overload(name, op):
         from epskernels.ops.triton_backend import TRITON
 
         return TRITON[op]
+    if name in other_cpus.OTHERS:
+        return other_cpus.overload(name, op)
     return getattr(torch.ops.epskernels, op).default
 
 
-backends.BY_NAME["cuda_on_host"] = (
-    lambda: backends.Functions(*(overload("cuda_on_host", name) for name in backends.Functions._fields)),
-    None,
-)
+def why_missing(name):
+    """What this machine lacks to run a kernel that was asked for by name, or None."""
+    return other_cpus.OTHERS[name].why_missing() if name in other_cpus.OTHERS else None
+
+
+def functions_of(name):
+    return backends.Functions(*(overload(name, op) for op in backends.Functions._fields))
+
+
+for _name in ("cuda_on_host", *other_cpus.OTHERS):
+    backends.BY_NAME[_name] = (functools.partial(functions_of, _name), None)
 
 
 current = "torch.ops"  # the name of the active kernel
@@ -139,7 +154,7 @@ class Kernel:
     def __init__(self, name):
         self.name = name
         self.gpu = name in GPU_KERNELS
-        self.reads_rows = name in _C.cpu_capabilities()  # on the host: it raises where the others give NaN
+        self.reads_rows = name in READ_ROWS
 
     def __str__(self):
         return self.name
@@ -148,6 +163,8 @@ class Kernel:
     def active(self, monkeypatch):
         """The public functions run on this kernel."""
         global current
+        if missing := why_missing(self.name):
+            pytest.skip(f"{self.name}: {missing}")
         current = self.name
         with self._active(monkeypatch):
             yield self
