@@ -32,7 +32,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/spec.py $(wildcard csrc/*)
 
-.PHONY: build sample check test test-deep lint docs mutants sanitize gpu-check bench bench-full bench-diffusers bench-dispatch \
+.PHONY: build sample check test test-deep lint docs mutants sanitize gpu-check gpu-check-dry bench bench-full bench-diffusers bench-dispatch \
 	bench-compare report quality quality-report quality-quick train clean another-torch
 
 build: $(READY)
@@ -93,10 +93,15 @@ mutants: $(READY)
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/project/sanitize.sh
 
-# Installs nothing: where there is no network, the torch of the system will do.
+# Installs nothing: where there is no network, the torch of the system will do. At most six minutes; called again it goes on.
 gpu-check:
-	@test -n "$(GPU_PYTHON)" || { echo "gpu-check: no Python here has a torch that sees a GPU (GPU_PYTHON=...)"; exit 1; }
-	$(GPU_PYTHON) tests/gpu/gpu_check.py $(RESULTS)
+	@python="$(GPU_PYTHON)"; test -n "$$python" || \
+		{ echo "gpu-check: no Python here has a torch that sees a GPU (GPU_PYTHON=...)"; exit 1; }; \
+	"$$python" -m tests.gpu.gpu_check $(RESULTS)
+
+# The same on a stand-in for a GPU, so that nothing trivial fails on the day when there is one.
+gpu-check-dry: $(READY)
+	$(BIN)/python -m tests.gpu.gpu_check --dry-run build/gpu-check
 
 # Its results: benchmarks/results/latest.json, compared and drawn by the targets after it.
 bench: $(READY)
