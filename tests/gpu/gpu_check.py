@@ -78,10 +78,10 @@ def write(path, text):
 
 OUTCOMES = os.environ.get("EPSKERNELS_GPU_OUTCOMES")  # a file of lines {id, outcome, seconds, digest}
 DRY = "EPSKERNELS_GPU_DRY" in os.environ
-# Tests of the GPU itself: no stand-in has its memory, its compilers or its profiler.
+# Tests of the GPU itself: no stand-in has its memory, its compilers, its profiler or its fake tensors.
 ONLY_ON_A_GPU = re.compile(
     r"test_out_of_memory|one_kernel|compiled_for_any_size|every_square_root|more_elements_than|package|c_plus_plus"
-    r"|test_triton.py|test_cuda_build.py|torchrun|ranks_on_gpus"
+    r"|test_triton.py|test_cuda_build.py|torchrun|ranks_on_gpus|opcheck"
 )
 
 

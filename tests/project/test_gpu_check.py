@@ -186,6 +186,37 @@ def test_the_stand_in_runs_tests_of_the_gpu(tmp_path):
     assert len(outcomes) == 3 and {outcome["outcome"] for outcome in outcomes.values()} == {"passed"}
 
 
+ON_ROCM = """
+import torch, epskernels
+from epskernels import build, samplers, schedule
+assert torch.zeros(1, device="cuda").device.type == "cuda" and torch.version.cuda is None
+table, x, seeds = samplers.ddpm(schedule.linear(), 5), torch.randn(2, 3, 4), torch.arange(2)
+there = epskernels.step(x.cuda(), x.cuda(), table.to("cuda"), 1, seeds=seeds.cuda())
+assert there.is_cuda and torch.equal(there.cpu(), epskernels.step(x, x, table, 1, seeds=seeds))
+assert torch.equal(epskernels.normal([1], (3,), device="cuda").cpu(), epskernels.normal([1], (3,)))
+try:
+    epskernels.step(x.cuda(), x.cuda(), table.to("cuda"), 1, seeds=seeds.cuda(), backend="cuda")
+except RuntimeError as error:
+    assert "is missing: this torch" in str(error) and "is ROCm's: on AMD's GPUs the Triton kernel runs" in str(error)
+else:
+    raise AssertionError("a kernel for NVIDIA's GPUs on AMD's")
+assert "libepskernels_cuda.so" not in open("/proc/self/maps").read()
+"""
+
+
+def test_a_torch_for_amd_runs_the_triton_kernel():
+    """Its tensors say "cuda", its torch.version.cuda is None, and nvcc would be of no use."""
+    environment = gpu_check.dry_environment() | {"EPSKERNELS_STAND_IN_ROCM": "1", "EPSKERNELS_LOG": "debug"}
+    done = run([sys.executable, "-c", ON_ROCM], environment)
+    assert done.returncode == 0, done.stderr
+    assert "step on cuda:0 runs on the Triton kernel, by default" in done.stderr
+    assert "cuda tensors run on the Triton kernel: this torch (" in done.stderr and "reference" not in done.stderr
+    told = run([sys.executable, "-m", "epskernels", "info"], environment | {"EPSKERNELS_LOG": ""})
+    assert told.returncode == 0 and "GPU 0: stand-in, gfx942:sramecc+:xnack-\n" in told.stdout, told.stderr
+    assert "  triton     available\n" in told.stdout and "nvcc" not in told.stdout
+    assert "by default: cpu for CPU tensors, triton for CUDA tensors, which ROCm's are\n" in told.stdout
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     done = run([sys.executable, "-m", "tests.gpu.gpu_check"], os.environ | {"PYTHONPATH": str(ROOT)})

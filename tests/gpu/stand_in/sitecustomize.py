@@ -21,6 +21,7 @@ import types
 ABSENT = os.environ.get(
     "EPSKERNELS_STAND_IN_WITHOUT", ""
 ).split()  # modules that the machine with the GPU does not have
+ROCM = "EPSKERNELS_STAND_IN_ROCM" in os.environ  # torch for AMD's GPUs, whose tensors are on "cuda" too
 STREAM_LIBRARY = os.environ.get("EPSKERNELS_STAND_IN_LIBRARY")  # for libtorch_cuda.so of a torch without CUDA
 
 
@@ -127,7 +128,13 @@ def here(value):
 
 
 def run_kernel(op, args, kwargs, given):
-    """One of the package's ops: the CUDA kernel's own source, or, where gradients are wanted, the CPU kernel."""
+    """One of the package's ops: the CUDA kernel's own source, or, where gradients are wanted, the CPU kernel. On ROCm, where no
+    kernel is registered for such tensors, what stands in."""
+    if ROCM:
+        from epskernels.ops.registration import _stand_in
+
+        with torch._C._EnableTorchFunction(), Mode():
+            return _stand_in(op.name().partition("::")[2].partition(".")[0])(*args, **kwargs)
     tensors = {id(value): on_host(value) for value in given if isinstance(value, OnGPU)}
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
     if not wants_gradient and "triton" not in op.name():
@@ -291,8 +298,9 @@ class Triton(importlib.abc.MetaPathFinder):
 # ---- torch.cuda ----
 
 PROPERTIES = types.SimpleNamespace(
-    name="stand-in", major=9, minor=0, multi_processor_count=132, L2_cache_size=2**16, total_memory=4 * 2**30
-)
+    name="stand-in", major=9, minor=0, multi_processor_count=132, L2_cache_size=2**16, total_memory=4 * 2**30,
+    gcnArchName="gfx942:sramecc+:xnack-",
+)  # fmt: skip
 streams, sync_mode = [Stream()], [0]
 
 
@@ -317,7 +325,9 @@ def compiled(model=None, **_):
 
 
 def install():
-    if torch.version.cuda is None:
+    if ROCM:
+        torch.version.cuda, torch.version.hip = None, "0.0 (stand-in)"
+    elif torch.version.cuda is None:
         torch.version.cuda = "0.0 (stand-in)"
         if STREAM_LIBRARY:
             ctypes.CDLL(STREAM_LIBRARY)
