@@ -32,8 +32,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/spec.py $(wildcard csrc/*)
 
-.PHONY: build sample check test test-deep lint docs mutants sanitize gpu-check gpu-check-dry bench bench-full bench-diffusers bench-dispatch \
-	bench-compare report quality quality-report quality-quick train clean another-torch
+.PHONY: build sample check test test-deep lint docs wheel-check mutants sanitize gpu-check gpu-check-dry bench bench-full \
+	bench-diffusers bench-dispatch bench-compare report quality quality-report quality-quick train clean another-torch
 
 build: $(READY)
 
@@ -78,6 +78,16 @@ lint: $(READY)
 $(VENV)/.docs: $(READY)
 	$(BIN)/pip install --quiet 'epskernels[docs]'
 	touch $@
+
+$(VENV)/.wheels: $(READY)
+	$(BIN)/pip install --quiet 'epskernels[wheels]'
+	touch $@
+
+# Wheels with and without the CUDA kernel, under auditwheel and torch-abi-audit; EPSKERNELS_CUDA_PYTHON, a Python whose torch has
+# CUDA, loads that kernel too.
+wheel-check: $(VENV)/.wheels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/project/test_install.py tests/ops/test_cuda_build.py \
+		-k "wheel or abi or loads_it"
 
 # build/site/index.html: every broken link, unknown anchor and unknown name is an error. EPSKERNELS_REPOSITORY=https://.../blob/main
 # has the files that are no pages linked to.

@@ -275,7 +275,7 @@ class Check:
             "--stop-after",
             f"{seconds:.0f}",
         ]
-        command += ["--compile-seconds", "40", *(("--only", r"^\(1, 4.* (float32|bfloat16) ") if DRY else ())]
+        command += ["--compile-seconds", "40", *(("--only", r"^\(1, 4.* (float32 |bfloat16 noise)") if DRY else ())]
         self.part("benchmark", command, reads)
         if self.parts.get("benchmark", {}).get("passed") and not json.loads(self.measured.read_text())["complete"]:
             self.parts["benchmark"]["passed"] = None
