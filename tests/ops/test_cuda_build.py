@@ -121,7 +121,7 @@ if not torch.cuda.is_available():
     assert build.why_missing("cuda") == "no GPU is available to torch", build.why_missing("cuda")
 if not build.why_missing():  # compiled for this version of Python too
     table, x = samplers.ddpm(schedule.linear(), 5), torch.randn(2, 3, 4)
-    got, wanted = (epskernels.step(x, x, table, 2, seeds=[1, 2], backend=name) for name in ("cpu", "reference"))
+    got, wanted = (epskernels.step(x, x, table, 2, seeds=torch.arange(2), backend=name) for name in ("cpu", "reference"))
     assert torch.equal(got, wanted)
 print("torch", torch.__version__)
 """
