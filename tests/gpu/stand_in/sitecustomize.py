@@ -298,7 +298,7 @@ class Triton(importlib.abc.MetaPathFinder):
 # ---- torch.cuda ----
 
 PROPERTIES = types.SimpleNamespace(
-    name="stand-in", major=9, minor=0, multi_processor_count=132, L2_cache_size=2**16, total_memory=4 * 2**30,
+    name="stand-in", major=9, minor=0, multi_processor_count=132, L2_cache_size=2**7, total_memory=4 * 2**30,
     gcnArchName="gfx942:sramecc+:xnack-",
 )  # fmt: skip
 streams, sync_mode = [Stream()], [0]
