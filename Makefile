@@ -33,7 +33,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/spec.py $(wildcard csrc/*)
 
 .PHONY: build sample check test test-deep lint docs wheel-check mutants sanitize gpu-check gpu-check-dry bench bench-full \
-	bench-diffusers bench-dispatch bench-compare report quality quality-report quality-quick train clean another-torch
+	bench-diffusers bench-dispatch bench-compare report quality quality-report quality-quick explore train clean another-torch
 
 build: $(READY)
 
@@ -142,6 +142,10 @@ quality-report: $(READY)
 
 quality-quick: $(READY)
 	$(BIN)/python experiments/exposure.py quick
+
+# The data of docs/explore, the page with the sliders: half an hour of one core, going on from runs/explore.
+explore: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/explore.py
 
 train: $(READY)
 	$(BIN)/python examples/train_mnist.py --out runs/mnist

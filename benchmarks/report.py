@@ -7,10 +7,8 @@ import argparse
 import pathlib
 
 import harness
-import matplotlib
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402
+from epskernels.plots import MARKERS, PALETTE, figures, finish, plain_ticks, save_figure
 
 ROOT = pathlib.Path(__file__).parent.parent
 COPY, COMPILED = "a copy of the same bytes", "torch.compile"
@@ -40,70 +38,140 @@ def rows_of(results, group, peer=None, **axes):
                 yield row
 
 
-def line(axis, rows, x, y, label):
-    """A line over the rows, with their intervals."""
-    rows = sorted(rows, key=x)
-    values = [y(row["ratio"]) for row in rows]
-    bounds = [sorted(y(bound) for bound in row["interval"]) for row in rows]
+# ---- plots, each a function of (results, figure's path) that returns what it found, or None where the run has nothing of it ----
+
+NOISE = {"noise": "with noise", "plain": "without noise"}
+
+
+def times(ratios):
+    """How many times as fast, from ratios of time: "3.1 to 12 times"."""
+    low, high = sorted(_short(1 / ratio) for ratio in (min(ratios), max(ratios)))
+    return f"{low:g} times" if low == high else f"{low:g} to {high:g} times"
+
+
+def _short(value):
+    """With two digits, and no fewer than there are before the point."""
+    return round(value) if value >= 10 else float(f"{value:.2g}")
+
+
+def errors(axis, rows, at, convert, way="y", **style):
+    """Points with their intervals. at: of each row, its place on the other axis. convert: a ratio -> what is drawn."""
+    values = [convert(row["ratio"]) for row in rows]
+    bounds = [sorted(convert(bound) for bound in row["interval"]) for row in rows]
     spread = [[value - low for value, (low, _) in zip(values, bounds, strict=True)],
               [high - value for value, (_, high) in zip(values, bounds, strict=True)]]  # fmt: skip
-    axis.errorbar([x(row) for row in rows], values, yerr=spread, marker="o", markersize=3, capsize=2, label=label)
+    x, y = (at, values) if way == "y" else (values, at)
+    axis.errorbar(x, y, **{f"{way}err": spread}, markersize=4, capsize=2, **style)
+
+
+def by_numel(axis, results, peer, same):
+    """Lines over the number of elements, with noise and without; {feature: its rows}. same: where the peer's speed is drawn."""
+    found = {}
+    for feature, marker in zip(NOISE, MARKERS, strict=False):
+        rows = sorted(rows_of(results, "size", peer, feature=feature), key=lambda row: row["axes"]["numel"])
+        if rows:
+            found[feature] = rows
+            numel = [row["axes"]["numel"] for row in rows]
+            errors(axis, rows, numel, lambda ratio: same / ratio, marker=marker, label=NOISE[feature])
+    axis.axhline(same, color="black", linewidth=0.8)
+    axis.set(xscale="log", xlabel="elements of the state, float32")
+    plain_ticks(axis, "x")
+    return found
+
+
+def saved(figure, axes, results, path, places=("best", "best")):
+    """places: of the legends."""
+    for axis, place in zip(axes, places, strict=False):
+        finish(axis, size=9, loc=place)
+    machine = results["machine"]
+    said = f"{machine['processor']}, {machine['threads']} threads, {machine['date']}; bars: intervals of 95 %"
+    figure.supxlabel(said, fontsize=7, color="dimgray", x=0.99, ha="right")
+    save_figure(figure, path)
+
+
+def beside_compile(results, path):
+    """What people use now: the same formula under torch.compile, and diffusers' schedulers."""
+    schedulers = list(rows_of(results, "scheduler"))
+    figure, axes = figures(1 + bool(schedulers), width=4.6, height=3.6)
+    found = by_numel(axes[0], results, COMPILED, same=1)
+    if not found:
+        return None
+    (said, first), *others = [(NOISE[name], times([row["ratio"] for row in rows])) for name, rows in found.items()]
+    titles = [", ".join([f"{first} as fast as torch.compile\n{said}", *(f"{much} {name}" for name, much in others)])]
+    axes[0].set(title=titles[0], yscale="log", ylabel="times as fast as torch.compile")
+    plain_ticks(axes[0], "y", spread="y")
+    if schedulers:
+        titles.append(beside_schedulers(axes[1], schedulers))
+    saved(figure, axes, results, path, places=("best", "lower right"))
+    return titles
+
+
+def beside_schedulers(axis, rows):
+    peers = list(dict.fromkeys(row["peer"] for row in rows))[::-1]
+    by_shape = {}
+    for row in rows:
+        by_shape.setdefault(tuple(row["axes"]["shape"]), []).append(row)
+    for n, (shape, own) in enumerate(by_shape.items()):
+        at = [peers.index(row["peer"]) + 0.12 - 0.24 * n for row in own]
+        style = {"fmt": MARKERS[n], "color": PALETTE[2 + n], "label": f"state {shape}"}
+        errors(axis, own, at, lambda ratio: 1 / ratio, way="x", **style)
+    title = f"{times([row['ratio'] for row in rows])} as fast as\ndiffusers' own schedulers"
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set(title=title, xscale="log", xlabel="times as fast as diffusers' scheduler")
+    axis.set_ylim(-1.7, len(peers) - 0.5)  # the legend below
+    axis.set_yticks(range(len(peers)), [peer.removeprefix("diffusers' ") for peer in peers])
+    plain_ticks(axis, "x", spread="x")
+    return title
+
+
+def share_of_copy(results, path):
+    figure, axes = figures(1, width=6.4, height=3.4)
+    found = by_numel(axes[0], results, COPY, same=100)
+    if not found:
+        return None
+    name, rows = list(found.items())[-1]  # without noise, where it is there
+    ends = [f"{100 / row['ratio']:.0f} % at {row['axes']['numel']:,} elements" for row in (rows[0], rows[-1])]
+    titles = [f"Speed of a step {NOISE[name]} over that of a copy:\n{', '.join(dict.fromkeys(ends))}"]
+    axes[0].set(title=titles[0], ylabel="speed of a step / speed of a copy, %", ylim=(0, None))
+    saved(figure, axes, results, path)
+    return titles
+
+
+def by_size(results, path):
+    """Cost of larger batches and states."""
+    panels = [
+        (rows, key, *said)
+        for group, key, *said in (("batch", "batch", "samples", 1, 2), ("growth", "numel", "elements", 1000, 10))
+        if (rows := sorted(rows_of(results, group), key=lambda row: row["axes"][key]))
+    ]
+    if not panels:
+        return None
+    figure, axes = figures(len(panels), width=4.6, height=3.4)
+    titles = []
+    for axis, (rows, key, what, one, base) in zip(axes, panels, strict=True):
+        sizes = [row["axes"][key] for row in rows]
+        errors(axis, rows, sizes, lambda ratio: ratio, marker="o", label="step, out=")
+        axis.plot([one, sizes[-1]], [1, sizes[-1] / one], color="black", linewidth=0.8, label="proportional")
+        titles.append(f"{sizes[-1]:,} {what} take\n{_short(rows[-1]['ratio']):g} times as long as {one:,}")
+        axis.set(title=titles[-1], xlabel=what, ylabel=f"time of a step / its time with {one:,}")
+        axis.set_xscale("log", base=base)
+        axis.set_yscale("log", base=base)
+        plain_ticks(axis, "x", "y")
+    saved(figure, axes, results, path)
+    return titles
+
+
+PLOTS = (beside_compile, share_of_copy, by_size)
 
 
 def draw(results, folder):
-    """The plots of a run; their file names."""
+    """The plots of a run: {file name: what it says}."""
     folder.mkdir(parents=True, exist_ok=True)
-    numel, machine = (lambda row: row["axes"]["numel"]), results["machine"]["processor"]
-
-    def figure(name, title, xlabel, ylabel, paint):
-        drawing, axis = plt.subplots(figsize=(6.4, 3.8))
-        axis.set_xscale("log")
-        paint(axis)
-        axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-        drawing.text(0.99, 0.01, machine, ha="right", fontsize=6, color="gray")
-        drawing.tight_layout()
-        with matplotlib.rc_context({"svg.hashsalt": name}):  # the same file for the same numbers
-            drawing.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        plt.close(drawing)
-        return f"{name}.svg"
-
-    def roofline(axis):
-        for feature in ("plain", "noise"):
-            line(axis, rows_of(results, "size", COPY, feature=feature), numel, lambda r: 1 / r, feature)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_ylim(0)
-
-    def beside_compiled(axis):
-        for feature in ("plain", "noise"):
-            line(axis, rows_of(results, "size", COMPILED, feature=feature), numel, lambda r: 1 / r, feature)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_yscale("log")
-
-    def by_batch(axis):
-        growth(axis, "batch", "batch", 1, base=2)
-
-    def by_size(axis):
-        growth(axis, "growth", "numel", 1000, base=10)
-
-    def growth(axis, group, name, one, base):
-        rows = list(rows_of(results, group))
-        line(axis, rows, lambda row: row["axes"][name], lambda r: r, "step, out=")
-        sizes = sorted(row["axes"][name] for row in rows)
-        axis.plot(sizes, [size / one for size in sizes], color="black", linewidth=0.8, label="proportional")
-        for scale in (axis.set_xscale, axis.set_yscale):
-            scale("log", base=base)
-
-    plots = [
-        figure("share_of_copy", "Share of the speed of a copy of the same bytes, out=", "elements", "share", roofline),
-        figure("beside_compile", "How many times faster than torch.compile", "elements", "times", beside_compiled),
-    ]
-    if list(rows_of(results, "batch")):
-        plots.append(figure("by_batch", "Cost of a batch over that of one sample", "samples", "ratio", by_batch))
-    if list(rows_of(results, "growth")):
-        plots.append(figure("by_size", "Cost of a state over that of 1,000 elements", "elements", "ratio", by_size))
-    return plots
+    found = {}
+    for plot in PLOTS:
+        if titles := plot(results, folder / f"{plot.__name__}.svg"):
+            found[f"{plot.__name__}.svg"] = "; ".join(title.replace("\n", " ") for title in titles)
+    return found
 
 
 def table(rows):
@@ -132,8 +200,8 @@ def page(results, run, plots):
     yield f"Targets: {len(judged) - len(missed)} of {len(judged)} met."
     for row in missed:
         yield f"- not met: {row['group']}, {row['name']} beside {row['peer']}: {row['ratio']:.3f}, target {row['target']:.3g}"
-    for plot in plots:
-        yield f"\n![{plot}](benchmarks/{plot})"
+    for plot, said in plots.items():
+        yield f"\n![{said}](benchmarks/{plot})"
     for group, title in TITLES.items():
         rows = list(rows_of(results, group))
         if rows:

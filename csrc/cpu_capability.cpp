@@ -20,7 +20,7 @@ bool has_f16c() {
 }
 #endif
 
-bool machine_has(const CpuKernels& kernels) {
+[[maybe_unused]] bool machine_has(const CpuKernels& kernels) {  // only x86 has more than one
 #if defined(EPSKERNELS_X86)
   if (&kernels == &avx2::kernels) return __builtin_cpu_supports("avx2") && has_f16c();
   if (&kernels == &avx512::kernels)

@@ -23,11 +23,14 @@ from typing import Any, TypeVar
 ROOT = pathlib.Path(__file__).parents[1]
 HOME = "README.md"
 PAGES = {
-    "Use it": ["docs/samplers.md", "docs/diffusers.md", "docs/comfyui.md", "docs/stacks.md", "docs/step.md",
-        "docs/corrections.md", "docs/exposure.md", "docs/exposure_method.md", "docs/exposure_tables.md", "docs/install.md"],
+    "Use it": [
+        "docs/install.md", "docs/choosing_lambda.md", "docs/your_model.md", "docs/samplers.md", "docs/diffusers.md",
+        "docs/comfyui.md", "docs/stacks.md", "docs/step.md",
+    ],
+    "Exposure bias": ["docs/corrections.md", "docs/exposure.md", "docs/exposure_method.md", "docs/exposure_tables.md"],
     "In production": [
         "docs/production.md", "docs/production_compile.md", "docs/production_export.md", "docs/production_serving.md",
-        "docs/benchmarks.md",
+        "docs/platforms.md", "docs/benchmarks.md",
     ],
     "Background": ["docs/glossary.md", "docs/architecture.md", "CONTRIBUTING.md", "CHANGELOG.md"],
 }  # fmt: skip
@@ -44,12 +47,12 @@ REFERENCE: dict[str, tuple[str, dict[str, str | None]]] = {
     "diffusers": ("diffusers", {"epskernels.diffusers": None}),
     "k_diffusion": ("k-diffusion and ComfyUI", {"epskernels.k_diffusion": None}),
     "exposure": ("Exposure bias and quality", {"epskernels.exposure": None, "epskernels.calibrate": None,
-                                               "epskernels.quality": None}),
+                                               "epskernels.quality": None, "epskernels.features": None}),
     "data": ("Models and images", {"epskernels.models": None, "epskernels.images": None}),
     "types": ("Types and the build", {"epskernels.typing": None, "epskernels.build": None}),
 }  # fmt: skip
 # Static pages, as they are, above the navigation: {"explore/index.html": "title"}.
-STATIC: dict[str, str] = {}
+STATIC: dict[str, str] = {"explore/index.html": "See the effect"}
 # Where files that are no pages are linked to, such as https://.../blob/main; without it their names stand alone.
 REPOSITORY = os.environ.get("EPSKERNELS_REPOSITORY", "")
 
@@ -108,6 +111,19 @@ def _copy_static(site: pathlib.Path) -> None:
     for page in STATIC:
         folder = page.split("/")[0]
         shutil.copytree(ROOT / "docs" / folder, site / folder, dirs_exist_ok=True)
+        (site / page).write_text(static_page(page))
+
+
+def static_page(page: str) -> str:
+    """Its text with its links to pages as the site has them. Raises ValueError for a link to a file that is no page."""
+
+    def link(found: re.Match[str]) -> str:
+        name = (ROOT / "docs" / page).parent.joinpath(found[1]).resolve().relative_to(ROOT).as_posix()
+        if name not in pages():
+            raise ValueError(f"docs/{page}: {found[1]}: expected a page of the site")
+        return f'href="../{pages()[name]}.html"'
+
+    return re.sub(r'href="(\.\./[^"]*)"', link, (ROOT / "docs" / page).read_text())
 
 
 # ---- the pages ----

@@ -24,9 +24,9 @@ __all__ = [
 
 # Imported at first use: they are there without an import of their own, and what they need is read by those who use them. Of
 # `diffusers`, which a saved pipeline must find among what is imported, that is so of its names.
-_AT_FIRST_USE = ("calibrate", "exposure", "images", "k_diffusion", "models", "quality")
+_AT_FIRST_USE = ("calibrate", "exposure", "features", "images", "k_diffusion", "models", "quality")
 if TYPE_CHECKING:
-    from . import calibrate, exposure, images, k_diffusion, models, quality  # noqa: F401
+    from . import calibrate, exposure, features, images, k_diffusion, models, quality  # noqa: F401
 
 
 def __getattr__(name: str) -> ModuleType:

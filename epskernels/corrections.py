@@ -22,15 +22,19 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .files import read_object, reading, write_whole
 from .scaling import log_snr
-from .spec import BAND_SHAPES, band_dims_of
-from .table import describe
-from .typing import Array, FilePath
+from .spec import BAND_COLUMNS, BAND_SHAPES, COLUMNS, band_dims_of
+from .table import PROVENANCE, Table, check_one_sampler, describe
+from .typing import Array, FilePath, Floats
 
-__all__ = ["Correction", "CorrectionLike", "as_correction", "corrected", "dc", "dcw", "frequency", "load"]
+__all__ = [
+    "Correction", "CorrectionLike", "as_correction", "corrected", "corrected_rows", "dc", "dcw", "frequency", "load",
+]  # fmt: skip
 
 FORMAT = 1  # of the JSON files
 KINDS, SCHEDULES, TARGETS = ("dc", "dcw", "frequency"), ("constant", "sigma"), ("m0", "alpha*m0")
@@ -75,6 +79,20 @@ class Correction:
             fraction = sigma / sigma_max if sigma_max > 0 else np.zeros_like(sigma)
             low, high = low * fraction, high * (fraction if self.kind == "dc" else 1 - fraction)
         return low, high
+
+    def numbers(self, band: str) -> Array:
+        """Of a weight, "low" or "high": () of one for all steps, (steps,), or the values of a table of levels. float64."""
+        weight: Any = getattr(self, band)
+        return np.asarray(weight["values"] if isinstance(weight, dict) else weight, dtype=np.float64)
+
+    def with_numbers(self, **weights: ArrayLike) -> "Correction":
+        """The same with other numbers in its weights, low= or high= or both."""
+        changed: dict[str, Any] = {}
+        for band, given in weights.items():
+            weight: Any = getattr(self, band)
+            values = np.asarray(given, dtype=np.float64).tolist()
+            changed[band] = weight | {"values": values} if isinstance(weight, dict) else values
+        return dataclasses.replace(self, **changed)
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold of it, and `as_correction` takes: {"kind": "dcw", "low": , "high": , ...}."""
@@ -240,20 +258,25 @@ def corrected(columns: Mapping[str, Any], correction: Correction) -> dict[str, A
     ends_step. A row that does not end a step stays as it is, and so does one that leads to an image without noise (sigma_out 0).
     Raises ValueError where m0 says nothing of x_0, or where the high band would be left out altogether.
     """
+    return folded(columns, correction, *_weights_of_rows(columns, correction))
+
+
+def _column(columns: Mapping[str, Any], key: str, rows: int) -> Array:
+    return np.broadcast_to(np.asarray(columns.get(key, _DEFAULTS.get(key, 0.0)), dtype=np.float64), (rows,))
+
+
+def _weights_of_rows(columns: Mapping[str, Any], correction: Correction) -> tuple[Array, Array]:
+    """(low, high), (R,) each: the step's in the row that ends it, 0 in others and in one that leads to an image."""
     rows = max(np.size(column) for column in columns.values())
-
-    def column(key: str) -> Array:
-        return np.broadcast_to(np.asarray(columns.get(key, _DEFAULTS.get(key, 0.0)), dtype=np.float64), (rows,))
-
-    alpha, sigma = column("alpha_in"), column("sigma_in")
-    ends = column("ends_step") == 1
+    alpha, sigma = (_column(columns, key, rows) for key in ("alpha_in", "sigma_in"))
+    ends = _column(columns, "ends_step", rows) == 1
     begins = np.append(0, np.flatnonzero(ends)[:-1] + 1)  # of each step, its first row
     low, high = np.zeros(rows), np.zeros(rows)
     low[ends], high[ends] = correction.weights(
         log_snr(alpha[begins], sigma[begins]), sigma[begins], float(np.max(sigma[begins]))
     )
-    acts = column("sigma_out") != 0
-    return folded(columns, correction, np.where(acts, low, 0.0), np.where(acts, high, 0.0))
+    acts = _column(columns, "sigma_out", rows) != 0
+    return np.where(acts, low, 0.0), np.where(acts, high, 0.0)
 
 
 def folded(columns: Mapping[str, Any], correction: Correction, low: Array, high: Array) -> dict[str, Any]:
@@ -261,37 +284,105 @@ def folded(columns: Mapping[str, Any], correction: Correction, low: Array, high:
 
     columns: COLUMNS, and of PROVENANCE alpha_in, sigma_in, alpha_out, m_x0 and m_eps.
     """
+    of_m0, of_x = _target(columns, correction, (low != 0) | (high != 0))
+    if (high == -1).any():
+        raise ValueError(
+            "correction: expected a weight of the high band other than -1, which leaves nothing of it to correct"
+        )
+    added = _added(low, high, of_m0, of_x)
+    added["band_dims"] = np.where(added["l_next"] != 0, float(correction.dims), 0.0)
+    scaled = _scaled({key: _column(columns, key, len(low)) for key in _SCALED}, added)
+    return {**columns, **{key: value for key, value in scaled.items() if key in columns or value.any()}, **added}
 
-    def column(key: str) -> Array:
-        return np.broadcast_to(np.asarray(columns.get(key, _DEFAULTS.get(key, 0.0)), dtype=np.float64), low.shape)
 
-    alpha, sigma, alpha_out = column("alpha_in"), column("sigma_in"), column("alpha_out")
+def _target(columns: Mapping[str, Any], correction: Correction, acts: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """What x' is compared with in the rows that act, (R,): of_m0*m0 + of_x*x; 0 in others. Raises ValueError where m0 does not
+    tell it."""
+    names = ("alpha_in", "sigma_in", "alpha_out", "m_x0", "m_eps")
+    alpha, sigma, alpha_out, m_x0, m_eps = (_column(columns, key, len(acts)) for key in names)
     # m0's estimate of x_0: of_m0*m0 + of_x*x, since m0 = m_x0*x_0 + m_eps*eps and x = alpha*x_0 + sigma*eps.
-    m_x0, m_eps = column("m_x0"), column("m_eps")
     with np.errstate(divide="ignore", invalid="ignore"):
         by_eps = np.where(m_eps == 0, 0.0, m_eps / sigma)
         of_m0 = 1 / (m_x0 - by_eps * alpha)
         of_x = -by_eps * of_m0
-    share = alpha_out if correction.target == "alpha*m0" else np.ones_like(low)
+    share = alpha_out if correction.target == "alpha*m0" else np.ones_like(alpha)
     if correction.kind == "frequency":
-        share = np.zeros_like(low)
-    needed = ((low != 0) | (high != 0)) & (share != 0)
+        share = np.zeros_like(alpha)
+    needed = acts & (share != 0)
     if not (np.isfinite(of_m0) & np.isfinite(of_x))[needed].all():
         raise ValueError("correction: expected a sampler whose steps estimate x_0, to compare x' with")
-    of_m0, of_x = np.where(needed, of_m0 * share, 0.0), np.where(needed, of_x * share, 0.0)
+    return np.where(needed, of_m0 * share, 0.0), np.where(needed, of_x * share, 0.0)
 
+
+def _added(low: Floats, high: Floats, of_m0: Floats, of_x: Floats) -> dict[str, Any]:
+    """What a correction adds to rows, by name. For arrays or tensors."""
     w_next = 1 + high
-    if (w_next == 0).any():
-        raise ValueError(
-            "correction: expected a weight of the high band other than -1, which leaves nothing of it to correct"
-        )
     difference = (low - high) / w_next
     added = {"w_next": w_next, "w_m0": -high * of_m0, "w_x": -high * of_x}
-    added |= {"l_next": difference, "l_m0": -difference * of_m0, "l_x": -difference * of_x}
-    added["band_dims"] = np.where(difference != 0, float(correction.dims), 0.0)
-    scaled = {key: w_next * column(key) for key in ("c_x", "c_f", "c_m0", "c_m1", "c_m2", "c_y", "c_grad", "c_noise")}
-    scaled["c_x"], scaled["c_m0"] = scaled["c_x"] + added["w_x"], scaled["c_m0"] + added["w_m0"]
-    return {**columns, **{key: value for key, value in scaled.items() if key in columns or value.any()}, **added}
+    return added | {"l_next": difference, "l_m0": -difference * of_m0, "l_x": -difference * of_x}
+
+
+_SCALED = ("c_x", "c_f", "c_m0", "c_m1", "c_m2", "c_y", "c_grad", "c_noise")
+
+
+def _scaled(columns: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns _SCALED of the corrected x'. For arrays or tensors."""
+    scaled = {key: added["w_next"] * columns[key] for key in _SCALED}
+    return scaled | {"c_x": scaled["c_x"] + added["w_x"], "c_m0": scaled["c_m0"] + added["w_m0"]}
+
+
+# ---- rows that are differentiable in the weights ----
+
+
+def corrected_rows(
+    table: Table, correction: Correction, low: Tensor, high: Tensor | None = None, *, rows: Tensor | None = None
+) -> Tensor:
+    """The rows of a table, with a correction: float32 (R, columns), differentiable in its weights, to pass in the table's place.
+
+    table: one sampler's, without a correction. low, high: float32 or float64 on its device, in the place of the correction's own
+    numbers and of their shape (`Correction.numbers`); of dc low alone. rows: the table's with another lambda_t, as
+    `Table.scaled_rows` makes them. Worked out in float64 and rounded once, as a sampler does it; a high band's weight of -1 gives
+    a row that is not finite.
+    Raises ValueError and TypeError naming the argument.
+    """
+    check_one_sampler(table)
+    if table.corrected:
+        raise ValueError(f"table: expected one without a correction, got {table.name} with one")
+    bands = ("low",) if correction.kind == "dc" else ("low", "high")
+    if (high is None) != (len(bands) == 1):
+        raise ValueError(f"high: expected {'a tensor' if high is None else 'None'} for {correction.kind!r}")
+    columns = {key: table[key] for key in (*_SCALED, *PROVENANCE)}
+    weights, acts = [], np.zeros(len(table), dtype=bool)
+    for band, given in zip(bands, (low, high), strict=False):
+        shape = correction.numbers(band).shape
+        if not isinstance(given, Tensor) or given.dtype not in (torch.float32, torch.float64) or given.shape != shape:
+            got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else describe(given)
+            raise ValueError(f"{band}: expected a tensor of float32 or float64, shape {shape}, got {got}")
+        basis, offset = _in_rows(columns, correction, band)
+        acts |= basis.any(1)
+        basis_, offset_ = (torch.from_numpy(each).to(table.device) for each in (basis, offset))
+        weights.append(basis_ @ given.double().reshape(-1) + offset_)
+    target = (torch.from_numpy(each).to(table.device) for each in _target(columns, correction, acts))
+    added = _added(weights[0], weights[-1], *target)
+    own = {key: torch.from_numpy(table[key].copy()).to(table.device) for key in _SCALED}
+    made = dict(zip(COLUMNS, (table.rows if rows is None else rows).unbind(1), strict=True))
+    made |= {key: value.float() for key, value in _scaled(own, added).items()}
+    if correction.kind != "dc":
+        dims = torch.from_numpy(np.where(acts, float(correction.dims), 0.0)).to(table.device)
+        made |= {key: {**added, "band_dims": dims}[key].float() for key in BAND_COLUMNS}
+    return torch.stack(list(made.values()), 1)
+
+
+def _in_rows(columns: Mapping[str, Any], correction: Correction, band: str) -> tuple[Array, Array]:
+    """(basis (R, N), offset (R,)): a band's weight in each row is basis @ numbers + offset, since every schedule is affine."""
+    numbers = correction.numbers(band)
+
+    def weights(values: Array) -> Array:
+        made = correction.with_numbers(**{band: values.reshape(numbers.shape)})
+        return _weights_of_rows(columns, made)[("low", "high").index(band)]
+
+    offset = weights(np.zeros(numbers.size))
+    return np.stack([weights(unit) - offset for unit in np.eye(numbers.size)], 1), offset
 
 
 def check_bands(name: str, x: Tensor, dims: int) -> None:

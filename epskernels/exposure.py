@@ -6,7 +6,7 @@
     ||L(x_t)||, ||x_t - L(x_t)||, and of eps                norms of the low and the high Haar band, L of `bands.py`
 
 Per row of a sampler's table (arXiv 2308.15321, sections 3 and 4). Streaming: a batch at a time, merged by Chan's formula. It does
-not judge samples (`quality.py`) nor choose lambda_t (`calibrate.py`).
+not judge samples (`quality.py`) nor choose lambda_t (`calibrate/`).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from .bands import low_band
 from .files import check_writable, read_object, reading, write_whole
 from .ops import moments, normal
 from .ops.reference import guided_output
-from .plots import figures, finish, largest_gap, save_figure
+from .plots import figures, finish, largest_gap, plain_ticks, save_figure
 from .table import Table, check_one_sampler, denoising_rows
 from .trajectory import Trajectory
 from .typing import Array, Device, FilePath, ModelCall, Outputs
@@ -241,8 +241,11 @@ class Exposure:
         with np.errstate(invalid="ignore", divide="ignore"):
             off = np.abs(self.variance_closed / self.variance_single - 1)
         within = f" at most {100 * np.nanmax(off):.2g} % off" if np.isfinite(off).any() else ""
-        axes[2].set(title=f"Variance after one step: closed form{within}", ylabel="variance less sigma^2")
+        axes[2].set(title=f"Variance after one step: closed form{within}",
+                    ylabel="variance - sigma^2, squared units of the images")  # fmt: skip
         axes[2].set_yscale("symlog", linthresh=1e-5)
+        for axis in axes[1:]:
+            plain_ticks(axis, "y")
         self._save(figure, axes, path)
 
     def plot_bands(self, path: FilePath) -> None:

@@ -9,6 +9,8 @@ Inception-FID and cannot be compared with published ones; `inception_fid` is, wh
 """
 
 import dataclasses
+import functools
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,9 +23,11 @@ from torch import Tensor
 from .typing import Array, Device, FilePath
 
 __all__ = [
-    "WEIGHTS", "DigitFeatures", "Estimate", "Gaussian", "compare", "digit_features", "frechet", "inception_fid",
-    "precision_recall", "real_digits",
+    "WEIGHTS", "DigitFeatures", "Estimate", "Gaussian", "compare", "digit_features", "frechet", "inception_features",
+    "inception_fid", "precision_recall", "real_digits",
 ]  # fmt: skip
+
+_log = logging.getLogger("epskernels")
 
 # Of the classifier of digits, which ships with the package.
 WEIGHTS = pathlib.Path(__file__).with_name("digits") / "classifier.npz"
@@ -107,14 +111,19 @@ def frechet(real: ArrayLike | Gaussian, samples: ArrayLike) -> float:
     """The Fréchet distance between Gaussians of the features' means and covariances.
 
     real: features (N, D), or their Gaussian, such as `real_digits()`. samples: features (M, D).
-    It is biased upward, by less the more samples there are: compare only the same numbers of them.
+    It is biased upward, by less the more samples there are: compare only the same numbers of them. The log warns where one side
+    has no more than D of them: its covariance then has directions of which it knows nothing.
     Raises ValueError naming the argument.
     """
     if not isinstance(real, Gaussian):
-        real = _gaussian(_checked(real, "real"))
-    elif real.covariance.shape != 2 * real.mean.shape:
+        real, number = _gaussian(found := _checked(real, "real")), len(found)
+    elif real.covariance.shape == 2 * real.mean.shape:
+        number = None
+    else:
         raise ValueError(f"real: expected a mean (D,) and a covariance (D, D), got {[each.shape for each in real]}")
-    return _distance(real, _gaussian(_of_width(len(real.mean), samples)))
+    of_samples = _of_width(len(real.mean), samples)
+    _warn_of_rank(number, *of_samples.shape)
+    return _distance(real, _gaussian(of_samples))
 
 
 def _of_width(width: int, samples: ArrayLike) -> Array:
@@ -127,6 +136,18 @@ def _of_width(width: int, samples: ArrayLike) -> Array:
 def _pair(real: ArrayLike, samples: ArrayLike) -> tuple[Array, Array]:
     of_real = _checked(real, "real")
     return of_real, _of_width(of_real.shape[1], samples)
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_of_rank(real: int | None, samples: int, dimensions: int) -> None:
+    """Once for the same numbers. real: None where a Gaussian was given."""
+    if min(samples if real is None else real, samples) <= dimensions:
+        of_real = "a Gaussian" if real is None else f"{real} real images"
+        _log.warning(
+            "Frechet distance: %d features of %s and %d samples: a covariance is of less than full rank; take more than %d of "
+            "each, or fewer features",
+            dimensions, of_real, samples, dimensions,
+        )  # fmt: skip
 
 
 def _gaussian(features: Array, counts: Array | None = None) -> Gaussian:
@@ -231,7 +252,46 @@ def compare(
     return result
 
 
-# ---- Inception-FID, for those who have its weights ----
+# ---- Inception, for those who have its weights ----
+
+
+@torch.no_grad()
+def inception_features(
+    images: np.ndarray | Tensor,
+    weights: FilePath | None = None,
+    *,
+    dims: int = 2048,
+    device: Device = "cpu",
+    batch: int = 32,
+) -> Array:
+    """Features of InceptionV3 for images (N, C, H, W) in [-1, 1], C 1 or 3, by torch-fidelity: float64 (N, dims).
+
+    Nothing is downloaded. weights: the file of its InceptionV3; default: where torch-fidelity keeps it. dims: 2048, which FID
+    takes and which wants more than 2,048 images; or an earlier layer: 64, 192 or 768.
+    Raises ImportError without torch-fidelity, RuntimeError where there are no weights, ValueError for other arguments.
+    """
+    if dims not in (64, 192, 768, 2048):
+        raise ValueError(f"dims: expected 64, 192, 768 or 2048, got {dims!r}")
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch: expected an integer of at least 1, got {batch!r}")
+    data = _Bytes(images, "images")
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as theirs
+    except ImportError as error:
+        said = "inception_features needs torch-fidelity: pip install torch-fidelity"
+        raise ImportError(said, name="torch_fidelity") from error
+    kept = pathlib.Path(torch.hub.get_dir(), "checkpoints", theirs.URL_INCEPTION_V3.rpartition("/")[2])
+    path = kept if weights is None else pathlib.Path(weights)
+    if not path.is_file():
+        what = "inception_features" if weights is None else "weights"
+        raise RuntimeError(
+            f"{what}: expected torch-fidelity's InceptionV3 in {path}, and there is no such file. Nothing is downloaded here: "
+            f"fetch {theirs.URL_INCEPTION_V3}"
+        )
+    network = theirs.FeatureExtractorInceptionV3("inception", [str(dims)], feature_extractor_weights_path=str(path))
+    network = network.to(device)
+    loader = torch.utils.data.DataLoader(data, batch_size=batch)
+    return torch.cat([network(part.to(device))[0].cpu() for part in loader]).double().numpy()
 
 
 def inception_fid(

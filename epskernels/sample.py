@@ -68,7 +68,8 @@ def sample(
     x = x.to(dtype)
     trajectory = Trajectory(table, x, rows=shifted.rows if shifted else table)
     rows = range(len(table))
-    for i in rows if is_dynamo_compiling() else tqdm(rows, desc=table.name, disable=not progress):
+    # tqdm starts a thread of its own, also for a bar that is not shown.
+    for i in tqdm(rows, desc=table.name) if progress and not is_dynamo_compiling() else rows:
         x, c_in = trajectory.x, table.calls[i][1]
         index, t = shifted.choose(i, x) if shifted else (i, timesteps[i].expand(len(seeds)))
         f, u, v = outputs(model(x if c_in == 1 else c_in * x, t), x, table)

@@ -51,7 +51,7 @@ class Grid:
 
 
 def _readonly(values: ArrayLike) -> Array:
-    copy = np.array(values, dtype=np.float64)
+    copy = np.array(np.asarray(values, dtype=np.float64))  # in two: NumPy 2 warns of a copy of a tensor
     copy.setflags(write=False)
     return copy
 

@@ -31,6 +31,7 @@ class HasSample(Protocol):
     @property
     def sample(self) -> Tensor:
         """f."""
+        ...
 
 
 # f, or f and u: what a model returns, and a model as the sampling loops call it, with x and t.

@@ -1,14 +1,19 @@
 """Draws experiments/results/*.json and writes the measured parts of docs/exposure.md and exposure_tables.md, between markers."""
 
 import comparison
-import matplotlib
 import numpy as np
 import records
 from matplotlib.figure import Figure
 
 from epskernels import calibrate
+from epskernels.plots import MARKERS, PALETTE, finish, largest_gap, plain_ticks, save_figure, styled
 
 BEGIN, END = "<!-- measured: written by `make quality-report` -->\n", "<!-- end of measured -->"
+POINTS = 16  # of a curve along the chain
+# What holds for all panels of a plot.
+CAPTION = """T' is the number of model calls of a chain. Solid: lambda 1; dotted: the best uniform lambda.
+Shaded: two standard errors. Bars: 95 % intervals of the change, of other seeds than the curves; unclear: 0 is in it.
+delta_t: squared difference between the standard deviation of a chain's states and that of training."""
 KINDS = ("baseline", "uniform", "norm-matched")  # whose exposure bias is measured
 
 
@@ -297,25 +302,6 @@ def variety(rows):
         ))  # fmt: skip
 
 
-def draw_corrections(name, rows, axis):
-    """One sampler's distances by method, over the baseline's, for each number of steps."""
-    names = methods(rows)
-    for n, (row, _, found, _) in enumerate(each for each in compared(rows) if each[0]["sampler"] == name):
-        shown = [each for each in names if each in found]
-        ratios = [found[each]["frechet"][0] / found["baseline"]["frechet"][0] for each in shown]
-        axis.plot(
-            [names.index(each) for each in shown],
-            ratios,
-            "o",
-            markersize=4,
-            color=f"C{n}",
-            label=f"T' = {row['steps']}",
-        )
-    axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=6)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set(title=f"{name}: Frechet distance over the baseline's", yscale="log")
-
-
 def closed_form(e):
     head = ("t", "sigma^2", "measured", "closed form, independent error", "closed form, measured covariance", "e_t")
     return table(head, (
@@ -325,42 +311,143 @@ def closed_form(e):
     ))  # fmt: skip
 
 
-def draw(name, rows, measured, axes):
-    """One sampler's plots: norm gap and delta_t, without scaling and with, and the distance by b, for each number of steps; on a
-    fourth axis, where there is one, the distance by correction."""
-    gap, delta, distance, *by_method = axes
-    for axis in by_method:
-        draw_corrections(name, rows, axis)
+# ---- plots: a row of panels for each sampler, whose titles say what was found ----
+
+
+def by_calls(rows):
+    """(row, colour and marker, name) of each number of model calls, the same in all panels."""
     for n, row in enumerate(rows):
-        style = {"color": f"C{n}", "linewidth": 1}
+        yield row, {"color": PALETTE[n], "marker": MARKERS[n]}, f"T' = {row['calls']}"
+
+
+def draw_along(rows, measured, axes):
+    """Norm gap and delta_t along the chain, at lambda 1 and at the best lambda."""
+    gaps, ends = [], []
+    for row, style, said in by_calls(rows):
         for kind, line in (("baseline", "-"), ("uniform", ":")):
-            if (e := measured.get((name, row["steps"], kind))) is not None:
-                where = np.linspace(0, 1, len(e.t))
-                shown = np.unique(np.linspace(0, len(e.t) - 1, 50).astype(int))
-                gap.plot(where[shown], paired_gap(e)[shown], line, label=f"{row['steps']}, {kind}", **style)
-                delta.plot(where[shown], e.delta_chain[shown], line, **style)
-        points = sorted((float(b), d / row["trials"]["uniform"]["1"]) for b, d in row["trials"]["uniform"].items())
-        distance.plot(*zip(*points, strict=True), "o-", markersize=2, label=f"T' = {row['steps']}", **style)
-    gap.axhline(1, color="black", linewidth=0.8)
-    gap.set(title=f"{name}: norm gap, from real images", xlabel="along the chain, the noisiest row first")
-    delta.set(title=f"{name}: delta_t", xlabel="along the chain", yscale="log")
-    distance.set(title=f"{name}: Frechet distance over that at b = 1", xlabel="b", ylim=(0.5, 2))
+            if (e := measured.get((row["sampler"], row["steps"], kind))) is None:
+                continue
+            shown = np.unique(np.linspace(0, len(e.t) - 1, POINTS).astype(int))
+            where, gap, error = np.linspace(0, 1, len(e.t))[shown], e.norm_gap[shown], 2 * e.norm_gap_se[shown]
+            options = {"linestyle": line, "linewidth": 1, "color": style["color"]}
+            axes[0].fill_between(where, gap - error, gap + error, color=style["color"], alpha=0.2, linewidth=0)
+            axes[0].plot(where, gap, label=said if kind == "baseline" else None, **options)
+            axes[1].plot(where, e.delta_chain[shown], **options)
+            if kind == "baseline":
+                gaps.append((e.norm_gap, e.norm_gap_se))
+                ends.append(f"{e.delta_chain[-1]:.2g} at {said}")
+    axes[0].axhline(1, color="black", linewidth=0.8)
+    axes[0].locator_params(axis="y", nbins=6)
+    found = largest_gap(*np.concatenate(gaps, axis=1)) if gaps else "not measured"
+    axes[0].set(title=f"Without correction, predicted\nnoise is {found}", ylabel="norm: sampling / training")
+    axes[1].set(title=f"Variance error at the end of the chain:\n{ends_of(ends)}", yscale="log",
+                ylabel="delta_t, data units squared")  # fmt: skip
+    plain_ticks(axes[1], "y")
     for axis in axes:
-        axis.grid(alpha=0.3)
-    for axis in (gap, distance, *by_method):
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=6)
+        axis.set(xlabel="place in the chain: 0 noisiest, 1 cleanest", xticks=[0, 0.5, 1])
+
+
+def ends_of(said):
+    """Of the fewest and of the most model calls."""
+    return ", ".join(dict.fromkeys([*said[:1], *said[-1:]]))
+
+
+def draw_distance(rows, axis):
+    """The trials by lambda; of other seeds, with its interval, the one that was chosen."""
+    changes = []
+    for row, style, said in by_calls(rows):
+        trials = sorted((float(b), distance) for b, distance in row["trials"]["uniform"].items())
+        b, distances = np.array(trials).T
+        axis.plot(b, distances / dict(trials)[1.0], markersize=2, linewidth=1, label=said, **style)
+        _, found = largest(row)
+        if found and row["lambda"]["uniform"] != 1:
+            over_baseline(axis, [row["lambda"]["uniform"]], found, ["uniform"], **style)
+        if found:
+            changes.append(f"{clear_change(found, 'uniform')} at {said}")
+    axis.set(title=f"Best lambda, change of the distance:\n{ends_of(changes)}", xlabel="lambda, the same at all steps",
+             ylabel="Fréchet distance / that at 1")  # fmt: skip
+    axis.locator_params(axis="x", nbins=5)
+    axis.locator_params(axis="y", nbins=7)
+    from_one_on(axis)
+
+
+def clear_change(found, name):
+    """What a set's distance has more than the baseline's, where the interval leaves 0 out."""
+    value, low, high = found[name].get("frechet_difference", (0, 0, 0))
+    if low == high == 0:
+        return "none"
+    return f"{100 * value / found['baseline']['frechet'][0]:+.0f} %" if low > 0 or high < 0 else "unclear"
+
+
+def over_baseline(axis, x, found, names, **style):
+    """Distances over the baseline's, with the intervals of their differences. x: where each of the names stands."""
+    base = found["baseline"]["frechet"][0]
+    changes = np.array([found[name].get("frechet_difference", (0, 0, 0)) for name in names])
+    value, low, high = 1 + changes.T / base
+    bars = {"markersize": 4, "capsize": 2, "elinewidth": 1, "linestyle": "none"}
+    axis.errorbar(x, value, [value - low, high - value], **bars, **style)
+
+
+def from_one_on(axis):
+    """A line at 1; above it a logarithmic axis, where there are values far above. Below it an interval may pass 0."""
+    axis.axhline(1, color="black", linewidth=0.8)
+    if axis.dataLim.y1 > 3:
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_yticks([-1, -0.5, 0, 0.5, *(digit * 10**power for power in range(4) for digit in (1, 2, 5))])
+        axis.set_ylim(axis.dataLim.y0 - 0.1, axis.dataLim.y1 * 1.2)
+        plain_ticks(axis, "y")
+
+
+def draw_corrections(rows, axis):
+    """Distances by correction over the baseline's."""
+    names, best = methods(rows), []
+    known = {id(row): found for row, _, found, _ in compared(rows)}
+    for n, (row, style, said) in enumerate(by_calls(rows)):
+        found = known.get(id(row), {})
+        shown = [name for name in names if name in found]
+        if shown:
+            over_baseline(axis, [names.index(name) + 0.15 * n for name in shown], found, shown, **style)
+            winner = min(shown, key=lambda name: found[name]["frechet"][0])
+            best.append(f"{winner}, distance {clear_change(found, winner)} at {said}")
+    axis.set_xticks(range(len(names)), names, rotation=25, ha="right", rotation_mode="anchor")
+    axis.set(title="Best correction: " + "; ".join(best), xlabel="correction",
+             ylabel="Fréchet distance / uncorrected")  # fmt: skip
+    from_one_on(axis)
+    axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+
+
+def draw(name, rows, measured, part):
+    """One sampler's panels, in its part of the figure."""
+    corrects = bool(compared(rows))
+    grid = part.add_gridspec(1 + corrects, 3)
+    axes = styled(
+        part.add_subplot(cell) for cell in [grid[0, k] for k in range(3)] + ([grid[1, :]] if corrects else [])
+    )
+    drawn = [row for row in rows if "lambda" in row]
+    draw_along(drawn, measured, axes[:2])
+    draw_distance(drawn, axes[2])
+    if corrects:
+        draw_corrections(rows, axes[3])
+    for axis in axes:
+        axis.minorticks_off()
+        finish(axis, size=7)
+    if (repeated := axes[2].get_legend()) is not None:  # the first's tells the colours
+        repeated.remove()
+    part.suptitle(name, fontsize=11, fontweight="bold", x=0.01, ha="left")
 
 
 def draw_all(rows, measured, path):
-    """A model's plots, a line for each sampler."""
-    names = dict.fromkeys(row["sampler"] for row in rows)
-    columns = 4 if compared(rows) else 3
-    figure = Figure(figsize=(4.6 * columns, 3.5 * len(names)), layout="tight")
-    for name, axes in zip(names, figure.subplots(len(names), columns, squeeze=False), strict=True):
-        draw(name, [row for row in rows if row["sampler"] == name and "lambda" in row], measured, axes)
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same file for the same numbers
-        figure.savefig(path, metadata={"Date": None})
+    """A model's plots."""
+    by_sampler = {}
+    for row in rows:
+        by_sampler.setdefault(row["sampler"], []).append(row)
+    heights = [5.6 if compared(own) else 3 for own in by_sampler.values()]
+    figure = Figure(figsize=(10, sum(heights) + 0.9), layout="constrained")
+    parts = figure.subfigures(len(heights), height_ratios=heights, squeeze=False).flat
+    for (name, own), part in zip(by_sampler.items(), parts, strict=True):
+        draw(name, own, measured, part)
+    figure.suptitle(f"{path.stem}. {CAPTION}", fontsize=8)
+    save_figure(figure, path)
 
 
 def section(subject, saved, folder):

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Runs the command, and prints its error as one line. Returns the exit status."""
+    path = list(sys.path)
     try:
         COMMANDS[args.command].run(args)
     except KeyboardInterrupt:
@@ -60,6 +61,8 @@ def _run(args: argparse.Namespace) -> int:
     except (UsageError, RuntimeError, ValueError, OSError, MemoryError, ImportError) as error:
         print(f"epskernels {args.command}: {first_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    finally:
+        sys.path[:] = path  # load_function puts the current folder there
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import calibrate, corrections, exposure, images, quality, scaling
+from .. import calibrate, corrections, exposure, images, scaling
 from ..corrections import Correction
 from ..models import Model
 from ..sample import sample
@@ -27,9 +27,11 @@ from .common import (
     make_table,
     missing_package,
     model_digests,
+    require_weights,
     require_writable,
     tensors_digest,
 )
+from .measures import Measure, add_measure_arguments, measure_of, own_function
 
 TEXTS = {
     "help": "find lambda_t, or a correction, for a model and a sampler",
@@ -38,6 +40,7 @@ TEXTS = {
     "epilog": "examples:\n"
     "  epskernels calibrate --sampler ddim --steps 20 --data mnist --out lambda.json --plots exposure\n"
     "  epskernels calibrate --method search --bounds 0.97 1.03 --trials 8 --data mnist --out lambda.json\n"
+    "  epskernels calibrate --method search --score mymodule:myfunction --out lambda.json\n"
     "  epskernels calibrate --correction dcw --sampler ddim --steps 20 --data mnist --out correction.json\n"
     "  epskernels sample --sampler ddim --steps 20 --correction correction.json --compare --out both.png\n"
     "  epskernels sample --sampler ddim --steps 20 --scaling lambda.json --compare --out both.png",
@@ -45,6 +48,7 @@ TEXTS = {
 _LOWEST = {"steps": 1, "images": 2, "batch": 1, "trials": 2, "samples": 2, "seed": 0}
 _METHOD_OF = {
     "fit": "norms", "skip": "norms", "bounds": "search", "k_bounds": "search", "trials": "search", "cache": "search",
+    "features": "search", "score": "search",
 }  # fmt: skip  # the only one that takes it
 # What --correction searches: the weights at which it changes nothing, in the order of the search, and the options that it takes.
 _SEARCHED: dict[str, tuple[Callable[..., Any], dict[str, float], tuple[str, ...]]] = {
@@ -54,6 +58,10 @@ _SEARCHED: dict[str, tuple[Callable[..., Any], dict[str, float], tuple[str, ...]
     "tsr": (scaling.tsr, {"k": 1.0}, ("sigma",)),
 }
 _TRIALS = 8  # for each weight
+_NORMS_CANNOT = (
+    "norms tell how far the sampler's predictions are from training, not which lambda gives the best samples: compare them with "
+    "lambda 1, or take --method search"
+)
 
 
 # ---- arguments ----
@@ -64,8 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampler_arguments(parser)
     parser.add_argument(
         "--data",
-        required=True,
-        help="real images: a .npy or .npz (N, C, H, W), a directory of image files or of one for each class, or mnist",
+        help="real images: a directory of image files, or of one for each class; larger ones are cropped to their centre and "
+        "resized; a .npy or .npz (N, C, H, W), or uint8 (N, H, W, C), such as arr_0 of guided-diffusion; or mnist. With --class: "
+        "those of the class. For a model with a decode: its latents, in a .npy or .npz. A search by --score alone does without",
     )
     parser.add_argument("--images", type=int, default=256, metavar="N", help="how many of them; default: %(default)s")
     _add_method_arguments(parser)
@@ -87,8 +96,8 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=("norms", "search"),
-        help="norms: match those of training, one run; search: trials, by the Frechet distance in the features of a classifier "
-        "of 28 x 28 digits; default: norms, with --correction search",
+        help="norms: match those of training, one run; search: trials, by a Frechet distance or your own score; "
+        "default: norms, with --correction search",
     )
     parser.add_argument(
         "--fit", choices=("array", "by_level", *calibrate.FITS), help="form of lambda_t by norms; default: array"
@@ -118,6 +127,7 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=1000, metavar="N", help="search: in a trial; default: %(default)s"
     )
     parser.add_argument("--cache", type=pathlib.Path, metavar="FILE", help="search: a .json of trials, to go on from")
+    add_measure_arguments(parser)
 
 
 def _add_correction_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +172,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name, method in _METHOD_OF.items():
         if method != args.method and getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')}: not an option of --method {args.method}")
+    if args.data is None and (args.score is None or args.plots is not None):
+        raise UsageError(
+            "--data: expected real images, such as a directory of them; a search by --score alone does without"
+        )
     if args.trials is None:
         args.trials = _TRIALS * len(_SEARCHED[args.correction][1] if args.correction else [0])
 
@@ -183,8 +197,8 @@ def _check_correction_arguments(args: argparse.Namespace) -> None:
 class _Task:
     """What lambda_t or a correction is found for, and from what.
 
-    call: the model, as `sample` calls it. data: real images (N, C, H, W). beside: the lambda of --lambda. table: the sampler's,
-    with a candidate: a scaling, or a correction and the lambda beside it.
+    call: the model, as `sample` calls it. data: real images (N, C, H, W), none without --data. beside: the lambda of
+    --lambda. table: the sampler's, with a candidate: a scaling, or a correction and the lambda beside it.
     """
 
     args: argparse.Namespace
@@ -215,18 +229,25 @@ class _Result:
 def run(args: argparse.Namespace) -> None:
     """Writes the scaling or the correction. Its notes say what it was fitted for, so that `sample` can warn of another use."""
     _check_arguments(args)
+    own = own_function(args)
     task = _load_task(args)
     plots = _plot_paths(args)
     _check_files(args, plots)
+    if args.cache:
+        require_weights("--cache", args.cache, task.model)
     config, weights = model_digests(task.model)
-    result = _search(task, _cache_key(task, config, weights)) if args.method == "search" else _match_norms(task)
+    if args.method == "search":
+        measure = measure_of(args, own, task.model.shape, task.data)
+        result = _search(task, measure, _cache_key(task, measure, config, weights))
+    else:
+        result = _match_norms(task)
     result.best.save(
         args.out,
         **fitted_for(args),
         weights=weights,
         method=args.method,
         images=len(task.data),
-        data=str(args.data),
+        data=args.data,
         seed=args.seed,
         **result.notes,
     )
@@ -243,7 +264,11 @@ def _load_task(args: argparse.Namespace) -> _Task:
     model, call = load_model(args, args.device)
     try:
         beside = scaling.as_scaling(1.0 if args.lambda_ is None else lambda_value(args.lambda_), "--lambda")
-        task = _Task(args, model, call, torch.from_numpy(images.load(args.data, model.shape, args.images)), beside)
+        data = torch.empty(0, *model.shape)
+        if args.data is not None:
+            bounded = model.decode is None
+            data = torch.from_numpy(images.load(args.data, model.shape, args.images, label=args.label, bounded=bounded))
+        task = _Task(args, model, call, data, beside)
         task.table()
     except ImportError as error:
         raise missing_package(error) from error
@@ -305,6 +330,7 @@ def _match_norms(task: _Task) -> _Result:
         if degree < steps - skip:
             fitted = calibrate.fit(matched.lambda_t, name, skip)
             lines.append(f"{name}: {', '.join(f'{c:.5g}' for c in fitted.coefficients)}; R^2 {fitted.r2:.3f}")
+    lines.append(_NORMS_CANNOT)
     return _Result(
         best=matched.scaling(kind, skip),
         notes={"lambda_t": matched.lambda_t.tolist(), "standard_error": matched.standard_error.tolist()},
@@ -328,21 +354,16 @@ def _checked_fit(args: argparse.Namespace, count: int, steps: int) -> tuple[str,
 # ---- by search ----
 
 
-def _search(task: _Task, key: str) -> _Result:
-    """lambda or a correction by trials: the distance of samples to the images, in the features of the classifier of digits."""
+def _search(task: _Task, measure: Measure, key: str) -> _Result:
+    """lambda or a correction by trials: what makes the measure of the samples smallest."""
     args, model = task.args, task.model
-    if tuple(model.shape) != (1, 28, 28):
-        raise UsageError(
-            f"--method: search measures in features of 28 x 28 digits, this model makes {model.shape}; use --method norms, or "
-            "epskernels.calibrate.search or search_weights with a score of your own"
-        )
-    real, seeds = quality.digit_features(task.data), range(args.seed, args.seed + args.samples)
+    seeds = range(args.seed, args.seed + args.samples)
 
     def score(candidate: EpsilonScaling | Correction) -> float:
         table = task.table(candidate)
         batches = [seeds[first : first + args.batch] for first in range(0, len(seeds), args.batch)]
         samples = torch.cat([sample(task.call, table, batch, model.shape).cpu() for batch in batches])
-        return quality.frechet(real, quality.digit_features(samples)) if samples.isfinite().all() else np.inf
+        return measure.score(samples) if samples.isfinite().all() else np.inf
 
     b_bounds = args.bounds or (0.97, 1.03)
     options = {"trials": args.trials, "cache": args.cache, "key": key, "progress": not args.quiet}
@@ -359,6 +380,7 @@ def _search(task: _Task, key: str) -> _Result:
         raise UsageError(error) from error
     what = "correction" if args.correction else "scaling"
     notes: dict[str, Any] = {
+        "measure": measure.line or measure.name,
         "score": found.score,
         f"score without {what}": _finite_or_none(found.baseline),
         "trials": [[*weights, _finite_or_none(trial)] for *weights, trial in found.trials],
@@ -367,8 +389,8 @@ def _search(task: _Task, key: str) -> _Result:
         notes["lambda"] = task.beside.to_dict()
     weights = ", ".join(f"{name} {value:.5g}" for name, value in found.weights.items())
     label = f"{args.correction}, {weights}" if args.correction else found.scaling.label
-    said = f"Frechet distance {found.score:.5g} of {args.samples} samples, {found.baseline:.5g} without"
-    return _Result(found.best, notes, [f"{label}: {said}"])
+    said = f"{measure.name} {found.score:.5g} of {args.samples} samples, {found.baseline:.5g} without"
+    return _Result(found.best, notes, [*filter(None, [measure.line]), f"{label}: {said}"])
 
 
 def _correction_maker(args: argparse.Namespace) -> Callable[..., Any]:
@@ -377,7 +399,7 @@ def _correction_maker(args: argparse.Namespace) -> Callable[..., Any]:
     return functools.partial(make, **{name: getattr(args, name) for name in takes if getattr(args, name) is not None})
 
 
-def _cache_key(task: _Task, config: str, weights: str) -> str:
+def _cache_key(task: _Task, measure: Measure, config: str, weights: str | None) -> str:
     """All that a trial's score depends on: --cache of another key is refused."""
     args = task.args
     return json_digest(
@@ -390,6 +412,7 @@ def _cache_key(task: _Task, config: str, weights: str) -> str:
             "rows": tensors_digest([task.table().rows]),
             "correction": [getattr(args, name) for name in ("correction", "schedule", "target", "sigma")],
             "data": tensors_digest([task.data]),
+            "measure": measure.identity,
         }
     )
 

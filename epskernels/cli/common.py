@@ -1,11 +1,18 @@
 """What the commands share: the arguments that name a model and a sampler, the table they give, files, digests, messages."""
 
 import argparse
+import contextlib
 import hashlib
+import importlib
 import inspect
 import json
+import operator
+import os
 import pathlib
-from collections.abc import Callable, Iterable
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +21,15 @@ from .. import corrections, models, samplers, schedule
 from ..corrections import Correction, as_correction
 from ..files import check_writable
 from ..scaling import EpsilonScaling
+from ..table import describe
 from ..typing import ModelCall
 
-# Samplers that do not go from noise to an image with the networks of UNet2DModel pipelines.
-_FOR_OTHERS = {"flow_euler", "pfgmpp", "consistency", "ddim_inverse"}
+_FOR_OTHERS = {"pfgmpp", "ddim_inverse"}  # samplers that do not go from a seed's noise to an image
+# What is sampled with by default.
+_DEFAULT_SAMPLERS = {
+    schedule.DiscreteSchedule: "ddpm", schedule.KarrasSchedule: "edm_heun", schedule.FlowSchedule: "flow_euler",
+}  # fmt: skip
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 # ---- messages ----
@@ -41,6 +53,56 @@ def missing_package(error: ImportError) -> UsageError:
     return UsageError(f"{error.name} is missing: pip install diffusers safetensors pillow")
 
 
+# ---- functions of the user's ----
+
+
+def load_function(option: str, text: str, names: Iterable[str] = ()) -> Callable[..., Any]:
+    """The function that an option's text names, MODULE:FUNCTION; the current folder is looked in first, as in `python -m`.
+
+    names: what else the option takes. Raises UsageError.
+    """
+    if not _FUNCTION.fullmatch(text):
+        others = f"one of {', '.join(names)}, or " if names else ""
+        raise UsageError(f"{option}: expected {others}MODULE:FUNCTION, such as mymodule:myfunction, got {text!r}")
+    name, _, path = text.partition(":")
+    if sys.path[0] != os.getcwd():  # until the command ends: a function may import when it is called
+        sys.path.insert(0, os.getcwd())
+    importlib.invalidate_caches()
+    try:
+        found: Any = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{name}.".startswith(f"{missing}."):
+            raise UsageError(f"{option}: no module {missing!r} in {os.getcwd()} or among the installed ones") from error
+        raise UsageError(f"{option}: {name} cannot be imported: {_raised(error)}") from error
+    try:
+        found = operator.attrgetter(path)(found)
+    except AttributeError:
+        where = getattr(found, "__file__", "built in")
+        raise UsageError(f"{option}: {name} has no {path!r} ({where})") from None
+    if not callable(found):
+        raise UsageError(f"{option}: expected {text} to be a function, got {describe(found)}")
+    return found
+
+
+@contextlib.contextmanager
+def calling(option: str, text: str) -> Iterator[None]:
+    """Around a call of the user's function: says in one line what it raised, and where. Raises UsageError."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(f"{option}: {text} raised {_raised(error)}") from error
+
+
+def _raised(error: BaseException) -> str:
+    """The error and where it was raised."""
+    said = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, SyntaxError):  # which says its place itself
+        return said
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({place.filename}, line {place.lineno})"
+
+
 # ---- the model and its sampler ----
 
 
@@ -53,12 +115,15 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `load_model` and `make_table` read."""
     parser.add_argument(
         "--model",
-        type=pathlib.Path,
-        default=models.DIGITS,
-        metavar="DIR",
-        help="a diffusers pipeline directory (unet/, scheduler/); default: the digits that ship with the package",
+        default=str(models.DIGITS),
+        help="a diffusers pipeline directory (unet/, scheduler/), or MODULE:FUNCTION, a function of yours that takes the device "
+        "and returns an epskernels.models.Model; default: the digits that ship with the package",
     )
-    parser.add_argument("--sampler", choices=offered_samplers(), default="ddpm", help="default: %(default)s")
+    parser.add_argument(
+        "--sampler",
+        choices=offered_samplers(),
+        help="default: ddpm; edm_heun for a model that is told sigma, flow_euler for a flow",
+    )
     parser.add_argument("--steps", type=int, default=50, help="sampler steps; default: %(default)s")
     parser.add_argument("--eta", type=float, help="DDIM's eta; default: 0")
     parser.add_argument("--direction", choices=("scaled", "unscaled"), help="DDIM's direction term; default: scaled")
@@ -74,18 +139,38 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[models.Model, ModelCall]:
-    """The model, and the function that `epskernels.sample` calls. Raises UsageError."""
+    """The model, and the function that `epskernels.sample` calls. Sets args.sampler, if it is None. Raises UsageError."""
     try:
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
         raise UsageError(f"--device: {str(device)!r} cannot be used: {first_line(error)}") from error
     try:
-        model = models.load(args.model, device)
+        if _FUNCTION.fullmatch(args.model) and not os.path.isdir(args.model):
+            model = _own_model(args.model, torch.device(device))
+        else:
+            model = models.load(args.model, device)
+        args.sampler = args.sampler or next(
+            name for kind, name in _DEFAULT_SAMPLERS.items() if isinstance(model.schedule, kind)
+        )
         return model, model.callable(args.label, args.guidance)
     except ImportError as error:
         raise missing_package(error) from error
     except (ValueError, OSError) as error:
         raise UsageError(error) from error
+
+
+def _own_model(text: str, device: torch.device) -> models.Model:
+    """The Model that the function module:function returns for the device. Raises UsageError."""
+    function = load_function("--model", text)
+    with calling("--model", f"{text}(device)"):
+        model = function(device)
+    if not isinstance(model, models.Model):
+        raise UsageError(f"--model: expected {text} to return an epskernels.models.Model, got {describe(model)}")
+    for each in model.tensors():
+        if each.device.type != device.type:
+            raise UsageError(f"--model: expected {text} to put its weights on {device}, got a tensor on {each.device}")
+    model.name = model.name or text
+    return model
 
 
 def lambda_value(text: str) -> Any:
@@ -156,15 +241,21 @@ def make_table(
     if "variance" in takes:
         options.setdefault("variance", model.variance)
     grid: dict[str, Any] = {}
-    if inspect.Parameter.VAR_KEYWORD in {each.kind for each in takes.values()}:  # the options of DiscreteSchedule.grid
+    accepts_grid = inspect.Parameter.VAR_KEYWORD in {each.kind for each in takes.values()}
+    discrete = isinstance(model.schedule, schedule.DiscreteSchedule)
+    if accepts_grid and discrete:  # the options of DiscreteSchedule.grid
         grid = {"spacing": "trailing"} if args.sampler.startswith("dpmpp_") else dict(model.grid)
         if args.sampler == "ddim":
             grid["final"] = model.final
     try:
         return make(sampler, model.schedule, args.steps, **options, **grid)
-    except TypeError as error:
-        if not str(error).startswith("schedule: expected a KarrasSchedule"):
+    except (TypeError, ValueError) as error:
+        said = str(error)
+        if not said.startswith(("schedule:", "space:")):
             raise
+        # Samplers of noise levels take those of the timesteps; a network that predicts noise is no consistency function.
+        if not discrete or args.sampler == "consistency" or "expected a KarrasSchedule" not in said:
+            raise UsageError(f"--sampler: {args.sampler} does not fit the model: {said}") from error
     return make(sampler, schedule.KarrasSchedule(model=model.schedule), args.steps, **options)
 
 
@@ -202,7 +293,24 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def model_digests(model: models.Model) -> tuple[str, str]:
-    """(of the network's configuration, without the path that it came from; of the network's weights)."""
-    config = {key: value for key, value in model.network.config.items() if not key.startswith("_")}
-    return json_digest(config), tensors_digest(model.network.state_dict().values())
+def model_digests(model: models.Model) -> tuple[str, str | None]:
+    """(of what the model says of itself, without the path that it came from; of its weights, None if it has none)."""
+    config = getattr(model.network, "config", {})
+    told = (
+        {key: value for key, value in config.items() if not key.startswith("_")} if isinstance(config, Mapping) else {}
+    )
+    weights = [
+        value
+        for each in model.weights
+        for value in ([each] if isinstance(each, torch.Tensor) else each.state_dict().values())
+        if isinstance(value, torch.Tensor)
+    ]
+    return json_digest([model.name, told] if model.name else told), tensors_digest(weights) if weights else None
+
+
+def require_weights(option: str, path: pathlib.Path, model: models.Model) -> None:
+    """Raises UsageError if nothing tells the model from another: what the path holds may then be another's."""
+    if not model.weights:
+        raise UsageError(
+            f"{option}: {path} can be continued by the same weights alone, and {model.name} names none: Model(..., weights=...)"
+        )

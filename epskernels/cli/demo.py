@@ -33,8 +33,8 @@ EXPLAINED = f"dc({WEIGHT}): after each step, {-WEIGHT:.0%} of the way from x to 
 MEASURED = {"without": 34.0, "with": 2.3, "trailing": 7.0}
 SHOWN, BATCH, MOST = 16, 64, 10_000  # samples of each kind in the picture, in a model call, at all
 NEXT = """\
-What to do next. A weight fits one model, sampler, spacing and number of steps: search for yours (docs/exposure_method.md).
-The command searches for models of 28 x 28 digits. For others calibrate.search_weights takes a score of your own.
+What to do next. A weight fits one model, sampler, spacing and number of steps: search for yours (docs/choosing_lambda.md).
+The search compares samples with your images in the features of --features, or by a --score of your own.
   search           epskernels calibrate --correction dc --sampler ddim --steps 10 --model DIR --data IMAGES --out best.json
   your pipeline    pipe = epskernels.diffusers.fuse(pipe, correction="best.json")
   your own model   table = samplers.ddim(schedule.cosine(), 10, correction="best.json")

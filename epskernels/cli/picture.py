@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import write_whole
+from ..images import to_bytes
 from ..typing import FilePath
 
 if TYPE_CHECKING:
@@ -60,16 +61,11 @@ def image_grid(images: np.ndarray) -> NDArray[np.uint8]:
     scale = max(1, min(IMAGE // max(height, width), WIDEST // (columns * width)))
     cell = height * scale + GAP, width * scale + GAP
     grid = np.full((rows * cell[0] - GAP, columns * cell[1] - GAP, channels), GAP_COLOUR, np.uint8)
-    for i, image in enumerate(as_bytes(images)):
+    for i, image in enumerate(to_bytes(images)):
         above, left = i // columns * cell[0], i % columns * cell[1]
-        enlarged = image.repeat(scale, 1).repeat(scale, 2).transpose(1, 2, 0)
+        enlarged = image.repeat(scale, 0).repeat(scale, 1)
         grid[above : above + height * scale, left : left + width * scale] = enlarged
     return grid
-
-
-def as_bytes(images: np.ndarray) -> NDArray[np.uint8]:
-    """Images in [-1, 1] as a file holds them; what is no number is grey."""
-    return np.clip(np.nan_to_num(images) * 127.5 + 127.5, 0, 255).astype(np.uint8)
 
 
 def save(image: "Image.Image", path: FilePath) -> None:
@@ -108,7 +104,7 @@ def preview(panels: Mapping[str, np.ndarray], columns: int) -> str:
     lines: list[str] = []
     for title, images in panels.items():
         n, _, height, width = images.shape
-        shown = as_bytes(images[: max(1, (columns + 1) // (width // 2 + 1))])
+        shown = to_bytes(images[: max(1, (columns + 1) // (width // 2 + 1))])
         halved = shown.reshape(len(shown), height // 2, 2, width // 2, 2).mean((2, 4))
         greys = 232 + np.rint(halved * (23 / 255)).astype(int)
         lines += [title, *_half_blocks(greys)]

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .. import __version__, corrections, ops, scaling, shards
+from .. import __version__, corrections, images, ops, scaling, shards
 from ..corrections import check_bands
-from ..files import write_whole
+from ..files import remove_leftovers, write_whole
 from ..models import Model
 from ..ranks import Ranks
 from ..sample import sample
+from ..schedule import DiscreteSchedule
 from ..seeds import Seeds
 from ..seeds import parse as parse_ranges
 from ..time_shift import ShiftedTable
@@ -35,6 +36,7 @@ from .common import (
     make_table,
     model_digests,
     read_correction,
+    require_weights,
     require_writable,
     tensors_digest,
 )
@@ -46,6 +48,7 @@ TEXTS = {
     "  epskernels sample --out digits.png\n"
     "  epskernels sample --sampler ddim --steps 20 --lambda 1.004 --compare --out both.png\n"
     "  epskernels sample --lambda ADM/CIFAR-10/20/linear --steps 20 --seeds 0-255 --out samples.npz\n"
+    "  epskernels sample --model my_models:edm --steps 18 --seeds 0-49999 --out samples --uint8\n"
     "  torchrun --nproc-per-node 4 -m epskernels sample --seeds 0-49999 --out samples",
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -92,6 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".png for a grid of images, .npz for the samples and seeds, a name without suffix for a directory that is written "
         "a batch at a time, by all processes of torchrun, and continued where a run was interrupted; may be given again",
+    )
+    parser.add_argument(
+        "--uint8",
+        action="store_true",
+        help="for other tools: a .npz holds arr_0, uint8 (N, H, W, 3), as guided-diffusion's evaluator reads it, and a directory "
+        "also a folder of a PNG for each seed, as pytorch-fid, clean-fid and EDM's fid.py read it",
     )
     parser.add_argument(
         "--threads",
@@ -183,7 +192,7 @@ def run(args: argparse.Namespace) -> None:
             torch.set_num_threads(threads)
         with ops.use_backend(args.backend), ranks:
             sampling = _Sampling(args, device)
-            _check_files(args, sampling.model)
+            _check_files(args, sampling, directory)
             _check_size(args, sampling, directory)
             if ranks.rank == 0:
                 _warn_of_transfer(args, sampling.model)
@@ -202,6 +211,11 @@ class _Sampling:
         self.model, self.call = load_model(args, device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
+        path = self.model.schedule
+        if args.time_shift and not isinstance(getattr(path, "model", path), DiscreteSchedule):
+            raise UsageError(
+                f"--time-shift: expected a model that is told timesteps, got one of a {type(path).__name__}"
+            )
         try:
             self.scaling = _read_scaling(args)
             self.correction = None if args.correction is None else read_correction(args.correction)
@@ -217,6 +231,19 @@ class _Sampling:
             raise UsageError(error.args[0] if isinstance(error, KeyError) else error) from error
         self.seed_bytes = 4 * math.prod(self.model.shape) * len(self.tables)  # on the host: samples are float32 there
         self.args, self.device, self.model_seconds, self.seconds = args, device, 0.0, 0.0
+        self.image_bytes = 0  # of a seed, with --uint8
+
+    def images(self, samples: torch.Tensor) -> np.ndarray:
+        """Samples as images (N, 1 or 3, H, W) in [-1, 1], decoded a batch at a time. Raises ValueError if they are none."""
+        return np.concatenate(list(self._images(samples)))
+
+    def pixels(self, samples: torch.Tensor) -> np.ndarray:
+        """The same as uint8 (N, H, W, 1 or 3)."""
+        return np.concatenate([images.to_bytes(part) for part in self._images(samples)])
+
+    def _images(self, samples: torch.Tensor) -> Iterator[np.ndarray]:
+        for part in samples.split(self.args.batch):
+            yield self.model.images(part.to(self.device)).cpu().numpy()
 
     def __call__(self, name: str, seeds: np.ndarray, progress: bool = False) -> torch.Tensor:
         """The samples of a batch of seeds, on the host."""
@@ -244,7 +271,7 @@ class _Sampling:
             "eta": args.eta, "direction": args.direction, "variance": args.variance, "class": args.label,
             "guidance": args.guidance, "dtype": args.dtype, "batch": args.batch, "shape": list(self.model.shape),
             "seeds": f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, {seeds.digest()}",
-            "model": " ".join(model_digests(self.model)),
+            "model": " ".join(map(str, model_digests(self.model))),
             "tables": {name: tensors_digest([table.rows]) for name, table in self.tables.items()},
             **({"time_shift": args.time_shift} if args.time_shift else {}),
             "device": torch.cuda.get_device_name(self.device) if on_gpu else cpu,
@@ -288,11 +315,18 @@ def _sample_in_memory(args: argparse.Namespace, sampling: _Sampling) -> None:
 def _sample_into_directory(
     args: argparse.Namespace, sampling: _Sampling, ranks: Ranks, directory: pathlib.Path
 ) -> None:
-    """Samples the chunks that the directory lacks: each rank every size-th of the list that rank 0 made."""
-    run, missing = _begin_or_continue(args, sampling, ranks, directory)
+    """Makes what the directory lacks: each rank every size-th of the lists that rank 0 made."""
+    run, missing, without_pngs = _begin_or_continue(args, sampling, ranks, directory)
     own = missing[ranks.rank :: ranks.size]
     for name, chunk in tqdm(own, desc=f"{directory}", unit="chunk", disable=args.quiet or ranks.rank > 0):
         run.write(name, chunk, sampling(name, run.seeds_of(chunk)).float().numpy())
+        if args.uint8:
+            _write_pngs(sampling, run, name, chunk)
+    for name, chunk in without_pngs[ranks.rank :: ranks.size]:
+        _write_pngs(sampling, run, name, chunk)
+    if args.uint8:
+        for name in run.names:
+            remove_leftovers(run.directory / name, lambda file: file.endswith(".png"))
     counts = ranks.gather((len(own), sampling.model_seconds, sampling.seconds))
     run.clean()
     if counts is None:  # this is not rank 0
@@ -318,27 +352,54 @@ def _sample_into_directory(
     _write_and_print(args, sampling, lines, lambda: {name: torch.from_numpy(run.load(name)) for name in run.names})
 
 
+def _write_pngs(sampling: _Sampling, run: shards.Shards, name: str, chunk: int) -> None:
+    """The chunk's samples as PNGs."""
+    from PIL import Image
+
+    samples = torch.from_numpy(run.read(name, chunk))
+    for path, pixels in zip(_png_paths(run, name, chunk), sampling.pixels(samples), strict=True):
+        image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+        write_whole(path, functools.partial(image.save, format="PNG"), clean=False)
+
+
+def _png_paths(run: shards.Shards, name: str, chunk: int) -> list[pathlib.Path]:
+    """A file for each seed of the chunk, in a folder for the name. Their numbers have the same number of digits."""
+    digits = max(6, len(str(run.seeds.max(initial=0))))
+    return [run.directory / name / f"{seed:0{digits}d}.png" for seed in run.seeds_of(chunk).tolist()]
+
+
+_Chunks = list[tuple[str, int]]
+
+
 def _begin_or_continue(
     args: argparse.Namespace, sampling: _Sampling, ranks: Ranks, directory: pathlib.Path
-) -> tuple[shards.Shards, list[tuple[str, int]]]:
-    """(the directory's Shards, the chunks that it lacks), the same on every rank. Raises UsageError for another run's."""
+) -> tuple[shards.Shards, _Chunks, _Chunks]:
+    """(the directory's Shards, the chunks that it lacks, the others that lack PNGs), the same on every rank.
+
+    Raises UsageError for another run's directory.
+    """
     settings = sampling.settings()
 
-    def begin() -> list[tuple[str, int]]:
+    def begin() -> tuple[_Chunks, _Chunks]:
         run = shards.begin(directory, settings, args.seeds)
         missing, damaged = run.missing()
         _check_room("--out", directory, len(missing) * args.batch * 4 * math.prod(sampling.model.shape))
         for path in damaged:
             print(f"warning: {path} is damaged, and is made again", file=sys.stderr)
-        return missing
+        if not args.uint8:
+            return missing, []
+        for name in run.names:
+            require_writable("--out", run.directory / name / "begun.png")
+        others = {(name, chunk) for name in run.names for chunk in range(len(run))}.difference(missing)
+        return missing, [each for each in sorted(others) if not all(path.exists() for path in _png_paths(run, *each))]
 
     try:
-        missing = ranks.from_first(begin)
+        missing, without_pngs = ranks.from_first(begin)
         run = shards.Shards(directory)
         run.compare(settings, f"rank {ranks.rank}")
     except (ValueError, OSError) as error:
         raise UsageError(f"--out: {error}") from error
-    return run, missing
+    return run, missing, without_pngs
 
 
 # ---- checks before the work ----
@@ -356,6 +417,8 @@ def _check_arguments(args: argparse.Namespace) -> pathlib.Path | None:
     directories = [path for path in args.out or () if not path.suffix]
     if len(directories) > 1:
         raise UsageError(f"--out: expected one directory, got {len(directories)}")
+    if args.uint8 and not directories and not any(path.suffix == ".npz" for path in args.out or ()):
+        raise UsageError("--uint8: expected an --out that is a .npz or a directory (no suffix)")
     scaled = args.lambda_ is not None or args.lambda_linear or args.published or args.scaling
     if args.compare and not (scaled or args.correction or args.time_shift):
         raise UsageError(
@@ -365,16 +428,23 @@ def _check_arguments(args: argparse.Namespace) -> pathlib.Path | None:
     return directories[0] if directories else None
 
 
-def _check_files(args: argparse.Namespace, model: Model) -> None:
+def _check_files(args: argparse.Namespace, sampling: _Sampling, directory: pathlib.Path | None) -> None:
     """Raises UsageError for a file that cannot be written, or that cannot hold the model's samples."""
+    pngs = any(path.suffix == ".png" for path in args.out or ()) or (args.uint8 and directory is not None)
+    if pngs:
+        try:
+            import PIL.Image  # noqa: F401
+        except ImportError as error:
+            raise UsageError("--out: a .png needs Pillow: pip install pillow") from error
+    if pngs or args.uint8:
+        try:
+            size = sampling.pixels(torch.zeros(1, *sampling.model.shape)).size
+            sampling.image_bytes = size * len(sampling.tables) if args.uint8 else 0
+        except ValueError as error:
+            raise UsageError(f"--out: {error}") from error
+    if directory is not None:
+        require_weights("--out", directory, sampling.model)
     for path in args.out or ():
-        if path.suffix == ".png":
-            if model.shape[0] not in (1, 3):
-                raise UsageError(f"--out: expected images of 1 or 3 channels for a .png, got {model.shape[0]}")
-            try:
-                import PIL.Image  # noqa: F401
-            except ImportError as error:
-                raise UsageError("--out: a .png needs Pillow: pip install pillow") from error
         if path.suffix:
             require_writable("--out", path)
 
@@ -382,7 +452,7 @@ def _check_files(args: argparse.Namespace, model: Model) -> None:
 def _check_size(args: argparse.Namespace, sampling: _Sampling, directory: pathlib.Path | None) -> None:
     """Raises UsageError for more samples than the memory or the disk has room for."""
     count = len(args.seeds)
-    size = count * (8 + sampling.seed_bytes)  # 8: the seed itself
+    size = count * (8 + sampling.seed_bytes + sampling.image_bytes)  # 8: the seed itself
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     in_memory = directory is None or any(path.suffix for path in args.out)
     if in_memory and size > memory:
@@ -416,8 +486,11 @@ def _warn_of_transfer(args: argparse.Namespace, model: Model) -> None:
         if changed := [name for name in asked if name in notes and notes[name] != asked[name]]:
             differences = "; ".join(f"{name} {notes[name]}, here {asked[name]}" for name in changed)
             print(f"warning: {path} was fitted for {differences}: {what} need not transfer", file=sys.stderr)
-        if "weights" in notes and notes["weights"] != model_digests(model)[1]:
-            print(f"warning: {path} was fitted for other weights: {what} need not transfer", file=sys.stderr)
+        if "weights" in notes and notes["weights"] != (digest := model_digests(model)[1]):
+            others = (
+                "other weights" if notes["weights"] and digest else "weights that cannot be compared with the model's"
+            )
+            print(f"warning: {path} was fitted for {others}: {what} need not transfer", file=sys.stderr)
 
 
 # ---- what is written and printed ----
@@ -458,9 +531,19 @@ def _write_and_print(
 
 
 def _write_samples(path: pathlib.Path, sampling: _Sampling, runs: Mapping[str, torch.Tensor]) -> None:
-    """A picture of the samples, or the samples and their seeds, by the path's suffix."""
-    arrays: dict[str, Any] = {name: samples.float().numpy() for name, samples in runs.items()}
+    """By the path's suffix: a picture of the samples, or the samples and their seeds; with --uint8 their bytes."""
     if path.suffix == ".png":
-        picture.save(picture.draw(*sampling.panels(arrays)), path)
-    else:
-        write_whole(path, lambda file: np.savez(file, seeds=np.array(sampling.args.seeds), **arrays))
+        shown = {name: sampling.images(samples) for name, samples in runs.items()}
+        picture.save(picture.draw(*sampling.panels(shown)), path)
+        return
+    arrays: dict[str, Any] = {"seeds": np.array(sampling.args.seeds)}
+    for name, samples in runs.items():
+        if sampling.args.uint8:
+            pixels = sampling.pixels(samples)
+            in_rgb = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+            arrays["arr_0" if name == "samples" else name] = in_rgb
+        else:
+            arrays[name] = samples.float().numpy()
+    if sampling.args.uint8 and sampling.args.label is not None:
+        arrays["arr_1"] = np.full(len(sampling.args.seeds), sampling.args.label)
+    write_whole(path, lambda file: np.savez(file, **arrays))

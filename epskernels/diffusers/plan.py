@@ -4,6 +4,7 @@ Row, Plan        the rows
 Schedule         what follows from a schedule's numbers; schedules of equal numbers share one
 Seen             a scheduler's schedule and configuration, as they were when its rows were made
 Configuration    which counts its changes
+Theirs           for type checkers: what the classes here take from diffusers' own
 """
 
 import collections
@@ -12,7 +13,7 @@ import dataclasses
 import threading
 import types
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from torch.compiler import is_dynamo_compiling
 
 from ..spec import BAND_COLUMNS
 from ..table import COLUMNS, DEFAULTS
-from ..typing import Array
-from .common import OURS, Columns, Draws
+from ..typing import Array, FilePath
+from .common import OURS, Columns, Draws, Timestep
 
 Made = TypeVar("Made")
 
@@ -305,3 +306,51 @@ class Seen:
     def __reduce__(self) -> tuple[Any, ...]:
         """To None: a deep copy of a scheduler, or one from a pickle, has its timesteps elsewhere."""
         return type(None), ()
+
+
+if TYPE_CHECKING:
+
+    class Theirs:
+        """What the classes here take from the class after them, diffusers' own; not every one of those has all of it.
+
+        from_config and from_pretrained: more exact than diffusers', whose result is a scheduler or a tuple.
+        """
+
+        timesteps: Tensor
+        sigmas: Tensor
+        num_inference_steps: int
+        _internal_dict: Configuration
+        _step_index: int
+        _begin_index: int
+
+        @property
+        def config(self) -> Configuration: ...
+        def __init__(self, *args: Any, **theirs: Any) -> None: ...
+        def register_to_config(self, **kwargs: Any) -> None: ...
+        def _init_step_index(self, timestep: Timestep) -> None: ...
+        @overload
+        @classmethod
+        def from_config(cls, config: Any, return_unused_kwargs: Literal[False] = ..., **kwargs: Any) -> Self: ...
+        @overload
+        @classmethod
+        def from_config(
+            cls, config: Any, return_unused_kwargs: Literal[True], **kwargs: Any
+        ) -> tuple[Self, dict[str, Any]]: ...
+        @classmethod
+        def from_config(cls, config: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any: ...
+        @overload
+        @classmethod
+        def from_pretrained(
+            cls, pretrained_model_name_or_path: FilePath, subfolder: str | None = ...,
+            return_unused_kwargs: Literal[False] = ..., **kwargs: Any,
+        ) -> Self: ...  # fmt: skip
+        @overload
+        @classmethod
+        def from_pretrained(
+            cls, pretrained_model_name_or_path: FilePath, subfolder: str | None = ..., *,
+            return_unused_kwargs: Literal[True], **kwargs: Any,
+        ) -> tuple[Self, dict[str, Any]]: ...  # fmt: skip
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any: ...
+else:
+    Theirs = object

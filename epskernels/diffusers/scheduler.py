@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import logging
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -42,35 +42,14 @@ from .common import (
     say,
     widest,
 )
-from .plan import SCHEDULES, Configuration, Plan, Row, Schedule, Seen, set_by_attribute
+from .plan import SCHEDULES, Configuration, Plan, Row, Schedule, Seen, Theirs, set_by_attribute
 
 _log = logging.getLogger("epskernels")
 FLOAT32 = torch.float32
 _DTYPES = (FLOAT32, torch.float16, torch.bfloat16)
 
 
-if TYPE_CHECKING:
-
-    class _Theirs:
-        """What the classes here take from the class after them, diffusers' own; not every one of those has all of it."""
-
-        timesteps: Tensor
-        sigmas: Tensor
-        num_inference_steps: int
-        _internal_dict: Configuration
-        _step_index: int
-        _begin_index: int
-
-        @property
-        def config(self) -> Configuration: ...
-        def __init__(self, *args: Any, **theirs: Any) -> None: ...
-        def register_to_config(self, **kwargs: Any) -> None: ...
-        def _init_step_index(self, timestep: Timestep) -> None: ...
-else:
-    _Theirs = object
-
-
-class Configured(_Theirs):
+class Configured(Theirs):
     """eps_scaling and correction in a configuration; the class after it in the order of inheritance is theirs."""
 
     _theirs: Any  # diffusers' class, or a user's

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 import epskernels
-from epskernels import build, cli, corrections, exposure, images, models, quality, samplers, scaling, schedule
+from epskernels import build, cli, corrections, exposure, features, images, models, quality, samplers, scaling, schedule
 from epskernels.cli import common
 
 
@@ -59,9 +60,9 @@ def test_writes_samples_and_grid(tiny, sampler, tmp_path, capsys):
     assert not np.array_equal(saved["samples"], saved["baseline"])
     picture, upscaled = np.asarray(Image.open(png)), np.ones((12, 12))
     for left, name in ((16, "baseline"), (16 + 3 * 98 - 2 + 16, "samples")):
-        for i, image in enumerate(cli.picture.as_bytes(saved[name])):
+        for i, image in enumerate(images.to_bytes(saved[name])[..., 0]):
             above, beside = len(picture) - 16 - 2 * 98 + 2 + i // 3 * 98, left + i % 3 * 98
-            assert np.array_equal(picture[above : above + 96, beside : beside + 96], np.kron(image[0], upscaled))
+            assert np.array_equal(picture[above : above + 96, beside : beside + 96], np.kron(image, upscaled))
     printed = capsys.readouterr().out
     assert re.search(r"time in the model \d+\.\d+ s, in the step and the loop around it \d+\.\d+ s", printed)
     assert len(re.findall(r"sha256 of the (?:initial noise|baseline|samples) [0-9a-f]{64}", printed)) == 3
@@ -93,7 +94,7 @@ def test_an_interrupted_write_leaves_the_file_as_it_was(suffix, tiny, tmp_path, 
 def test_channels_that_no_png_has_are_refused_before_sampling(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli.sample, "sample", None)
     assert run("--model", tiny["two"], "--seeds", "0", "--out", str(tmp_path / "new" / "grid.png")) == 2
-    assert "--out: expected images of 1 or 3 channels for a .png, got 2" in capsys.readouterr().err
+    assert "--out: samples: expected images (1, 1 or 3, H, W), got (1, 2, 8, 8)" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -476,7 +477,8 @@ def test_a_sampler_that_was_added(tiny, monkeypatch, capsys):
 
 def test_every_sampler_of_the_command_line(tiny):
     for name in cli.common.offered_samplers():
-        assert run("--model", tiny["one"], "--sampler", name, "--steps", "3", "--seeds", "0") == 0, name
+        status = run("--model", tiny["one"], "--sampler", name, "--steps", "3", "--seeds", "0")
+        assert status == (2 if name in ("consistency", "flow_euler") else 0), name
     assert (
         run("--model", tiny["one"], "--sampler", "euler_ancestral", "--eta", "0.5", "--steps", "3", "--seeds", "0") == 0
     )
@@ -584,6 +586,7 @@ def test_calibrates_and_samples_with_it(tiny, data, fit, tmp_path, capsys):
     assert calibrate(*settings, *arguments) == 0
     printed = capsys.readouterr().out
     assert len(re.findall(r"^(constant|linear|quadratic): .*R\^2", printed, re.M)) == 3
+    assert "norms tell how far the sampler's predictions are from training, not which lambda gives the best" in printed
     fitted, notes = scaling.load(out)
     assert (notes["sampler"], notes["steps"], notes["images"], notes["method"]) == ("ddim", 4, 8, "norms")
     if fit == "array":
@@ -741,6 +744,159 @@ def test_search_shows_what_is_not_finite(finite, tmp_path, monkeypatch, capsys):
     assert [score for *_, score in notes["trials"]] == [None, 3, None, 2]
 
 
+MEASURES = """
+import numpy as np
+import measure_helper
+
+wrong = "no function"
+
+
+def score(samples):
+    assert samples.shape == (4, 1, 8, 8) and str(samples.dtype) == "torch.float32" and samples.device.type == "cpu"
+    return (samples.mean() - measure_helper.TARGET).abs()
+
+
+def rows(images):
+    return images.mean(3).flatten(1)
+
+
+def number(value):
+    return lambda samples: value
+
+
+values = (float("nan"), float("inf"), -np.inf, "1", None, np.full(4, 1.0))
+nan, inf, minus, text, whole, many = map(number, values)
+scalar = lambda images: np.zeros(len(images))
+fewer = lambda images: np.zeros((2, 3))
+bad = lambda images: np.full((len(images), 2), np.nan)
+
+
+def fails(samples):
+    raise KeyError("no such thing")
+
+
+class Measures:
+    @staticmethod
+    def score(samples):
+        return float(samples.std())
+"""
+
+
+@pytest.fixture
+def measures(tiny, data, tmp_path, monkeypatch):
+    """A function that runs a search on the tiny model, in a folder with modules of measures."""
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("cli_measures.py").write_text(MEASURES)
+    pathlib.Path("measure_helper.py").write_text("TARGET = 0.1\n")
+    pathlib.Path("measures_broken.py").write_text("import nothing_of_this_name\n")
+    pathlib.Path("measures_exits.py").write_text("import sys\n\nsys.exit(3)\n")
+    pathlib.Path("measures_syntax.py").write_text("def score(\n")
+    settings = [
+        "--model",
+        tiny["one"],
+        "--sampler",
+        "ddim",
+        "--steps",
+        "2",
+        "--samples",
+        "4",
+        "--trials",
+        "3",
+        "--out",
+        "found.json",
+    ]
+    yield lambda *arguments: calibrate(*settings, "--method", "search", *arguments)
+    for name in ("cli_measures", "measure_helper"):
+        sys.modules.pop(name, None)
+
+
+def samples_of(tiny, candidate):
+    model = models.load(tiny["one"])
+    table = samplers.ddim(model.schedule, 2, scaling=candidate, clip=model.clip, **model.grid, final=model.final)
+    return epskernels.sample(model.callable(), table, range(4), model.shape)
+
+
+def test_searches_by_a_score_of_ones_own(measures, tiny, data, capsys):
+    """Without real images; the module of the current folder; a changed module is another score."""
+    path = list(sys.path)
+    assert measures("--score", "cli_measures:score", "--cache", "trials.json") == 0 and sys.path == path
+    found, notes = scaling.load("found.json")
+    printed = capsys.readouterr()
+    assert f"cli_measures:score {notes['score']:.5g} of 4 samples, " in printed.out and not printed.err
+    assert (notes["measure"], notes["data"], notes["images"]) == ("cli_measures:score", None, 0)
+    assert notes["score"] == pytest.approx((samples_of(tiny, found).mean() - 0.1).abs().item(), rel=1e-6)
+    assert notes["score"] == min(score for *_, score in notes["trials"]) < notes["score without scaling"]
+    before = pathlib.Path("trials.json").read_bytes()
+    assert measures("--score", "cli_measures:score", "--cache", "trials.json") == 0
+    assert pathlib.Path("trials.json").read_bytes() == before
+    assert measures("--score", "cli_measures:Measures.score", "--correction", "dc", "--trials", "2") == 0
+    with open("cli_measures.py", "a") as file:
+        file.write("# changed\n")
+    capsys.readouterr()
+    assert measures("--score", "cli_measures:score", "--cache", "trials.json") == 2
+    assert "begun with key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", "random-conv", "pixels", "dct", "cli_measures:rows"])
+def test_searches_by_a_distance_in_features(name, measures, tiny, data, capsys):
+    """The output says in which; by default the random network's, for what are no digits."""
+    given = ["--features", name] if name else []
+    assert measures(*given, "--data", data, "--images", "8") == 0
+    printed, (found, notes) = capsys.readouterr().out, scaling.load("found.json")
+    default = "features: random-conv, the default for (1, 8, 8); --features and --score take others"
+    assert printed.splitlines()[0] == notes["measure"] == (f"features: {name}" if name else default)
+    made = sys.modules["cli_measures"].rows if ":" in name else features.FEATURES[name or "random-conv"]
+    real, got = torch.from_numpy(images.load(data, (1, 8, 8), 8)), samples_of(tiny, found)
+    expected = quality.frechet(*(np.asarray(made(each), dtype=np.float64) for each in (real, got)))
+    assert notes["score"] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--score", "cli_measures"], "--score: expected MODULE:FUNCTION, such as mymodule:myfunction, got 'cli_measures'"),
+        (["--score", ":score"], "--score: expected MODULE:FUNCTION, such as mymodule:myfunction, got ':score'"),
+        (["--features", "resnet"], "inception, or MODULE:FUNCTION, such as mymodule:myfunction, got 'resnet'"),
+        (["--score", "no_such_module:f"], "--score: no module 'no_such_module' in "),
+        (["--score", "cli_measures.part:f"], "--score: no module 'cli_measures.part' in "),
+        (["--score", "measures_broken:f"], "--score: measures_broken cannot be imported: ModuleNotFoundError: No module named "
+         "'nothing_of_this_name' ("),
+        (["--score", "measures_exits:f"], "--score: measures_exits cannot be imported: SystemExit: 3 ("),
+        (["--score", "measures_syntax:f"], "--score: measures_syntax cannot be imported: SyntaxError: "),
+        (["--score", "cli_measures:other"], "--score: cli_measures has no 'other' ("),
+        (["--score", "cli_measures:wrong"], "--score: expected cli_measures:wrong to be a function, got 'no function'"),
+        (["--score", "cli_measures:nan"], "--score: expected cli_measures:nan to return a finite number, or inf for"),
+        (["--score", "cli_measures:minus"], "of no use, got -inf"),
+        (["--score", "cli_measures:text"], "--score: expected cli_measures:text to return a number, got '1'"),
+        (["--score", "cli_measures:whole"], "--score: expected cli_measures:whole to return a number, got None"),
+        (["--score", "cli_measures:many"], "--score: expected cli_measures:many to return a number, got float64 (4,)"),
+        (["--score", "cli_measures:inf"], "score: expected a finite number from at least one trial, got none from 3"),
+        (["--score", "cli_measures:fails"], "--score: cli_measures:fails raised KeyError: 'no such thing' ("),
+        (["--features", "cli_measures:scalar"], "--features: expected cli_measures:scalar to return numbers of shape (8, D) for "
+         "8 images, got float64 (8,)"),
+        (["--features", "cli_measures:fewer"], "for 8 images, got float64 (2, 3)"),
+        (["--features", "cli_measures:text"], "for 8 images, got '1'"),
+        (["--features", "cli_measures:bad"], "--features: expected finite features from cli_measures:bad, got 16 of 16 that"),
+        (["--features", "dct"], "--data: expected real images"),
+        (["--score", "cli_measures:score", "--plots", "bias"], "--data: expected real images"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_measures_that_are_refused(arguments, message, measures, data, capsys):
+    given = ["--data", data, "--images", "8"] if arguments[0] == "--features" and arguments[1] != "dct" else []
+    path = list(sys.path)
+    assert measures(*arguments, *given) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
+    assert sys.path == path and not pathlib.Path("found.json").exists()
+
+
+def test_a_score_and_features_are_not_both(measures, capsys):
+    with pytest.raises(SystemExit):
+        measures("--score", "cli_measures:score", "--features", "dct")
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -756,7 +912,14 @@ def test_search_shows_what_is_not_finite(finite, tmp_path, monkeypatch, capsys):
         (["--out", "lambda.txt"], "--out: expected a .json"),
         (["--bounds", "0.9", "1.1"], "--bounds: not an option of --method norms"),
         (["--method", "search", "--fit", "linear"], "--fit: not an option of --method search"),
-        (["--method", "search"], "--method: search measures in features of 28 x 28 digits"),
+        (["--method", "search", "--features", "digits"], "--features: digits: images: expected floats (N, 1, 28, 28)"),
+        (
+            ["--method", "search", "--features", "nothing"],
+            "--features: expected one of digits, pixels, dct, random-conv, inception",
+        ),
+        (["--method", "search", "--features", "inception"], "--features: inception: "),
+        (["--features", "dct"], "--features: not an option of --method norms"),
+        (["--score", "json:dumps"], "--score: not an option of --method norms"),
         (["--sampler", "edm_euler", "--eta", "1"], "--eta: not an option of --sampler edm_euler"),
         (["--fit", "quadratic", "--skip", "3"], "--fit, --skip: skip: expected 0 to"),
     ],

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import calibrate, cli, corrections, exposure, models, quality, samplers, scaling, schedule
+from epskernels import bands, calibrate, cli, corrections, exposure, models, quality, samplers, scaling, schedule
+from epskernels.table import VALUES
+from epskernels.trajectory import Trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -445,6 +447,150 @@ def test_what_learn_found_is_what_the_sampler_does(form):
     assert loss(samples).item() == pytest.approx(min(found.losses), rel=1e-4)
 
 
+# ---- the gradient of a correction's weights ----
+
+KINDS = {
+    "dc": corrections.dc(-0.11),
+    "dc-sigma": corrections.dc([0.1, -0.2, 0.3, 0.1, -0.1], target="alpha*m0", schedule="sigma"),
+    "dcw": corrections.dcw(-0.3, 0.2),
+    "dcw-constant": corrections.dcw(-0.25, 0.1, schedule="constant", target="alpha*m0"),
+    "dcw-levels": corrections.dcw({"levels": [-3.0, 2.0], "values": [0.4, -0.1]}, 0.1, schedule="constant"),
+    "frequency": corrections.frequency(1.2, 0.9),
+    "frequency-sigma": corrections.frequency(1.2, [0.9, 1.1, 1.0, 0.8, 1.2], schedule="sigma"),
+}
+CORRECTED = {
+    "ddim": lambda **options: samplers.ddim(COSINE, 5, clip=0.8, **options),
+    "ddpm": lambda **options: samplers.ddpm(COSINE, 5, **options),
+    "edm_heun": lambda **options: samplers.edm_heun(KARRAS, 5, prediction="epsilon", **options),
+    "dpmpp_2m": lambda **options: samplers.dpmpp_2m(COSINE, 5, spacing="trailing", **options),
+    "plms": lambda **options: samplers.plms(COSINE, 5, **options),  # keeps eps
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def numbers_of(correction):
+    """Its weights as float64 tensors that take a gradient, as `corrected_rows` wants them."""
+    bands = ("low",) if correction.kind == "dc" else ("low", "high")
+    return {band: torch.from_numpy(correction.numbers(band)).requires_grad_() for band in bands}
+
+
+@each_kind
+@pytest.mark.parametrize("name", CORRECTED)
+def test_differentiable_rows_are_the_samplers(name, kind):
+    """To the bit but where float64 rounds twice; beside a lambda too."""
+    correction = KINDS[kind]
+    for scale in (1.0, 1.03):
+        plain, expected = CORRECTED[name](), CORRECTED[name](scaling=scale, correction=correction)
+        scaled = plain.scaled_rows(torch.tensor(scale)) if scale != 1 else None
+        rows = corrections.corrected_rows(plain, correction, **numbers_of(correction), rows=scaled)
+        assert rows.shape == expected.rows.shape and rows.requires_grad
+        torch.testing.assert_close(rows, expected.rows, rtol=2e-7, atol=1e-7)
+
+
+def in_float64(table, x, seeds):
+    """The samples that a table makes of x with `tanh_model`, in float64: its coefficients before they are rounded."""
+    row_of = lambda i: {key: table[key][i] for key in VALUES}  # noqa: E731
+    m = [torch.zeros_like(x), torch.zeros_like(x)]
+    for i in range(len(table)):
+        c = row_of(i)
+        f = tanh_model(c["c_in"] * x, None)
+        m0 = (c["d_x"] * x + c["d_f"] * f).clamp(-c["clip"], c["clip"])
+        made = c["c_x"] * x + c["c_f"] * f + c["c_m0"] * m0 + c["c_m1"] * m[0] + c["c_m2"] * m[1]
+        if c["c_noise"]:
+            made = made + c["c_noise"] * epskernels.normal(seeds, SHAPE, draw=int(c["draw"]), stream=0).double()
+        if c["band_dims"]:
+            made = made + bands.low_band(c["l_next"] * made + c["l_m0"] * m0 + c["l_x"] * x, 2)
+        x, m = made, [m0, m[0]]
+    return x
+
+
+def tanh_model(x, t):
+    return 0.7 * torch.tanh(1.5 * x) + 0.1 * x
+
+
+@each_kind
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "edm_heun", "dpmpp_2m"])
+def test_the_gradient_of_weights_is_that_of_float64_differences(name, kind):
+    """Central differences of the samplers' own float64 tables, for every number of the correction."""
+    correction, seeds, loss = KINDS[kind], torch.arange(4), lambda x: (x - 0.3).square().mean() + x.abs().mean()
+    plain, numbers = CORRECTED[name](), numbers_of(correction)
+    start = plain.initial_sigma * epskernels.normal(seeds, SHAPE)
+    run = Trajectory(plain, start, rows=corrections.corrected_rows(plain, correction, **numbers))
+    for row in range(len(plain)):
+        run.step(row, *run.call(tanh_model, row), seeds=seeds)
+    loss(run.x).backward()
+
+    def moved(band, n, by):
+        values = correction.numbers(band)
+        values.reshape(-1)[n] += by
+        changed = {"low": values, "high": values} if correction.kind == "dc" else {band: values}
+        table = CORRECTED[name](correction=correction.with_numbers(**changed))
+        return loss(in_float64(table, start.double(), seeds)).item()
+
+    for band, values in numbers.items():
+        for n, got in enumerate(values.grad.reshape(-1).tolist()):
+            expected = (moved(band, n, 1e-5) - moved(band, n, -1e-5)) / 2e-5
+            assert got == pytest.approx(expected, rel=1e-4, abs=1e-5), (band, n)
+    assert any(values.grad.abs().max() > 1e-2 for values in numbers.values())
+
+
+@pytest.mark.parametrize(
+    "planted, start",
+    [
+        (corrections.dc(-0.06, target="alpha*m0"), corrections.dc(0.0, target="alpha*m0")),
+        (corrections.dcw(-0.08, 0.04, schedule="constant"), corrections.dcw(0.0, schedule="constant")),
+        (corrections.frequency(0.95, 1.04), corrections.frequency(1.0)),
+    ],
+    ids=["dc", "dcw", "frequency"],
+)
+def test_learn_recovers_planted_weights(planted, start, tmp_path):
+    """From samples alone; the file is what samplers take."""
+    sampler = SAMPLERS["ddim"]
+    expected = epskernels.sample(exact, samplers.ddim(COSINE, 6, correction=planted), range(8), SHAPE)
+    loss = lambda x: (x - expected).square().mean()  # noqa: E731
+    options = {"form": None, "correction": start, "rounds": 60, "rate": 8e-3}
+    found = calibrate.learn(exact, sampler, loss, range(8), SHAPE, **options)
+    assert min(found.losses) < 0.02 * found.losses[0] and found.scaling.values(6).tolist() == [1.0] * 6
+    for band in ("low", "high"):
+        assert found.correction.numbers(band) == pytest.approx(planted.numbers(band), abs=8e-3)
+    found.correction.save(tmp_path / "correction.json", sampler="ddim")
+    assert corrections.load(tmp_path / "correction.json")[0] == found.correction
+    table = samplers.ddim(COSINE, 6, correction=tmp_path / "correction.json")
+    assert loss(epskernels.sample(exact, table, range(8), SHAPE)).item() == pytest.approx(min(found.losses), rel=1e-3)
+
+
+def test_learn_finds_lambda_and_a_correction_together():
+    """lambda alone, and a weight alone, leave more of the loss; together they are what the sampler does with both."""
+    planted = samplers.ddim(COSINE, 6, scaling=1.03, correction=corrections.dc(-0.07))
+    expected = epskernels.sample(tanh_model, planted, range(8), SHAPE)
+    loss = lambda x: (x - expected).square().mean()  # noqa: E731
+    learn = functools.partial(
+        calibrate.learn, tanh_model, SAMPLERS["ddim"], loss, range(8), SHAPE, rounds=120, rate=4e-3
+    )
+    start = {"kind": "dc", "s": 0.0}
+    alone, weight, both = (
+        learn(form="constant"), learn(form=None, correction=start), learn(form="constant", correction=start),
+    )  # fmt: skip
+    assert alone.correction is None and both.losses[0] == alone.losses[0] == weight.losses[0]
+    assert min(both.losses) < 0.1 * min(*alone.losses, *weight.losses)
+    table = samplers.ddim(COSINE, 6, scaling=both.scaling, correction=both.correction)
+    assert loss(epskernels.sample(tanh_model, table, range(8), SHAPE)).item() == pytest.approx(
+        min(both.losses), rel=1e-3
+    )
+
+
+def test_learn_keeps_the_form_of_the_weights():
+    start = corrections.dcw({"levels": [-2.0, 1.0], "values": [0.0, 0.0]}, [0.0] * 6, schedule="constant")
+    loss = lambda x: (x - 0.2).square().mean()  # noqa: E731
+    found = calibrate.learn(
+        linear_model, SAMPLERS["ddim"], loss, range(4), SHAPE, form=None, correction=start, rounds=6
+    )
+    assert found.correction.low["levels"] == [-2.0, 1.0] and all(found.correction.low["values"])
+    *others, last = found.correction.high
+    assert len(others) == 5 and all(others) and last == 0  # which leads to an image
+    assert min(found.losses) < found.losses[0]
+
+
 def test_samplers_that_cannot_be_calibrated():
     fixed = samplers.ddim(COSINE, 4)
     with pytest.raises(ValueError, match="sampler: expected one that scales by what it is called with"):
@@ -519,6 +665,15 @@ def test_no_scaling_may_be_what_is_not_finite(tmp_path):
     assert again.trials == found.trials and again.baseline == math.inf
 
 
+def learn(sampler=SAMPLERS["ddim"], **options):
+    loss = lambda x: x.square().mean()  # noqa: E731
+    return calibrate.learn(linear_model, sampler, loss, [1], SHAPE, **{"rounds": 3, **options})
+
+
+def corrected_rows(kind, *weights):
+    return corrections.corrected_rows(samplers.ddim(COSINE, 3), KINDS[kind], *weights)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -538,6 +693,16 @@ def test_no_scaling_may_be_what_is_not_finite(tmp_path):
         (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], torch.sum, [1], SHAPE, form="cubic"), "form: expected one of"),
         (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], torch.sum, [1], SHAPE, rounds=1), "rounds, rate: expected"),
         (lambda: calibrate.learn(linear_model, SAMPLERS["ddim"], lambda x: x.sum() * math.inf, [1], SHAPE), "loss: expected a"),
+        (lambda: learn(form=None), "form: expected one for lambda_t where there is no correction to learn, got None"),
+        (lambda: learn(lambda s: samplers.ddim(COSINE, 4, scaling=s, correction=KINDS["dc"]), correction=corrections.dc(0.0)),
+         "table: expected one without a correction, got ddim"),
+        (lambda: learn(correction=corrections.dc([0.0] * 3)), "correction: expected 6 weights of the low band, one for"),
+        (lambda: learn(lambda s: samplers.ddim(COSINE, 2, scaling=s), correction=corrections.frequency(0.01), rate=0.012),
+         "low: expected factors above 0, got -"),
+        (lambda: corrected_rows("dc", torch.zeros(3)), r"low: expected .*, shape \(\), got torch.float32 \(3,\)"),
+        (lambda: corrected_rows("dc", 0.1), r"low: expected a tensor of float32 or float64, shape \(\), got 0.1"),
+        (lambda: corrected_rows("dc", torch.zeros(()), torch.zeros(())), "high: expected None for 'dc'"),
+        (lambda: corrected_rows("dcw", torch.zeros(())), "high: expected a tensor for 'dcw'"),
         (lambda: calibrate.match_norms(linear_model, SAMPLERS["ddim"], data(1)), "images: expected at least two, got 1"),
         (lambda: calibrate.match_norms(linear_model, SAMPLERS["ddim"], data(4), batch=0), "batch: expected an integer"),
         (lambda: calibrate.match_norms(linear_model, lambda s: SAMPLERS["ddim"](1.1), data(4)), "sampler: expected one that"),

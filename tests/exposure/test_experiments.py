@@ -296,3 +296,28 @@ def test_quick_row_and_report(compared, tmp_path, capsys):
     least = min(found[name]["frechet"][0] for name in ("dc", "dc, alpha*m0"))
     assert shares.split(" | ")[4].strip("*") == f"{100 * (1 - least / found['baseline']['frechet'][0]):.0f} %"
     assert (tmp_path / "docs" / "exposure" / "nothing.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "difference, said",
+    [([-1, -8, -0.5], "-20 % at T' = 10"), ([-1, -8, 0.5], "unclear at T' = 10"), ([0, 0, 0], "none at T' = 10")],
+)
+@pytest.mark.parametrize("worst", [5.5, 900.0])
+def test_plots_say_what_is_clear_and_leave_nothing_out(worst, difference, said, monkeypatch):
+    """An interval below 0 and a trial far above the baseline are inside the frame."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import exposure_report
+    from matplotlib.figure import Figure
+
+    table = {"baseline": {"frechet": [5, 4, 6]}, "uniform": {"frechet": [4, 3, 5], "frechet_difference": difference}}
+    row = {"sampler": "ddim", "steps": 10, "calls": 10, "lambda": {"uniform": 0.99}, "tables": {"20": table},
+           "trials": {"uniform": {"1": 5.0, "1.01": worst, "0.99": 4.0}}, "corrected": {"tables": {"20": table}}}  # fmt: skip
+    axes = Figure().subplots(1, 2)
+    exposure_report.draw_distance([row], axes[0])
+    exposure_report.draw_corrections([row], axes[1])
+    for axis, lows, highs in zip(axes, (0.8, 1), (worst / 5, 1), strict=True):
+        bottom, top = axis.get_ylim()
+        assert bottom <= min(lows, 1 + difference[1] / 5) and top >= highs
+        assert said in axis.get_title() or f"uniform, distance {said}" in axis.get_title()
+    figure = Figure()
+    exposure_report.draw("ddim", [row], {}, figure.subfigures())

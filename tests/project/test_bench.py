@@ -22,6 +22,7 @@ sys.path.insert(0, str(FOLDER))
 import compare  # noqa: E402
 import harness  # noqa: E402
 import load_test  # noqa: E402
+import report as report_program  # noqa: E402
 from load_test import OURS, PEER, Setting, Workload  # noqa: E402
 
 
@@ -57,8 +58,14 @@ def test_run(run):
 
 @deep
 def test_memory_is_the_output_alone(run):
+    import bench
+
     rows = harness.load(run)["memory"]
-    assert len(rows) == 18
+    forms = ("new tensor", "out=", "eager PyTorch")
+    assert {(row["feature"], row["form"]) for row in rows} == {
+        (name, form) for name in bench.FEATURES for form in forms
+    }
+    assert len(rows) == len(forms) * len(bench.FEATURES)
     for row in rows:
         if row["form"] == "new tensor":
             assert row["allocations"] == 1 and row["peak_over_state"] == 1
@@ -151,11 +158,41 @@ def test_report(run, tmp_path):
         assert done.returncode == 0, done.stderr
     page = (tmp_path / "benchmarks.md").read_text()
     assert "run.json" in page and "## Memory of a call" in page and "Not measured: the run left it out" in page
-    for plot in ("share_of_copy", "beside_compile", "by_batch", "by_size"):
+    for plot in ("share_of_copy", "beside_compile", "by_size"):
         assert (tmp_path / "benchmarks" / f"{plot}.svg").stat().st_size > 5000 and f"{plot}.svg" in page
         assert (tmp_path / "benchmarks" / f"{plot}.svg").read_bytes() == (
             docs / "benchmarks" / f"{plot}.svg"
         ).read_bytes()
+
+
+def test_the_page_and_its_plots_are_of_the_run_that_is_kept(tmp_path):
+    """Titles are made of the run's numbers, also where these are others, or fewer."""
+    run, results = FOLDER / "results" / "cpu.json", harness.load(FOLDER / "results" / "cpu.json")
+    plots = report_program.draw(results, tmp_path)
+    page = "\n".join(report_program.page(results, run.relative_to(FOLDER.parent), plots)) + "\n"
+    assert page == (FOLDER.parent / "docs" / "benchmarks.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == set(plots)
+    assert set(plots) == {path.name for path in (FOLDER.parent / "docs" / "benchmarks").iterdir()}
+    drawn = (tmp_path / "beside_compile.svg").read_text()
+    rows = [row for row in results["rows"] if row["group"] == "scheduler"]
+    said = f"{report_program.times([row['ratio'] for row in rows])} as fast as"
+    assert said in drawn and said in plots["beside_compile.svg"]
+    rows[0]["ratio"] = 1 / 98.7
+    rows[0]["interval"] = [1 / 99, 1 / 98]
+    results["rows"] = [
+        row for row in results["rows"] if row["axes"].get("feature") != "plain" and row["group"] != "batch"
+    ]
+    others = report_program.draw(results, tmp_path)
+    assert "to 99 times as fast as diffusers'" in others["beside_compile.svg"]
+    assert "without noise" not in others["beside_compile.svg"] and "samples" not in others["by_size.svg"]
+    assert report_program.draw({**results, "rows": []}, tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "ratios, said", [([0.5, 0.08], "2 to 12 times"), ([0.97], "1 times"), ([2.0, 0.3], "0.5 to 3.3 times")]
+)
+def test_how_many_times(ratios, said):
+    assert report_program.times(ratios) == said
 
 
 def test_results_that_are_not_there(tmp_path):

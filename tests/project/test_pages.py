@@ -149,7 +149,7 @@ def test_the_names_of_the_pages_are_there_after_the_import_alone():
     assert {"diffusers.fuse", "k_diffusion.sample_euler", "exposure", "quality", "build.library"} <= names
     code = f"""
 import functools, sys, epskernels
-late = {{"calibrate", "exposure", "images", "k_diffusion", "models", "quality"}}
+late = {{"calibrate", "exposure", "features", "images", "k_diffusion", "models", "quality"}}
 others = {{"diffusers", "matplotlib", "scipy", "epskernels.diffusers.pipelines"}}
 read = {{*others, *(f"epskernels.{{name}}" for name in late)}} & set(sys.modules)
 assert not read, read
@@ -189,3 +189,25 @@ def test_serving_page(tmp_path):
     request = lambda x, t: names["model"](x, t, torch.tensor([1]))  # noqa: E731
     assert torch.equal(samples[1], epskernels.sample(request, names["tables"][1], [1], (3, 32, 32))[0])
     assert names["everything"].shape == (42, 1, 28, 28)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_your_model_page(tmp_path):
+    """Each section compares `sample` with a loop of its own. Here: that such a comparison finds a mistake."""
+    names = markdown_examples.run("docs/your_model.md", tmp_path)
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [f"00000{i}.png" for i in range(4)]
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 16, 16, 3)
+    image, latent, flow = (3, 16, 16), (4, 8, 8), schedule.FlowSchedule()
+    ddpm, adm = names["own_ddpm"](names["network"], names["betas"]), names["own_p_sample"](names["timesteps"])
+    of_edm = lambda x, t: names["net"](x, t, names["one_hot"])  # noqa: E731
+    of_adm = lambda x, t: names["adm"](x, t, y=names["y"])  # noqa: E731
+    for own, model, table, shape in (
+        (ddpm, names["network"], samplers.ddpm(schedule.linear(50), 50), image),
+        (names["own_heun"](names["net"]), of_edm, samplers.edm_heun(schedule.KarrasSchedule(rho=6), 18), image),
+        (adm, of_adm, samplers.ddpm(schedule.linear(), "10"), image),  # fixed_small
+        (adm, of_adm, samplers.ddpm(schedule.linear(), 10, variance="learned_range"), image),  # other timesteps
+        (names["own_ldm"](), names["latent_model"], samplers.ddim(schedule.scaled_linear(), 10, guidance=7.5), latent),
+        (names["own_euler"](), names["flow_model"], samplers.flow_euler(flow, 10, guidance=4), latent),
+    ):
+        with pytest.raises(AssertionError, match="not wired as your own loop"):
+            names["check"](own, epskernels.sample(model, table, range(4), shape))

@@ -5,6 +5,7 @@ import functools
 import http.server
 import importlib.util
 import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -107,6 +108,11 @@ def test_each_link_of_the_pages_leads_to_a_file(tmp_path):
     assert home.count("{toctree}") == len(conf.PAGES) + 1 and (tmp_path / "reference" / "samplers.rst").exists()
 
 
+def test_pictures_are_small():
+    sizes = {path: path.stat().st_size for path in (ROOT / "docs").rglob("*.svg")}
+    assert len(sizes) > 5 and max(sizes.values()) < 200_000, sizes
+
+
 def test_links(tmp_path, monkeypatch):
     def relinked(text, page="docs/exposure.md"):
         return conf.relinked(text, page, tmp_path)
@@ -123,6 +129,17 @@ def test_links(tmp_path, monkeypatch):
     assert relinked("[the checks](../csrc/arguments.h)") == "[the checks](https://host/blob/main/csrc/arguments.h)"
     with pytest.raises(ValueError, match=r"docs/exposure.md: no.md: expected a file of the repository"):
         relinked("[a](no.md)")
+
+
+def test_links_of_a_static_page(tmp_path, monkeypatch):
+    for page in conf.STATIC:
+        text = conf.static_page(page)
+        assert 'href="../index.html"' in text and 'href="../exposure.html"' in text and ".md" not in text
+    (tmp_path / "docs" / "static").mkdir(parents=True)
+    (tmp_path / "docs" / "static" / "a.html").write_text('<a href="../../setup.py">')
+    monkeypatch.setattr(conf, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=r"docs/static/a.html: ../../setup.py: expected a page of the site"):
+        conf.static_page("static/a.html")
 
 
 # ---- the site, built and opened ----
@@ -144,6 +161,9 @@ def site(tmp_path_factory):
         pages = sorted(page.relative_to(folder / "html").as_posix() for page in (folder / "html").rglob("*.html"))
         yield f"http://127.0.0.1:{server.server_port}", pages
         server.shutdown()
+
+
+POINTS = "lines => lines.map(line => line.getAttribute('points'))"
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -187,6 +207,60 @@ def test_every_page_opens_without_an_error_and_fits(site, chromium, width):
         )
         wrong += [(path, f"{wide} pixels too wide")] * (wide > 0) + [(path, image) for image in unloaded]
     assert len(pages) > 25 and not wrong
+    page.close()
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("width, columns", [(1400, 6), (390, 4)], ids=["desktop", "phone"])
+def test_the_page_with_the_sliders(site, chromium, width, columns):
+    """It shows what its address asks for; each control changes digits, curves, words and the address."""
+    data = json.loads((ROOT / "docs/explore/data.js").read_text().removeprefix("show(").removesuffix(");\n"))
+    page = chromium.new_page(viewport={"width": width, "height": 900})
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(f"{site[0]}/index.html")
+    page.locator(".sidebar-tree a", has_text="See the effect").first.evaluate("link => link.click()")
+    page.wait_for_url("**/explore/index.html*")
+
+    def shown(name, steps, strength):
+        """Whether the page says so, in words, curves and address; {canvas: its digits}."""
+        page.wait_for_url(f"**#method={name}&steps={steps}&strength={strength:g}")
+        method = next(each for each in data["methods"] if each["name"] == name)
+        cells = method["cells"][data["steps"].index(steps)]
+        own, base = (cells[method["weights"].index(weight)]["distance"] for weight in (strength, method["nothing"]))
+        said = page.locator("#summary").inner_text()
+        assert said.startswith(f"{steps} steps, ")
+        assert (
+            own is None
+            or strength == method["nothing"]
+            or f"Fréchet distance {own:g}, without correction {base:g}: " in said
+        )
+        points = [len(each.split()) for each in page.locator("svg polyline").evaluate_all(POINTS)]
+        assert points.count(steps) == 4 and (own is None or len(method["weights"]) in points)
+        assert page.locator("#before").evaluate("canvas => canvas.width") == columns * data["size"]
+        return {name: page.locator(f"#{name}").evaluate("canvas => canvas.toDataURL()") for name in ("before", "after")}
+
+    first = shown("lambda-unscaled", 10, 0.85)
+    page.locator("#strength").press("ArrowRight")
+    moved = shown("lambda-unscaled", 10, 0.875)
+    assert moved["before"] == first["before"] != first["after"] != moved["after"]
+    page.locator("#steps").press("ArrowRight")
+    assert shown("lambda-unscaled", 20, 0.875)["before"] != first["before"]
+    page.locator("#steps").press("End")
+    assert shown("lambda-unscaled", 50, 0.875) and "Not measured" in page.locator("#distance-says").inner_text()
+    page.locator("#steps").press("Home")
+    page.get_by_label("DCW").check()
+    dcw = next(each for each in data["methods"] if each["name"] == "dcw")
+    best = min(zip((cell["distance"] for cell in dcw["cells"][0]), dcw["weights"], strict=True))[1]
+    shown("dcw", 5, best)
+    page.locator("#strength").press("Home")
+    none = shown("dcw", 5, 0)
+    assert none["before"] == none["after"] and page.locator("#after-title").inner_text() == "The same"
+    page.locator("#best").click()
+    shown("dcw", 5, best)
+    page.goto(f"{page.url.partition('#')[0]}#method=dcw&steps=20&strength=-0.1")
+    shown("dcw", 20, -0.1)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width and not wrong
     page.close()
 
 

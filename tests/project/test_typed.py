@@ -1,7 +1,9 @@
-"""Types, names and docstrings of what users import: mypy on the package and on the examples of the pages."""
+"""Types, names and docstrings of what users import: mypy on the package and on the examples of the pages, and on the latter
+pyright too, whose engine many editors have."""
 
 import ast
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -14,9 +16,9 @@ PACKAGE = ROOT / "epskernels"
 PAGES = sorted(page.relative_to(ROOT) for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 # What users import: completion shows what `__all__` names.
 MODULES = [
-    "", "build", "calibrate", "diffusers.pipelines", "exposure", "files", "graphed", "guidance", "images", "models",
-    "ops", "published_settings", "quality", "ranks", "sample", "samplers", "scaling", "schedule", "seeds", "shards", "table",
-    "trajectory", "typing",
+    "", "build", "calibrate", "calibrate.gradient", "calibrate.norms", "calibrate.trials", "diffusers.pipelines", "exposure",
+    "features", "files", "graphed", "guidance", "images", "models", "ops", "published_settings", "quality", "ranks", "sample",
+    "samplers", "scaling", "schedule", "seeds", "shards", "table", "trajectory", "typing",
 ]  # fmt: skip
 # Triton reads annotations as the types of a kernel's arguments.
 WITHOUT_ANNOTATIONS = {"ops/triton_kernels.py"}
@@ -51,6 +53,10 @@ assert_type(scheduler.path, str | None)
 assert_type(scheduler.seeds, torch.Tensor | None)
 scheduler.seeds = range(2)
 assert_type(scheduler.fork(), DDPMScheduler)
+assert_type(DDPMScheduler.from_config(scheduler.config, eps_scaling=1.005), DDPMScheduler)
+assert_type(
+    DDPMScheduler.from_config({}, return_unused_kwargs=True), tuple[DDPMScheduler, dict[str, Any]]
+)
 assert_type(fused(scheduler, 1.005), DDPMScheduler)
 assert_type(fused(object()), Any)
 scheduler.seeds = 7  # type: ignore[assignment]
@@ -72,19 +78,72 @@ fuse(pipe, eps_scaling=None, seeds=7)  # type: ignore[arg-type]
 """
 
 
-def test_mypy_finds_nothing_in_the_package_and_in_the_examples_of_the_pages(tmp_path):
-    files = [tmp_path / "known.py"]
+# What an editor shows where the pointer rests on a name: (the code, what its type has to say).
+SHOWN = [
+    ("samplers.ddim", "(schedule: DiscreteSchedule | KarrasSchedule | FlowSchedule | Grid, steps: "),
+    ("samplers.ddim", "eta: float"),
+    ("samplers.ddim", ") -> Table"),
+    ("fuse", "(pipe: _Pipeline@fuse, eps_scaling: EpsilonScaling | float | "),
+    ("fuse", ") -> _Pipeline@fuse"),
+    ("epskernels.step", "Overload[(x: Tensor, f: Tensor, table: Table | Tensor, index: int | "),
+    ("epskernels.step(x, x, table, 0, return_m0=True)", "tuple[Tensor, Tensor]"),
+    ("epskernels.sample", "seeds: Tensor | Iterable[SupportsIndex], shape: "),
+    ("table.rows", "Tensor"),
+    ("scheduler.lambdas", "tuple[float, ...]"),
+    ("epskernels.published('ADM', 'CIFAR-10', 20)", "EpsilonScaling"),
+    ("epskernels.k_diffusion.sample_euler", "sigmas: Tensor | Sequence[float]"),
+]
+
+
+def examples(folder):
+    """What users write, as files in the folder: `KNOWN`, and the examples of each page in one."""
+    files = [folder / "known.py"]
     files[0].write_text(KNOWN)
     for page in PAGES:
         code = as_module(page)
         if code.strip():
-            files.append(tmp_path / f"page_{page.stem}.py")  # a page's functions may do without annotations
+            files.append(folder / f"page_{page.stem}.py")  # a page's functions may do without annotations
             files[-1].write_text(code.rstrip() + "\n\n# mypy: allow-untyped-defs\n")
     assert len(files) >= 8
-    command = [sys.executable, "-m", "mypy", "epskernels", *map(str, files)]
+    return files
+
+
+def test_mypy_finds_nothing_in_the_package_and_in_the_examples_of_the_pages(tmp_path):
+    command = [sys.executable, "-m", "mypy", "epskernels", *map(str, examples(tmp_path))]
     environment = {**os.environ, "MYPYPATH": str(ROOT / "examples")}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.deep
+def test_pyright_finds_nothing_in_the_examples_and_shows_types(tmp_path):
+    pytest.importorskip("pyright")
+    files = examples(tmp_path)
+    with files[0].open("a") as file:
+        file.writelines(f"\nreveal_type({code})" for code, _ in SHOWN)
+    settings = {
+        "typeCheckingMode": "basic", "extraPaths": [str(ROOT), str(ROOT / "examples")],
+        "reportPrivateImportUsage": "none",  # diffusers fills its module as it is read, which pyright does not see
+    }  # fmt: skip
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [
+        sys.executable,
+        "-m",
+        "pyright",
+        "--outputjson",
+        "--pythonpath",
+        sys.executable,
+        "--project",
+        str(tmp_path),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = json.loads(result.stdout)
+    assert found["summary"]["filesAnalyzed"] == len(files)
+    wrong = [each for each in found["generalDiagnostics"] if each["severity"] != "information"]
+    assert not wrong, [(each["file"], each["range"]["start"], each["message"]) for each in wrong]
+    shown = [each["message"] for each in found["generalDiagnostics"]]
+    assert len(shown) == len(SHOWN)
+    assert [(code, said) for (code, part), said in zip(SHOWN, shown, strict=True) if part not in said] == []
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from epskernels import cli, shards
+from epskernels import cli, images, shards
 from epskernels.files import write_whole
 from epskernels.ranks import Ranks
 
@@ -45,7 +45,8 @@ def run(tiny, *arguments, steps=3, seeds="0-6,20"):
 
 def files(directory):
     """What tells a file that was written again from one that was left alone."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in pathlib.Path(directory).iterdir()}
+    found = [path for path in pathlib.Path(directory).iterdir() if path.is_file()]
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
 
 def leftover(path, pid):
@@ -446,7 +447,7 @@ def launch(processes, tiny, directory):
     """A second or two of work, in 30 chunks, by torchrun, or by python alone."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "epskernels"]
     command = [sys.executable, "-m", *(launcher if processes > 1 else ["epskernels"]), "sample", "--quiet"]
-    command += ["--model", tiny, "--steps", "8", "--seeds", "0-88", "--batch", "3", "--out", str(directory)]
+    command += ["--model", tiny, "--steps", "8", "--seeds", "0-88", "--batch", "3", "--uint8", "--out", str(directory)]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -502,6 +503,9 @@ def test_killed_and_resumed_by_another_number_of_processes(tiny, expected, first
     assert f"{30 - len(missing)} of them before" in out and sum(made) == len(missing)
     assert len(made) == then and max(made) - min(made) <= 1
     assert np.array_equal(run.load(), expected) and np.array_equal(run.seeds, np.arange(89))
+    pngs = sorted((directory / "samples").iterdir())
+    assert [path.name for path in pngs] == [f"{seed:06d}.png" for seed in range(89)]
+    assert np.array_equal([np.asarray(Image.open(path)) for path in pngs], images.to_bytes(expected)[..., 0])
     assert not list(directory.glob("*.tmp"))
 
 
