@@ -32,8 +32,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt epskernels/spec.py $(wildcard csrc/*)
 
-.PHONY: build sample check test test-deep test-arm lint docs mutants sanitize gpu-check bench bench-full bench-diffusers bench-dispatch \
-	bench-compare report quality quality-report quality-quick explore train clean another-torch
+.PHONY: build sample check test test-deep test-arm lint docs wheel-check mutants sanitize gpu-check gpu-check-dry bench bench-full \
+	bench-diffusers bench-dispatch bench-compare report quality quality-report quality-quick explore train clean another-torch
 
 build: $(READY)
 
@@ -85,6 +85,16 @@ $(VENV)/.docs: $(READY)
 	$(BIN)/pip install --quiet 'epskernels[docs]'
 	touch $@
 
+$(VENV)/.wheels: $(READY)
+	$(BIN)/pip install --quiet 'epskernels[wheels]'
+	touch $@
+
+# Wheels with and without the CUDA kernel, under auditwheel and torch-abi-audit; EPSKERNELS_CUDA_PYTHON, a Python whose torch has
+# CUDA, loads that kernel too.
+wheel-check: $(VENV)/.wheels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" tests/project/test_install.py tests/ops/test_cuda_build.py \
+		-k "wheel or abi or loads_it"
+
 # build/site/index.html: every broken link, unknown anchor and unknown name is an error. EPSKERNELS_REPOSITORY=https://.../blob/main
 # has the files that are no pages linked to.
 docs: $(VENV)/.docs
@@ -99,10 +109,15 @@ mutants: $(READY)
 sanitize: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/project/sanitize.sh
 
-# Installs nothing: where there is no network, the torch of the system will do.
+# Installs nothing: where there is no network, the torch of the system will do. At most six minutes; called again it goes on.
 gpu-check:
-	@test -n "$(GPU_PYTHON)" || { echo "gpu-check: no Python here has a torch that sees a GPU (GPU_PYTHON=...)"; exit 1; }
-	$(GPU_PYTHON) tests/gpu/gpu_check.py $(RESULTS)
+	@python="$(GPU_PYTHON)"; test -n "$$python" || \
+		{ echo "gpu-check: no Python here has a torch that sees a GPU (GPU_PYTHON=...)"; exit 1; }; \
+	"$$python" -m tests.gpu.gpu_check $(RESULTS)
+
+# The same on a stand-in for a GPU, so that nothing trivial fails on the day when there is one.
+gpu-check-dry: $(READY)
+	$(BIN)/python -m tests.gpu.gpu_check --dry-run build/gpu-check
 
 # Its results: benchmarks/results/latest.json, compared and drawn by the targets after it.
 bench: $(READY)

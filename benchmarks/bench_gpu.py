@@ -1,18 +1,21 @@
 """The GPU kernels side by side with a copy, torch.add, torch.compile, eager PyTorch and diffusers, interleaved in one process.
 
-    python benchmarks/bench_gpu.py --json results.json [--seconds N] [--only REGEX] [--device cuda|cpu]
+    python benchmarks/bench_gpu.py --json results.json [--seconds N] [--only REGEX] [--device cuda|cpu] \
+        [--stop-after N] [--resume]
 
     node        a node of a CUDA graph of many steps, over buffers of three times the L2 cache or more; between two events
     node, warm  the same over one set of buffers
     call        calls from Python, one after the other on one set of buffers; between two events
     host        what a call costs the host, by its clock, without waiting for the device
-Correctness is asserted before anything is timed. --device cpu tests this program where there is no GPU, and judges no target.
+Correctness is asserted before anything is timed. The cases come by their worth: those of the predictions first. --device cpu
+tests this program where there is no GPU, and judges no target; so does tests/gpu/stand_in.
 """
 
 import argparse
 import collections
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -31,8 +34,9 @@ import torch
 import epskernels
 from epskernels import build, corrections, samplers, schedule
 
-ROUNDS, ROW = 15, 7
-REPLAY_BYTES = 10e9  # what a graph moves, about: 3 ms of an H100's memory bandwidth
+DRY = "EPSKERNELS_GPU_DRY" in os.environ  # on a stand-in: tiny tensors, few rounds, nothing judged
+ROUNDS, ROW = 2 if DRY else 15, 7
+REPLAY_BYTES = 1 if DRY else 10e9  # what a graph moves, about: 3 ms of an H100's memory bandwidth
 OURS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 OP, ADD_NEW = "torch.ops.epskernels.step", "torch.add, new tensor"
 INDUCTOR, REDUCE = "inductor max-autotune-no-cudagraphs", "inductor reduce-overhead"
@@ -92,13 +96,16 @@ class Case(typing.NamedTuple):
 
 
 def all_cases(device):
-    for feature in FEATURES:
-        for dtype in DTYPES if feature in MIXED else ("float32", "bfloat16"):
-            for shape in TWO_SHAPES if feature in AT_TWO_SHAPES else SHAPES:
-                small = shape in SMALL
-                if device == "cpu":  # tiny ones
-                    shape = tuple(max(4, n // 16) if n > 4 else n for n in shape)
-                yield Case(shape, dtype, feature, small and feature not in AT_TWO_SHAPES)
+    """The largest states first, whose times are predicted, then small latents; within a shape what has one dtype."""
+    for shape in (SHAPES[-1], *SHAPES[:-1]):
+        for dtype, feature in itertools.product(DTYPES, FEATURES):
+            if (dtype == "float32 of bfloat16" and feature not in MIXED) or (
+                feature in AT_TWO_SHAPES and shape not in TWO_SHAPES
+            ):
+                continue
+            small = shape in SMALL and feature not in AT_TWO_SHAPES
+            tiny = device == "cpu" or DRY
+            yield Case(tuple(max(4, n // 16) if n > 4 else n for n in shape) if tiny else shape, dtype, feature, small)
 
 
 def plan(case, device):
@@ -486,7 +493,7 @@ def judge(rows, device, missing):
                 "met": None,
                 "missing": missing.get(provider),
             }
-            if worst and device == "cuda":
+            if worst and device == "cuda" and not DRY:
                 target |= dict(zip(("worst", "quartiles", "where"), worst, strict=True))
                 good = worst[0] >= limit if sense == "at least" else worst[0] <= limit
                 target["met"] = (len(values) == wanted or None) if good else False
@@ -582,6 +589,27 @@ def who_is_missing(device, inductor):
     return {provider: reason for provider, reason in missing.items() if reason}
 
 
+def resumed(path, info):
+    """The rows of a run that ended early; SystemExit where another machine, or another build, made them."""
+    if not pathlib.Path(path).exists():
+        return []
+    before = json.loads(pathlib.Path(path).read_text())
+    for key in ("device", "torch", "triton", "epskernels", "cuda_targets"):
+        if before["machine"].get(key) != info[key]:
+            sys.exit(f"--resume: {path} has {key} {before['machine'].get(key)!r}, and this is {info[key]!r}")
+    return [row | {"shape": tuple(row["shape"])} for row in before["results"]]
+
+
+def key_of(row):
+    return row["shape"], row["dtype"], row["feature"]
+
+
+def left(rows, cases):
+    """Those that were not measured, then those where something failed, such as what there was no time to compile."""
+    there, failed = {key_of(row) for row in rows}, {key_of(row) for row in rows if row["error"]}
+    return sorted((case for case in cases if case[:3] not in there - failed), key=lambda case: case[:3] in failed)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", default="bench_gpu.json", help="written after every case")
@@ -590,13 +618,17 @@ def main():
     parser.add_argument(
         "--only", default="", help="of the cases, those whose 'SHAPE DTYPE FEATURE' holds this expression"
     )
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which no case begins")
+    parser.add_argument("--resume", action="store_true", help="go on with the cases that the file does not have yet")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--inductor", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     args = parser.parse_args()
     device, begin = args.device, time.perf_counter()
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_gpu: no GPU is available to torch; --device cpu tests this program without one")
-    if os.environ.get("EPSKERNELS_BACKEND", "auto") != "auto" or (device == "cuda" and build.interprets_triton()):
+    if os.environ.get("EPSKERNELS_BACKEND", "auto") != "auto" or (
+        device == "cuda" and build.interprets_triton() and not DRY
+    ):
         sys.exit("bench_gpu: unset EPSKERNELS_BACKEND and TRITON_INTERPRET, which change what is measured")
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
@@ -612,6 +644,9 @@ def main():
     missing = who_is_missing(device, device == "cuda" if args.inductor is None else args.inductor)
     info = machine(device)
     results = {"machine": info, "providers": missing, "only": args.only, "ceilings": {}, "results": [], "targets": []}
+    results |= {"complete": False}
+    if args.resume:
+        results["results"] = resumed(args.json, info)
     rows, smallest, budget = results["results"], None, {"seconds": args.compile_seconds}
     for line in (info, *(f"{provider}: {reason}" for provider, reason in missing.items())):
         say(line)
@@ -619,16 +654,20 @@ def main():
     one, how = torch.zeros(1, device=device), "node" if device == "cuda" else "call"
     prepared = {"": sampler("", how, REPLAY_BYTES / 256, [lambda: one.fill_(1.0)], device)}
     smallest = statistics.median(interleaved(prepared, args.seconds, {})[""])
-    for case in all_cases(device):
-        if not re.search(args.only, case.name):
-            continue
+    cases = left(rows, [case for case in all_cases(device) if re.search(args.only, case.name)])
+    for i, case in enumerate(cases):
+        if time.perf_counter() - begin > args.stop_after:
+            say(f"--stop-after: {len(cases) - i} cases are left; --resume goes on with them")
+            break
         new = measure(case, device, info["L2_bytes"] or 60e6, args.seconds, missing, budget)
-        rows += new
+        rows[:] = [row for row in rows if key_of(row) != case[:3]] + new
         for how in dict.fromkeys(row["how"] for row in new):
             cells = [row for row in new if row["how"] == how]
             times = (f"FAILED: {r['error']}" if r["error"] else f"{r['seconds'] * 1e6:.2f} us" for r in cells)
             say(f"{case.name}, {how}: " + "; ".join(f"{r['provider']} {t}" for r, t in zip(cells, times, strict=True)))
+        results["complete"] = i == len(cases) - 1
         save()
+    results["complete"] = results["complete"] or not cases
     info |= {"nvidia_smi_after": nvidia_smi() if device == "cuda" else None, "seconds": time.perf_counter() - begin}
     save()
     say(f"written to {args.json}")

@@ -33,8 +33,8 @@ _why: dict[str, str] = {}
 def load_kernels() -> None:
     """Load the kernels, whose registration comes with them; the schemas must exist by then.
 
-    _C brings the CPU kernel. The CUDA kernel is loaded where torch was built with CUDA. EPSKERNELS_CPU_CAPABILITY forces an
-    instruction set, if the machine has it: generic, avx2 or avx512.
+    _C brings the CPU kernel. The CUDA kernel is loaded where torch was built with CUDA; not on ROCm, whose tensors are on "cuda"
+    too. EPSKERNELS_CPU_CAPABILITY forces an instruction set, if the machine has it: generic, avx2 or avx512.
     """
     global _extension
     try:
@@ -45,6 +45,15 @@ def load_kernels() -> None:
         capability = os.environ.get("EPSKERNELS_CPU_CAPABILITY")
         if capability in _extension.cpu_capabilities():
             _extension.set_cpu_capability(capability)
+    _load_cuda_kernels()
+    for backend in ("cpu", "cuda"):
+        _log.debug("%s kernel: %s", backend, _why.get(backend, "loaded"))
+
+
+def _load_cuda_kernels() -> None:
+    if torch.version.hip is not None:  # no compiler makes the kernel for it: not even a mend
+        _why["cuda"] = f"this torch ({torch.__version__}) is ROCm's: on AMD's GPUs the Triton kernel runs"
+        return
     try:
         if not _CUDA_LIBRARY.exists():
             raise OSError("not built")
@@ -54,8 +63,6 @@ def load_kernels() -> None:
             torch.ops.load_library(_CUDA_LIBRARY)
     except OSError as error:
         _why["cuda"] = f"the CUDA kernel is missing {_because('cuda', error, 'nvcc and a torch>=2.11 with CUDA')}"
-    for backend in ("cpu", "cuda"):
-        _log.debug("%s kernel: %s", backend, _why.get(backend, "loaded"))
 
 
 def _because(backend: str, error: Exception, tool: str) -> str:
@@ -138,5 +145,6 @@ def why_missing(backend: str = "cpu") -> str | None:
     if backend != "triton":
         return _why.get(backend) or (_no_gpu() if backend == "cuda" else None)
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton"
+        wanted = "pip install triton" if torch.version.hip is None else "it comes with torch's own wheels for ROCm"
+        return f"triton is not installed; {wanted}"
     return None if interprets_triton() else _no_gpu()

@@ -33,15 +33,23 @@ def run(args: argparse.Namespace) -> None:
 
 def _print_versions() -> None:
     print(f"epskernels {__version__}, in {pathlib.Path(build.__file__).parent}")
-    others = ", ".join(f"{name} {_version(name)}" for name in ("numpy", "triton", "diffusers"))
+    names = {
+        "numpy": ("numpy",),
+        "triton": ("triton", "pytorch-triton-rocm", "triton-rocm"),
+        "diffusers": ("diffusers",),
+    }
+    others = ", ".join(f"{name} {_version(*distributions)}" for name, distributions in names.items())
     print(f"python {platform.python_version()}, torch {torch.__version__}, {others}")
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def _version(*distributions: str) -> str:
+    """Of the first that is installed."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed"
 
 
 def _print_compiled_parts() -> None:
@@ -59,7 +67,8 @@ def _print_gpus() -> None:
     for i in range(torch.cuda.device_count()):
         try:
             properties = torch.cuda.get_device_properties(i)
-            print(f"GPU {i}: {properties.name}, sm_{properties.major}{properties.minor}")
+            of_nvidia = f"sm_{properties.major}{properties.minor}"
+            print(f"GPU {i}: {properties.name}, {of_nvidia if torch.version.hip is None else properties.gcnArchName}")
         except RuntimeError as error:
             print(f"GPU {i}: {first_line(error)}")
 
@@ -71,7 +80,8 @@ def _print_backends() -> None:
     print("  reference  pure PyTorch, any device: the specification")
     on_cpu = "reference" if build.why_missing("cpu") else "cpu"
     on_gpu = next((name for name in ("cuda", "triton") if not build.why_missing(name)), "reference")
-    print(f"by default: {on_cpu} for CPU tensors, {on_gpu} for CUDA tensors")
+    of_amd = "" if torch.version.hip is None else ", which ROCm's are"
+    print(f"by default: {on_cpu} for CPU tensors, {on_gpu} for CUDA tensors{of_amd}")
 
 
 def _print_environment() -> None:

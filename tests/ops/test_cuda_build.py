@@ -7,6 +7,7 @@ import collections
 import ctypes
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -102,6 +103,48 @@ def test_it_registers_every_op_for_cuda(stand_in):
     command = [sys.executable, "-c", REGISTERS, stand_in, LIBRARY]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+# A Python whose torch has CUDA: this one, or the one that is named. No GPU is needed.
+CUDA_PYTHON = sys.executable if torch.version.cuda else os.environ.get("EPSKERNELS_CUDA_PYTHON")
+LOADED = """
+import pathlib, sys
+import torch, epskernels
+from epskernels import build, ops, samplers, schedule
+assert torch.version.cuda is not None, torch.__version__
+assert pathlib.Path(epskernels.__file__).parent == pathlib.Path(sys.argv[1]), epskernels.__file__
+assert str(pathlib.Path(sys.argv[1], "libepskernels_cuda.so")) in open("/proc/self/maps").read(), build.why_missing("cuda")
+for op in ops.REFERENCE:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"epskernels::{op}", "CUDA"), op
+assert not torch._C._dispatch_find_dangling_impls()
+if not torch.cuda.is_available():
+    assert build.why_missing("cuda") == "no GPU is available to torch", build.why_missing("cuda")
+if not build.why_missing():  # compiled for this version of Python too
+    table, x = samplers.ddpm(schedule.linear(), 5), torch.randn(2, 3, 4)
+    got, wanted = (epskernels.step(x, x, table, 2, seeds=torch.arange(2), backend=name) for name in ("cpu", "reference"))
+    assert torch.equal(got, wanted)
+print("torch", torch.__version__)
+"""
+ALONE = """
+import sys
+import torch
+torch.ops.load_library(sys.argv[1])
+assert "libepskernels_cuda.so" in open("/proc/self/maps").read()
+assert torch._C._dispatch_has_kernel_for_dispatch_key("epskernels::step", "CUDA")
+"""
+
+
+@pytest.mark.skipif(
+    not CUDA_PYTHON, reason="this torch has no CUDA, and EPSKERNELS_CUDA_PYTHON names no Python whose torch has"
+)
+def test_a_torch_with_cuda_loads_it():
+    """No stand-in: its loader finds every symbol, its dispatcher has every kernel; without the Python package too."""
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "EPSKERNELS_BACKEND": "auto"}
+    for code, argument in ((LOADED, PACKAGE), (ALONE, PACKAGE / "libepskernels.so")):
+        command = [CUDA_PYTHON, "-c", code, str(argument)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
+        assert result.returncode == 0, result.stderr
+        assert "no kernels for CUDA tensors" not in result.stderr
 
 
 BRINGS = """

@@ -176,7 +176,7 @@ def test_the_host_checks_them_when_asked_to(kernel, monkeypatch, case):
 
 
 def test_a_batch_of_more_samples_than_a_grid_is_high(kernel):
-    batch = 66000 if kernel.name != "triton" or kernel.gpu else 40
+    batch = 40 if kernel.interpreted else 66000
     inputs = make_inputs((batch, 3), ("seeds",), 9)
     rows = random_rows(5, ("seeds",), 10, idle=0)
     index = torch.arange(batch) % 5
@@ -189,7 +189,7 @@ def test_a_batch_of_more_samples_than_a_grid_is_high(kernel):
 @pytest.mark.parametrize("shape", [(1, 2**21 + 5), (3, 2**19 + 8)], ids=str)
 def test_large_tensors_with_noise(kernel, dtype, shape):
     """They take kernels of their own, with more elements to a thread."""
-    if kernel.name == "triton" and not kernel.gpu:
+    if kernel.interpreted:
         pytest.skip("triton's interpreter is too slow for it")
     inputs = make_inputs(shape, ("seeds",), 11, dtype, dtype)
     rows = random_rows(3, ("seeds",), 12, idle=0)
@@ -206,6 +206,7 @@ def test_backend_by_argument(kernel):
     assert_same_bits(got, epskernels.step(x, f, rows, 0, **inputs, backend="reference"), "x'")
 
 
+@pytest.mark.skipif("cuda_on_host" not in kernels.KERNELS, reason="left out by EPSKERNELS_TEST_KERNELS")
 @pytest.mark.parametrize("kernel", ["cuda_on_host"], indirect=True)
 @pytest.mark.parametrize("run", ["step", "normal", "moments"])
 def test_a_launch_that_fails_is_an_error(kernel, run, monkeypatch):

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONAL = ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold", "noise", "seeds")
 PER_SAMPLE = ("rescale", "threshold")  # one float32 number each
 LIKE_F = ("f", "u", "v")  # in the model's dtype; the rest are in the state's
-INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+INTEGERS = {
+    torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16,
+}  # fmt: skip
 SPECIAL = torch.tensor(
     [
         0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), -float("inf"),

@@ -1,7 +1,7 @@
 """What is particular to the Triton kernel; its bits are held to the reference with those of the other kernels.
 
 Without a GPU it runs in Triton's interpreter here; for NVIDIA's chips it is compiled ahead, in processes without the
-interpreter (`python test_triton.py` is their program), and the code that would run there is read.
+interpreter (`python test_triton.py` is their program), and the code that would run there is read. So it is for AMD's.
 """
 
 import collections
@@ -32,6 +32,7 @@ EVERYTHING = ("u", "m1", "m2", "v", "grad", "y", "rescale")
 # ---- compiled ahead ----
 
 ARCHITECTURES = (80, 90)
+AMD = {"gfx942": 64, "gfx1100": 32}  # threads of a warp: MI300X, Radeon RX 7900
 DTYPES = {
     "float32": (torch.float32, torch.float32),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
@@ -66,6 +67,8 @@ class _Driver:
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
+        if self.architecture in AMD:
+            return GPUTarget("hip", self.architecture, AMD[self.architecture])
         return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self):
@@ -169,7 +172,8 @@ def _inductor_s_copy(kernel, folder):
 
 
 def _compile(architecture, folder, names):
-    """The PTX and cubins of these calls into `folder`; `inductor-` before one: as Inductor does, without enable_fp_fusion."""
+    """The assembler text and machine code of these calls, by kind, into `folder`; `inductor-` before one: as
+    Inductor does, without enable_fp_fusion."""
     _use_driver(architecture)
     calls = _calls()
     for target in names:
@@ -180,8 +184,9 @@ def _compile(architecture, folder, names):
 
         def launch(grid, *arguments, target=target, kernel=kernel, options=options, **launched):
             compiled = kernel.warmup(*arguments, grid=grid, **launched, **options)
-            (folder / f"{target}.ptx").write_text(compiled.asm["ptx"])
-            (folder / f"{target}.cubin").write_bytes(compiled.asm["cubin"])
+            for kind in {"ptx", "cubin", "llir", "amdgcn"} & compiled.asm.keys():
+                made = compiled.asm[kind]
+                (folder / f"{target}.{kind}").write_bytes(made.encode() if isinstance(made, str) else made)
 
         run(launch)
 
@@ -208,12 +213,12 @@ def _finished(process):
 
 @pytest.fixture(scope="module")
 def ahead(request, tmp_path_factory):
-    """{architecture: folder of PTX and cubins}, of what the tests of this run read."""
+    """{architecture: folder of texts and machine code}, of what the tests of this run read."""
     read = [item.callspec.params for item in request.session.items if "ahead" in getattr(item, "fixturenames", ())]
     folders, processes = {}, []
-    for architecture in ARCHITECTURES:
+    for architecture in dict.fromkeys(params["architecture"] for params in read):
         names = sorted({params["name"] for params in read if params["architecture"] == architecture})
-        folders[architecture] = tmp_path_factory.mktemp(f"sm_{architecture}")
+        folders[architecture] = tmp_path_factory.mktemp(f"for_{architecture}")
         processes += [_process(folders[architecture], "compile", architecture, folders[architecture], *names)]
     for process in processes:
         _finished(process)
@@ -319,6 +324,133 @@ def test_moments_are_added_once_by_one_warp(ahead, architecture, name):
     assert stack == 0 and sass.count(code, "(LDL|STL|LDS|STS|BAR|DFMA).*") == 0
     sums = 1 if name == "moments_level" else 4 if "guided" in name else 2
     assert sass.count(code, "DADD.*") == 36 * sums
+
+
+# ---- for AMD's chips: compiled and read, not run ----
+
+# What `make test` compiles, for gfx942.
+SOME_AMD = ("seeds-bfloat16", "guidance_history-float32", "threshold", "inductor-normal-float32", "moments_guided-float32",
+            "band_seeds-bfloat16")  # fmt: skip
+
+
+def each_amd(names):
+    def case(architecture, name):
+        read = architecture == "gfx942" and name in SOME_AMD
+        return pytest.param(architecture, name, marks=[] if read else pytest.mark.deep)
+
+    return pytest.mark.parametrize(
+        "architecture, name", [case(architecture, name) for architecture in AMD for name in names]
+    )
+
+
+def _issued(gcn):
+    """[(operation, operands)]; those that a chip issues in pairs, one by one."""
+    lines = (half.strip() for line in gcn.splitlines() for half in line.split(";")[0].split("::"))
+    return [
+        (name, operands)
+        for name, _, operands in (line.partition(" ") for line in lines)
+        if re.match(r"[a-z]+_\w+$", name)
+    ]
+
+
+def _lanes(issued, pattern):
+    """How many numbers these operations make, of which a packed one makes two, without those of a division of integers."""
+    of_integers = ("0x4f800000", "0xcf800000")  # 2^32 and -2^32
+    found = [name for name, operands in issued if re.fullmatch(rf"v_(?:pk_|dual_)?(?:{pattern})(?:_e32|_e64)?", name)
+             and not any(constant in operands for constant in of_integers)]  # fmt: skip
+    return sum(2 if name.startswith("v_pk_") else 1 for name in found)
+
+
+def _lanes_of_ir(llir, pattern):
+    return sum(
+        int(width or 1) for width in re.findall(pattern.replace("FLOAT", r"(?:<(\d+) x )?(?:float|double)>?"), llir)
+    )
+
+
+def _minus_zeros(llir):
+    """What is minus the grid's third index, which is 0, on every path; and what holds it in all its elements."""
+    zeros, minus, known = set(re.findall(r"(%\S+) = tail call i32 @llvm\.amdgcn\.workgroup\.id\.z", llir)), set(), -1
+    forms = (
+        (zeros, zeros, r"(%\S+) = (?:sitofp|uitofp) i32 (%[\w.-]+) to float"),
+        (minus, zeros, r"(%\S+) = fneg (?:<\d+ x )?float>? (%[\w.-]+)"),
+        (minus, minus, r"(%\S+) = insertelement <\d+ x float> poison, float (%[\w.-]+), i64 0"),
+        (
+            minus,
+            minus,
+            r"(%\S+) = shufflevector <\d+ x float> (%[\w.-]+), <\d+ x float> poison, <\d+ x i32> zeroinitializer",
+        ),
+    )
+    while known < len(minus):
+        known = len(minus)
+        for made, of, form in forms:
+            made |= {name for name, value in re.findall(form, llir) if value in of}
+        for name, incoming in re.findall(r"(%\S+) = phi (?:<\d+ x )?float>? (.*)", llir):
+            values = set(re.findall(r"\[ (\S+),", incoming)) - {"poison", "undef"}
+            minus |= {name} if values and values <= minus else set()
+    return minus
+
+
+@each_amd([*FAST, *ODD, *ODD_BANDS, *INDUCTOR, *MOMENTS])
+def test_amd_fuses_nothing_and_rounds_what_it_approximates(ahead, architecture, name):
+    """In LLVM's text each fma is a product, with a -0 of the grid's third index; in machine code there are as many, and as many
+    sums as there, beside the two corrections of each root and the five of each quotient."""
+    llir, gcn = ((ahead[architecture] / f"{name}.{kind}").read_text() for kind in ("llir", "amdgcn"))
+    issued = _issued(gcn)
+    products = _lanes_of_ir(llir, r"call FLOAT @llvm\.fma")
+    roots, quotients = _lanes_of_ir(llir, r"call FLOAT @llvm\.sqrt"), _lanes_of_ir(llir, r"= fdiv FLOAT")
+    assert not re.search(
+        r"fmuladd|!fpmath|\b(?:fast|afn|arcp|reassoc|contract|nsz)\b|llvm\.amdgcn\.(?:rcp|rsq|sqrt|exp|log|sin|cos)",
+        llir,
+    )
+    minus_zeros = _minus_zeros(llir)
+    addends = re.findall(r"@llvm\.fma\.\S+\(.*, (?:float|<\d+ x float>) (%?\S+)\)", llir)
+    assert len(addends) == len(re.findall(r"call .*@llvm\.fma", llir)) and set(addends) <= minus_zeros, (
+        set(addends) - minus_zeros
+    )
+    assert (products > 0) == (name not in ("moments-float32", "moments-bfloat16", "moments_level"))
+
+    fused = _lanes(issued, r"(?:fma|fmac|fmaak|fmamk|mad|madak|madmk|mac|dot\d\w*)(?:_mix\w*)?_(?:legacy_)?b?f\d+")
+    assert fused == products + 2 * roots + 5 * quotients
+    assert _lanes(issued, r"(?:add|sub|subrev)_f\d+") == _lanes_of_ir(llir, r"= f(?:add|sub) FLOAT")
+    assert _lanes(issued, "sqrt_f32") == roots and _lanes(issued, "div_fixup_f32") == quotients
+    assert _lanes(issued, r"(?:rsq|exp|log|sin|cos)_\w+") == 0
+    assert (quotients > 0) == (name == "threshold")
+    assert (roots > 0) == ("seeds" in name or "normal" in name or name in ODD[:2])
+
+
+@each_amd([*FAST, *ODD, *ODD_BANDS, *INDUCTOR, *MOMENTS])
+def test_amd_keeps_subnormals_and_needs_no_scratch(ahead, architecture, name):
+    gcn = (ahead[architecture] / f"{name}.amdgcn").read_text()
+    told = dict(re.findall(r"\.amdhsa_(\w+) (\d+)", gcn)) | dict(
+        re.findall(r"\.(\w+_spill_count|\w+_segment_fixed_size):\s+(\d+)", gcn)
+    )
+    for mode in ("float_denorm_mode_32", "float_denorm_mode_16_64"):
+        assert told[mode] == "3", mode  # neither inputs nor results are flushed
+    for mode in ("float_round_mode_32", "float_round_mode_16_64", "uses_dynamic_stack", "private_segment_fixed_size"):
+        assert told[mode] == "0", mode
+    assert told["vgpr_spill_count"] == "0"  # scalar registers may wait in a vector register's lanes
+    assert not re.search(r"^\s+(?:scratch_|s_setreg|s_denorm_mode|s_round_mode)", gcn, re.M)
+
+
+@each_amd([name for name in FAST if not name.startswith("band_")])
+def test_amd_accesses_memory_by_128_bits(ahead, architecture, name):
+    """Every tensor once, 8 elements a thread on both; by 64 bits what of two bytes is beside float32."""
+    issued = _issued((ahead[architecture] / f"{name}.amdgcn").read_text())
+    wide = {"dwordx4": 16, "b128": 16, "dwordx2": 8, "b64": 8}
+    found = collections.Counter()
+    for access in (re.fullmatch(r"buffer_(load|store)_(\w+)", operation) for operation, _ in issued):
+        if access:
+            found[access[1], wide.get(access[2], access[2])] += 1
+    inputs, dtypes = name.split("-")
+    dtypes = DTYPES.get(dtypes, (getattr(torch, dtypes, None),) * 2)
+    given = set() if inputs == "normal" else {"x", "f", *INPUTS.get(inputs, ())} - {"seeds", "rescale"}
+    expected = collections.Counter()
+    for key in {"out", *given}:
+        dtype = dtypes[1] if key in ("f", "u", "v", "model_input") else dtypes[0]
+        size = 8 if dtype.itemsize < max(d.itemsize for d in dtypes) else 16
+        access = "store" if key in ("out", "m0", "y_out", "model_input") else "load"
+        expected[access, size] += 8 * dtype.itemsize // size * (2 if key == "model_input" else 1)
+    assert found == expected
 
 
 # ---- seen by torch.compile ----
@@ -724,6 +856,6 @@ if not build.why_missing("triton"):
 
 if __name__ == "__main__":
     if sys.argv[1] == "compile":
-        _compile(int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4:])
+        _compile(sys.argv[2] if sys.argv[2] in AMD else int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4:])
     else:
         _capture()

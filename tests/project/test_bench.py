@@ -227,7 +227,8 @@ def test_runs_on_the_cpu_and_judges_nothing(bench_gpu, tmp_path):
     done = start(tmp_path / "results.json")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results.keys() == {"machine", "providers", "only", "ceilings", "results", "targets"}
+    assert results.keys() == {"machine", "providers", "only", "ceilings", "results", "targets", "complete"}
+    assert results["complete"]
     assert {"device", "torch", "triton", "python", "epskernels", "cuda_targets", "commit"} <= results["machine"].keys()
     assert results["ceilings"]["smallest kernel, seconds"] > 0
 
@@ -256,6 +257,32 @@ def test_covers_every_shape_dtype_and_feature_within_45_lines(bench_gpu):
     assert sum(bench_gpu.INDUCTOR in bench_gpu.plan(case, "cuda")["node"] for case in cases) == 6 * (2 * 4 + 2) + 4
     step = bench_gpu.Case((1, 4, 64, 64), "float32 of bfloat16", "guidance")
     assert step.bytes == 16384 * (4 + 4 + 2 + 2)
+
+
+def test_goes_on_with_what_is_left(bench_gpu, tmp_path):
+    """Cut short after no case, then all of them; what failed comes last, and again; another machine's results are refused."""
+    path, only = tmp_path / "results.json", ("--only", r"^\(1, 4, 4, 4\) float32 (plain|noise)")
+    assert start(path, *only, "--stop-after", "0").returncode == 1
+    assert json.loads(path.read_text()) | {"results": []} == json.loads(path.read_text()) | {"complete": False}
+    done = start(path, *only, "--resume")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(path.read_text())
+    assert results["complete"] and {row["feature"] for row in results["results"]} == {"plain", "noise"}
+
+    plain, noise = (
+        case
+        for case in bench_gpu.all_cases("cpu")
+        if case.name in ("(1, 4, 4, 4) float32 plain", "(1, 4, 4, 4) float32 noise")
+    )
+    rows = [row | {"shape": tuple(row["shape"])} for row in results["results"]]
+    assert bench_gpu.left(rows, [plain, noise]) == []
+    rows[0]["error"] = "not compiled"
+    other = plain._replace(dtype="bfloat16")
+    assert bench_gpu.left(rows, [plain, noise, other]) == [other, plain]
+
+    path.write_text(json.dumps(results | {"machine": results["machine"] | {"torch": "2.0"}}))
+    with pytest.raises(SystemExit, match=f"{path} has torch '2.0', and this is"):
+        bench_gpu.resumed(path, bench_gpu.machine("cpu"))
 
 
 def test_a_provider_that_fails_is_in_the_results(bench_gpu, monkeypatch):

@@ -97,6 +97,43 @@ def test_wheel_works_away_from_the_source_tree(environment, tmp_path, cuda):
         assert library == bool(NVCC)
 
 
+def tool(name):
+    """A program of this environment, or of the machine."""
+    found = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
+    return found or pytest.skip(f"{name} is not installed; make wheel-check installs it")
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("cuda", ["0", "1"])
+def test_a_wheel_asks_for_no_library_but_torch_s_and_the_system_s(environment, tmp_path, cuda):
+    """auditwheel finds nothing to bring along but what torch loads; torch-abi-audit no symbol outside of torch's stable ABI.
+    The wheel that auditwheel writes has a tag of manylinux, and works."""
+    auditwheel, audit, _ = tool("auditwheel"), tool("torch-abi-audit"), tool("patchelf")
+    if cuda == "1" and not NVCC:
+        pytest.skip("nvcc is not on this machine: the CUDA library is not compiled here")
+    made = make_wheel(tmp_path, EPSKERNELS_BUILD="1", EPSKERNELS_CUDA=cuda)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    of_torch = [f"lib{name}.so" for name in ("torch", "torch_cpu", "torch_cuda", "c10", "c10_cuda", "torch_python")]
+    excluded = [word for name in of_torch for word in ("--exclude", name)]
+    command = [auditwheel, "repair", "--plat", "auto", *excluded, "-w", str(tmp_path / "repaired"), str(wheel)]
+    path = os.pathsep.join([os.path.dirname(tool("patchelf")), os.environ["PATH"]])
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (repaired,) = (tmp_path / "repaired").glob("*.whl")
+    assert re.search(r"-manylinux_2_\d+_x86_64", repaired.name), repaired.name
+    result = install_and_use(environment, repaired, tmp_path)
+    assert result.returncode == 0 and "why None" in result.stdout, result.stderr
+
+    shutil.unpack_archive(repaired, tmp_path / "files", "zip")
+    assert not [*(tmp_path / "files").glob("*.libs")], "auditwheel brought a library along"
+    libraries = [*(tmp_path / "files" / "epskernels").glob("libepskernels*.so")]
+    assert len(libraries) == (3 if cuda == "1" else 2)
+    for library in libraries:
+        told = subprocess.run([audit, "--check", "torch", "-v", library], capture_output=True, text=True)
+        assert told.returncode == 0 and "Torch ABI:   STABLE" in told.stdout, told.stdout + told.stderr
+
+
 def test_the_sdist_has_what_builds_the_package_and_no_more(sdist):
     with tarfile.open(sdist) as archive:
         files = {member.name.partition("/")[2] for member in archive if member.isfile()}

@@ -154,6 +154,7 @@ class Kernel:
     def __init__(self, name):
         self.name = name
         self.gpu = name in GPU_KERNELS
+        self.interpreted = name == "triton" and build.interprets_triton()  # some 0.3 s a launch
         self.reads_rows = name in READ_ROWS
 
     def __str__(self):
