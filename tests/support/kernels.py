@@ -19,6 +19,8 @@ import epskernels
 from epskernels import _C, build, ops, spec
 from epskernels.ops import backends, registration
 
+from . import ptx_launch
+
 ROOT = pathlib.Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
 GPU_KERNELS = [name for name in ("cuda", "triton") if ON_GPU and not build.why_missing(name)]
@@ -68,13 +70,17 @@ def cuda_on_host():
         library.impl(name, function, "CompositeExplicitAutograd")
     registration.register_negative(library, torch.ops.epskernels_cuda_on_host)
     torch.ops.load_library(target)
-    return library, torch.ops.epskernels_cuda_on_host
+    return library, torch.ops.epskernels_cuda_on_host, ptx_launch.Elsewhere(target)
 
 
 def overload(name, op):
     """What runs this op on a kernel: a torch op, or Triton's Python launcher."""
     if name == "cuda_on_host":
         return getattr(cuda_on_host()[1], op).default
+    if name == "cuda_ptx":
+        return cuda_on_host()[2].of(overload("cuda_on_host", op))
+    if name == "triton_ptx":
+        return ptx_launch.triton_functions()[op]
     if name == "triton":
         from epskernels.ops.triton_backend import TRITON
 
@@ -82,10 +88,12 @@ def overload(name, op):
     return getattr(torch.ops.epskernels, op).default
 
 
-backends.BY_NAME["cuda_on_host"] = (
-    lambda: backends.Functions(*(overload("cuda_on_host", name) for name in backends.Functions._fields)),
-    None,
-)
+def _functions(name):
+    return backends.Functions(*(overload(name, op) for op in backends.Functions._fields))
+
+
+for _name in ("cuda_on_host", "cuda_ptx", "triton_ptx"):
+    backends.BY_NAME[_name] = (functools.partial(_functions, _name), None)
 
 
 current = "torch.ops"  # the name of the active kernel
