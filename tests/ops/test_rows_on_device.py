@@ -28,7 +28,7 @@ NAMES = ("u", "m1", "m2", "v", "grad", "y", "seeds")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 
 
-@pytest.fixture(params=ON_DEVICE)
+@pytest.fixture(params=kernels.params(ON_DEVICE))
 def kernel(request, monkeypatch):
     monkeypatch.delenv("EPSKERNELS_CHECK_ROWS", raising=False)
     with kernels.Kernel(request.param).active(monkeypatch) as kernel:
@@ -223,7 +223,9 @@ def test_a_launch_that_fails_is_an_error(kernel, run, monkeypatch):
 # ---- rows that correct a band ----
 
 # Triton's kernel has its band from tests/ops/test_triton.py.
-by_band = pytest.mark.parametrize("kernel", [kernel for kernel in ON_DEVICE if kernel != "triton"], indirect=True)
+by_band = pytest.mark.parametrize(
+    "kernel", kernels.params([kernel for kernel in ON_DEVICE if kernel != "triton"]), indirect=True
+)
 COMMON_SET, ALL_SET = ("u", "m1", "seeds"), ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold", "seeds")
 DTYPE_PAIRS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
 each_pair = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=lambda pair: "-".join(map(name, pair)))

@@ -1,7 +1,8 @@
 """The kernels that the tests hold to the reference, all called with tensors of the host.
 
 On the host itself: the CPU kernel with each instruction set; the CUDA kernel's own source as host C++, its blocks and threads
-run as loops; the Triton kernel in its interpreter. With a GPU: the CUDA and the Triton kernel, through copies of the host's
+run as loops; the Triton kernel in its interpreter. On a machine for NVIDIA's virtual instructions (ptx.py): what nvcc and
+Triton make of them. With a GPU: the CUDA and the Triton kernel, through copies of the host's
 memory in the same layout, so that a misaligned or strided view stays one.
 """
 
@@ -13,6 +14,7 @@ import pathlib
 import subprocess
 
 import filelock
+import pytest
 import torch
 
 import epskernels
@@ -28,8 +30,22 @@ HOST_KERNELS = [*_C.cpu_capabilities(), "cuda_on_host"]
 if build.interprets_triton() and not build.why_missing("triton"):
     HOST_KERNELS.append("triton")
 KERNELS = HOST_KERNELS + GPU_KERNELS
+# On the PTX machine, and why not.
+MACHINES = {
+    "cuda_ptx": None if ptx_launch.NVCC else "nvcc is not on this machine: nothing compiles the CUDA kernel to PTX",
+    "triton_ptx": build.why_missing("triton"),
+}
 if wanted := os.environ.get("EPSKERNELS_TEST_KERNELS"):  # some of them, such as "cuda,triton"
     KERNELS = [name for name in KERNELS if name in wanted.split(",")]
+    MACHINES = {name: why for name, why in MACHINES.items() if name in wanted.split(",")}
+
+
+def params(names):
+    """For a fixture: these kernels, and those on the PTX machine, skipped where they cannot be."""
+    return [
+        *names,
+        *(pytest.param(name, marks=pytest.mark.skipif(bool(why), reason=str(why))) for name, why in MACHINES.items()),
+    ]
 
 
 def compile_for_host(sources, here, sanitizers, target):
@@ -92,7 +108,7 @@ def _functions(name):
     return backends.Functions(*(overload(name, op) for op in backends.Functions._fields))
 
 
-for _name in ("cuda_on_host", "cuda_ptx", "triton_ptx"):
+for _name in ("cuda_on_host", *MACHINES):
     backends.BY_NAME[_name] = (functools.partial(_functions, _name), None)
 
 

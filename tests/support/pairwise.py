@@ -1,6 +1,6 @@
 """Of a product of parameters, a few combinations that hold every pair of values; the others are marked `deep`.
 
-So are, beyond a number that a test gives, its cases for Triton's interpreter.
+So are, beyond a number that a test gives, its cases for Triton's interpreter, and all of those on the PTX machine.
 
 A fault shows at one value, or where two meet: a dtype and a layout, a kernel and an input. Whatever meets in the product meets
 in the cover; the rest of the product repeats it beside other values.
@@ -13,6 +13,8 @@ import itertools
 import pytest
 
 from epskernels import build
+
+MACHINES = {"cuda_ptx", "triton_ptx"}  # kernels.py::MACHINES
 
 
 def pairs(combination):
@@ -43,9 +45,11 @@ def cover(combinations):
 @pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(items):
     """A test with three parametrizations or more, those of its fixtures included, runs in pairs."""
+    _thin_machines(items)
     products = collections.defaultdict(list)
     for item in items:
         of_many = hasattr(item, "callspec") and len(item.callspec._idlist) > 2  # one id from each parametrization
+        of_many = of_many and not MACHINES.intersection(item.callspec._idlist)  # which have samples of their own
         if of_many and not item.get_closest_marker("deep"):
             products[item.path, item.originalname].append(item)
     for product in products.values():
@@ -53,6 +57,20 @@ def pytest_collection_modifyitems(items):
         for i in set(range(len(product))).difference(chosen):
             product[i].add_marker(pytest.mark.deep)
     _thin_interpreted(items)
+
+
+def _thin_machines(items):
+    """`@pytest.mark.executed(cuda=n, triton=m)`: so many of a test's cases on the PTX machine stay, spread over all of them."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        for name in set(getattr(getattr(item, "callspec", None), "_idlist", ())).intersection(MACHINES):
+            cases[item.path, item.originalname, name].append(item)
+    for (*_, name), found in cases.items():
+        mark = found[0].get_closest_marker("executed")
+        most = min(mark.kwargs.get(name.removesuffix("_ptx"), 0) if mark else 0, len(found))
+        chosen = {i * len(found) // most for i in range(most)}
+        for i in set(range(len(found))).difference(chosen):
+            found[i].add_marker(pytest.mark.deep)
 
 
 def _thin_interpreted(items):

@@ -1,10 +1,9 @@
 """A machine for PTX, NVIDIA's virtual instructions, in numpy: what a GPU would execute, where there is none.
 
-`parse` reads a kernel's text; `Program.launch` runs it: all threads of some blocks at once, each register an array with a value for each
-thread. Threads that part wait for each other by the lowest instruction, as warps do that reconverge early. What the machine
-refuses is a PtxError: an unknown instruction, an access outside of the tensors or not aligned, a race, threads that miss an
-exchange or a barrier. A register that nothing wrote holds random bits. It knows nothing of time: neither ptxas nor a GPU's
-scheduler is here.
+`parse` reads a kernel's text, a Machine runs it: all threads of some blocks at once, each register an array of their values.
+Threads that part wait for each other: those at the lowest basic block go first. What the machine refuses is a PtxError: an
+unknown instruction, an access outside of the tensors or not aligned, a race, threads that miss an exchange or a barrier. A
+register that nothing wrote holds random bits. Neither ptxas nor a GPU's scheduler is here: it knows nothing of time.
 """
 
 import collections
@@ -56,15 +55,15 @@ class Program:
 
 
 def _statements(body):
-    """(label, statement): one of them empty. Scopes' braces are left out: their registers have names of their own."""
+    """(what, text): a label, a statement, or a scope's brace."""
     for text in re.sub(r"//[^\n]*|/\*.*?\*/", "", body, flags=re.S).split(";"):
         text = text.strip()
         while found := re.match(r"[{}]\s*|([$\w]+):\s*|\.(?:loc|pragma)\b[^\n]*\s*", text):
-            if found[1]:
-                yield found[1], ""
+            if found[1] or text[0] in "{}":
+                yield ("label", found[1]) if found[1] else (text[0], "")
             text = text[found.end() :]
         if text:
-            yield "", text
+            yield "statement", text
 
 
 def _split(operands):
@@ -72,20 +71,31 @@ def _split(operands):
     return [part.strip() for part in re.split(r",(?![^{\[]*[}\]])", operands)] if operands.strip() else []
 
 
-def _declared(statement, widths):
+def _declared(statement, widths, scopes):
+    """Registers. In a scope each has a name of its own, which the innermost of `scopes` then says."""
     kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S).groups()
     width = 0 if kind == "pred" else np.dtype(TYPES[kind]).itemsize
     for name in _split(names):
         stem, _, count = name.partition("<")
         for register in [stem + str(i) for i in range(int(count[:-1]))] if count else [name]:
-            if widths.setdefault(register, width) != width:
-                raise PtxError(f"register {register} has two widths")
+            if scopes:
+                scopes[-1][register] = register = f"{register}.{len(widths)}"
+            widths[register] = width
+
+
+def _renamed(statement, scopes):
+    for scope in reversed(scopes):
+        statement = re.sub(r"[%$\w]+", lambda found, scope=scope: scope.get(found[0], found[0]), statement)
+    return statement
 
 
 def _laid_out(text):
     """({name: offset}, bytes in all) of parameters or of shared variables."""
     places, end = {}, 0
-    for align, kind, name, count in re.findall(r"(?:\.align\s+(\d+)\s+)?\.([busf]\d+)(?:\s+\.ptr[^,%$\w]*(?:\.\w+\s+)*(?:\.align\s+\d+)?)?\s+([$\w]+)(?:\[(\d*)\])?", text):
+    for align, kind, name, count in re.findall(
+        r"(?:\.align\s+(\d+)\s+)?\.([busf]\d+)(?:\s+\.ptr[^,%$\w]*(?:\.\w+\s+)*(?:\.align\s+\d+)?)?\s+([$\w]+)(?:\[(\d*)\])?",
+        text,
+    ):
         size = np.dtype(TYPES[kind]).itemsize
         align = int(align or size)
         places[name] = -(-end // align) * align
@@ -98,27 +108,34 @@ def parse(text, shared=""):
     name, parameters, body = re.search(r"\.entry\s+([$\w]+)\s*\((.*?)\)(.*)", text, re.S).groups()
     places, parameter_bytes = _laid_out(parameters)
     body = body[body.index("{") + 1 :].split("\n}")[0]
-    widths, blocks, labels = {}, [[]], {}
-    for label, statement in _statements(body):
-        if label:
+    widths, blocks, labels, scopes = {}, [[]], {}, []
+    for what, statement in _statements(body):
+        if what == "label":
             if blocks[-1]:
                 blocks.append([])
-            labels[label] = len(blocks) - 1
+            labels[statement] = len(blocks) - 1
+        elif what == "{":
+            scopes.append({})
+        elif what == "}":
+            scopes.pop()
         elif statement.startswith(".reg"):
-            _declared(statement, widths)
+            _declared(statement, widths, scopes)
         elif statement.startswith(".shared"):
             shared += statement + ";\n"
         elif statement.startswith("."):
             raise PtxError(f"unknown directive {statement}")
         else:
-            guard, opcode, operands = re.match(r"(?:@(!?[%\w]+)\s+)?([\w.:]+)\s*(.*)", statement, re.S).groups()
+            statement = _renamed(statement, scopes)
+            guard, opcode, operands = re.match(r"(?:@(!?[%\w.]+)\s+)?([\w.:]+)\s*(.*)", statement, re.S).groups()
             blocks[-1].append(Instruction(HINTS.sub("", opcode), guard or "", _split(operands)))
             if opcode.split(".")[0] in ("bra", "ret", "exit"):
                 blocks.append([])
     if not blocks[-1]:
         blocks[-1].append(Instruction("ret", "", []))
     variables, shared_bytes = _laid_out(shared)
-    return Program(name, places, parameter_bytes, widths, blocks, labels, variables, None if "[]" in shared else shared_bytes)
+    return Program(
+        name, places, parameter_bytes, widths, blocks, labels, variables, None if "[]" in shared else shared_bytes
+    )
 
 
 def kernels(text):
@@ -140,7 +157,11 @@ class Counts:
         self.threads = 0
 
     def of_memory(self, memory):
-        for mine, theirs in ((self.requests, memory.requests), (self.sectors, memory.sectors), (self.asked, memory.asked)):
+        for mine, theirs in (
+            (self.requests, memory.requests),
+            (self.sectors, memory.sectors),
+            (self.asked, memory.asked),
+        ):
             mine.update(theirs)
 
 
@@ -156,7 +177,9 @@ class Machine:
     def launch(self, grid, block, parameters, spans, shared_bytes=0, counts=None):
         """Runs the kernel over (x, y, z) of blocks and threads. parameters: the parameter block's bytes."""
         if len(parameters) != self.program.parameter_bytes:
-            raise PtxError(f"{self.program.name} has {self.program.parameter_bytes} bytes of parameters, got {len(parameters)}")
+            raise PtxError(
+                f"{self.program.name} has {self.program.parameter_bytes} bytes of parameters, got {len(parameters)}"
+            )
         memory = Memory(spans, counts is not None)
         size = int(np.prod(block))
         at_once, blocks = max(CHUNK // size, 1), int(np.prod(grid))
@@ -193,7 +216,9 @@ class Machine:
                     value = value[active]
                 if width == 0:
                     return value
-                return value.view(dtype) if width == dtype.itemsize else value.astype(UNSIGNED[dtype.itemsize]).view(dtype)
+                return (
+                    value.view(dtype) if width == dtype.itemsize else value.astype(UNSIGNED[dtype.itemsize]).view(dtype)
+                )
 
             return read
         if operand in SPECIAL:
@@ -362,7 +387,9 @@ class Machine:
             lane = _chosen(threads.lane, active).astype(np.int64)
             here = threads.mask(active)
             warp = here.reshape(-1, WARP)[_chosen(threads.warp, active)]
-            b, c, mask = (np.broadcast_to(read(threads, active), lane.shape).astype(np.int64) for read in (other, clamp, members))
+            b, c, mask = (
+                np.broadcast_to(read(threads, active), lane.shape).astype(np.int64) for read in (other, clamp, members)
+            )
             wanted = (mask[:, None] >> np.arange(WARP) & 1).astype(bool)
             if (wanted & ~warp).any() or not (mask >> lane & 1).all():
                 raise PtxError(f"{instruction.opcode}: a lane that its mask names is not there")

@@ -168,7 +168,9 @@ def _field(value, position, length):
     above = np.where(length > 0, bit(np.maximum(position + length - 1, 0)), 0) * (value.dtype.kind == "i")
     result = np.zeros_like(word)
     for i in range(width):
-        result |= np.where((i < length) & (position + i < width), bit(position + i), above).astype(word.dtype) << word.dtype.type(i)
+        result |= np.where((i < length) & (position + i < width), bit(position + i), above).astype(
+            word.dtype
+        ) << word.dtype.type(i)
     return result.view(value.dtype)
 
 
@@ -279,7 +281,8 @@ def _of_floats(name, modifiers, kind, rng):
 def _of_integers(name, modifiers, kind):
     wide = f"{kind[0]}{2 * int(kind[1:])}"
     binary = {
-        ("add",): operator.add, ("sub",): operator.sub, ("mul", "lo"): operator.mul, ("mul", "hi"): _high_product, ("min",): np.minimum,
+        ("add",): operator.add, ("sub",): operator.sub, ("mul", "lo"): operator.mul, ("mul", "hi"): _high_product,
+        ("min",): np.minimum,
         ("max",): np.maximum, ("div",): _quotient, ("rem",): _remainder, ("and",): operator.and_, ("or",): operator.or_,
         ("xor",): operator.xor,
     }  # fmt: skip

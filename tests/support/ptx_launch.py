@@ -1,8 +1,8 @@
 """Launches on the PTX machine, by the package's own launchers: nvcc's code of csrc/*.cu, and Triton's of its kernels.
 
-CUDA: csrc/ops_cuda.cpp over tests/support/cuda_on_host chooses the kernel, the grid and the parameters; the launch itself comes here.
-Triton: ops/triton_backend.py chooses; a process without Triton's interpreter compiles (`python -m tests.support.ptx_launch`). Both
-keep what they compiled in build/tests/ptx, by the hash of what it was made of.
+CUDA: csrc/ops_cuda.cpp over tests/support/cuda_on_host chooses the kernel, the grid and the parameters; the launch comes here.
+Triton: ops/triton_backend.py chooses; a process without Triton's interpreter compiles (`python -m tests.support.ptx_launch`).
+What was compiled is kept in build/tests/ptx, by the hash of what it was made of.
 """
 
 import collections
@@ -19,6 +19,7 @@ import subprocess
 import sys
 
 import filelock
+import torch
 
 from epskernels import spec
 
@@ -32,6 +33,7 @@ ARCHITECTURES = (80, 90, 100)
 launched = collections.Counter()  # launches, by kernel's kind and name
 
 architecture = 90  # that of the next launch
+inductor = False  # whether Triton's kernels are compiled as Inductor does it
 counts = None  # ptx.Counts of the next launches, where they are wanted
 
 
@@ -92,7 +94,12 @@ def cuda_module(name, number):
     """({kernel's symbol on the host: text}, shared variables) of csrc/<name>.cu."""
     source = ROOT / "csrc" / f"{name}.cu"
     version = subprocess.run([NVCC, "--version"], check=True, capture_output=True).stdout
-    made_of = (version, spec.cpp_header(), source.read_bytes(), *(path.read_bytes() for path in sorted((ROOT / "csrc").glob("*.h"))))
+    made_of = (
+        version,
+        spec.cpp_header(),
+        source.read_bytes(),
+        *(path.read_bytes() for path in sorted((ROOT / "csrc").glob("*.h"))),
+    )
     target = KEPT / f"{name}-{_digest(*made_of)}" / f"sm_{number}.ptx"
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_suffix(".lock")):  # between the processes of a test run
@@ -165,14 +172,13 @@ class Elsewhere:
 
 # ---- Triton's ----
 
-ELEMENTS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64", "int64": "i64"}
-WRITTEN = ("out_ptr", "m0_ptr", "y_out_ptr", "model_input_ptr", "sums_ptr")
+WRITTEN = ("out_ptr", "m0_ptr", "y_out_ptr", "model_input_ptr", "sums_ptr", "to_ptr")
 
 
 def _argument(value):
     """What Triton compiles for, of an argument of a launch."""
     if hasattr(value, "data_ptr"):
-        return {"element": ELEMENTS[str(value.dtype).removeprefix("torch.")], "aligned": value.data_ptr() % 16 == 0}
+        return {"dtype": str(value.dtype).removeprefix("torch."), "aligned": value.data_ptr() % 16 == 0}
     return value
 
 
@@ -222,7 +228,13 @@ def triton_machine(request):
 
 
 def launch_triton(kernel, grid, *arguments, num_warps, **constants):
-    request = {"kernel": kernel, "architecture": architecture, "arguments": [*map(_argument, arguments)], "warps": num_warps}
+    request = {
+        "kernel": kernel,
+        "architecture": architecture,
+        "inductor": inductor,
+        "arguments": [*map(_argument, arguments)],
+        "warps": num_warps,
+    }
     machine, signature, shared_bytes = triton_machine(json.dumps(request | {"constants": constants}))
     given = dict(zip(signature, arguments, strict=False))
     values = [given[name] for name, kind in signature.items() if kind != "constexpr"]
@@ -232,7 +244,9 @@ def launch_triton(kernel, grid, *arguments, num_warps, **constants):
             size = value.element_size()
             strides = (*(size * n for n in value.stride()), 1)
             spans.append(Span(name, value.data_ptr(), (*value.shape, size), strides, size, name in WRITTEN))
-    block = bytearray(machine.program.parameter_bytes)  # Triton's own, behind ours, are scratch memory that is not there
+    block = bytearray(
+        machine.program.parameter_bytes
+    )  # Triton's own, behind ours, are scratch memory that is not there
     ends = [*machine.program.parameters.values(), len(block)]
     for value, begin, end in zip(values, ends, ends[1:], strict=False):
         number = value.data_ptr() if hasattr(value, "data_ptr") else value
@@ -268,10 +282,8 @@ def triton_functions():
 
 
 class _Pointer:
-    def __init__(self, element, aligned):
-        import triton.language as tl
-
-        self.dtype, self.aligned = tl.dtype(element), aligned
+    def __init__(self, dtype, aligned):
+        self.dtype, self.aligned = getattr(torch, dtype), aligned
 
     def data_ptr(self):
         return 0 if self.aligned else 4
@@ -279,19 +291,22 @@ class _Pointer:
 
 def _serve():
     """Answers each line, a request, with a line: the PTX, its parameters and its shared memory."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
     from epskernels.ops import triton_kernels
 
-    from ..ops.test_triton import _use_driver
+    from ..ops.test_triton import _inductor_s_copy, _use_driver
 
+    CUDABackend.make_cubin = lambda *arguments, **named: b""  # nobody reads the machine code
     for line in sys.stdin:
         request = json.loads(line)
         _use_driver(request["architecture"])
         arguments = [_Pointer(**a) if isinstance(a, dict) else a for a in request["arguments"]]
-        kernel = getattr(triton_kernels, request["kernel"])
+        kernel, options = getattr(triton_kernels, request["kernel"]), {"enable_fp_fusion": False}
         try:
-            made = kernel.warmup(
-                *arguments, **request["constants"], grid=(1,), num_warps=request["warps"], enable_fp_fusion=False
-            )
+            if request["inductor"]:
+                kernel, options = _inductor_s_copy(kernel, KEPT), {"sanitize_overflow": False, "debug": True}
+            made = kernel.warmup(*arguments, **request["constants"], grid=(1,), num_warps=request["warps"], **options)
             answer = {"ptx": made.asm["ptx"], "signature": made.src.signature, "shared": made.metadata.shared}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}

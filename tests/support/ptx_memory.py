@@ -46,7 +46,9 @@ class Region:
         self.grain = min(span.element for span in spans)
         if any(value % self.grain for span in spans for value in (span.address, *span.strides[:-1])):
             self.grain = 1
-        self.bytes = np.frombuffer((ctypes.c_ubyte * (-(-(self.end - self.base) // 16) * 16)).from_address(self.base), np.uint8)
+        self.bytes = np.frombuffer(
+            (ctypes.c_ubyte * (-(-(self.end - self.base) // 16) * 16)).from_address(self.base), np.uint8
+        )
         self.words = {size: self.bytes.view(kind) for size, kind in WORD.items()}
         theirs = np.zeros(len(self.bytes), np.uint8)
         for span in spans:
@@ -77,13 +79,15 @@ class Region:
         if race.any():
             which = int(np.flatnonzero(race.any(1))[0])
             raise PtxError(
-                f"{self.names}: a race: thread {threads[which] - 1} {'writes' if writes else 'reads'} byte {int(offsets[which])}, "
-                f"which another thread {'touches' if writes else 'writes'}"
+                f"{self.names}: a race: thread {threads[which] - 1} {'writes' if writes else 'reads'} byte "
+                f"{int(offsets[which])}, which another thread {'touches' if writes else 'writes'}"
             )
 
     def _refuse(self, offsets, flags, writes):
         which = int(np.flatnonzero(~(flags != 0).all(1))[0])
-        raise PtxError(f"{self.names}: byte {int(offsets[which])} is {'written' if writes else 'read'}, which is no tensor's")
+        raise PtxError(
+            f"{self.names}: byte {int(offsets[which])} is {'written' if writes else 'read'}, which is no tensor's"
+        )
 
 
 class Memory:
@@ -108,7 +112,9 @@ class Memory:
             access = "st" if writes else "ld"
             warps = (threads - 1).astype(np.int64) // WARP
             self.requests[access] += len(np.unique(warps))
-            self.sectors[access] += len(np.unique(np.stack([warps, (addresses // np.uint64(SECTOR)).astype(np.int64)]), axis=1).T)
+            self.sectors[access] += len(
+                np.unique(np.stack([warps, (addresses // np.uint64(SECTOR)).astype(np.int64)]), axis=1).T
+            )
             self.asked[access] += size * len(addresses)
         if (addresses % np.uint64(size)).any():
             raise PtxError(f"an access of {size} bytes at an address that they do not divide")
@@ -124,7 +130,9 @@ class Memory:
             region = self.regions[i]
             offsets = (addresses[which] - np.uint64(region.base)).astype(np.int64)
             if (offsets + size > region.end - region.base).any():
-                raise PtxError(f"an address beyond every tensor is {'written' if writes else 'read'}: after {region.names}")
+                raise PtxError(
+                    f"an address beyond every tensor is {'written' if writes else 'read'}: after {region.names}"
+                )
             region.touch(offsets, size, threads[which], writes)
             yield region, which, offsets
 
