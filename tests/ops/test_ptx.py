@@ -570,10 +570,12 @@ def check_triton(call, dtypes):
     "call", [pytest.param(c, marks=() if c == "everything" else pytest.mark.deep) for c in TRITON_CALLS]
 )
 @pytest.mark.parametrize("compiled", ["alone", pytest.param("by_inductor", marks=pytest.mark.deep)])
-def test_triton_s_step(architecture, call, compiled, monkeypatch):
+@pytest.mark.parametrize(
+    "dtypes", [bits.MIXED_PAIRS[0], *(pytest.param(d, marks=pytest.mark.deep) for d in bits.MIXED_PAIRS[1:])]
+)
+def test_triton_s_step(architecture, call, compiled, dtypes, monkeypatch):
     """As Triton compiles it, and as Inductor has it compiled: with other options, from a copy of the source."""
     monkeypatch.setattr(kernels, "current", "triton_ptx")
     monkeypatch.setattr(ptx_launch, "inductor", compiled == "by_inductor")
-    for dtypes in bits.MIXED_PAIRS:
-        with ptx_launch.on(architecture):
-            check_triton(call, dtypes)
+    with ptx_launch.on(architecture):
+        check_triton(call, dtypes)

@@ -47,6 +47,7 @@ def check_only_bad_samples_are_nan(rows, index, inputs, bad):
         assert_all_same_bits([result[good] for result in got], expected)
 
 
+@pytest.mark.executed(cuda=2)
 @pytest.mark.interpreted(2)
 @pytest.mark.parametrize("size", [5, 3000])
 @pytest.mark.parametrize("wrong", [-1, 4, 2**31, 2**32, 2**40 + 1, -(2**40), 2**63 - 1, -(2**63)], ids=str)
@@ -120,6 +121,7 @@ def test_bad_clip(kernel, clip, names):
     check_only_bad_samples_are_nan(rows, torch.tensor([1, 0]), inputs, {1})
 
 
+@pytest.mark.executed(cuda=1)
 @pytest.mark.parametrize("names", [("seeds",), ("u", "seeds"), ("v", "seeds")], ids=["seeds", "u_seeds", "v_seeds"])
 @pytest.mark.parametrize("draw", [-1.0, 0.5, 2.0**24, 1e30, float("inf"), float("nan")])
 def test_bad_draw(kernel, draw, names):
@@ -257,6 +259,7 @@ def check_band(rows, index, inputs):
         assert_same_bits(half, stored, "model_input")
 
 
+@pytest.mark.executed(cuda=2)
 @by_band
 @pytest.mark.parametrize("names", [(), COMMON_SET, ALL_SET], ids=["bare", "common", "all"])
 @pytest.mark.parametrize("shape", BAND_SHAPES, ids=str)
