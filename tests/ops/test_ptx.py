@@ -5,6 +5,7 @@ All other tests of the kernels run on it as well,
 execute: instructions by element, and what moves in memory.
 """
 
+import collections
 import fractions
 import itertools
 import math
@@ -16,17 +17,19 @@ import pytest
 import torch
 
 import epskernels
-from epskernels import build
 
 from ..support import kernels, ptx, ptx_launch
 from ..support.ptx_arithmetic import RSQRT_ERROR, TYPES, UNSIGNED, PtxError, operation
 from ..support.ptx_memory import Span
 from . import test_step_bits as bits
 
-needs_nvcc = pytest.mark.skipif(
-    bool(kernels.MACHINES.get("cuda_ptx", "left out")), reason=str(kernels.MACHINES.get("cuda_ptx"))
-)
-needs_triton = pytest.mark.skipif(bool(build.why_missing("triton")), reason=str(build.why_missing("triton")))
+
+def needs(machine):
+    why = kernels.MACHINES.get(machine, "EPSKERNELS_TEST_KERNELS leaves it out")
+    return pytest.mark.skipif(bool(why), reason=str(why))
+
+
+needs_nvcc, needs_triton = needs("cuda_ptx"), needs("triton_ptx")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---- small programs ----
@@ -290,7 +293,7 @@ DONE: @%p1 add.s32 %r9, %r9, 1;
     expected = [n * (n - 1) // 2 if n % 2 == 0 else 1001 for n in range(64)]
     assert out.tolist() == [expected[n ^ 1] for n in range(64)] * 2
     assert counts.instructions["exchange"] == counts.threads == 128
-    assert counts.requests == {"st": 4, "ld": 0} and counts.sectors["st"] == 16 and counts.asked["st"] == 512
+    assert counts.memory == {("requests", "out"): 4, ("sectors", "out"): 16, ("bytes", "out"): 512}
 
 
 @pytest.mark.parametrize(
@@ -579,3 +582,62 @@ def test_triton_s_step(architecture, call, compiled, dtypes, monkeypatch):
     monkeypatch.setattr(ptx_launch, "inductor", compiled == "by_inductor")
     with ptx_launch.on(architecture):
         check_triton(call, dtypes)
+
+
+# ---- what they execute ----
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+COUNTED = {
+    "x and f, float32": ((), FLOAT32, (2, 32768)), "x and f, bfloat16": ((), BFLOAT16, (2, 32768)),
+    "with noise, float32": (("seeds",), FLOAT32, (2, 2**19)), "with noise, bfloat16": (("seeds",), BFLOAT16, (2, 2**19)),
+    "with guidance and noise, float32": (("u", "seeds"), FLOAT32, (2, 2**19)),
+    "with guidance and noise, bfloat16": (("u", "seeds"), BFLOAT16, (2, 2**19)),
+    "by band, float32": ((), FLOAT32, (2, 4, 64, 64)), "by band, bfloat16": ((), BFLOAT16, (2, 4, 64, 64)),
+    "by band with noise, float32": (("seeds",), FLOAT32, (2, 4, 64, 64)),
+    "by band with noise, bfloat16": (("seeds",), BFLOAT16, (2, 4, 64, 64)),
+}  # fmt: skip
+OF_ROWS = ("rows", "index", "seeds")
+KINDS = ("float", "division", "integer", "conversion", "choice", "move", "memory", "parameter", "control")
+
+
+def counted(names, dtype, shape, misaligned=False):
+    """(PTX instructions by kind and element; bytes of sectors over bytes asked for; a warp's requests for its row)"""
+    rows = bits.make_row(c_x=0.5, c_m0=0.5, d_x=1, d_f=-1, clip=1, c_noise="seeds" in names, g=1 + ("u" in names))
+    if len(shape) == 4:
+        rows = bits.with_bands(rows, 2, 1, idle=0)
+    inputs = bits.make_inputs(shape, names, 1, dtype, dtype, special=0)
+    if misaligned:
+        inputs["x"] = bits.LAYOUTS["offset_by_one"](inputs["x"])
+    with ptx_launch.counting() as counts, epskernels.use_backend("cuda_ptx"):
+        bits.step(rows, torch.zeros(shape[0], dtype=torch.int64), inputs)
+    numel, memory = inputs["x"].numel(), collections.Counter()
+    for (what, tensor), count in counts.memory.items():
+        memory[what, tensor in OF_ROWS] += count
+    return (
+        {kind: count / numel for kind, count in counts.instructions.items()},
+        memory["sectors", False] * 32 / memory["bytes", False],
+        memory["requests", True] * 32 / counts.threads,
+    )
+
+
+@needs_nvcc
+def test_what_the_fast_path_moves_and_executes():
+    """Sectors: no byte that was not asked for. Element by element they are moved again for each element of a unit."""
+    kinds, moved, of_row = counted((), FLOAT32, (2, 4096))
+    assert moved == 1.0 and of_row <= 8 and kinds["float"] < 9 and sum(kinds.values()) < 40
+    slow, moved, _ = counted((), FLOAT32, (2, 4096), misaligned=True)
+    assert moved == pytest.approx(4, rel=0.05) and sum(slow.values()) > sum(kinds.values())
+
+
+def print_counts():
+    print(f"| | {' | '.join(KINDS)} | all | sectors over bytes | misaligned: all | sectors over bytes |")
+    print(f"|---{'|---' * (len(KINDS) + 4)}|")
+    for title, call in COUNTED.items():
+        kinds, moved, _ = counted(*call)
+        slow, moved_slow, _ = counted(*call, misaligned=True)
+        numbers = [*(kinds.get(kind, 0) for kind in KINDS), sum(kinds.values()), moved, sum(slow.values()), moved_slow]
+        print(f"| {title} | {' | '.join(f'{number:.2f}' for number in numbers)} |", flush=True)
+
+
+if __name__ == "__main__":
+    print_counts()

@@ -20,7 +20,7 @@ LONGEST = 1_000_000  # basic blocks of a launch
 HINTS = re.compile(r"\.(?:nc|ca|cg|cs|cv|lu|wb|wt|L1::\w+|L2::\w+)\b")  # of caches: no value depends on them
 CLASSES = {
     "memory": ("ld", "st"), "control": ("bra", "ret", "exit", "bar"), "exchange": ("shfl",), "conversion": ("cvt",),
-    "choice": ("setp", "selp"), "move": ("mov", "cvta"), "root": ("rsqrt", "sqrt", "div"),
+    "choice": ("setp", "selp"), "move": ("mov", "cvta"), "division": ("rsqrt", "sqrt", "div", "rem"),
 }  # fmt: skip
 
 
@@ -149,20 +149,10 @@ def kernels(text):
 
 
 class Counts:
-    """What a launch executed: instructions by kind, summed over threads, and what the memory saw."""
+    """What launches executed: instructions by kind, summed over threads, and what each tensor saw (ptx_memory.py::Memory)."""
 
     def __init__(self):
-        self.instructions = collections.Counter()
-        self.requests, self.sectors, self.asked = collections.Counter(), collections.Counter(), collections.Counter()
-        self.threads = 0
-
-    def of_memory(self, memory):
-        for mine, theirs in (
-            (self.requests, memory.requests),
-            (self.sectors, memory.sectors),
-            (self.asked, memory.asked),
-        ):
-            mine.update(theirs)
+        self.instructions, self.memory, self.threads = collections.Counter(), collections.Counter(), 0
 
 
 class Machine:
@@ -180,7 +170,7 @@ class Machine:
             raise PtxError(
                 f"{self.program.name} has {self.program.parameter_bytes} bytes of parameters, got {len(parameters)}"
             )
-        memory = Memory(spans, counts is not None)
+        memory = Memory(spans, None if counts is None else counts.memory)
         size = int(np.prod(block))
         at_once, blocks = max(CHUNK // size, 1), int(np.prod(grid))
         if self.program.shared_bytes is not None:
@@ -195,8 +185,6 @@ class Machine:
                     counts.threads += threads.count
                     for kinds, times in zip(self.kinds, executed, strict=True):
                         counts.instructions.update({kind: n * times for kind, n in kinds.items() if times})
-        if counts is not None:
-            counts.of_memory(memory)
 
     # ---- operands ----
 

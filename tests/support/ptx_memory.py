@@ -93,7 +93,7 @@ class Region:
 class Memory:
     """The tensors of a launch, those whose ranges overlap in one region."""
 
-    def __init__(self, spans, counts=False):
+    def __init__(self, spans, counts=None):
         self.regions, together = [], []
         for span in sorted((span for span in spans if 0 not in span.shape), key=lambda span: span.address):
             if together and span.address >= max(other.end for other in together):
@@ -103,19 +103,10 @@ class Memory:
         if together:
             self.regions.append(Region(together))
         self.bases = np.array([region.base for region in self.regions], np.uint64)
-        self.requests, self.sectors, self.asked = ({"ld": 0, "st": 0} for _ in range(3))
-        self.counts = counts
+        self.counts = counts  # {(what, names of a region's tensors): how many}, or None
 
     def _places(self, addresses, size, threads, writes):
         """(region, which of the accesses, their offsets)"""
-        if self.counts:
-            access = "st" if writes else "ld"
-            warps = (threads - 1).astype(np.int64) // WARP
-            self.requests[access] += len(np.unique(warps))
-            self.sectors[access] += len(
-                np.unique(np.stack([warps, (addresses // np.uint64(SECTOR)).astype(np.int64)]), axis=1).T
-            )
-            self.asked[access] += size * len(addresses)
         if (addresses % np.uint64(size)).any():
             raise PtxError(f"an access of {size} bytes at an address that they do not divide")
         where = np.searchsorted(self.bases, addresses, "right") - 1
@@ -134,7 +125,17 @@ class Memory:
                     f"an address beyond every tensor is {'written' if writes else 'read'}: after {region.names}"
                 )
             region.touch(offsets, size, threads[which], writes)
+            if self.counts is not None:
+                self._count(region, offsets, size, threads[which])
             yield region, which, offsets
+
+    def _count(self, region, offsets, size, threads):
+        """Warps' requests, the sectors that each needs, and the bytes that threads ask for."""
+        warps = (threads.astype(np.int64) - 1) // WARP
+        sectors = np.unique(warps << 40 | (offsets + region.base % SECTOR) // SECTOR)
+        self.counts["requests", region.names] += len(np.unique(warps))
+        self.counts["sectors", region.names] += len(sectors)
+        self.counts["bytes", region.names] += size * len(threads)
 
     def load(self, addresses, size, threads):
         """Words of `size` bytes, one for each address."""
@@ -152,12 +153,12 @@ class Memory:
 class Shared(Memory):
     """The shared memory of several blocks, in which nothing is written yet: random bits. An address is block*size + offset."""
 
-    def __init__(self, blocks, size, rng, counts=False):
+    def __init__(self, blocks, size, rng):
         self.size = -(-size // 16) * 16
         self.buffer = np.frombuffer(rng.bytes(self.size * blocks + 16), np.uint8).copy()
         self.start = -(-self.buffer.ctypes.data // 16) * 16
         spans = [Span("shared memory", self.start, (self.size * blocks,), (1,), 1, True)] if size else []
-        super().__init__(spans, counts)
+        super().__init__(spans)
 
     def addresses(self, offsets, blocks):
         if (offsets >= self.size).any():
