@@ -321,12 +321,28 @@ def test_shared_memory_of_each_block_and_its_barrier():
     assert out.tolist() == [*range(63, -1, -1), *range(127, 63, -1)]
 
 
+MATRICES = """mov.u32 %r3, buffer; shl.b32 %r4, %r0, 3; add.s32 %r5, %r3, %r4; st.shared.v2.b32 [%r5], {%r0, %r10};
+bar.sync 0; shr.u32 %r6, %r0, 3; and.b32 %r7, %r0, 7; shl.b32 %r7, %r7, 4; shl.b32 %r6, %r6, 7; add.s32 %r6, %r6, %r7;
+add.s32 %r8, %r3, %r6; ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r9, %r11}, [%r8]; mad.lo.s32 %r9, %r11, 100, %r9;
+"""
+
+
+def test_matrices_from_shared_memory():
+    """Lane n stores n into word 2n. A matrix's row is four words; lane n gets word n % 4 of row n / 4, of each matrix."""
+    out = output(32)
+    run("mov.u32 %r10, 50;" + MATRICES + STORE + "ret;", {"out": out}, shared=SHARED)
+    words = [word for n in range(32) for word in (n, 50)]
+    assert out.tolist() == [words[n] + 100 * words[32 + n] for n in range(32)]
+
+
 PARTED = "setp.lt.u32 %p0, %r0, 16; @%p0 bra AWAY; {} AWAY: ret;"
 REFUSED = {
     "no barrier": (TURNED.format(wait="") + STORE, "shared memory: a race"),
     "a barrier that some miss": (PARTED.format("bar.sync 0;"), "a thread is not there"),
     "a shuffle that some miss": (PARTED.format("shfl.sync.down.b32 %r9, %r0, 1, 31, -1;"),
         "a lane that its mask names is not there"),
+    "a matrix that some miss": (PARTED.format("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r9}, [0];"), "a lane is not there"),
+    "a matrix at no multiple of 16": ("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r9}, [4];", "a row at an address"),
     "beyond the shared memory": ("st.shared.b32 [%r2+256], %r2;", "beyond the shared memory"),
     "beyond the tensor": (ADDRESS + "st.global.b32 [%rd19+4], %r2;", "beyond every tensor is written"),
     "before the tensor": (ADDRESS + "ld.global.b32 %r9, [%rd19+-32];", "below every tensor|is no tensor's|beyond every tensor"),

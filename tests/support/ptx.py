@@ -19,7 +19,7 @@ CHUNK = 8192  # threads that run at once: what they hold stays in the processor'
 LONGEST = 1_000_000  # basic blocks of a launch
 HINTS = re.compile(r"\.(?:nc|ca|cg|cs|cv|lu|wb|wt|L1::\w+|L2::\w+)\b")  # of caches: no value depends on them
 CLASSES = {
-    "memory": ("ld", "st"), "control": ("bra", "ret", "exit", "bar"), "exchange": ("shfl",), "conversion": ("cvt",),
+    "memory": ("ld", "st", "ldmatrix"), "control": ("bra", "ret", "exit", "bar"), "exchange": ("shfl",), "conversion": ("cvt",),
     "choice": ("setp", "selp"), "move": ("mov", "cvta"), "division": ("rsqrt", "sqrt", "div", "rem"),
 }  # fmt: skip
 
@@ -258,7 +258,10 @@ class Machine:
         if instruction.guard:
             predicate, wanted = self._read(instruction.guard.lstrip("!"), "pred"), not instruction.guard.startswith("!")
             guard = lambda threads, active: predicate(threads, active) == wanted  # noqa: E731
-        special = {"ld": self._load, "st": self._store, "mov": self._move, "shfl": self._exchange, "bar": self._barrier}
+        special = {
+            "ld": self._load, "st": self._store, "mov": self._move, "shfl": self._exchange, "bar": self._barrier,
+            "ldmatrix": self._matrices,
+        }  # fmt: skip
         if name in ("bra", "ret", "exit"):
             return guard, self.program.labels[instruction.operands[0]] if name == "bra" else END
         return guard, special.get(name, self._arithmetic)(instruction)
@@ -348,6 +351,30 @@ class Machine:
             memory.store(address(threads, active), words.view(WORD[count * dtype.itemsize])[:, 0], numbers)
 
         return store
+
+    def _matrices(self, instruction):
+        """ldmatrix: 8x8 matrices of 16 bits from shared memory. A lane gives a row's address; each gets two neighbours."""
+        found = re.fullmatch(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16", instruction.opcode)
+        if not found:
+            raise PtxError(f"unknown instruction {instruction.opcode}")
+        target, source = instruction.operands
+        base, offset = self._place(source)
+        read, writes = self._read(base, "u32"), [self._write(part) for part in _split(target.strip("{}"))]
+
+        def load(threads, active):
+            here, lane, warp = threads.mask(active), _chosen(threads.lane, active), _chosen(threads.warp, active)
+            if not here.reshape(-1, WARP)[warp].all():
+                raise PtxError(f"{instruction.opcode}: a lane is not there")
+            rows = np.zeros(threads.count, np.uint64)
+            rows[here] = read(threads, active) + np.uint64(offset)
+            if (rows % 16).any():
+                raise PtxError(f"{instruction.opcode}: a row at an address that 16 bytes do not divide")
+            for i, write in enumerate(writes):
+                mine = rows[warp * WARP + 8 * i + lane // 4] + 4 * (lane % 4)
+                addresses = threads.shared.addresses(mine, _chosen(threads.block, active))
+                write(threads, threads.shared.load(addresses, 4, threads.numbers(active)), active)
+
+        return load
 
     def _address(self, space, base, offset):
         in_register = base in self.program.widths
