@@ -321,6 +321,15 @@ def test_shared_memory_of_each_block_and_its_barrier():
     assert out.tolist() == [*range(63, -1, -1), *range(127, 63, -1)]
 
 
+TURNED_IN_WARP = TURNED.replace("63, %r0", "31, %r0").replace("{wait}", "bar.warp.sync -1;")
+
+
+def test_a_warp_s_barrier_is_enough_for_the_warp():
+    out = output(32)
+    run(TURNED_IN_WARP + STORE + "ret;", {"out": out}, shared=SHARED)
+    assert out.tolist() == [*range(31, -1, -1)]
+
+
 MATRICES = """mov.u32 %r3, buffer; shl.b32 %r4, %r0, 3; add.s32 %r5, %r3, %r4; st.shared.v2.b32 [%r5], {%r0, %r10};
 bar.sync 0; shr.u32 %r6, %r0, 3; and.b32 %r7, %r0, 7; shl.b32 %r7, %r7, 4; shl.b32 %r6, %r6, 7; add.s32 %r6, %r6, %r7;
 add.s32 %r8, %r3, %r6; ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r9, %r11}, [%r8]; mad.lo.s32 %r9, %r11, 100, %r9;
@@ -338,6 +347,7 @@ def test_matrices_from_shared_memory():
 PARTED = "setp.lt.u32 %p0, %r0, 16; @%p0 bra AWAY; {} AWAY: ret;"
 REFUSED = {
     "no barrier": (TURNED.format(wait="") + STORE, "shared memory: a race"),
+    "a warp's barrier for two": (TURNED.format(wait="bar.warp.sync -1;") + STORE, "shared memory: a race"),
     "a barrier that some miss": (PARTED.format("bar.sync 0;"), "a thread is not there"),
     "a shuffle that some miss": (PARTED.format("shfl.sync.down.b32 %r9, %r0, 1, 31, -1;"),
         "a lane that its mask names is not there"),

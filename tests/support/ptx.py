@@ -433,7 +433,9 @@ class Machine:
             here, group = threads.mask(active), threads.warp if of_warp else threads.block
             if (np.isin(group, np.unique(group[here])) & threads.alive & ~here).any():
                 raise PtxError(f"{instruction.opcode}: a thread is not there")
-            if not of_warp:
+            if of_warp:
+                threads.shared.warp_barrier(threads.number[here])
+            else:
                 threads.shared.barrier(np.unique(threads.block[here]))
 
         return barrier

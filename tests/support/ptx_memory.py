@@ -67,13 +67,14 @@ class Region:
             return
         mine = threads[:, None]
         writer, reader = self.writer[units], self.reader[units]
-        race = (writer != 0) & (writer != mine)
+        others = [(owner != 0) & (owner != mine) & (owner != _settled(mine)) for owner in (writer, reader)]
+        race = others[0]
         if writes:
-            race |= (reader != 0) & (reader != mine)
+            race = race | others[1]
             self.writer[units] = mine
             race |= self.writer[units] != mine  # another thread's, at once
         else:
-            readers = np.where((reader == 0) | (reader == mine), mine, MANY)
+            readers = np.where(others[1], MANY, mine)
             self.reader[units] = readers
             self.reader[units[self.reader[units] != readers]] = MANY
         if race.any():
@@ -88,6 +89,11 @@ class Region:
         raise PtxError(
             f"{self.names}: byte {int(offsets[which])} is {'written' if writes else 'read'}, which is no tensor's"
         )
+
+
+def _settled(owner):
+    """In place of a thread: one of its warp, before a barrier of the warp."""
+    return -2 - (owner - 1) // WARP
 
 
 class Memory:
@@ -170,3 +176,10 @@ class Shared(Memory):
         for region in self.regions:
             for notes in (region.writer, region.reader):
                 notes[: len(notes) // self.size * self.size].reshape(-1, self.size)[blocks] = 0
+
+    def warp_barrier(self, threads):
+        """Of the warps of these threads, of which each is there: settled among a warp's own."""
+        for region in self.regions:
+            for notes in (region.writer, region.reader):
+                among = np.isin(notes, threads)
+                notes[among] = _settled(notes[among])
