@@ -64,7 +64,7 @@ check: $(READY)
 test: $(READY)
 	$(PYTEST)
 
-# Everything; then kills, races, damage, full disks and torchrun, at length (some two hours).
+# Everything; then kills, races, damage, full disks and torchrun, at length (some two and a half hours).
 test-deep: $(READY)
 	$(PYTEST) -m ""
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ranks.test_campaigns damage=30000 race=1000 full=50 kill=180 ranks=16 torchrun=300

@@ -118,7 +118,7 @@ def _on_host(symbol):
     return f"{begin[0]}12_GLOBAL__N_1{symbol[begin.end() + length.end() + int(length[0]) :]}"
 
 
-@functools.cache
+@functools.lru_cache(64)  # each holds some megabytes
 def cuda_machine(symbol, number):
     for name in ("step_cuda", "moments_cuda"):
         entries, shared = cuda_module(name, number)
@@ -176,10 +176,12 @@ WRITTEN = ("out_ptr", "m0_ptr", "y_out_ptr", "model_input_ptr", "sums_ptr", "to_
 
 
 def _argument(value):
-    """What Triton compiles for, of an argument of a launch."""
+    """What Triton compiles for, of an argument of a launch: of integers, whether 1, multiples of 16, of 64 bits."""
     if hasattr(value, "data_ptr"):
         return {"dtype": str(value.dtype).removeprefix("torch."), "aligned": value.data_ptr() % 16 == 0}
-    return value
+    if value is None or value == 1:
+        return value
+    return (0 if -(2**31) <= value < 2**31 else 2**40) + (16 if value % 16 == 0 else 3)
 
 
 class Compiler:
@@ -211,19 +213,20 @@ def _triton_made_of():
     return triton.__version__, spec.cpp_header(), (folder / "ops" / "triton_kernels.py").read_bytes()
 
 
-@functools.cache
+@functools.lru_cache(64)  # each holds some megabytes
 def triton_machine(request):
     """(Machine, names and types of its parameters, bytes of shared memory)"""
     kept = KEPT / "triton" / f"{_digest(*_triton_made_of(), request)}.json"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         answer = Compiler.asked(request)
+        if "error" in json.loads(answer):
+            raise RuntimeError(json.loads(answer)["error"])
         kept.with_suffix(f".{os.getpid()}").write_text(answer)
         kept.with_suffix(f".{os.getpid()}").rename(kept)
     made = json.loads(kept.read_text())
-    if "error" in made:
-        raise RuntimeError(made["error"])
-    (text,), shared = (lambda entries, shared: (entries.values(), shared))(*ptx.kernels(made["ptx"]))
+    entries, shared = ptx.kernels(made["ptx"])
+    (text,) = entries.values()
     return ptx.Machine(ptx.parse(text, shared)), made["signature"], made["shared"]
 
 
@@ -237,21 +240,18 @@ def launch_triton(kernel, grid, *arguments, num_warps, **constants):
     }
     machine, signature, shared_bytes = triton_machine(json.dumps(request | {"constants": constants}))
     given = dict(zip(signature, arguments, strict=False))
-    values = [given[name] for name, kind in signature.items() if kind != "constexpr"]
     spans = []
     for name, value in given.items():
         if hasattr(value, "data_ptr") and value.numel():
             size = value.element_size()
             strides = (*(size * n for n in value.stride()), 1)
             spans.append(Span(name, value.data_ptr(), (*value.shape, size), strides, size, name in WRITTEN))
-    block = bytearray(
-        machine.program.parameter_bytes
-    )  # Triton's own, behind ours, are scratch memory that is not there
-    ends = [*machine.program.parameters.values(), len(block)]
-    for value, begin, end in zip(values, ends, ends[1:], strict=False):
-        number = value.data_ptr() if hasattr(value, "data_ptr") else value
-        size = 8 if hasattr(value, "data_ptr") or end - begin >= 8 and number.bit_length() > 31 else min(end - begin, 8)
-        block[begin : begin + size] = number.to_bytes(size, "little", signed=number < 0)
+    # Triton's own parameters, behind ours, are scratch memory that is not there: zeros.
+    block, places = bytearray(machine.program.parameter_bytes), machine.program.parameters.values()
+    for (name, kind), place in zip(((n, k) for n, k in signature.items() if k != "constexpr"), places, strict=False):
+        value = given[name].data_ptr() if kind.startswith("*") else given[name]
+        size = 4 if kind == "i32" else 8
+        block[place : place + size] = value.to_bytes(size, "little", signed=value < 0)
     machine.launch((*grid, 1, 1)[:3], (32 * num_warps, 1, 1), bytes(block), spans, shared_bytes, counts)
     launched["triton", kernel] += 1
 
