@@ -42,7 +42,7 @@ def span(name, array, written=False):
     return Span(name, array.ctypes.data, (array.size, array.itemsize), strides, array.itemsize, written)
 
 
-def run(body, tensors, blocks=1, threads=32, written=("out",), shared="", seed=0):
+def run(body, tensors, blocks=1, threads=32, written=("out", "new"), shared="", seed=0):
     """Runs a program whose parameters are the tensors' addresses, in %rd0, %rd1, ...; what each register is, its name tells."""
     declared = (
         ".reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<20>; .reg .b64 %rd<20>; .reg .f32 %f<20>; .reg .f64 %d<9>;\n"
@@ -52,7 +52,8 @@ def run(body, tensors, blocks=1, threads=32, written=("out",), shared="", seed=0
     head = "mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mad.lo.s32 %r2, %r1, " + f"{threads}, %r0;\n"
     program = ptx.parse(f".visible .entry small({parameters})\n{{\n{declared}{shared}{loads}{head}{body}\n}}\n")
     addresses = b"".join(struct.pack("<Q", array.ctypes.data) for array in tensors.values())
-    spans = [span(name, array, name in written) for name, array in tensors.items()]
+    spans = [span(name, array) for name, array in tensors.items() if name != "new"]
+    spans += [span(name, array, True) for name, array in tensors.items() if name in written]
     counts = ptx.Counts()
     ptx.Machine(program, seed).launch((blocks, 1, 1), (threads, 1, 1), addresses, spans, counts=counts)
     return counts
@@ -359,6 +360,7 @@ REFUSED = {
     "another tensor's end": (at(2, 1, 4) + "ld.global.b32 %r9, [%rd19+4];",
         "is read, which is no tensor's|beyond every tensor is read"),
     "what is only read": (at(2, 1, 4) + "st.global.b32 [%rd19], %r2;", "is written, which is no tensor's"),
+    "what is only written": (at(2, 2, 4) + "ld.global.b32 %r9, [%rd19];", "is read, which is no tensor's"),
     "not aligned": (ADDRESS + "ld.global.b32 %r9, [%rd19+2];", "at an address that they do not divide"),
     "not aligned to its words": (ADDRESS + "ld.global.v2.b32 {%r9, %r10}, [%rd19];", "at an address that they do not divide"),
     "two blocks, one place": (at(0, 0, 4) + "st.global.b32 [%rd19], %r2;", "a race: thread .* writes"),
@@ -384,7 +386,7 @@ REFUSED = {
 def test_what_a_program_may_not_do(fault, monkeypatch):
     monkeypatch.setattr(ptx, "LONGEST", 1000)
     body, message = REFUSED[fault]
-    tensors = {"out": output(128), "in": np.arange(128, dtype=np.uint32)}
+    tensors = {"out": output(128), "in": np.arange(128, dtype=np.uint32), "new": output(128)}
     with pytest.raises(PtxError, match=message):
         run(body + "ret;", tensors, 2, 64, shared=SHARED)
 

@@ -19,7 +19,7 @@ MANY = -1  # in place of a reader
 
 @dataclasses.dataclass
 class Span:
-    """A tensor: a byte address, its shape and strides in bytes, down to the bytes of an element."""
+    """A tensor: a byte address, its shape and strides in bytes, down to the bytes of an element. One that is read, or written."""
 
     name: str
     address: int
@@ -42,7 +42,7 @@ class Region:
     def __init__(self, spans):
         self.base = min(span.address for span in spans) & -16
         self.end = max(span.end for span in spans)
-        self.names = ", ".join(span.name for span in spans)
+        self.names = ", ".join(dict.fromkeys(span.name for span in spans))
         self.grain = min(span.element for span in spans)
         if any(value % self.grain for span in spans for value in (span.address, *span.strides[:-1])):
             self.grain = 1
@@ -53,7 +53,7 @@ class Region:
         theirs = np.zeros(len(self.bytes), np.uint8)
         for span in spans:
             at = np.lib.stride_tricks.as_strided(theirs[span.address - self.base :], span.shape, span.strides)
-            at |= READ | (WRITTEN if span.written else 0)
+            at |= WRITTEN if span.written else READ
         self.theirs = theirs[:: self.grain]
         written = (self.theirs & WRITTEN).any()
         self.writer, self.reader = (np.zeros(len(self.theirs), np.int32) if written else None for _ in range(2))
@@ -163,7 +163,9 @@ class Shared(Memory):
         self.size = -(-size // 16) * 16
         self.buffer = np.frombuffer(rng.bytes(self.size * blocks + 16), np.uint8).copy()
         self.start = -(-self.buffer.ctypes.data // 16) * 16
-        spans = [Span("shared memory", self.start, (self.size * blocks,), (1,), 1, True)] if size else []
+        spans = [
+            Span("shared memory", self.start, (self.size * blocks,), (1,), 1, written) for written in (False, True)
+        ]
         super().__init__(spans)
 
     def addresses(self, offsets, blocks):
