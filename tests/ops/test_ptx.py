@@ -345,6 +345,32 @@ def test_matrices_from_shared_memory():
     assert out.tolist() == [words[n] + 100 * words[32 + n] for n in range(32)]
 
 
+def test_matrices_to_shared_memory():
+    """Lane n has n and n + 100 of two matrices. Their rows' addresses are those of lanes 0 to 7, and 8 to 15."""
+    rows = "mov.u32 %r3, buffer; shl.b32 %r4, %r0, 4; add.s32 %r5, %r3, %r4; add.s32 %r6, %r0, 100;\n"
+    store = "stmatrix.sync.aligned.m8n8.x2.shared.b16 [%r5], {%r0, %r6}; bar.sync 0;\n"
+    out, twice = output(32), SHARED.replace("256", "512")
+    for offset, first in ((0, 0), (128, 100)):
+        load = f"shl.b32 %r7, %r0, 2; add.s32 %r8, %r3, %r7; ld.shared.b32 %r9, [%r8+{offset}];\n"
+        run(rows + store + load + STORE + "ret;", {"out": out}, shared=twice)
+        assert out.tolist() == [*range(first, first + 32)]
+
+
+@pytest.mark.parametrize("stored", ["", ".trans"])
+@pytest.mark.parametrize("loaded", ["", ".trans"])
+def test_matrices_transposed(stored, loaded):
+    """Lane n has the elements 2n and 2n + 1 of a matrix."""
+    body = f"""mov.u32 %r3, buffer; shl.b32 %r4, %r0, 4; add.s32 %r5, %r3, %r4; shl.b32 %r6, %r0, 1; shl.b32 %r7, %r6, 16;
+    or.b32 %r6, %r6, %r7; add.s32 %r6, %r6, 65536; stmatrix.sync.aligned.m8n8.x1{stored}.shared.b16 [%r5], {{%r6}}; bar.sync 0;
+    ldmatrix.sync.aligned.m8n8.x1{loaded}.shared.b16 {{%r9}}, [%r5];
+    """
+    out = output(32)
+    run(body + STORE + "ret;", {"out": out}, shared=SHARED.replace("256", "512"))
+    expected = np.arange(64).reshape(8, 8)
+    expected = expected if stored == loaded else expected.T
+    assert out.view(np.uint16).tolist() == expected.flatten().tolist()
+
+
 PARTED = "setp.lt.u32 %p0, %r0, 16; @%p0 bra AWAY; {} AWAY: ret;"
 REFUSED = {
     "no barrier": (TURNED.format(wait="") + STORE, "shared memory: a race"),

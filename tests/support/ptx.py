@@ -19,7 +19,8 @@ CHUNK = 8192  # threads that run at once: what they hold stays in the processor'
 LONGEST = 1_000_000  # basic blocks of a launch
 HINTS = re.compile(r"\.(?:nc|ca|cg|cs|cv|lu|wb|wt|L1::\w+|L2::\w+)\b")  # of caches: no value depends on them
 CLASSES = {
-    "memory": ("ld", "st", "ldmatrix"), "control": ("bra", "ret", "exit", "bar"), "exchange": ("shfl",), "conversion": ("cvt",),
+    "memory": ("ld", "st", "ldmatrix", "stmatrix"), "control": ("bra", "ret", "exit", "bar"), "exchange": ("shfl",),
+    "conversion": ("cvt",),
     "choice": ("setp", "selp"), "move": ("mov", "cvta"), "division": ("rsqrt", "sqrt", "div", "rem"),
 }  # fmt: skip
 
@@ -260,7 +261,7 @@ class Machine:
             guard = lambda threads, active: predicate(threads, active) == wanted  # noqa: E731
         special = {
             "ld": self._load, "st": self._store, "mov": self._move, "shfl": self._exchange, "bar": self._barrier,
-            "ldmatrix": self._matrices,
+            "ldmatrix": self._matrices, "stmatrix": self._matrices,
         }  # fmt: skip
         if name in ("bra", "ret", "exit"):
             return guard, self.program.labels[instruction.operands[0]] if name == "bra" else END
@@ -353,15 +354,20 @@ class Machine:
         return store
 
     def _matrices(self, instruction):
-        """ldmatrix: 8x8 matrices of 16 bits from shared memory. A lane gives a row's address; each gets two neighbours."""
-        found = re.fullmatch(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16", instruction.opcode)
+        """ldmatrix, stmatrix: 8x8 matrices of 16 bits in shared memory. A lane gives a row's address.
+
+        It has two elements of each matrix: neighbours in a row or, transposed, in a column.
+        """
+        found = re.fullmatch(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16", instruction.opcode)
         if not found:
             raise PtxError(f"unknown instruction {instruction.opcode}")
-        target, source = instruction.operands
+        loads, kind = found[1] == "ld", np.uint16 if found[2] else np.uint32
+        target, source = instruction.operands if loads else instruction.operands[::-1]
         base, offset = self._place(source)
-        read, writes = self._read(base, "u32"), [self._write(part) for part in _split(target.strip("{}"))]
+        read, registers = self._read(base, "u32"), _split(target.strip("{}"))
+        moves = [self._write(register) if loads else self._read(register, "b32") for register in registers]
 
-        def load(threads, active):
+        def move(threads, active):
             here, lane, warp = threads.mask(active), _chosen(threads.lane, active), _chosen(threads.warp, active)
             if not here.reshape(-1, WARP)[warp].all():
                 raise PtxError(f"{instruction.opcode}: a lane is not there")
@@ -369,12 +375,24 @@ class Machine:
             rows[here] = read(threads, active) + np.uint64(offset)
             if (rows % 16).any():
                 raise PtxError(f"{instruction.opcode}: a row at an address that 16 bytes do not divide")
-            for i, write in enumerate(writes):
-                mine = rows[warp * WARP + 8 * i + lane // 4] + 4 * (lane % 4)
-                addresses = threads.shared.addresses(mine, _chosen(threads.block, active))
-                write(threads, threads.shared.load(addresses, 4, threads.numbers(active)), active)
+            blocks, numbers = _chosen(threads.block, active), threads.numbers(active)
+            for i, each in enumerate(moves):
+                near, far = lane // 4, lane % 4
+                mine = [(near, 4 * far)] if kind == np.uint32 else [(2 * far, 2 * near), (2 * far + 1, 2 * near)]
+                places = [threads.shared.addresses(rows[warp * WARP + 8 * i + row] + at, blocks) for row, at in mine]
+                if loads:
+                    parts = [threads.shared.load(place, kind(0).itemsize, numbers) for place in places]
+                    each(threads, np.stack(parts, -1).view(np.uint32)[:, 0], active)
+                else:
+                    parts = (
+                        np.array(np.broadcast_to(each(threads, active), len(numbers)))
+                        .view(kind)
+                        .reshape(len(numbers), -1)
+                    )
+                    for place, part in zip(places, parts.T, strict=True):
+                        threads.shared.store(place, part, numbers)
 
-        return load
+        return move
 
     def _address(self, space, base, offset):
         in_register = base in self.program.widths
