@@ -69,7 +69,7 @@ test-arm: $(READY)
 	EPSKERNELS_TEST_KERNELS=arm_gcc,arm_clang,clang_generic,clang_avx2,clang_avx512 $(PYTEST) -m "" \
 		-k "arm or clang or other_cpus or fuzz" $(addprefix tests/ops/test_,$(addsuffix .py,other_cpus step_bits noise guidance fuzz))
 
-# Everything, Arm and Clang too; then kills, races, damage, full disks and torchrun, at length (some two hours).
+# Everything, Arm and Clang too; then kills, races, damage, full disks and torchrun, at length (some three hours).
 test-deep: $(READY)
 	$(PYTEST) -m ""
 	$(MAKE) test-arm

@@ -11,7 +11,7 @@ import epskernels
 from epskernels import _C  # the tests prove the compiled kernels: a build without them fails here
 
 from .support import kernels, pairwise
-from .support.kernels import KERNELS, Kernel
+from .support.kernels import KERNELS, Kernel, params
 
 
 def pytest_configure(config):
@@ -28,14 +28,14 @@ def extension():
     return _C
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=params(KERNELS))
 def kernel(request, monkeypatch):
     """The public functions run on this kernel."""
     with Kernel(request.param).active(monkeypatch) as kernel:
         yield kernel
 
 
-@pytest.fixture(params=["reference", *KERNELS])
+@pytest.fixture(params=params(["reference", *KERNELS]))
 def backend(request, monkeypatch):
     """The public functions run on the reference, or on one of the kernels."""
     if request.param == "reference":

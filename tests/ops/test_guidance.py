@@ -23,6 +23,7 @@ def assert_same_sums(kernel, *arguments):
     assert torch.equal(got.nan_to_num().view(torch.int64), expected.nan_to_num().view(torch.int64))  # zeros' signs too
 
 
+@pytest.mark.executed(cuda=2, triton=1)
 @pytest.mark.parametrize("special", [0.0, 0.01])
 @pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 3, 7, 5), (2, 1024), (3, 5000), (1, 4, 64, 65)], ids=str)
 @each_dtype

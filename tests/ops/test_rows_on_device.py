@@ -28,7 +28,7 @@ NAMES = ("u", "m1", "m2", "v", "grad", "y", "seeds")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 
 
-@pytest.fixture(params=ON_DEVICE)
+@pytest.fixture(params=kernels.params(ON_DEVICE))
 def kernel(request, monkeypatch):
     monkeypatch.delenv("EPSKERNELS_CHECK_ROWS", raising=False)
     with kernels.Kernel(request.param).active(monkeypatch) as kernel:
@@ -47,6 +47,7 @@ def check_only_bad_samples_are_nan(rows, index, inputs, bad):
         assert_all_same_bits([result[good] for result in got], expected)
 
 
+@pytest.mark.executed(cuda=2)
 @pytest.mark.interpreted(2)
 @pytest.mark.parametrize("size", [5, 3000])
 @pytest.mark.parametrize("wrong", [-1, 4, 2**31, 2**32, 2**40 + 1, -(2**40), 2**63 - 1, -(2**63)], ids=str)
@@ -120,6 +121,7 @@ def test_bad_clip(kernel, clip, names):
     check_only_bad_samples_are_nan(rows, torch.tensor([1, 0]), inputs, {1})
 
 
+@pytest.mark.executed(cuda=1)
 @pytest.mark.parametrize("names", [("seeds",), ("u", "seeds"), ("v", "seeds")], ids=["seeds", "u_seeds", "v_seeds"])
 @pytest.mark.parametrize("draw", [-1.0, 0.5, 2.0**24, 1e30, float("inf"), float("nan")])
 def test_bad_draw(kernel, draw, names):
@@ -224,7 +226,9 @@ def test_a_launch_that_fails_is_an_error(kernel, run, monkeypatch):
 # ---- rows that correct a band ----
 
 # Triton's kernel has its band from tests/ops/test_triton.py.
-by_band = pytest.mark.parametrize("kernel", [kernel for kernel in ON_DEVICE if kernel != "triton"], indirect=True)
+by_band = pytest.mark.parametrize(
+    "kernel", kernels.params([kernel for kernel in ON_DEVICE if kernel != "triton"]), indirect=True
+)
 COMMON_SET, ALL_SET = ("u", "m1", "seeds"), ("u", "m1", "m2", "v", "grad", "y", "rescale", "threshold", "seeds")
 DTYPE_PAIRS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
 each_pair = pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=lambda pair: "-".join(map(name, pair)))
@@ -256,6 +260,7 @@ def check_band(rows, index, inputs):
         assert_same_bits(half, stored, "model_input")
 
 
+@pytest.mark.executed(cuda=2)
 @by_band
 @pytest.mark.parametrize("names", [(), COMMON_SET, ALL_SET], ids=["bare", "common", "all"])
 @pytest.mark.parametrize("shape", BAND_SHAPES, ids=str)

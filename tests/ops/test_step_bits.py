@@ -176,6 +176,7 @@ INPUT_SETS = {
 each_input_set = pytest.mark.parametrize("names", INPUT_SETS.values(), ids=list(INPUT_SETS))
 
 
+@pytest.mark.executed(cuda=5)
 @each_input_set
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("size", [1, 3, 63, 1000])
@@ -235,6 +236,7 @@ def test_step_rounds_tiny_and_huge_results(kernel, dtype, scale):
     check(row, torch.tensor(0), make_inputs((3, 4001), (), 9, dtype, torch.float32))
 
 
+@pytest.mark.executed(cuda=1)
 @pytest.mark.parametrize("special", [0.5, 1.0])
 @each_dtype_pair
 def test_step_of_special_values(kernel, x_dtype, f_dtype, special):
@@ -405,6 +407,7 @@ def _assert_nothing_written_around(view):
     assert base[~written].isnan().all()
 
 
+@pytest.mark.executed(cuda=2)
 @pytest.mark.parametrize("m0_layout", ["contiguous", "second_channel_half", "channels_last"])
 @pytest.mark.parametrize("out_layout", LAYOUTS)
 @each_dtype
@@ -421,6 +424,7 @@ def test_layout_of_outputs(kernel, dtype, out_layout, m0_layout):
         _assert_nothing_written_around(written)
 
 
+@pytest.mark.executed(cuda=2)
 @pytest.mark.parametrize("layout", ["contiguous", "second_channel_half", "odd_batch_stride", "channels_last"])
 @pytest.mark.parametrize("halves", [1, 2], ids=["as_x", "doubled"])
 @each_dtype_pair
@@ -459,6 +463,7 @@ BANDED = {
 }  # fmt: skip
 
 
+@pytest.mark.executed(cuda=3)
 @pytest.mark.interpreted(1)
 @pytest.mark.parametrize(
     "names", [(), ("u", "seeds"), INPUT_SETS["all_with_seeds"]], ids=["bare", "guidance_seeds", "all"]
@@ -576,6 +581,7 @@ WRITES = {
 WITH_Y = ("return_y", "out_and_return_y", "in_place_y", "y_over_m1", "step_with_y_in_place")
 
 
+@pytest.mark.executed(cuda=2)
 @pytest.mark.parametrize("layout", ["contiguous", "second_channel_half", "channels_last", "sliced"])
 @pytest.mark.parametrize("form", FORMS)
 @each_dtype
@@ -902,6 +908,7 @@ PASSED = {
 }  # fmt: skip
 
 
+@pytest.mark.executed(cuda=1)
 @pytest.mark.parametrize("width", [4, 65536])
 @pytest.mark.parametrize("key", PASSED)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)

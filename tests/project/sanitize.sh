@@ -57,5 +57,5 @@ for name in test_fuzz test_bad_input test_step_bits test_rows_on_device test_gui
 done
 cd "$build"
 options=(-c "$root/pyproject.toml" --rootdir "$root" -p sanitized -p no:cacheprovider -x -m "")
-checked "$python" -m pytest "${options[@]}" -k "not triton" "${tests[@]}"
+checked "$python" -m pytest "${options[@]}" -k "not triton and not ptx" "${tests[@]}"
 echo "sanitize: no report"

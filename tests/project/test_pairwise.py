@@ -51,21 +51,32 @@ def test_of_three(letter, x, y, true):
     pass
 
 @pytest.mark.interpreted(2)
-@pytest.mark.parametrize("kernel", ["cpu", "triton"])
+@pytest.mark.executed(cuda=1)
+@pytest.mark.parametrize("kernel", ["cpu", "triton", "cuda_ptx", "triton_ptx"])
 @pytest.mark.parametrize("number", range(6))
 def test_of_kernels(kernel, number):
+    pass
+
+@pytest.mark.executed(cuda=1, triton=2)
+@pytest.mark.parametrize("kernel", ["cuda_ptx", "triton_ptx"])
+@truth
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("letter", "ab")
+def test_on_the_machine(kernel, true, number, letter):
     pass
 """
 
 
 @pytest.mark.parametrize(
-    "expression, of_three, interpreted",
+    "expression, of_three, interpreted, cuda, of_machines",
     [
-        pytest.param("not deep", 6, [0, 3], id="in pairs"),
-        pytest.param("", 12, [*range(6)], id="all", marks=pytest.mark.deep),
+        pytest.param("not deep", 6, [0, 3], [3], {"cuda_ptx": 1, "triton_ptx": 2}, id="in pairs"),
+        pytest.param(
+            "", 12, [*range(6)], [*range(6)], {"cuda_ptx": 12, "triton_ptx": 6}, id="all", marks=pytest.mark.deep
+        ),
     ],
 )
-def test_a_test_of_three_parametrizations_runs_in_pairs(tmp_path, expression, of_three, interpreted):
+def test_a_test_of_three_parametrizations_runs_in_pairs(tmp_path, expression, of_three, interpreted, cuda, of_machines):
     (tmp_path / "test_products.py").write_text(PRODUCTS)
     command = [
         sys.executable,
@@ -74,7 +85,7 @@ def test_a_test_of_three_parametrizations_runs_in_pairs(tmp_path, expression, of
         "-p",
         "tests.support.pairwise",
         "-o",
-        "markers=deep\ninterpreted(n)",
+        "markers=deep\ninterpreted(n)\nexecuted(cuda, triton)",
         "-m",
         expression,
         "-v",
@@ -85,6 +96,9 @@ def test_a_test_of_three_parametrizations_runs_in_pairs(tmp_path, expression, of
     interpreter = {**os.environ, "TRITON_INTERPRET": "1"}
     said = subprocess.run([*command, tmp_path], cwd=root, env=interpreter, capture_output=True, text=True).stdout
     assert said.count("test_of_two[") == 6 and said.count("test_of_three[") == of_three, said
+    assert re.findall(r"kernels\[(\d)-cuda_ptx\] PASSED", said) == [*map(str, cuda)], said
+    for name, count in of_machines.items():
+        assert len(re.findall(rf"on_the_machine\[.*{name}.* PASSED", said)) == count, said
     assert said.count("-cpu] PASSED") == 6 and re.findall(r"(\d)-triton\] PASSED", said) == [*map(str, interpreted)], (
         said
     )

@@ -2,7 +2,8 @@
 
 On the host itself: the CPU kernel with each instruction set; the CUDA kernel's own source as host C++, its blocks and threads
 run as loops; the Triton kernel in its interpreter; where EPSKERNELS_TEST_KERNELS names them, the CPU kernel as other compilers
-make it, and for Arm (other_cpus.py). With a GPU: the CUDA and the Triton kernel, through copies of the host's
+make it, and for Arm (other_cpus.py). On a machine for NVIDIA's virtual instructions (ptx.py): what nvcc and Triton make
+of them. With a GPU: the CUDA and the Triton kernel, through copies of the host's
 memory in the same layout, so that a misaligned or strided view stays one.
 """
 
@@ -21,7 +22,7 @@ import epskernels
 from epskernels import _C, build, ops, spec
 from epskernels.ops import backends, registration
 
-from . import other_cpus
+from . import other_cpus, ptx_launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
@@ -30,10 +31,24 @@ HOST_KERNELS = [*_C.cpu_capabilities(), "cuda_on_host"]
 if build.interprets_triton() and not build.why_missing("triton"):
     HOST_KERNELS.append("triton")
 KERNELS = HOST_KERNELS + GPU_KERNELS
+# On the PTX machine, and why not.
+MACHINES = {
+    "cuda_ptx": None if ptx_launch.NVCC else "nvcc is not on this machine: nothing compiles the CUDA kernel to PTX",
+    "triton_ptx": build.why_missing("triton"),
+}
 if wanted := os.environ.get("EPSKERNELS_TEST_KERNELS"):  # some of them, such as "cuda,triton"
     KERNELS = [name for name in (*KERNELS, *other_cpus.OTHERS) if name in wanted.split(",")]
+    MACHINES = {name: why for name, why in MACHINES.items() if name in wanted.split(",")}
 READ_ROWS = (*_C.cpu_capabilities(), *other_cpus.OTHERS)  # on the host: they raise where the others give NaN
 CPU_KERNELS = [name for name in KERNELS if name in READ_ROWS]
+
+
+def params(names):
+    """For a fixture: these kernels, and those on the PTX machine, skipped where they cannot be."""
+    return [
+        *names,
+        *(pytest.param(name, marks=pytest.mark.skipif(bool(why), reason=str(why))) for name, why in MACHINES.items()),
+    ]
 
 
 def compile_for_host(sources, here, sanitizers, target):
@@ -74,13 +89,17 @@ def cuda_on_host():
         library.impl(name, function, "CompositeExplicitAutograd")
     registration.register_negative(library, torch.ops.epskernels_cuda_on_host)
     torch.ops.load_library(target)
-    return library, torch.ops.epskernels_cuda_on_host
+    return library, torch.ops.epskernels_cuda_on_host, ptx_launch.Elsewhere(target)
 
 
 def overload(name, op):
     """What runs this op on a kernel: a torch op, or Triton's Python launcher."""
     if name == "cuda_on_host":
         return getattr(cuda_on_host()[1], op).default
+    if name == "cuda_ptx":
+        return cuda_on_host()[2].of(overload("cuda_on_host", op))
+    if name == "triton_ptx":
+        return ptx_launch.triton_functions()[op]
     if name == "triton":
         from epskernels.ops.triton_backend import TRITON
 
@@ -99,7 +118,7 @@ def functions_of(name):
     return backends.Functions(*(overload(name, op) for op in backends.Functions._fields))
 
 
-for _name in ("cuda_on_host", *other_cpus.OTHERS):
+for _name in ("cuda_on_host", *other_cpus.OTHERS, *MACHINES):
     backends.BY_NAME[_name] = (functools.partial(functions_of, _name), None)
 
 
