@@ -26,16 +26,28 @@ HOST_DEVICE void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low)
 #endif
 }
 
-HOST_DEVICE PhiloxWords philox(PhiloxWords counter, uint32_t key0, uint32_t key1) {
+// Of COUNT counters of one key, whose rounds share its words.
+template <int COUNT>
+HOST_DEVICE void philox(PhiloxWords (&counters)[COUNT], uint32_t key0, uint32_t key1) {
+  UNROLL
   for (int round = 0; round < 10; ++round) {
-    uint32_t high0, low0, high1, low1;
-    multiply(0xD2511F53u, counter.w0, high0, low0);
-    multiply(0xCD9E8D57u, counter.w2, high1, low1);
-    counter = {high1 ^ counter.w1 ^ key0, low1, high0 ^ counter.w3 ^ key1, low0};
+    UNROLL
+    for (int i = 0; i < COUNT; ++i) {
+      PhiloxWords& counter = counters[i];
+      uint32_t high0, low0, high1, low1;
+      multiply(0xD2511F53u, counter.w0, high0, low0);
+      multiply(0xCD9E8D57u, counter.w2, high1, low1);
+      counter = {high1 ^ counter.w1 ^ key0, low1, high0 ^ counter.w3 ^ key1, low0};
+    }
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  return counter;
+}
+
+HOST_DEVICE PhiloxWords philox(PhiloxWords counter, uint32_t key0, uint32_t key1) {
+  PhiloxWords counters[1] = {counter};
+  philox(counters, key0, key1);
+  return counters[0];
 }
 
 // The correctly rounded square root of zero, of either sign, or of a number in [2^-100, 2^100].
@@ -53,10 +65,18 @@ HOST_DEVICE float sqrt_rounded(float value) {
 #endif
 }
 
+// (word + 1/2)/2^32. The product is exact, so that a fused sum rounds as two operations do.
+HOST_DEVICE float uniform(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(static_cast<float>(word), 0x1p-32f, 0x1p-33f);
+#else
+  return static_cast<float>(word) * 0x1p-32f + 0x1p-33f;
+#endif
+}
+
 // Two standard normals from two words: radius sqrt(-2 ln u) with u = (w + 1/2) / 2^32, angle 2*pi*w'/2^32.
 HOST_DEVICE void box_muller(uint32_t radius_word, uint32_t angle_word, float& z0, float& z1) {
-  const float u = static_cast<float>(radius_word) * 0x1p-32f + 0x1p-33f;
-  const float radius = sqrt_rounded(-2.0f * log_poly(u));
+  const float radius = sqrt_rounded(minus_two_log(uniform(radius_word)));
   float cosine, sine;
   cos_sin_poly(angle_word, cosine, sine);
   z0 = radius * cosine;

@@ -32,20 +32,21 @@ HOST_DEVICE uint32_t bits_from_float(float value) {
 
 HOST_DEVICE float select(bool condition, float yes, float no) { return condition ? yes : no; }
 
-// ln(u) for normal u in (0, 1]: u = m * 2^e with m in [sqrt(1/2), sqrt(2)), ln(u) = e*ln(2) + ln(1 + (m - 1)).
-HOST_DEVICE float log_poly(float u) {
+// -2*ln(u) for normal u in (0, 1]: u = m * 2^e with m in [sqrt(1/2), sqrt(2)), ln(u) = e*ln(2) + ln(1 + (m - 1)). The factor
+// -2 is in the coefficients, where it costs nothing: a power of two changes no rounding.
+HOST_DEVICE float minus_two_log(float u) {
   const uint32_t bits = bits_from_float(u);
   const int32_t e = static_cast<int32_t>(bits - SQRT_HALF_BITS) >> 23;
   const float f = float_from_bits(bits - (static_cast<uint32_t>(e) << 23)) - 1.0f;
-  float p = LOG_8;
-  p = p * f + LOG_7;
-  p = p * f + LOG_6;
-  p = p * f + LOG_5;
-  p = p * f + LOG_4;
-  p = p * f + LOG_3;
-  p = p * f + LOG_2;
-  p = p * f + LOG_1;
-  return static_cast<float>(e) * LN2 + p * f;
+  float p = -2.0f * LOG_8;
+  p = p * f + -2.0f * LOG_7;
+  p = p * f + -2.0f * LOG_6;
+  p = p * f + -2.0f * LOG_5;
+  p = p * f + -2.0f * LOG_4;
+  p = p * f + -2.0f * LOG_3;
+  p = p * f + -2.0f * LOG_2;
+  p = p * f + -2.0f * LOG_1;
+  return static_cast<float>(e) * (-2.0f * LN2) + p * f;
 }
 
 HOST_DEVICE void swap_if_bit(uint32_t word, uint32_t bit, float& a, float& b) {

@@ -51,8 +51,10 @@ struct Unit {
           make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
   }
 
-  // The first `count` elements at most, one by one; count may be negative, and the address then lies beyond the sample.
-  __device__ __forceinline__ void load_first(int64_t count, const char* source) {
+  // The first `count` elements at most; count may be negative, and the address then lies beyond the sample. One by one, where they
+  // are no whole 16-byte words.
+  __device__ __forceinline__ void load_first(int count, const char* source) {
+    if (in_words(count, source)) return load(source);
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
       if constexpr (wide) {
@@ -65,7 +67,8 @@ struct Unit {
     }
   }
 
-  __device__ __forceinline__ void store_first(int64_t count, char* target) const {
+  __device__ __forceinline__ void store_first(int count, char* target) const {
+    if (in_words(count, target)) return store(target);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       if (i >= count) continue;
@@ -73,48 +76,76 @@ struct Unit {
       else reinterpret_cast<uint16_t*>(target)[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
     }
   }
+
+  static __device__ __forceinline__ bool in_words(int count, const char* address) {
+    return count >= COUNT && reinterpret_cast<uintptr_t>(address) % 16 == 0;
+  }
 };
+
+// A thread's units of a tensor. Tile has the sample, where each unit begins, and how many of its elements lie inside.
+template <typename Tile, Dtype dtype, int UNIT>
+__device__ __forceinline__ char* address_of(const Tile& tile, const Batch& tensor, int i) {
+  constexpr int SIZE = Unit<dtype, UNIT>::SIZE;
+  return tensor.data + (tile.sample * tensor.stride + tile.begin * SIZE) + tile.offset(i) * SIZE;
+}
+
+template <typename Tile, Dtype dtype, int UNIT, int UNITS>
+__device__ __forceinline__ void load(const Tile& tile, Unit<dtype, UNIT> (&units)[UNITS], const Batch& tensor) {
+  if (tile.whole) {
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i) units[i].load(address_of<Tile, dtype, UNIT>(tile, tensor, i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i) units[i].load_first(tile.count(i), address_of<Tile, dtype, UNIT>(tile, tensor, i));
+  }
+}
+
+template <Dtype dtype, typename Tile, int UNIT, int UNITS>
+__device__ __forceinline__ void store(const Tile& tile, const float (&values)[UNITS][UNIT], const Batch& tensor) {
+  Unit<dtype, UNIT> units[UNITS];
+#pragma unroll
+  for (int i = 0; i < UNITS; ++i) units[i].set(values[i]);
+  if (tile.whole) {
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i)
+      if (tile.has(i)) units[i].store(address_of<Tile, dtype, UNIT>(tile, tensor, i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i) units[i].store_first(tile.count(i), address_of<Tile, dtype, UNIT>(tile, tensor, i));
+  }
+}
 
 // ---- noise ----
 
-// The normals of one counter: of four elements.
-__device__ __forceinline__ void four_normals(uint64_t seed, PhiloxWords counter, float* z) {
-  const PhiloxWords words = philox(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-  box_muller(words.w0, words.w1, z[0], z[1]);
-  box_muller(words.w2, words.w3, z[2], z[3]);
-}
-
-// Normals of a unit's elements, which begin `offset` elements into a tile that begins at `tile_begin`. A tile's length is a power of
-// two and divides its beginning, so that the counter's high word is the same in all of it.
+// The normals of some counters, each of four elements.
 template <int COUNT>
-__device__ __forceinline__ void normals_of_tile(uint64_t seed, uint32_t draw, uint32_t stream, int64_t tile_begin, int offset,
-                                                float (&z)[COUNT]) {
-  const uint64_t group = static_cast<uint64_t>(tile_begin) / 4;
+__device__ __forceinline__ void normals_of(uint64_t seed, PhiloxWords (&counters)[COUNT], float* z) {
+  philox(counters, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 #pragma unroll
-  for (int i = 0; i < COUNT; i += 4) {
-    const uint32_t low = static_cast<uint32_t>(group) + static_cast<uint32_t>(offset + i) / 4;
-    four_normals(seed, {low, static_cast<uint32_t>(group >> 32), draw, stream}, z + i);
+  for (int i = 0; i < COUNT; ++i) {
+    box_muller(counters[i].w0, counters[i].w1, z[4 * i], z[4 * i + 1]);
+    box_muller(counters[i].w2, counters[i].w3, z[4 * i + 2], z[4 * i + 3]);
   }
 }
 
-// Normals of a sample's elements from `begin` on, wherever that is: where it is no multiple of 4, units share a counter's four.
-template <int COUNT>
-__device__ __forceinline__ void normals_from(uint64_t seed, uint32_t draw, uint32_t stream, int64_t begin, bool shifted,
-                                             float (&z)[COUNT]) {
-  const uint64_t group = static_cast<uint64_t>(begin) / 4;
-  const auto counter = [&](int i) {
-    return PhiloxWords{static_cast<uint32_t>(group + i), static_cast<uint32_t>((group + i) >> 32), draw, stream};
-  };
-  if (!shifted) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i += 4) four_normals(seed, counter(i / 4), z + i);
-    return;
+struct Noise {
+  uint64_t seed;
+  uint32_t draw, stream;
+
+  __device__ __forceinline__ PhiloxWords counter(uint64_t group) const {
+    return {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), draw, stream};
   }
+};
+
+// Normals of a sample's elements from `begin` on, wherever that is: units share a counter's four where it is no multiple of 4.
+template <int COUNT>
+__device__ __forceinline__ void normals_from(const Noise& noise, int64_t begin, float (&z)[COUNT]) {
   const int skipped = static_cast<int>(begin % 4);  // of the first counter's
 #pragma unroll 1
   for (int i = 0; 4 * i < COUNT + skipped; ++i) {
+    PhiloxWords counter[1] = {noise.counter(static_cast<uint64_t>(begin) / 4 + i)};
     float four[4];
-    four_normals(seed, counter(i), four);
+    normals_of(noise.seed, counter, four);
 #pragma unroll
     for (int j = 0; j < 4 * COUNT; ++j)
       if (j / 4 == 4 * i + j % 4 - skipped) z[j / 4] = four[j % 4];
@@ -126,46 +157,33 @@ __device__ __forceinline__ void normals_from(uint64_t seed, uint32_t draw, uint3
 // A block's tile of a sample, cut into units that its threads take in turn.
 template <int UNIT, int UNITS>
 struct Tile {
-  static constexpr int64_t NUMEL = int64_t{THREADS} * UNIT * UNITS;
+  static constexpr int NUMEL = THREADS * UNIT * UNITS;
   int64_t sample, begin;  // the same in all threads of a block
-  int64_t left;           // elements of the sample from `begin` on
-  bool whole;             // all inside the sample, in 16-byte words
+  int inside;             // elements of it inside the sample
+  bool whole;             // all, in 16-byte words
 
-  __device__ __forceinline__ Tile(int64_t sample_numel, bool aligned)
-      : sample(layer_of_block()),
-        begin(blockIdx.x * NUMEL),
-        left(sample_numel - begin),
-        whole(aligned && left >= NUMEL) {}
+  __device__ __forceinline__ Tile(int64_t sample_numel, bool aligned) : sample(layer_of_block()), begin(int64_t{blockIdx.x} * NUMEL) {
+    const int64_t left = sample_numel - begin;
+    inside = left < NUMEL ? static_cast<int>(left) : NUMEL;
+    whole = aligned && inside == NUMEL;
+  }
 
   // This thread's unit i begins here, counted from the tile's beginning.
-  __device__ __forceinline__ int at(int i) const { return (i * THREADS + static_cast<int>(threadIdx.x)) * UNIT; }
-  // And from the sample's.
-  __device__ __forceinline__ int64_t index(int i) const { return begin + at(i); }
-
+  __device__ __forceinline__ int offset(int i) const { return (i * THREADS + static_cast<int>(threadIdx.x)) * UNIT; }
+  __device__ __forceinline__ int count(int i) const { return inside - offset(i); }
+  __device__ __forceinline__ bool has(int) const { return true; }
   __device__ __forceinline__ bool outside(int64_t batch) const { return sample >= batch; }
 
-  template <Dtype dtype>
-  __device__ __forceinline__ char* address(const Batch& tensor, int i) const {
-    constexpr int SIZE = Unit<dtype, UNIT>::SIZE;
-    return tensor.data + (sample * tensor.stride + begin * SIZE) + at(i) * SIZE;
-  }
-
-  template <Dtype dtype>
-  __device__ __forceinline__ void load(Unit<dtype, UNIT>& unit, const Batch& tensor, int i) const {
-    if (whole) unit.load(address<dtype>(tensor, i));
-    else unit.load_first(left - at(i), address<dtype>(tensor, i));
-  }
-
-  template <Dtype dtype>
-  __device__ __forceinline__ void store(const float (&values)[UNIT], const Batch& tensor, int i) const {
-    Unit<dtype, UNIT> unit;
-    unit.set(values);
-    if (whole) unit.store(address<dtype>(tensor, i));
-    else unit.store_first(left - at(i), address<dtype>(tensor, i));
-  }
-
-  __device__ __forceinline__ void normals(uint64_t seed, uint32_t draw, uint32_t stream, int i, float (&z)[UNIT]) const {
-    normals_of_tile(seed, draw, stream, begin, at(i), z);
+  // A tile's length is a power of two and divides its beginning, so that the counter's high word is the same in all of it.
+  __device__ __forceinline__ void normals(const Noise& noise, float (&z)[UNITS][UNIT]) const {
+    PhiloxWords counters[UNITS * UNIT / 4];
+    const PhiloxWords first = noise.counter(static_cast<uint64_t>(begin) / 4);
+#pragma unroll
+    for (int i = 0; i < UNITS * UNIT / 4; ++i) {
+      counters[i] = first;
+      counters[i].w0 += static_cast<uint32_t>(offset(4 * i / UNIT) + 4 * i % UNIT) / 4;
+    }
+    normals_of(noise.seed, counters, z[0]);
   }
 };
 
@@ -204,37 +222,29 @@ struct BandTile {
     whole = aligned && a.width % UNIT == 0;
   }
 
-  __device__ __forceinline__ int64_t index(int i) const { return i == 0 ? begin : begin + second; }
+  __device__ __forceinline__ int64_t offset(int i) const { return i == 0 ? 0 : second; }
   __device__ __forceinline__ bool outside(int64_t batch) const { return sample >= batch || !inside; }
   __device__ __forceinline__ bool has(int i) const { return count(i) > 0; }
   __device__ __forceinline__ int count(int i) const { return i == 0 ? columns : columns_behind; }
 
-  template <Dtype dtype>
-  __device__ __forceinline__ char* address(const Batch& tensor, int i) const {
-    return tensor.data + sample * tensor.stride + index(i) * Unit<dtype, UNIT>::SIZE;
-  }
-
-  template <Dtype dtype>
-  __device__ __forceinline__ void load(Unit<dtype, UNIT>& unit, const Batch& tensor, int i) const {
-    if (whole) unit.load(address<dtype>(tensor, i));
-    else unit.load_first(count(i), address<dtype>(tensor, i));
-  }
-
-  template <Dtype dtype>
-  __device__ __forceinline__ void store(const float (&values)[UNIT], const Batch& tensor, int i) const {
-    if (!has(i)) return;
-    Unit<dtype, UNIT> unit;
-    unit.set(values);
-    if (whole) unit.store(address<dtype>(tensor, i));
-    else unit.store_first(count(i), address<dtype>(tensor, i));
-  }
-
-  __device__ __forceinline__ void normals(uint64_t seed, uint32_t draw, uint32_t stream, int i, float (&z)[UNIT]) const {
-    normals_from(seed, draw, stream, index(i), shifted, z);
+  __device__ __forceinline__ void normals(const Noise& noise, float (&z)[2][UNIT]) const {
+    if (shifted) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) normals_from(noise, begin + offset(i), z[i]);
+      return;
+    }
+    PhiloxWords counters[UNIT / 2];
+#pragma unroll
+    for (int i = 0; i < UNIT / 2; ++i)
+      counters[i] = noise.counter(static_cast<uint64_t>(begin + offset(4 * i / UNIT)) / 4 + i % (UNIT / 4));
+    normals_of(noise.seed, counters, z[0]);
   }
 };
 
 // ---- the step ----
+
+// Kernels for each set of these tensors, by name of their terms, and one for all others.
+constexpr unsigned EVERYTHING = ~0u;
 
 struct SampleRow {
   StepRow row;
@@ -249,9 +259,28 @@ struct SampleRow {
 // Terms that need no tensor.
 constexpr unsigned OF_ROW_ALONE = TERM_CLIP | TERM_F | TERM_K_M1 | TERM_K_M2 | TERM_K_Y | TERM_CHANNELS;
 
+// Whether a row asks for these tensors and nothing else, and can be applied: what rows mostly are, in few instructions.
+template <unsigned tensors>
+__device__ __forceinline__ bool asks_for(const StepRow& row) {
+  const auto bits = [](float value) { return bits_from_float(value); };
+  uint32_t idle = bits(row.c_f) | bits(row.c_m2) | bits(row.c_grad) | bits(row.c_y) | bits(row.logvar_min) | bits(row.logvar_max) |
+                  bits(row.k_x) | bits(row.k_m0) | bits(row.k_m1) | bits(row.k_m2) | bits(row.k_y) | bits(row.guided_channels);
+  if constexpr (!(tensors & TERM_M1)) idle |= bits(row.c_m1);
+  if constexpr (!(tensors & TERM_NOISE)) idle |= bits(row.c_noise) | bits(row.draw);
+  idle <<= 1;  // zeros of either sign
+  if constexpr (!(tensors & TERM_GUIDANCE)) idle |= bits(row.g) ^ bits(1.0f);
+  bool asked = idle == 0 && valid_clip(row.clip);
+  if constexpr (tensors & TERM_GUIDANCE) asked = asked && row.g != 1.0f;
+  if constexpr (tensors & TERM_M1) asked = asked && row.c_m1 != 0.0f;
+  if constexpr (tensors & TERM_NOISE) asked = asked && row.c_noise != 0.0f && valid_count(row.draw);
+  return asked;
+}
+
 // A sample whose index is out of range, or whose row cannot be applied, becomes NaN: the host is not there to raise.
-template <bool wide>
-__device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t sample, unsigned present) {
+template <bool wide, unsigned tensors>
+__device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t sample) {
+  constexpr bool everything = tensors == EVERYTHING;
+  const unsigned present = everything ? p.present : TERM_CLIP | TERM_F | tensors;
   SampleRow result{};
   StepRow& row = result.row;
   const int64_t index = p.index.data[sample * p.index.stride];
@@ -264,13 +293,17 @@ __device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t s
     for (int i = 0; i < ROW_COLUMNS; i += 4)
       *reinterpret_cast<float4*>(columns + i) = *reinterpret_cast<const float4*>(source + i);
     memcpy(&row, columns, sizeof row);
-    const unsigned asked = row_terms(row);
-    result.terms = (asked | (present & TERM_Y_OUT)) & (present | OF_ROW_ALONE);
-    good = valid_clip(row.clip) && !(tensor_terms(asked) & ~(present | OF_ROW_ALONE | TERM_GRAD));
-    if ((result.terms & TERM_NOISE) && p.seeds.data && !valid_count(row.draw)) good = false;
-    if (!valid_count(row.guided_channels)) good = false;
-    if (!(result.terms & TERM_GUIDANCE)) result.terms &= ~TERM_CHANNELS;
-    if (result.terms & TERM_CHANNELS) result.guided = guided_numel(row, p.operands.guided_period, p.operands.channel_numel);
+    if (!everything && asks_for<tensors>(row)) {
+      result.terms = TERM_CLIP | tensors;
+    } else {
+      const unsigned asked = row_terms(row);
+      result.terms = (asked | (present & TERM_Y_OUT)) & (present | OF_ROW_ALONE);
+      good = valid_clip(row.clip) && !(tensor_terms(asked) & ~(present | OF_ROW_ALONE | TERM_GRAD));
+      if ((result.terms & TERM_NOISE) && p.seeds.data && !valid_count(row.draw)) good = false;
+      if (!valid_count(row.guided_channels)) good = false;
+      if (!(result.terms & TERM_GUIDANCE)) result.terms &= ~TERM_CHANNELS;
+      if (result.terms & TERM_CHANNELS) result.guided = guided_numel(row, p.operands.guided_period, p.operands.channel_numel);
+    }
     if (present & TERM_RESCALE) result.rescale = p.rescale.data[sample * p.rescale.stride];
     if (present & TERM_THRESHOLD) {
       result.threshold = p.threshold.data[sample * p.threshold.stride];
@@ -291,11 +324,8 @@ __device__ __forceinline__ SampleRow read_row(const StepParameters& p, int64_t s
   return result;
 }
 
-// Kernels for each set of these tensors, by name of their terms, and one for all others.
-constexpr unsigned EVERYTHING = ~0u;
-
-// Noise is bound by instructions: in large tensors each thread spreads its own over 16 elements, small ones are spread over many
-// threads. The rest is bound by memory. Rows that may correct a band have kernels of their own.
+// Large tensors give each thread more elements, over which what it does once is spread; small ones are spread over many threads.
+// Rows that may correct a band have kernels of their own.
 enum Form { SMALL, LARGE, BY_BAND };
 
 template <Dtype X, Dtype F, unsigned tensors, Form form>
@@ -304,13 +334,27 @@ struct Shape {
   static constexpr bool one_width = (X == Dtype::float32) == (F == Dtype::float32);
   static constexpr int UNIT = X == Dtype::float32 && F == Dtype::float32 ? 4 : 8;  // 16 bytes of the narrower tensor
   static constexpr bool uses_noise = !everything && (tensors & TERM_NOISE);
-  static constexpr int UNITS = by_band ? 2 : uses_noise ? (form == LARGE ? 16 / UNIT : 1) : one_width && (UNIT == 4 || !everything) ? 2 : 1;
+  static constexpr int SMALLEST = uses_noise || !one_width || (UNIT == 8 && everything) ? 1 : 2;
+  static constexpr int UNITS = by_band ? 2 : form == SMALL || everything ? SMALLEST : one_width ? 4 : uses_noise ? 2 : SMALLEST;
 
   static __device__ __forceinline__ auto tile(const StepParameters& p) {
     if constexpr (by_band) return BandTile<UNIT>(p.operands, p.aligned);
     else return Tile<UNIT, UNITS>(p.operands.sample_numel, p.aligned);
   }
 };
+
+// Bits of the elements from `begin` on that are guided. One division, where a batch may be taken for one long sample.
+template <int UNIT>
+__device__ __forceinline__ unsigned guided_elements(int64_t begin, int64_t period, int64_t guided) {
+  int64_t place = begin % period;
+  unsigned bits = 0;
+#pragma unroll
+  for (int j = 0; j < UNIT; ++j) {
+    if (place < guided) bits |= 1u << j;
+    if (++place == period) place = 0;
+  }
+  return bits;
+}
 
 template <unsigned certain, unsigned possible, int COUNT, typename Value>
 __device__ __forceinline__ void step_unit(const SampleRow& s, const Value& value, float (&next)[COUNT], float (&m0)[COUNT],
@@ -359,12 +403,9 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
   // Needed whatever the row says: on their way while the row is read.
   Unit<X, UNIT> x[UNITS];
   Unit<F, UNIT> f[UNITS];
-#pragma unroll
-  for (int i = 0; i < UNITS; ++i) {
-    tile.load(x[i], a.x, i);
-    tile.load(f[i], a.f, i);
-  }
-  const SampleRow s = read_row<Shape::by_band>(p, tile.sample, Shape::everything ? p.present : TERM_CLIP | TERM_F | tensors);
+  load(tile, x, a.x);
+  load(tile, f, a.f);
+  const SampleRow s = read_row<Shape::by_band, tensors>(p, tile.sample);
   const unsigned reads = Shape::everything ? tensor_terms(s.terms) : s.terms;
   const bool guides = may_guide && (reads & TERM_GUIDANCE), uses_m1 = may_use_m1 && (reads & TERM_M1);
   const bool noise_given = Shape::everything && a.noise.data;
@@ -374,38 +415,24 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
   // Only what the row asks for: the rest may be uninitialised.
   Unit<F, UNIT> u[UNITS], v[UNITS];
   Unit<X, UNIT> m1[UNITS], m2[UNITS], y[UNITS], grad[UNITS], noise[UNITS];
-#pragma unroll
-  for (int i = 0; i < UNITS; ++i) {
-    if (guides) tile.load(u[i], a.u, i);
-    if (uses_m1) tile.load(m1[i], a.m1, i);
-    if constexpr (Shape::everything) {
-      if (reads & TERM_M2) tile.load(m2[i], a.m2, i);
-      if (reads & TERM_Y) tile.load(y[i], a.y, i);
-      if (s.terms & TERM_GRAD) tile.load(grad[i], a.grad, i);
-      if ((s.terms & TERM_NOISE) && noise_given) tile.load(noise[i], a.noise, i);
-      if (learned) tile.load(v[i], a.v, i);
-    }
+  if (guides) load(tile, u, a.u);
+  if (uses_m1) load(tile, m1, a.m1);
+  if constexpr (Shape::everything) {
+    if (reads & TERM_M2) load(tile, m2, a.m2);
+    if (reads & TERM_Y) load(tile, y, a.y);
+    if (s.terms & TERM_GRAD) load(tile, grad, a.grad);
+    if ((s.terms & TERM_NOISE) && noise_given) load(tile, noise, a.noise);
+    if (learned) load(tile, v, a.v);
   }
 
   float z[UNITS][UNIT] = {};
-  if (draws) {
-#pragma unroll
-    for (int i = 0; i < UNITS; ++i) tile.normals(s.seed, static_cast<uint32_t>(s.row.draw), STREAM_STEP, i, z[i]);
-  }
+  if (draws) tile.normals({s.seed, static_cast<uint32_t>(s.row.draw), STREAM_STEP}, z);
 
-  float next[UNITS][UNIT], low_band[UNITS][UNIT];
-  const auto write_model_input = [&](int i) {
-    if (!a.model_input.data) return;
-    Unit<X, UNIT> stored;
-    stored.set(next[i]);
-#pragma unroll
-    for (int j = 0; j < UNIT; ++j) next[i][j] = s.row.c_in_next * stored[j];
-    tile.template store<F>(next[i], a.model_input, i);
-    if (a.doubled) tile.template store<F>(next[i], {a.model_input.data + a.batch * a.model_input.stride, a.model_input.stride}, i);
-  };
+  float next[UNITS][UNIT], m0[UNITS][UNIT], second[UNITS][UNIT], low_band[UNITS][UNIT];
 #pragma unroll
   for (int i = 0; i < UNITS; ++i) {
-    float scaled_grad[UNIT] = {}, m0[UNIT], second[UNIT];
+    float scaled_grad[UNIT] = {};
+    const unsigned guided = may_guide && (s.terms & TERM_CHANNELS) ? guided_elements<UNIT>(tile.begin + tile.offset(i), a.guided_period, s.guided) : ~0u;
     if constexpr (Shape::everything) {
 #pragma unroll
       for (int j = 0; j < UNIT; ++j) {
@@ -430,7 +457,7 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
         in.rescale = s.rescale;
         in.threshold = s.threshold;
       }
-      if constexpr (may_guide) in.guided = !(s.terms & TERM_CHANNELS) || (tile.index(i) + j) % a.guided_period < s.guided ? ~0u : 0u;
+      if constexpr (may_guide) in.guided = guided >> j & 1 ? ~0u : 0u;
       in.grad = scaled_grad[j];
       in.z = z[i][j];
       return in;
@@ -439,31 +466,35 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const StepParameters p) {
     constexpr unsigned mostly = Shape::everything ? TERM_NOISE : tensors;
     constexpr unsigned all = Shape::everything ? ~TERM_VARIANCE : TERM_F | TERM_CHANNELS | tensors;
     if ((s.terms & all & ~TERM_CLIP) == mostly)
-      step_unit<TERM_CLIP | mostly, 0>(s, value, next[i], m0, second);
+      step_unit<TERM_CLIP | mostly, 0>(s, value, next[i], m0[i], second[i]);
     else
-      step_unit<0, TERM_CLIP | all>(s, value, next[i], m0, second);
+      step_unit<0, TERM_CLIP | all>(s, value, next[i], m0[i], second[i]);
     if constexpr (Shape::by_band) {
 #pragma unroll
       for (int j = 0; j < UNIT; ++j) {
-        const float added = s.band.l_next * next[i][j] + s.band.l_m0 * m0[j];
+        const float added = s.band.l_next * next[i][j] + s.band.l_m0 * m0[i][j];
         low_band[i][j] = s.band.l_x != 0.0f ? added + s.band.l_x * x[i][j] : added;
       }
     }
-    if constexpr (!Shape::by_band) tile.template store<X>(next[i], a.out, i);
-    if (a.m0.data) tile.template store<X>(m0, a.m0, i);
-    if constexpr (Shape::everything) {
-      if (a.y_out.data) tile.template store<X>(second, a.y_out, i);
-    }
-    if constexpr (!Shape::by_band) write_model_input(i);
   }
   if constexpr (Shape::by_band) {
     if (s.corrects) add_band(tile, a.band_dims, low_band, next);
-#pragma unroll
-    for (int i = 0; i < UNITS; ++i) {
-      tile.template store<X>(next[i], a.out, i);
-      write_model_input(i);
-    }
   }
+  store<X>(tile, next, a.out);
+  if (a.m0.data) store<X>(tile, m0, a.m0);
+  if constexpr (Shape::everything) {
+    if (a.y_out.data) store<X>(tile, second, a.y_out);
+  }
+  if (!a.model_input.data) return;
+#pragma unroll
+  for (int i = 0; i < UNITS; ++i) {
+    Unit<X, UNIT> stored;
+    stored.set(next[i]);
+#pragma unroll
+    for (int j = 0; j < UNIT; ++j) next[i][j] = s.row.c_in_next * stored[j];
+  }
+  store<F>(tile, next, a.model_input);
+  if (a.doubled) store<F>(tile, next, {a.model_input.data + a.batch * a.model_input.stride, a.model_input.stride});
 }
 
 // ---- the initial latent ----
@@ -474,9 +505,9 @@ __global__ void __launch_bounds__(THREADS) normal_kernel(const NormalParameters 
   const NormalOperands& a = p.operands;
   const Tile<UNIT, 1> tile(a.sample_numel, p.aligned);
   if (tile.outside(a.batch)) return;
-  float z[UNIT];
-  tile.normals(static_cast<uint64_t>(p.seeds.data[tile.sample * p.seeds.stride]), a.draw, a.stream, 0, z);
-  tile.template store<dtype>(z, Batch{a.out, a.sample_numel * Unit<dtype, UNIT>::SIZE}, 0);
+  float z[1][UNIT];
+  tile.normals({static_cast<uint64_t>(p.seeds.data[tile.sample * p.seeds.stride]), a.draw, a.stream}, z);
+  store<dtype>(tile, z, Batch{a.out, a.sample_numel * Unit<dtype, UNIT>::SIZE});
 }
 
 // ---- launches ----
@@ -492,8 +523,7 @@ const char* launch_kernel(const StepParameters& p, void* stream) {
   using Large = Shape<X, F, tensors, LARGE>;
   constexpr int64_t small = Tile<Small::UNIT, Small::UNITS>::NUMEL, large = Tile<Large::UNIT, Large::UNITS>::NUMEL;
   if constexpr (small != large) {
-    constexpr int64_t ENOUGH = 512;  // blocks, for the GPUs of today
-    if (p.operands.batch * (p.operands.sample_numel / large) >= ENOUGH)
+    if (p.operands.batch * (p.operands.sample_numel / large) >= BLOCKS_PER_MULTIPROCESSOR * multiprocessors(p.device))
       return launch_samples(&step_kernel<X, F, tensors, LARGE>, p, large, stream);
   }
   return launch_samples(&step_kernel<X, F, tensors, SMALL>, p, small, stream);

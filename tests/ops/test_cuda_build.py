@@ -4,6 +4,7 @@ Skipped, saying so, where there is no nvcc; a build that lacks the library altho
 """
 
 import collections
+import contextlib
 import ctypes
 import functools
 import json
@@ -214,10 +215,11 @@ def expected(name, x, f=None, tensors="0", form=SMALL):
     one_width = (x == "0") == (f == "0")
     if form == BY_BAND:
         units = 2
-    elif tensors != EVERYTHING and tensors & NOISE:
-        units = 16 // unit if form == LARGE else 1
     else:
-        units = 2 if one_width and (unit == 4 or tensors != EVERYTHING) else 1
+        noise = tensors != EVERYTHING and tensors & NOISE
+        units = 1 if noise or not one_width or (unit == 8 and tensors == EVERYTHING) else 2
+        if form == LARGE:
+            units = 4 if one_width else 2
     x_words, f_words = (units * unit * (4 if dtype == "0" else 2) // 16 for dtype in (x, f))
     if tensors == EVERYTHING:
         return unit * units, 6 * x_words + 3 * f_words, x_words
@@ -225,11 +227,22 @@ def expected(name, x, f=None, tensors="0", form=SMALL):
     return unit * units, loads, x_words
 
 
+def fast_path(key, code):
+    """With the row in as few words as the code has a way for: 22 of its 24 columns are five or six, its band's four one."""
+    _, loads, stores = expected(*key)
+    words = (0,) if key[0] == "normal_kernel" else (6, 7) if key[-1] == BY_BAND else (5, 6)
+    for row in words:
+        with contextlib.suppress(ValueError):
+            return sass.fast_path(code, stores, loads=loads + row)
+    raise AssertionError(f"{key}: no way with {loads} loads of 16 bytes and {words} of the row")
+
+
 @each_architecture
 def test_every_kernel_is_there(architecture):
     step = [key for key in kernels(architecture) if key[0] == "step_kernel"]
     by_band = [key for key in step if key[-1] == BY_BAND]
-    assert len(by_band) == 9 * 3 and len(step) - len(by_band) == 9 * (4 + 2 * 4 + 1)
+    # Large tensors have kernels of their own, except where the widths differ and there is no noise.
+    assert len(by_band) == 9 * 3 and len(step) - len(by_band) == 9 * (4 + 2 * 4 + 1) + 5 * 4
     assert kernels(architecture).keys() == {*step, *NORMALS, *SUMS}
 
 
@@ -241,9 +254,10 @@ def test_no_local_memory_and_no_fused_multiply_add(architecture):
         everything = key[0] == "step_kernel" and int(key[3]) == EVERYTHING
         assert registers <= (240 if everything and key[-1] == BY_BAND else 128), key
         # The root's own correction, two for each of them, and the threshold's division: 5 for each of a thread's elements, and 10
-        # where it is not a simple one.
+        # where it is not a simple one. And the uniform number w*2^-32 + 2^-33, whose product is exact.
         divisions = 5 * expected(*key)[0] + 10 if everything else 0
-        assert sass.count(code, r"FFMA.*") == 2 * sass.count(code, r"MUFU\.RSQ.*") + divisions, key
+        uniform = sum(i.name.startswith("FFMA") and ", 1.16415321826934" in i.operands for i in code)
+        assert sass.count(code, r"FFMA.*") - uniform == 2 * sass.count(code, r"MUFU\.RSQ.*") + divisions, key
         assert sass.count(code, r"(DFMA|HFMA2\.(?!MMA)).*") == 0, key
         fused = [i for i in code if i.name.startswith("HFMA2.MMA") and not re.match(r"R\d+, -RZ, RZ, ", i.operands)]
         assert not fused, f"{key}: {fused}"  # HFMA2.MMA R, -RZ, RZ, constant is how a register is set
@@ -255,12 +269,8 @@ def test_fast_path_in_16_byte_words(architecture):
     for key, (code, _, _) in kernels(architecture).items():
         if key in SUMS:
             continue
-        elements, loads, stores = expected(*key)
-        path = sass.fast_path(code, stores)
-        row = sass.count(path, r"LDG\.E.*\.128.*") - loads
-        # The row: 22 of its 24 columns, in five or six words of 16 bytes, and its band's four in one.
-        columns = (6, 7) if key[-1] == BY_BAND else (5, 6)
-        assert row == 0 if key[0] == "normal_kernel" else row in columns, f"{key}: {row} words of the row"
+        elements, _, stores = expected(*key)
+        path = fast_path(key, code)
         assert sass.count(path, r"STG\.E.*\.128.*") == stores, key
         assert sass.count(path, r"STG.*") == stores, key
         roots = elements // 2 if key[0] == "normal_kernel" or int(key[3]) & NOISE else 0
@@ -278,9 +288,12 @@ def test_sums_exchange_only_within_a_warp(architecture):
 
 
 BUDGET = {
-    "x and f, float32": ("step_kernel", "0", "0", "0", SMALL),
-    "x and f, bfloat16": ("step_kernel", "2", "2", "0", SMALL),
-    "with guidance, float32": ("step_kernel", "0", "0", "1", SMALL),
+    "x and f, float32": ("step_kernel", "0", "0", "0", LARGE),
+    "x and f, bfloat16": ("step_kernel", "2", "2", "0", LARGE),
+    "x and f, float32, small tensors": ("step_kernel", "0", "0", "0", SMALL),
+    "x and f, bfloat16, small tensors": ("step_kernel", "2", "2", "0", SMALL),
+    "with guidance, float32": ("step_kernel", "0", "0", "1", LARGE),
+    "with guidance, bfloat16": ("step_kernel", "2", "2", "1", LARGE),
     "with noise, float32": ("step_kernel", "0", "0", "64", LARGE),
     "with noise, bfloat16": ("step_kernel", "2", "2", "64", LARGE),
     "with noise, bfloat16, small tensors": ("step_kernel", "2", "2", "64", SMALL),
@@ -300,8 +313,7 @@ def budget(architecture):
     rows = {}
     for title, key in BUDGET.items():
         code, registers, _ = kernels(architecture)[key]
-        elements, _, stores = expected(*key)
-        path = sass.fast_path(code, stores)
+        elements, path = expected(*key)[0], fast_path(key, code)
         kinds = collections.Counter(instruction.name.split(".")[0] for instruction in path)
         per_element = {kind: round(count / elements, 2) for kind, count in kinds.most_common()}
         rows[title] = {"registers": registers, "instructions": round(len(path) / elements, 1), "kinds": per_element}
@@ -320,10 +332,11 @@ def test_instruction_budget(architecture, record_property, capsys):
                 end="",
             )
         print()
-    assert rows["with noise, float32"]["instructions"] < 80
-    assert rows["with noise, bfloat16"]["instructions"] < 75
-    assert rows["x and f, float32"]["instructions"] < 36
-    assert rows["x and f, float32"]["registers"] <= 64
+    assert rows["with noise, float32"]["instructions"] < 66
+    assert rows["with noise, bfloat16"]["instructions"] < 62
+    assert rows["x and f, float32"]["instructions"] < 24
+    assert rows["x and f, bfloat16"]["instructions"] < 18
+    assert rows["x and f, float32"]["registers"] <= 72
 
 
 if __name__ == "__main__":
