@@ -443,10 +443,10 @@ def test_a_register_that_nothing_wrote_is_random():
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 COMMON = [names for count in range(4) for names in itertools.combinations(("u", "m1", "seeds"), count)]
 EVERYTHING = bits.INPUT_SETS["all_with_seeds"]
-LARGE = (1, 2**20 + 2048)  # enough for the form of large tensors with noise
+LARGE = (1, 33_003)  # enough for the form of large tensors on cuda_on_host's two multiprocessors
 FORMS = {
     "small": [(names, (2, 300)) for names in (*COMMON, EVERYTHING)],
-    "large": [(names, LARGE) for names in COMMON if "seeds" in names],
+    "large": [(names, LARGE) for names in COMMON],
     "by_band": [(names, (2, 3, 5, 12)) for names in ((), ("seeds",), EVERYTHING)],
 }
 
@@ -482,10 +482,13 @@ def step_symbols(architecture, x_dtype, f_dtype, form):
 )  # fmt: skip
 def test_every_kernel_of_the_step(architecture, form, x_dtype, f_dtype):
     """Each of nvcc's has run, its bits those of the reference; the counts say that none was left out."""
+    calls = FORMS[form]
+    if form == "large" and x_dtype.itemsize != f_dtype.itemsize:  # without noise these have one form
+        calls = [call for call in calls if "seeds" in call[0]]
     ptx_launch.launched.clear()
     kernels.current = "cuda_ptx"
     with ptx_launch.on(architecture), epskernels.use_backend("cuda_ptx"):
-        for number, (names, shape) in enumerate(FORMS[form]):
+        for number, (names, shape) in enumerate(calls):
             rows = bits.random_rows(3, names, number)
             if form == "by_band":
                 rows = bits.with_bands(rows, 2, number)
@@ -493,7 +496,7 @@ def test_every_kernel_of_the_step(architecture, form, x_dtype, f_dtype):
     kernels.current = "torch.ops"
     ran = {symbol for _, symbol in ptx_launch.launched}
     expected = step_symbols(architecture, x_dtype, f_dtype, form)
-    assert ran == expected and len(expected) == {"small": 9, "large": 4, "by_band": 3}[form]
+    assert ran == expected and len(expected) == len(calls)
 
 
 @needs_nvcc
@@ -643,9 +646,9 @@ def test_triton_s_step(architecture, call, compiled, dtypes, monkeypatch):
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 COUNTED = {
     "x and f, float32": ((), FLOAT32, (2, 32768)), "x and f, bfloat16": ((), BFLOAT16, (2, 32768)),
-    "with noise, float32": (("seeds",), FLOAT32, (2, 2**19)), "with noise, bfloat16": (("seeds",), BFLOAT16, (2, 2**19)),
-    "with guidance and noise, float32": (("u", "seeds"), FLOAT32, (2, 2**19)),
-    "with guidance and noise, bfloat16": (("u", "seeds"), BFLOAT16, (2, 2**19)),
+    "with noise, float32": (("seeds",), FLOAT32, (2, 32768)), "with noise, bfloat16": (("seeds",), BFLOAT16, (2, 32768)),
+    "with guidance and noise, float32": (("u", "seeds"), FLOAT32, (2, 32768)),
+    "with guidance and noise, bfloat16": (("u", "seeds"), BFLOAT16, (2, 32768)),
     "by band, float32": ((), FLOAT32, (2, 4, 64, 64)), "by band, bfloat16": ((), BFLOAT16, (2, 4, 64, 64)),
     "by band with noise, float32": (("seeds",), FLOAT32, (2, 4, 64, 64)),
     "by band with noise, bfloat16": (("seeds",), BFLOAT16, (2, 4, 64, 64)),
@@ -676,11 +679,11 @@ def counted(names, dtype, shape, misaligned=False):
 
 @needs_nvcc
 def test_what_the_fast_path_moves_and_executes():
-    """Sectors: no byte that was not asked for. Element by element they are moved again for each element of a unit."""
+    """Sectors: no byte that was not asked for. Read element by element, a tensor has them moved for each element of a unit."""
     kinds, moved, of_row = counted((), FLOAT32, (2, 4096))
     assert moved == 1.0 and of_row <= 8 and kinds["float"] < 9 and sum(kinds.values()) < 40
     slow, moved, _ = counted((), FLOAT32, (2, 4096), misaligned=True)
-    assert moved == pytest.approx(4, rel=0.05) and sum(slow.values()) > sum(kinds.values())
+    assert moved == pytest.approx((4 + 1 + 1) / 3, rel=0.05) and sum(slow.values()) > sum(kinds.values())
 
 
 def print_counts():
