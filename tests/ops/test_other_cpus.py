@@ -180,7 +180,7 @@ def with_fault(other, name, flags=("", ""), text=("", "")):
     places = {end: other.folder / f"{name}{end}" for end in (".cpp", ".o", "")}
     places[".cpp"].write_text(source.replace(*text) if text[0] else source)
     compiled = command["command"].replace(*flags) if flags[0] else command["command"]
-    compiled = re.sub(r" -o \S+", f" -I {other_cpus.ROOT}/csrc -o {places['.o']}", compiled)
+    compiled = re.sub(r" -o \S+", f" -I {other_cpus.ROOT}/csrc -o {places['.o']}", compiled.replace(" -Werror", ""))
     subprocess.run(compiled.replace(command["file"], str(places[".cpp"])), shell=True, check=True, cwd=other.folder)
     other_cpus.link_server(other, [places[".o"]], places[""])
     return other.command.replace(str(other.folder / "server"), str(places[""]))
