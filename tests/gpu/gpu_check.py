@@ -7,8 +7,8 @@ The parts: build, for this GPU; bits, each kernel against the reference; benchma
 which the rest of the tests runs. Uses the Python that runs it, with the torch, triton, CMake, Ninja, pybind11 and pytest
 installed there, and no network; the kernels are built into the source tree.
 
-FOLDER/gpu-NAME.json, -tests.jsonl, -benchmark.json and .md (the figures, predicted and measured) are written as results come,
-so that they are there when it is cut off. Called again with the same FOLDER it goes on: what passed is not run again unless
+FOLDER/gpu-NAME.json, -tests.jsonl, -benchmark.json, .log and .md (the figures, predicted and measured) are written as results
+come, so that they are there when it is cut off. Called again with the same FOLDER it goes on: what passed is not run again unless
 the package, or the test's own file, has changed since. Exit status 1 where something failed, 3 where nothing failed and
 something is left.
 """
@@ -38,6 +38,7 @@ STAND_IN = pathlib.Path(__file__).parent / "stand_in"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 # The most seconds of each part; what one leaves, those after it have.
 LIMITS = {"build": 120, "predicted": 60, "bits": 100, "benchmark": 110, **dict.fromkeys((*SANITIZERS, "rest"), 300)}
+LOGGED = 100_000  # characters of a part's output, its last
 AFTER = 3  # seconds in which a part that is stopped may end by itself
 MATRIX = [f"tests/ops/{test}.py" for test in ("test_step_bits", "test_noise", "test_rows_on_device")]
 AGREE = [
@@ -152,9 +153,10 @@ class Check:
     def __init__(self, folder, seconds, wanted, machine):
         folder.mkdir(parents=True, exist_ok=True)
         self.stem = str(folder / ("gpu-" + re.sub(r"\W+", "-", machine["gpu"].lower()).strip("-")))
-        self.state, self.outcomes, self.measured, self.page = (
-            pathlib.Path(self.stem + kind) for kind in (".json", "-tests.jsonl", "-benchmark.json", ".md")
+        self.state, self.outcomes, self.measured, self.page, self.log = (
+            pathlib.Path(self.stem + kind) for kind in (".json", "-tests.jsonl", "-benchmark.json", ".md", ".log")
         )
+        self.logs = pathlib.Path(tempfile.mkdtemp(prefix="gpu-check-"))
         self.end, self.wanted, self.machine, self.lock = START + seconds, wanted, machine, threading.Lock()
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         before = json.loads(self.state.read_text()) if self.state.exists() else {"machine": {}}
@@ -203,7 +205,7 @@ class Check:
 
     def run(self, name, command, limit, good, environment):
         say(f"{name}, {limit:.0f} s at most: {' '.join(command)}")
-        begin, log = time.monotonic(), pathlib.Path(f"{self.stem}-{name}.log")
+        begin, log = time.monotonic(), self.logs / name
         with log.open("w") as output:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=self.environment | environment, stdout=output, stderr=subprocess.STDOUT,
@@ -217,7 +219,10 @@ class Check:
             stop(process)
             self.running.discard(process)
         status = None if self.cut_off else status
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        text = log.read_text(errors="replace")
+        with self.log.open("a") as kept:
+            kept.write(f"==== {name}: {' '.join(command)}\n{text[-LOGGED:]}\n")
+        lines = [line for line in text.splitlines() if line.strip()]
         found = {"passed": None if status is None else status in good, "seconds": round(time.monotonic() - begin, 1)}
         found["last_line"] = lines[-1][:200] if lines else ""
         if self.outcomes.exists() and name in TESTS:
@@ -233,7 +238,7 @@ class Check:
         known = read_outcomes(self.outcomes)
         now = {file: digest(file) for file in map(file_of, known)}
         passed = [i for i, last in known.items() if last["outcome"] == "passed" and last["digest"] == now[file_of(i)]]
-        done = pathlib.Path(f"{self.stem}-{name}.done")
+        done = self.logs / f"{name}.done"
         write(done, json.dumps(passed))
         workers = ("-n", min(8, os.cpu_count() or 1)) if importlib.util.find_spec("xdist") and not DRY else ()
         command = [
@@ -251,13 +256,12 @@ class Check:
             name, [*command, *TESTS[name]], ("tests/**/*.py",), (0, 5) if passed else (0,), EPSKERNELS_GPU_DONE=str(done),
             EPSKERNELS_GPU_OUTCOMES=str(self.outcomes), EPSKERNELS_TEST_KERNELS="cuda,triton",
         )  # fmt: skip
-        done.unlink()
 
     def count_instructions(self):
         """Of the library that was built: what the figures are predicted from."""
         self.part("predicted", [sys.executable, "-m", "tests.ops.test_cuda_build"], ("tests/ops/test_cuda_build.py",))
-        if self.parts.get("predicted", {}).get("passed"):
-            budgets = json.loads(pathlib.Path(f"{self.stem}-predicted.log").read_text())
+        if (self.logs / "predicted").exists() and self.parts["predicted"]["passed"]:
+            budgets = json.loads((self.logs / "predicted").read_text())
             self.budget = budgets.get(f"sm_{self.machine['capability'].replace('.', '')}", {})
 
     def bench(self):

@@ -103,7 +103,7 @@ def test_tests_that_passed_are_left_out(tmp_path, sources, monkeypatch):
     checking.parts.clear()
     checking.tests("bits", "-n", "0")
     assert checking.parts["bits"]["passed"] is True
-    assert "2 passed, " in (tmp_path / "gpu-nvidia-h200-bits.log").read_text()
+    assert "2 passed, " in (tmp_path / "gpu-nvidia-h200.log").read_text()
 
 
 # ---- what is predicted ----

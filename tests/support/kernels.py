@@ -133,6 +133,8 @@ class Mirror:
         self.storages = {}
 
     def to_gpu(self, value):
+        if isinstance(value, epskernels.Table):
+            return value.to("cuda")
         if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or value.layout != torch.strided:
             return value
         storage = value.untyped_storage()
