@@ -90,20 +90,24 @@ def test_cut_off_it_keeps_what_there_is(tmp_path, sources):
 
 def test_tests_that_passed_are_left_out(tmp_path, sources, monkeypatch):
     """By what pytest reported of each as it ended; a line that a kill left unfinished is none."""
-    checking = check(tmp_path)
-    monkeypatch.setitem(gpu_check.TESTS, "bits", ["tests/project/test_pairwise.py"])
-    checking.tests("bits", "-n", "0")
-    known = gpu_check.read_outcomes(checking.outcomes)
-    assert len(known) > 3 and {outcome["outcome"] for outcome in known.values()} == {"passed"}
-    lines = checking.outcomes.read_text().splitlines()
-    failed = json.loads(lines[1]) | {"outcome": "failed"}
-    old = json.loads(lines[2]) | {"digest": "of before the file was changed"}
-    monkeypatch.setattr(gpu_check, "digest", lambda *patterns: json.loads(lines[0])["digest"])
-    checking.outcomes.write_text("\n".join([lines[0], json.dumps(failed), json.dumps(old), *lines[3:], lines[0][:-9]]))
-    checking.parts.clear()
+    checking, file = check(tmp_path), "tests/ops/test_spec.py"
+    before = {
+        "test_the_build_s_header_needs_nothing_installed": ("passed", "now"),
+        "test_the_header_has_columns_terms_and_constants": ("failed", "now"),
+        "test_columns_and_terms_that_files_and_programs_hold": ("passed", "then"),
+    }
+    lines = [
+        json.dumps({"id": f"{file}::{test}", "outcome": outcome, "digest": of})
+        for test, (outcome, of) in before.items()
+    ]
+    checking.outcomes.write_text("\n".join([*lines, lines[2].replace("then", "now")[:-1]]) + "\n")
+    monkeypatch.setitem(gpu_check.TESTS, "bits", [f"{file}::{test}" for test in before])
+    monkeypatch.setattr(gpu_check, "digest", lambda *patterns: "now")
     checking.tests("bits", "-n", "0")
     assert checking.parts["bits"]["passed"] is True
-    assert "2 passed, " in (tmp_path / "gpu-nvidia-h200.log").read_text()
+    assert "2 passed, 1 deselected" in (tmp_path / "gpu-nvidia-h200.log").read_text()
+    known = gpu_check.read_outcomes(checking.outcomes)
+    assert len(known) == 3 and {outcome["outcome"] for outcome in known.values()} == {"passed"}
 
 
 # ---- what is predicted ----
@@ -151,10 +155,9 @@ def test_figures():
 # ---- on the stand-in ----
 
 
-def run(command, environment, **options):
-    return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, **options
-    )
+def run(command, environment, root=ROOT):
+    command = [str(part) for part in command]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
 def test_the_stand_in_runs_tests_of_the_gpu(tmp_path):
