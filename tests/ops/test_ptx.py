@@ -535,13 +535,14 @@ def _truncating(match):
 
 
 def _fused(text):
-    """A sum takes a product unrounded, as an assembler may that is allowed to contract."""
-    for product in re.finditer(r"mul\.rn\.f32\s+(%f\d+), (%f\d+), (%f\d+);", text):
-        total = re.search(rf"add\.rn\.f32\s+(%f\d+), (%f\d+), {product[1]};", text[product.end() :])
-        if total:
-            fused = f"fma.rn.f32 {total[1]}, {product[2]}, {product[3]}, {total[2]};"
-            return text.replace(total[0], fused)
-    raise AssertionError("no product is added")
+    """Sums take products unrounded, as an assembler may that is allowed to contract."""
+    products = {each[1]: each for each in re.finditer(r"mul\.rn\.f32\s+(%f\d+), (%f\d+), (%f\d+);", text)}
+
+    def fuse(total):
+        product = products.get(total[3])
+        return f"fma.rn.f32 {total[1]}, {product[2]}, {product[3]}, {total[2]};" if product else total[0]
+
+    return re.sub(r"add\.rn\.f32\s+(%f\d+), (%f\d+), (%f\d+);", fuse, text)
 
 
 def _once(pattern, by, which=0):
