@@ -259,6 +259,7 @@ def test_covers_every_shape_dtype_and_feature_within_45_lines(bench_gpu):
     assert step.bytes == 16384 * (4 + 4 + 2 + 2)
 
 
+@pytest.mark.deep
 def test_goes_on_with_what_is_left(bench_gpu, tmp_path):
     """Cut short after no case, then all of them; what failed comes last, and again; another machine's results are refused."""
     path, only = tmp_path / "results.json", ("--only", r"^\(1, 4, 4, 4\) float32 (plain|noise)")

@@ -88,6 +88,7 @@ def test_cut_off_it_keeps_what_there_is(tmp_path, sources):
     assert "| bits | passes | unfinished |" in (tmp_path / "gpu-nvidia-h200.md").read_text()
 
 
+@pytest.mark.deep
 def test_tests_that_passed_are_left_out(tmp_path, sources, monkeypatch):
     """By what pytest reported of each as it ended; a line that a kill left unfinished is none."""
     checking, file = check(tmp_path), "tests/ops/test_spec.py"
@@ -207,6 +208,7 @@ assert "libepskernels_cuda.so" not in open("/proc/self/maps").read()
 """
 
 
+@pytest.mark.deep
 def test_a_torch_for_amd_runs_the_triton_kernel():
     """Its tensors say "cuda", its torch.version.cuda is None, and nvcc would be of no use."""
     environment = gpu_check.dry_environment() | {"EPSKERNELS_STAND_IN_ROCM": "1", "EPSKERNELS_LOG": "debug"}

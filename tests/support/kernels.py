@@ -55,7 +55,7 @@ def compile_for_host(sources, here, sanitizers, target):
     torch_folder = pathlib.Path(torch.__file__).parent
     include = torch_folder / "include"
     command = [
-        "c++", "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off",
+        "c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off",
         "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wl,-Bsymbolic",
         # A 16-byte access at another address, or an index outside an array, ends the process.
         f"-fsanitize={sanitizers}", "-fsanitize-undefined-trap-on-error",
