@@ -92,6 +92,7 @@ def test_a_saved_fused_pipeline_loads_in_a_new_process(first, tmp_path):
     assert np.array_equal(image, image_of(pipe)) and not np.array_equal(image, plain)
 
 
+@pytest.mark.deep
 def test_an_unfused_pipeline_loads_without_this_package(tmp_path):
     pipe = digits()
     expected = image_of(pipe)

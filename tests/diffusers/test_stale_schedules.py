@@ -502,7 +502,9 @@ def test_one_call_too_many(name):
 # ---- thresholds of large samples ----
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 17), (2, 1, 1), (1, 1, 2**12, 2**12 + 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 17), (2, 1, 1), pytest.param((1, 1, 2**12, 2**12 + 1), marks=pytest.mark.deep)], ids=str
+)
 def test_thresholds_of_samples_of_any_size(shape):
     """torch.quantile takes 2^24 elements; its float32 position is exact for small samples."""
     x, f = torch.randn(2, *shape)

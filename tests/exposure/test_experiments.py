@@ -78,6 +78,7 @@ def results(experiment):
     return experiment.results_path(experiment.subject).read_text()
 
 
+@pytest.mark.deep
 def test_interrupted_experiment_comes_to_the_same_results(compared, tmp_path):
     experiment = compared
     subject = experiment.subject

@@ -655,7 +655,7 @@ def _drawn(path):
         )
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg"])
+@pytest.mark.parametrize("suffix", [pytest.param("png", marks=pytest.mark.deep), "svg"])
 def test_plot(suffix, tmp_path):
     found = exposure.measure(wavy_for(TABLES["ddpm"]), TABLES["ddpm"], images(4), progress=True)
     for draw, axes in ((found.plot, 3), (found.plot_bands, 2)):

@@ -195,6 +195,7 @@ def test_how_many_times(ratios, said):
     assert report_program.times(ratios) == said
 
 
+@pytest.mark.deep
 def test_results_that_are_not_there(tmp_path):
     """As before the first `make bench`."""
     kept, missing = FOLDER / "results" / "cpu.json", tmp_path / "latest.json"

@@ -509,6 +509,7 @@ def test_killed_and_resumed_by_another_number_of_processes(tiny, expected, first
     assert not list(directory.glob("*.tmp"))
 
 
+@pytest.mark.deep
 def test_other_settings_end_all_processes(tiny, whole):
     before = files(whole)
     process = launch(2, tiny, whole)
