@@ -33,8 +33,8 @@ HOST_DEVICE uint32_t bits_from_float(float value) {
 HOST_DEVICE float select(bool condition, float yes, float no) { return condition ? yes : no; }
 
 // -2*ln(u) for normal u in (0, 1]: u = m * 2^e with m in [sqrt(1/2), sqrt(2)), ln(u) = e*ln(2) + ln(1 + (m - 1)). The factor
-// -2 is in the coefficients, where it costs nothing: a power of two changes no rounding. reference.py and triton_kernels.py have log_poly,
-// and multiply what it returns.
+// -2 is in the coefficients, where it costs nothing: a power of two changes no rounding. reference.py and triton_kernels.py
+// have log_poly, and multiply what it returns.
 HOST_DEVICE float minus_two_log(float u) {
   const uint32_t bits = bits_from_float(u);
   const int32_t e = static_cast<int32_t>(bits - SQRT_HALF_BITS) >> 23;
