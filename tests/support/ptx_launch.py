@@ -23,7 +23,7 @@ import torch
 
 from epskernels import spec
 
-from . import ptx
+from . import ptx, sass
 from .ptx_memory import Span
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -89,25 +89,32 @@ def compile_cuda(source, target, number):
     subprocess.run([NVCC, *flags, "-I", target.parent, "-I", ROOT / "csrc", source, "-o", target], check=True)
 
 
+def from_library(name, number, read):
+    """The PTX that the package's own library brings for that architecture, if it is no older than what was read."""
+    library = ROOT / "epskernels" / "libepskernels_cuda.so"
+    if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in read):
+        return None
+    texts = sass.cuobjdump("-arch", f"sm_{number}", "--dump-ptx", library).split("Fatbin ptx code:")[1:]
+    return next((text[text.index(".version") :] for text in texts if f"{name}_cu" in text), None)
+
+
 @functools.cache
 def cuda_module(name, number):
-    """({kernel's symbol on the host: text}, shared variables) of csrc/<name>.cu."""
+    """({kernel's symbol on the host: text}, shared variables) of csrc/<name>.cu: the library's, or else compiled."""
     source = ROOT / "csrc" / f"{name}.cu"
-    version = subprocess.run([NVCC, "--version"], check=True, capture_output=True).stdout
-    made_of = (
-        version,
-        spec.cpp_header(),
-        source.read_bytes(),
-        *(path.read_bytes() for path in sorted((ROOT / "csrc").glob("*.h"))),
-    )
-    target = KEPT / f"{name}-{_digest(*made_of)}" / f"sm_{number}.ptx"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(target.with_suffix(".lock")):  # between the processes of a test run
-        if not target.exists():
-            (target.parent / "spec.h").write_text(spec.cpp_header())
-            compile_cuda(source, target.with_suffix(".new"), number)
-            target.with_suffix(".new").rename(target)
-    entries, shared = ptx.kernels(target.read_text())
+    read = [source, pathlib.Path(spec.__file__), *sorted((ROOT / "csrc").glob("*.h"))]
+    text = from_library(name, number, read)
+    if text is None:
+        version = subprocess.run([NVCC, "--version"], check=True, capture_output=True).stdout
+        target = KEPT / f"{name}-{_digest(version, *(path.read_bytes() for path in read))}" / f"sm_{number}.ptx"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(target.with_suffix(".lock")):  # between the processes of a test run
+            if not target.exists():
+                (target.parent / "spec.h").write_text(spec.cpp_header())
+                compile_cuda(source, target.with_suffix(".new"), number)
+                target.with_suffix(".new").rename(target)
+        text = target.read_text()
+    entries, shared = ptx.kernels(text)
     return {_on_host(symbol): text for symbol, text in entries.items()}, shared
 
 
