@@ -228,7 +228,7 @@ def classifier():
     return LogisticRegression(C=0.05, max_iter=200).fit(digits.reshape(5000, 784), np.arange(5000) // 500)
 
 
-@pytest.mark.parametrize("steps, count", [(20, 64), pytest.param(50, 256, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("steps, count", [(10, 64), pytest.param(50, 256, marks=pytest.mark.deep)])
 def test_samples_are_digits_of_all_classes(classifier, steps, count):
     model = models.load()
     table = samplers.ddpm(model.schedule, steps, scaling=1.005, variance="learned_range", clip=model.clip)
