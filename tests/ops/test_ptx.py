@@ -556,9 +556,9 @@ def _once(pattern, by, which=0):
 # What is done to nvcc's PTX, and what must come of it: "bits" that differ, or what the machine says.
 WHOLE, ODD = (2, 2048), (2, 300)  # tiles that are whole, or that end within
 FAULTS = {
-    "a store one element too far": (ODD, _once(r"st\.global\.u16 \t\[(%rd\d+)\+14\]", r"st.global.u16 [\1+16]"),
+    "a store one element too far": (ODD, _once(r"st\.global\.u16\s+\[(%rd\d+)\+14\]", r"st.global.u16 [\1+16]"),
         "a race|no tensor|every tensor"),
-    "a store of words too far": (WHOLE, _once(r"st\.global\.v4\.u32 \t\[(%rd\d+)\]", r"st.global.v4.u32 [\1+16]"),
+    "a store of words too far": (WHOLE, _once(r"st\.global\.v4\.u32\s+\[(%rd\d+)\]", r"st.global.v4.u32 [\1+16]"),
         "a race|no tensor|every tensor"),
     "two blocks that write one tile": (WHOLE, lambda text: re.sub(r"mov\.u32\s+(%r\d+), %ctaid\.x;", r"mov.u32 \1, 0;", text),
         "a race"),
@@ -569,7 +569,7 @@ FAULTS = {
         "no tensor|every tensor"),
     "a wrong rounding": (WHOLE, lambda text: re.sub(r"cvt\.rn\.bf16x2\.f32 (%r\d+), (%f\d+), (%f\d+);", _truncating, text),
         "bits"),
-    "a register that nothing writes": (WHOLE, _once(r"mul\.rn\.f32 \t%f\d+, %f\d+, %f\d+;", "", 5), "bits"),
+    "a register that nothing writes": (WHOLE, _once(r"mul\.rn\.f32\s+%f\d+, %f\d+, %f\d+;", "", 5), "bits"),
     "a shift by one too few": (WHOLE, _once(r"xor\.b32 \s*(%r\d+), %r\d+, (%r\d+);", r"mov.b32 \1, \2;", 3), "bits"),
 }  # fmt: skip
 
