@@ -417,6 +417,31 @@ def test_amd_fuses_nothing_and_rounds_what_it_approximates(ahead, architecture, 
     assert (roots > 0) == ("seeds" in name or "normal" in name or name in ODD[:2])
 
 
+# Of gfx942, by element: vector instructions, of which one that takes four times as long counts four times (docs/architecture.md).
+AMD_COUNTS = {
+    "bare-float32": 16.2, "bare-bfloat16": 22.8, "seeds-float32": 80.5, "seeds-bfloat16": 87.0, "band_seeds-float32": 104.9,
+    "band_seeds-bfloat16": 111.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "architecture, name",
+    [pytest.param("gfx942", name, marks=[] if name in SOME_AMD else pytest.mark.deep) for name in AMD_COUNTS],
+)
+def test_amd_instruction_budget(ahead, architecture, name):
+    vector = [
+        operation
+        for operation, _ in _issued((ahead[architecture] / f"{name}.amdgcn").read_text())
+        if operation[:2] == "v_"
+    ]
+    slow = [
+        operation
+        for operation in vector
+        if re.match(r"v_(?:mul_(?:lo|hi)_[ui]32|mad_[ui]64_[ui]32|sqrt|rsq|rcp)", operation)
+    ]
+    assert 0.9 * AMD_COUNTS[name] <= (len(vector) + 3 * len(slow)) / 8 <= AMD_COUNTS[name]  # 8 elements a thread
+
+
 @each_amd([*FAST, *ODD, *ODD_BANDS, *INDUCTOR, *MOMENTS])
 def test_amd_keeps_subnormals_and_needs_no_scratch(ahead, architecture, name):
     gcn = (ahead[architecture] / f"{name}.amdgcn").read_text()
