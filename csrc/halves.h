@@ -48,7 +48,7 @@ HOST_DEVICE uint16_t round_bfloat16(float value) {
 #else
   const uint32_t bits = bits_from_float(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  return static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
 #endif
 }
 

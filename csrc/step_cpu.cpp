@@ -18,6 +18,7 @@
 #else
 #define NO_LOOP_DEPENDENCE _Pragma("GCC ivdep")
 #endif
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace epskernels::EPSKERNELS_CAPABILITY {
 namespace {
@@ -26,7 +27,7 @@ static_assert(TILE % 64 == 0);
 
 // ---- float16 and bfloat16 ----
 
-void widen_tile_float16(const uint16_t* source, float* tile, int64_t count) {
+ALWAYS_INLINE void widen_tile_float16(const uint16_t* source, float* tile, int64_t count) {
   int64_t i = 0;
 #if defined(__AVX512F__)  // the masked forms, since GCC 12 warns of those without a mask
   for (; i + 16 <= count; i += 16)
@@ -41,7 +42,7 @@ void widen_tile_float16(const uint16_t* source, float* tile, int64_t count) {
   for (; i < count; ++i) tile[i] = widen_float16(source[i]);
 }
 
-void round_tile_float16(const float* tile, uint16_t* target, int64_t count) {
+ALWAYS_INLINE void round_tile_float16(const float* tile, uint16_t* target, int64_t count) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= count; i += 16)
@@ -58,15 +59,26 @@ void round_tile_float16(const float* tile, uint16_t* target, int64_t count) {
   for (; i < count; ++i) target[i] = round_float16(tile[i]);
 }
 
+void widen_halves(Dtype dtype, const uint16_t* source, float* tile, int64_t count) {
+  if (dtype == Dtype::float16) {
+    widen_tile_float16(source, tile, count);
+  } else {
+    for (int64_t i = 0; i < count; ++i) tile[i] = widen_bfloat16(source[i]);
+  }
+}
+
+void round_halves(Dtype dtype, const float* tile, uint16_t* target, int64_t count) {
+  if (dtype == Dtype::float16) {
+    round_tile_float16(tile, target, count);
+  } else {
+    for (int64_t i = 0; i < count; ++i) target[i] = round_bfloat16(tile[i]);
+  }
+}
+
 // The tile's values as float32: the tensor's own memory where it is float32, else `buffer`.
 const float* widen_tile(Dtype dtype, const char* sample, int64_t begin, int64_t count, float* buffer) {
   if (dtype == Dtype::float32) return reinterpret_cast<const float*>(sample) + begin;
-  const uint16_t* source = reinterpret_cast<const uint16_t*>(sample) + begin;
-  if (dtype == Dtype::float16) {
-    widen_tile_float16(source, buffer, count);
-  } else {
-    for (int64_t i = 0; i < count; ++i) buffer[i] = widen_bfloat16(source[i]);
-  }
+  widen_halves(dtype, reinterpret_cast<const uint16_t*>(sample) + begin, buffer, count);
   return buffer;
 }
 
@@ -80,14 +92,6 @@ void stream_bytes(const char* source, char* target, int64_t count) {
         _mm_stream_si128(reinterpret_cast<__m128i*>(target + j), _mm_load_si128(reinterpret_cast<const __m128i*>(source + j)));
 #endif
   std::memcpy(target + i, source + i, count - i);
-}
-
-void round_halves(Dtype dtype, const float* tile, uint16_t* target, int64_t count) {
-  if (dtype == Dtype::float16) {
-    round_tile_float16(tile, target, count);
-  } else {
-    for (int64_t i = 0; i < count; ++i) target[i] = round_bfloat16(tile[i]);
-  }
 }
 
 void store_tile(Dtype dtype, const float* tile, char* sample, int64_t begin, int64_t count, bool stream) {
@@ -236,6 +240,95 @@ constexpr StepTiles step_tiles(std::integer_sequence<unsigned, variants...>) {
   return {{&step_tile<variants>...}};
 }
 constexpr StepTiles STEP_TILES = step_tiles(std::make_integer_sequence<unsigned, 2 * KEEP_M0>{});
+
+// The same in half precision, all in registers, where no term beside these is there.
+constexpr unsigned HALF_TERMS[] = {TERM_GUIDANCE, TERM_CLIP, TERM_M1, TERM_NOISE};
+constexpr unsigned KEEP_HALF_M0 = 16;  // one bit more than a variant of them has
+#if defined(__AVX512F__)
+constexpr int64_t BLOCK = 16;  // of so many elements, which one register holds
+#else
+constexpr int64_t BLOCK = 8;
+#endif
+
+constexpr unsigned half_variant(unsigned terms) {
+  unsigned variant = 0;
+  for (int i = 0; i < 4; ++i) variant |= terms & HALF_TERMS[i] ? 1u << i : 0u;
+  return variant;
+}
+constexpr unsigned half_terms(unsigned variant) {
+  unsigned terms = 0;
+  for (int i = 0; i < 4; ++i) terms |= variant >> i & 1 ? HALF_TERMS[i] : 0u;
+  return terms;
+}
+
+struct HalfTile {
+  const uint16_t *x, *f, *u, *m1;
+  const float* z;
+  uint16_t *next, *m0;
+};
+
+#if defined(__F16C__) || defined(__ARM_NEON)
+constexpr bool CONVERTS_FLOAT16 = true;  // the processor does, a register at a time
+#else
+constexpr bool CONVERTS_FLOAT16 = false;
+#endif
+
+// count: whole blocks.
+template <Dtype dtype, unsigned variant>
+void step_halves(const StepRow& row_in_memory, const HalfTile& tile_in_memory, int64_t count) {
+  constexpr unsigned terms = half_terms(variant);
+  const StepRow row = row_in_memory;
+  const HalfTile tile = tile_in_memory;
+  if constexpr (dtype == Dtype::float16 && CONVERTS_FLOAT16) {
+    for (int64_t i = 0; i < count; i += BLOCK) {
+      alignas(64) float x[BLOCK], f[BLOCK], u[BLOCK], m1[BLOCK], next[BLOCK], m0[BLOCK];
+      widen_tile_float16(tile.x + i, x, BLOCK);
+      widen_tile_float16(tile.f + i, f, BLOCK);
+      if constexpr ((terms & TERM_GUIDANCE) != 0) widen_tile_float16(tile.u + i, u, BLOCK);
+      if constexpr ((terms & TERM_M1) != 0) widen_tile_float16(tile.m1 + i, m1, BLOCK);
+#pragma GCC unroll 1
+      for (int j = 0; j < BLOCK; ++j) {
+        StepInputs element{};
+        element.x = x[j];
+        element.f = f[j];
+        if constexpr ((terms & TERM_GUIDANCE) != 0) element.u = u[j];
+        if constexpr ((terms & TERM_M1) != 0) element.m1 = m1[j];
+        if constexpr ((terms & TERM_NOISE) != 0) element.z = tile.z[i + j];
+        const StepOutputs value = step_value(row, terms, element);
+        next[j] = value.x;
+        m0[j] = value.m0;
+      }
+      round_tile_float16(next, tile.next + i, BLOCK);
+      if constexpr ((variant & KEEP_HALF_M0) != 0) round_tile_float16(m0, tile.m0 + i, BLOCK);
+    }
+  } else {
+    const auto widen = [](uint16_t half) { return dtype == Dtype::float16 ? widen_float16(half) : widen_bfloat16(half); };
+    const auto round = [](float value) { return dtype == Dtype::float16 ? round_float16(value) : round_bfloat16(value); };
+    NO_LOOP_DEPENDENCE
+    for (int64_t i = 0; i < count; ++i) {
+      StepInputs element{};
+      element.x = widen(tile.x[i]);
+      element.f = widen(tile.f[i]);
+      if constexpr ((terms & TERM_GUIDANCE) != 0) element.u = widen(tile.u[i]);
+      if constexpr ((terms & TERM_M1) != 0) element.m1 = widen(tile.m1[i]);
+      if constexpr ((terms & TERM_NOISE) != 0) element.z = tile.z[i];
+      const StepOutputs value = step_value(row, terms, element);
+      tile.next[i] = round(value.x);
+      if constexpr ((variant & KEEP_HALF_M0) != 0) tile.m0[i] = round(value.m0);
+    }
+  }
+}
+
+using StepHalves = void (*)(const StepRow&, const HalfTile&, int64_t);
+struct HalfTiles {
+  StepHalves of[2 * KEEP_HALF_M0];
+};
+template <Dtype dtype, unsigned... variants>
+constexpr HalfTiles half_tiles(std::integer_sequence<unsigned, variants...>) {
+  return {{&step_halves<dtype, variants>...}};
+}
+constexpr auto HALF_VARIANTS = std::make_integer_sequence<unsigned, 2 * KEEP_HALF_M0>{};
+constexpr HalfTiles FLOAT16_TILES = half_tiles<Dtype::float16>(HALF_VARIANTS), BFLOAT16_TILES = half_tiles<Dtype::bfloat16>(HALF_VARIANTS);
 
 // Masks that the compiler knows nothing of: it would make branches of them, and leave the loop without vectors.
 struct TermMasks {
@@ -406,30 +499,14 @@ class Stepper {
   // Elements [begin, begin + count) to where `out` says, m0 as well where it is wanted. Of noise made here begin must be a
   // multiple of 4, or begin % 4 + count at most TILE.
   void compute(int64_t begin, int64_t count, const TileOutputs& out, bool keep_m0) {
-    const auto read = [&](bool present, Dtype dtype, const Batch& tensor, Buffer buffer) {
-      return present ? widen_tile(dtype, at(tensor, index), begin, count, buffers[buffer]) : buffers[ABSENT];
-    };
     TileInputs in{};
-    in.x = read(true, a.x_dtype, a.x, X);
-    in.f = read(true, a.f_dtype, a.f, F);
-    in.u = read(reads & TERM_GUIDANCE, a.f_dtype, a.u, U);
-    in.m1 = read(reads & TERM_M1, a.x_dtype, a.m1, M1);
-    in.m2 = read(reads & TERM_M2, a.x_dtype, a.m2, M2);
-    in.y = read(reads & TERM_Y, a.x_dtype, a.y, Y);
-    in.grad = read(reads & TERM_GRAD, a.x_dtype, a.grad, GRAD);
-    in.z = read((reads & TERM_NOISE) && a.noise.data, a.x_dtype, a.noise, NOISE);
-    if ((terms & TERM_NOISE) && !a.noise.data) {
-      const int64_t skipped = begin % 4;  // of the first counter's normals
-      normal_tile(sample.seed, static_cast<uint32_t>(row.draw), STREAM_STEP, begin - skipped, skipped + count, buffers[NOISE]);
-      in.z = buffers[NOISE] + skipped;
-    }
-    if ((terms & TERM_VARIANCE) && (terms & (TERM_NOISE | TERM_GRAD))) {
-      const float* v = read(true, a.f_dtype, a.v, V);
-      learned_tile(row, v, terms & TERM_NOISE ? in.z : nullptr, buffers[SCALED_NOISE],
-                   terms & TERM_GRAD ? in.grad : nullptr, buffers[SCALED_GRAD], count);
-      in.z = buffers[SCALED_NOISE];
-      in.grad = buffers[SCALED_GRAD];
-    }
+    in.x = read(true, a.x_dtype, a.x, X, begin, count);
+    in.f = read(true, a.f_dtype, a.f, F, begin, count);
+    in.u = read(reads & TERM_GUIDANCE, a.f_dtype, a.u, U, begin, count);
+    in.m1 = read(reads & TERM_M1, a.x_dtype, a.m1, M1, begin, count);
+    in.m2 = read(reads & TERM_M2, a.x_dtype, a.m2, M2, begin, count);
+    in.y = read(reads & TERM_Y, a.x_dtype, a.y, Y, begin, count);
+    read_noise(in, begin, count);
     if (common) {
       STEP_TILES.of[(terms & COMMON_TERMS) + (keep_m0 ? KEEP_M0 : 0)](row, in, out, count);
     } else {
@@ -437,6 +514,24 @@ class Stepper {
       in.threshold = sample.threshold;
       in.guided = guided - begin;
       step_tile_any(row, masks, in, out, count);
+    }
+  }
+
+  // z and grad, times the standard deviation, or variance, that the model has learned.
+  void read_noise(TileInputs& in, int64_t begin, int64_t count) {
+    in.grad = read(reads & TERM_GRAD, a.x_dtype, a.grad, GRAD, begin, count);
+    in.z = read((reads & TERM_NOISE) && a.noise.data, a.x_dtype, a.noise, NOISE, begin, count);
+    if ((terms & TERM_NOISE) && !a.noise.data) {
+      const int64_t skipped = begin % 4;  // of the first counter's normals
+      normal_tile(sample.seed, static_cast<uint32_t>(row.draw), STREAM_STEP, begin - skipped, skipped + count, buffers[NOISE]);
+      in.z = buffers[NOISE] + skipped;
+    }
+    if ((terms & TERM_VARIANCE) && (terms & (TERM_NOISE | TERM_GRAD))) {
+      const float* v = read(true, a.f_dtype, a.v, V, begin, count);
+      learned_tile(row, v, terms & TERM_NOISE ? in.z : nullptr, buffers[SCALED_NOISE],
+                   terms & TERM_GRAD ? in.grad : nullptr, buffers[SCALED_GRAD], count);
+      in.z = buffers[SCALED_NOISE];
+      in.grad = buffers[SCALED_GRAD];
     }
   }
 
@@ -466,12 +561,38 @@ class Stepper {
   }
 
   void step(int64_t begin, int64_t count) {
+    if (half_tiles && count >= BLOCK) {
+      const int64_t whole = count / BLOCK * BLOCK;
+      step_in_registers(begin, whole);
+      if (whole == count) return;
+      begin += whole;
+      count -= whole;
+    }
     const TileOutputs out{target(a.out, OUT, begin), target(a.m0, M0, begin), target(a.y_out, Y_OUT, begin)};
     compute(begin, count, out, a.m0.data != nullptr);
     write(out.x, a.out, OUT, begin, count);
     write(out.m0, a.m0, M0, begin, count);
     write(out.y, a.y_out, Y_OUT, begin, count);
     write_model_input(out.x, begin, count);
+  }
+
+  void step_in_registers(int64_t begin, int64_t count) {
+    TileInputs in{};
+    read_noise(in, begin, count);
+    alignas(64) uint16_t next[TILE], m0[TILE];
+    const auto halves = [&](const Batch& tensor) { return reinterpret_cast<uint16_t*>(at(tensor, index)) + begin; };
+    const auto given = [&](unsigned term, const Batch& tensor) { return terms & term ? halves(tensor) : nullptr; };
+    const auto target = [&](const Batch& tensor, uint16_t* buffer) {
+      return !tensor.data ? nullptr : call.stream ? buffer : halves(tensor);
+    };
+    const HalfTile tile{halves(a.x), halves(a.f), given(TERM_GUIDANCE, a.u), given(TERM_M1, a.m1), in.z, target(a.out, next), target(a.m0, m0)};
+    half_tiles->of[half_variant(terms) + (tile.m0 ? KEEP_HALF_M0 : 0)](row, tile, count);
+    if (!call.stream) return;
+    const auto stream = [&](const uint16_t* from, const Batch& tensor) {
+      stream_bytes(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(halves(tensor)), count * sizeof(uint16_t));
+    };
+    stream(next, a.out);
+    if (tile.m0) stream(m0, a.m0);
   }
 
   // A strip of whole blocks. room: for three times as many elements.
@@ -523,7 +644,18 @@ class Stepper {
   const bool common;
   const TermMasks masks;
   const int64_t guided;
+  const HalfTiles* const half_tiles = tiles_of_halves();  // nullptr: through buffers of float32
   alignas(64) float buffers[BUFFERS][TILE];
+
+  const float* read(bool present, Dtype dtype, const Batch& tensor, Buffer buffer, int64_t begin, int64_t count) {
+    return present ? widen_tile(dtype, at(tensor, index), begin, count, buffers[buffer]) : buffers[ABSENT];
+  }
+
+  const HalfTiles* tiles_of_halves() const {
+    const bool others = (terms & ~(half_terms(KEEP_HALF_M0 - 1) | TERM_VARIANCE)) || a.y_out.data || a.model_input.data;
+    if (a.x_dtype == Dtype::float32 || a.x_dtype != a.f_dtype || others) return nullptr;
+    return a.x_dtype == Dtype::float16 ? &FLOAT16_TILES : &BFLOAT16_TILES;
+  }
 
   static char* at(const Batch& batch, int64_t sample) { return batch.data + sample * batch.stride; }
 };

@@ -150,13 +150,21 @@ def step(
         refuse_tangents(inputs)
     try:
         if out is None and m0 is None and y_out is None and model_input is None:
-            if is_grad_enabled() and require_grad(*inputs):
+            plain = (
+                u is None and m1 is None and m2 is None and v is None and grad is None and noise is None and seeds is None
+                and y is None and rescale is None and threshold is None
+            )  # fmt: skip
+            if is_grad_enabled() and (require_grad(x, f, rows) if plain else require_grad(x, f, rows, *inputs[4:])):
                 op = "step_y" if return_y else "step_m0" if return_m0 else "step"
                 return step_with_gradient(chosen_name(backend), op, inputs)
             if return_y:
                 return functions.step_y(*inputs)
-            return functions.step_m0(*inputs) if return_m0 else functions.step(*inputs)
-        if is_grad_enabled() and require_grad(*inputs, *outputs):
+            if return_m0:
+                return functions.step_m0(*inputs)
+            if plain and functions is DISPATCHED and not is_compiling():  # at less host time
+                return _STEP_PLAIN(x, f, rows, index)
+            return functions.step(*inputs)
+        if is_grad_enabled() and require_grad(x, f, rows, *inputs[4:], *outputs):
             refuse_gradients(_by_name(inputs, outputs))
         return _step_into(functions, inputs, outputs, return_m0, return_y)
     except (RuntimeError, TypeError) as error:

@@ -23,16 +23,12 @@ from .registration import library
 _transforms_active = torch._C._are_functorch_transforms_active  # as autograd.Function.apply asks
 
 
-def require_grad(
-    x: Tensor, f: Tensor, rows: Tensor, index: Tensor, u: Tensor | None, m1: Tensor | None, m2: Tensor | None,
-    v: Tensor | None, grad: Tensor | None, noise: Tensor | None, seeds: Tensor | None, y: Tensor | None,
-    rescale: Tensor | None, threshold: Tensor | None, *outputs: Tensor | None,
-) -> bool:  # fmt: skip
+def require_grad(x: Tensor, f: Tensor, rows: Tensor, *others: Tensor | None) -> bool:
     """Whether autograd, or a transform of torch.func, has to see the step."""
     try:
         if x.requires_grad or f.requires_grad or rows.requires_grad:
             return True
-        for tensor in (u, m1, m2, v, grad, noise, y, rescale, threshold, *outputs):
+        for tensor in others:
             if tensor is not None and tensor.requires_grad:
                 return True
     except AttributeError:
