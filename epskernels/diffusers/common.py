@@ -16,6 +16,31 @@ from ..typing import Array
 
 _log = logging.getLogger("epskernels")
 OURS = "eps_scaling", "correction"  # of a scheduler's configuration
+# What these are called elsewhere in this package, or by others.
+_OTHER_NAMES = {
+    "scaling": OURS[0],
+    "epsilon_scaling": OURS[0],
+    "lambda_": OURS[0],
+    "lambda_t": OURS[0],
+    "corrections": OURS[1],
+}
+
+# What a scheduler's method is called among `epskernels.samplers`, by its class's name (docs/samplers.md).
+SAMPLERS = {
+    "CMStochasticIterativeScheduler": ("consistency",), "DDIMInverseScheduler": ("ddim_inverse",),
+    "DDIMParallelScheduler": ("ddim",), "DDIMScheduler": ("ddim",),
+    "DDPMParallelScheduler": ("ddpm",), "DDPMScheduler": ("ddpm",), "DEISMultistepScheduler": ("deis",),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde"),
+    "DPMSolverSDEScheduler": ("dpmpp_sde",), "DPMSolverSinglestepScheduler": ("dpmpp_2s", "dpmpp_3s", "dpm_solver"),
+    "EDMDPMSolverMultistepScheduler": ("dpmpp_2m", "dpmpp_3m"), "EDMEulerScheduler": ("edm_euler",),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral",), "EulerDiscreteScheduler": ("euler", "edm_euler"),
+    "FlowMatchEulerDiscreteScheduler": ("flow_euler",), "FlowMatchLCMScheduler": ("flow_euler",),
+    "HeunDiscreteScheduler": ("heun", "edm_heun"), "IPNDMScheduler": ("ipndm",),
+    "KDPM2AncestralDiscreteScheduler": ("dpm_2_ancestral",), "KDPM2DiscreteScheduler": ("dpm_2",), "LCMScheduler": ("lcm",),
+    "LMSDiscreteScheduler": ("lms",), "LTXEulerAncestralRFScheduler": ("flow_euler",), "PNDMScheduler": ("plms",),
+    "SASolverScheduler": ("sa_solver",), "TCDScheduler": ("tcd",), "UnCLIPScheduler": ("ddpm",),
+    "UniPCMultistepScheduler": ("unipc",),
+}  # fmt: skip
 
 Columns = dict[str, Any]  # of rows, by name: float64, (R,), or one number for all
 Draws = bool | NDArray[np.bool_]  # whether a step draws noise, or which rows do, (R,)

@@ -28,6 +28,7 @@ from ..spec import BAND_COLUMNS, COLUMNS, STREAM_STEP
 from ..typing import Array, SeedsLike
 from .common import (
     OURS,
+    SAMPLERS,
     Columns,
     Draws,
     Ends,
@@ -219,6 +220,8 @@ class Fused(Configured):
         """The weights (low, high) of the step of each row, by where the step begins."""
         alpha, sigma = self._per_step(alpha), self._per_step(sigma)
         at, steps = self._lambda_steps(len(sigma))
+        name = self._theirs.__name__
+        correction.warn_of_transfer(steps, name, *SAMPLERS.get(name, ()))
         levels, sigmas = np.zeros(steps), np.zeros(steps)
         levels[at[::-1]], sigmas[at[::-1]] = (
             scaling.log_snr(alpha, sigma)[::-1],

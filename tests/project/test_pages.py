@@ -74,10 +74,12 @@ def test_every_sampler_is_named():
 @pytest.mark.parametrize("scheduler, sampler, within", lines("From diffusers", 3), ids=lambda cell: cell[:45])
 def test_a_scheduler_is_the_sampler_beside_it(scheduler, sampler, within):
     from epskernels import diffusers
+    from epskernels.diffusers.common import SAMPLERS
 
     def model(x, t):
         return torch.tanh(0.7 * x + 0.3 * torch.cos(t.float() / 300).reshape(-1, 1, 1, 1))
 
+    assert code(sampler).split("(")[0] in SAMPLERS[code(scheduler).split("(")[0]]
     theirs = eval(code(scheduler), {name: getattr(diffusers, name) for name in [code(scheduler).split("(")[0]]})
     flow = {"sigmas": np.linspace(1, 1 / STEPS, STEPS)} if "FlowMatch" in scheduler else {}
     theirs.seeds = SEEDS
