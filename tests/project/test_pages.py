@@ -35,6 +35,11 @@ def test_examples_run_and_agree():
 
 # ---- docs/samplers.md: its lines, run ----
 
+
+def test_samplers_page(tmp_path):
+    assert len(markdown_examples.run("docs/samplers.md", tmp_path)["table"]) == 6
+
+
 SEEDS, STEPS, SHAPE = [3, 4], 6, (1, 4, 4)
 
 
@@ -172,6 +177,21 @@ def test_exposure_page(tmp_path):
     np.testing.assert_array_equal(exposure.Exposure.load(tmp_path / "exposure.json").norm_gap, names["found"].norm_gap)
     assert scaling.load(tmp_path / "lambda.json")[0].values(3).tolist() == names["matched"].lambda_t.tolist()
     assert (tmp_path / "exposure.png").stat().st_size > 1000 and (tmp_path / "trials.json").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_choosing_page(tmp_path):
+    names = markdown_examples.run("docs/choosing_lambda.md", tmp_path)
+    saved = names["DDPMPipeline"].from_pretrained(tmp_path / "corrected").scheduler
+    kept = {"sampler": "DDPMScheduler", "steps": 3}
+    assert saved.correction == names["found"].best.to_dict() | kept and len(names["found"].trials) == 3
+
+
+def test_every_page_with_examples_is_run_by_a_test():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    run = {page for page in re.findall(r'(?:run|blocks)\("([\w/]+\.md)"', tests)}
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} | {"README.md"}
+    assert {page for page in pages if blocks(page, "python")} == run
 
 
 @pytest.mark.usefixtures("one_thread")
