@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from collections.abc import Container, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +71,13 @@ def ends_of(alpha: Array, sigma: Array, last: NDArray[np.bool_] | None = None) -
     last = np.ones(len(sigma), dtype=bool) if last is None else last
     begins = np.append(True, last[:-1])
     return Ends(alpha, sigma, last, np.flatnonzero(begins)[np.cumsum(begins) - 1])
+
+
+def refuse_other_names(of: str, given: Iterable[str], known: Container[str] = ()) -> None:
+    """Raises TypeError for an argument of `of` that has another name here, if it is not one of `known`."""
+    for name in given:
+        if name in _OTHER_NAMES and name not in known:
+            raise TypeError(f"{name}: {of} has no such argument; it is {_OTHER_NAMES[name]}= here")
 
 
 def say(scheduler: object, message: str) -> None:

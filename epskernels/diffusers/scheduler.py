@@ -40,6 +40,7 @@ from .common import (
     Timestep,
     as_dtype_of,
     draw_noise,
+    refuse_other_names,
     say,
     widest,
 )
@@ -61,6 +62,7 @@ class Configured(Theirs):
     def __init__(
         self, *args: Any, eps_scaling: ScalingLike = 1.0, correction: CorrectionLike | None = None, **theirs: Any
     ) -> None:
+        refuse_other_names(type(self).__name__, theirs, self._get_init_keys(type(self)))
         eps_scaling, correction = scaling.as_json(eps_scaling, "eps_scaling"), as_correction(correction)
         super().__init__(*args, **theirs)
         self._adopt(eps_scaling, correction)
@@ -75,6 +77,14 @@ class Configured(Theirs):
             *inspect.signature(vars(own)["__init__"]).parameters,
             *(OURS if issubclass(input_class, Configured) else []),
         }
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """What from_config reads: diffusers leaves out an argument that it does not know, and says nothing."""
+        refuse_other_names(f"{cls.__name__}.from_config", kwargs, cls._get_init_keys(cls))
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:
         """diffusers' own, with a configuration that counts its changes."""
