@@ -128,6 +128,22 @@ def as_dtype_of(m: Tensor | None, x: Tensor) -> Any:
 
 # ---- what the model's output says ----
 
+
+def check_output(f: Tensor, x: Tensor) -> None:
+    """Raises ValueError for an output of another shape or device than the state's, by the names of step's arguments."""
+    if f.device != x.device:
+        raise ValueError(f"model_output: expected a tensor on {x.device} as sample is, got one on {f.device}")
+    if f.shape == x.shape:
+        return
+    hint = ""
+    if f.dim() == x.dim() > 1 and f.shape[1] == 2 * x.shape[1]:
+        hint = (
+            "; twice its channels: the model predicts a variance too, as DDPMScheduler takes it with "
+            'variance_type="learned_range"'
+        )
+    raise ValueError(f"model_output: expected shape {tuple(x.shape)} as sample has, got {tuple(f.shape)}{hint}")
+
+
 _KNOWN = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 

@@ -39,6 +39,7 @@ from .common import (
     Result,
     Timestep,
     as_dtype_of,
+    check_output,
     draw_noise,
     refuse_other_names,
     say,
@@ -486,18 +487,22 @@ class Fused(Configured):
             computed = torch.promote_types(computed, noise.dtype)
             m1, m2, y = as_dtype_of(m1, x), as_dtype_of(m2, x), as_dtype_of(y, x)  # the history is of the state's dtype
             x, noise = x.to(computed), noise.to(computed)
-        if row.prepares or m1 is not None or y is not None or v is not None:
-            threshold = self._threshold(row, f, x) if row.thresholds else None
-            check_bands("sample", x, row.band_dims)
-            m1, m2, y = as_dtype_of(m1, x), as_dtype_of(m2, x), as_dtype_of(y, x)
-            more = m1, m2, v, None, noise, seeds, y, None, threshold
-            made = step_results(results)(x, f, row.table, row.index, None, *more)
-        elif noise is not None:
-            made = step_results(results)(x, f, row.table, row.index, noise=noise)
-        elif seeds is not None:
-            made = step_results(results)(x, f, row.table, row.index, seeds=seeds)
-        else:
-            made = step_results(results, True)(x, f, row.table, row.index)
+        try:
+            if row.prepares or m1 is not None or y is not None or v is not None:
+                threshold = self._threshold(row, f, x) if row.thresholds else None
+                check_bands("sample", x, row.band_dims)
+                m1, m2, y = as_dtype_of(m1, x), as_dtype_of(m2, x), as_dtype_of(y, x)
+                more = m1, m2, v, None, noise, seeds, y, None, threshold
+                made = step_results(results)(x, f, row.table, row.index, None, *more)
+            elif noise is not None:
+                made = step_results(results)(x, f, row.table, row.index, noise=noise)
+            elif seeds is not None:
+                made = step_results(results)(x, f, row.table, row.index, seeds=seeds)
+            else:
+                made = step_results(results, True)(x, f, row.table, row.index)
+        except (RuntimeError, ValueError):
+            check_output(f, x)  # in diffusers' words, and only here: a step has no time for it
+            raise
         if dtype is not computed:
             made = (made[0].to(dtype), *made[1:]) if results > 1 else made.to(dtype)
         return made
