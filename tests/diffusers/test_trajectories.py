@@ -1682,7 +1682,7 @@ def test_the_page(tmp_path):
     names = markdown_examples.run("docs/diffusers.md", tmp_path)
     pipe = names["pipe"]
     images = pipe(batch_size=2, num_inference_steps=3, output_type="np").images
-    assert type(pipe.scheduler) is fused.DDPMScheduler and pipe.scheduler.path == "fused"
+    assert type(pipe.scheduler) is fused.DDPMParallelScheduler and pipe.scheduler.path == "fused"
     assert pipe.scheduler.config.eps_scaling == {"k": 0.0002, "b": 1.004} and len(pipe.scheduler.timesteps) == 3
     assert images.shape == (2, 28, 28, 1) and 0.1 < images.std() and names["x"].isfinite().all()
 

@@ -122,6 +122,20 @@ def same_bits(name):
     return page.index(f"| {name} |") < page.index("Not the same bits:")
 
 
+def test_names_of_user_interfaces():
+    from epskernels import diffusers
+
+    (part,) = re.findall(
+        r"^## By the names of user interfaces\n(.*?)^## ", (ROOT / "docs/diffusers.md").read_text(), re.M | re.S
+    )
+    named = re.findall(r"`([^`]+)`", part)
+    schedulers = [eval(each, {}, {name: getattr(diffusers, name)}) for each in named
+                  if (name := each.partition("(")[0]).endswith("Scheduler")]  # fmt: skip
+    assert len(schedulers) == 14 and all(getattr(k_diffusion, each) for each in named if each.startswith("sample_"))
+    for option in re.findall(r"`(use_\w+)=True`", part):
+        assert diffusers.EulerDiscreteScheduler(**{option: True}).config[option]
+
+
 def test_every_scheduler_and_function_is_on_the_page():
     from epskernels import diffusers
 
