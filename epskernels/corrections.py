@@ -14,7 +14,9 @@ band's share, which the kernels add in the same pass (`ops.reference`).
 """
 
 import dataclasses
+import functools
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -36,7 +38,9 @@ __all__ = [
     "Correction", "CorrectionLike", "as_correction", "corrected", "corrected_rows", "dc", "dcw", "frequency", "load",
 ]  # fmt: skip
 
+_log = logging.getLogger("epskernels")
 FORMAT = 1  # of the JSON files
+_FITTED = "sampler", "steps"  # of a correction: what its weights were fitted for
 KINDS, SCHEDULES, TARGETS = ("dc", "dcw", "frequency"), ("constant", "sigma"), ("m0", "alpha*m0")
 # A weight: of every step; of each, the noisiest first; or {"levels": , "values": } over log(alpha/sigma), linear between them.
 Weight = float | Sequence[float] | np.ndarray | Tensor | Mapping[str, Sequence[float]]
@@ -48,7 +52,8 @@ class Correction:
 
     kind: which of them. low, high: the two bands' weights; dc has the same for both. schedule: "constant"; or "sigma", where the
     low band's weight falls as the noise does, and the high band's rises. target: what x' is compared with. dims: the bands are
-    those of a sample's last two dimensions (images, video), or of the last one (signals).
+    those of a sample's last two dimensions (images, video), or of the last one (signals). sampler, steps: what the weights were
+    fitted for, such as "ddim" or "EulerDiscreteScheduler"; with others the log warns. They do not count for equality.
     Raises ValueError and TypeError naming the argument.
     """
 
@@ -58,6 +63,8 @@ class Correction:
     schedule: str = "constant"
     target: str = "m0"
     dims: int = 2
+    sampler: str | None = dataclasses.field(default=None, repr=False)
+    steps: int | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("schedule", SCHEDULES), ("target", TARGETS), ("dims", (1, 2))):
@@ -66,6 +73,10 @@ class Correction:
                 raise ValueError(f"{name}: expected {', '.join(most)} or {last}, got {getattr(self, name)!r}")
         for name in ("low", "high"):
             object.__setattr__(self, name, _kept(name, getattr(self, name)))
+        if not (self.sampler is None or isinstance(self.sampler, str)):
+            raise TypeError(f"sampler: expected the name of one, or None, got {describe(self.sampler)}")
+        if not (self.steps is None or (isinstance(self.steps, int) and not isinstance(self.steps, bool))):
+            raise TypeError(f"steps: expected an integer or None, got {describe(self.steps)}")
 
     def weights(self, levels: Array, sigma: Array, sigma_max: float) -> tuple[Array, Array]:
         """(low, high), (steps,) float64 each: how much of each band's difference is added; 0 is nothing.
@@ -86,8 +97,8 @@ class Correction:
         return np.asarray(weight["values"] if isinstance(weight, dict) else weight, dtype=np.float64)
 
     def with_numbers(self, **weights: ArrayLike) -> "Correction":
-        """The same with other numbers in its weights, low= or high= or both."""
-        changed: dict[str, Any] = {}
+        """The same with other numbers in its weights, low= or high= or both, which are fitted for nothing yet."""
+        changed: dict[str, Any] = dict.fromkeys(_FITTED)
         for band, given in weights.items():
             weight: Any = getattr(self, band)
             values = np.asarray(given, dtype=np.float64).tolist()
@@ -96,21 +107,47 @@ class Correction:
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold of it, and `as_correction` takes: {"kind": "dcw", "low": , "high": , ...}."""
-        return dataclasses.asdict(self)
+        return self._formula() | self._fitted()
 
     def save(self, path: FilePath, **notes: Any) -> None:
-        """To JSON, for `load`. notes: kept beside it, such as the sampler and the steps that it was fitted for."""
-        text = json.dumps({"format": FORMAT, **self.to_dict(), "notes": notes}, indent=1, allow_nan=False) + "\n"
+        """To JSON, for `load`. notes: kept beside it; of these, sampler and steps are what it was fitted for."""
+        fitted = dataclasses.replace(self, **{name: notes[name] for name in _FITTED if name in notes})
+        saved = {"format": FORMAT, **self._formula(), "notes": notes | fitted._fitted()}
+        text = json.dumps(saved, indent=1, allow_nan=False) + "\n"
         write_whole(pathlib.Path(path), lambda file: file.write(text.encode()))
 
+    def warn_of_transfer(self, steps: int | None, *names: str) -> None:
+        """Says in the log, once, where the weights were fitted for another sampler or number of steps.
+
+        steps: of the sampler that takes them now; None: it is not known how many. names: what it is called, first its own name.
+        """
+        other_steps = None not in (self.steps, steps) and self.steps != steps
+        if other_steps or (self.sampler is not None and self.sampler not in names):
+            fitted, used = (
+                name if number is None else f"{name} with {number} steps"
+                for name, number in ((self.sampler or "a sampler", self.steps), (names[0], steps))
+            )
+            _say(f"correction: {self.kind} was fitted for {fitted}, used by {used}: a weight need not transfer")
+
+    def _formula(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _FITTED}
+
+    def _fitted(self) -> dict[str, Any]:
+        return {name: value for name in _FITTED if (value := getattr(self, name)) is not None}
+
     def _identity(self) -> str:
-        return json.dumps(self.to_dict(), sort_keys=True)
+        return json.dumps(self._formula(), sort_keys=True)
 
     def __eq__(self, other: object) -> bool:
         return self._identity() == other._identity() if isinstance(other, Correction) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._identity())
+
+
+@functools.lru_cache(maxsize=256)
+def _say(message: str) -> None:
+    _log.warning("%s", message)
 
 
 def _kept(name: str, weight: Weight) -> Weight:
@@ -200,9 +237,14 @@ CorrectionLike = Correction | Mapping[str, Any] | str | os.PathLike[str]  # what
 
 def _from_dict(saved: Mapping[str, Any]) -> Correction:
     """The Correction of `to_dict`; what is left out has the default of its kind's function."""
-    kind, given = saved.get("kind"), {key: value for key, value in saved.items() if key != "kind"}
+    kind, given = saved.get("kind"), {key: value for key, value in saved.items() if key not in ("kind", *_FITTED)}
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+    fitted: dict[str, Any] = {name: saved.get(name) for name in _FITTED}
+    return dataclasses.replace(_of_kind(kind, given), **fitted)
+
+
+def _of_kind(kind: str, given: dict[str, Any]) -> Correction:
     if kind == "dc":
         weights = [given.pop(key) for key in ("s", "low", "high") if key in given]
         given.pop("dims", None)
@@ -222,7 +264,8 @@ def load(path: FilePath) -> tuple[Correction, dict[str, Any]]:
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']!r}")
         notes = dict(saved.get("notes", {}))
-        return _from_dict({key: value for key, value in saved.items() if key not in ("format", "notes")}), notes
+        about = {key: value for key, value in saved.items() if key not in ("format", "notes")}
+        return _from_dict({name: notes.get(name) for name in _FITTED} | about), notes
 
 
 def as_correction(value: CorrectionLike | None, name: str = "correction") -> Correction | None:
@@ -240,6 +283,11 @@ def as_correction(value: CorrectionLike | None, name: str = "correction") -> Cor
         if isinstance(value, (str, os.PathLike)):
             return load(value)[0]
     except FileNotFoundError:
+        if isinstance(value, str) and not value.endswith(".json"):
+            raise ValueError(
+                f"{name}: expected a .json file, a Correction such as corrections.dc(-0.1), or a dict such as "
+                f'{{"kind": "dc", "s": -0.1}}, got {value!r}'
+            ) from None
         raise FileNotFoundError(f"{name}: expected a file saved by Correction.save, and there is no {value}") from None
     except OSError as error:
         raise type(error)(f"{name}: {error}") from None
@@ -251,13 +299,17 @@ def as_correction(value: CorrectionLike | None, name: str = "correction") -> Cor
 _DEFAULTS = {"ends_step": 1.0, "m_x0": 1.0}  # of columns
 
 
-def corrected(columns: Mapping[str, Any], correction: Correction) -> dict[str, Any]:
+def corrected(columns: Mapping[str, Any], correction: Correction, sampler: str | None = None) -> dict[str, Any]:
     """The columns of a sampler's rows with a correction folded in; those that it does not touch are the same arrays.
 
     columns: float64, (R,) or a number each, by name: COLUMNS, and of PROVENANCE alpha_in, sigma_in, alpha_out, m_x0, m_eps and
     ends_step. A row that does not end a step stays as it is, and so does one that leads to an image without noise (sigma_out 0).
+    sampler: its name, if it has one; the log warns where the weights were fitted for another, or another number of steps.
     Raises ValueError where m0 says nothing of x_0, or where the high band would be left out altogether.
     """
+    if sampler is not None:
+        rows = max(np.size(column) for column in columns.values())
+        correction.warn_of_transfer(int(_column(columns, "ends_step", rows).sum()), sampler)
     return folded(columns, correction, *_weights_of_rows(columns, correction))
 
 

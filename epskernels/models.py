@@ -20,6 +20,7 @@ __all__ = ["DIGITS", "Model", "load"]
 
 DIGITS = pathlib.Path(__file__).with_name("digits")  # ships with the package: see its README.md
 _VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+_ELSEWHERE = "; fuse such a pipeline, and search in it: docs/choosing_lambda.md, 'Search in a pipeline of your own'"
 _Schedule = schedule.DiscreteSchedule | schedule.KarrasSchedule | schedule.FlowSchedule
 _Weights = torch.nn.Module | Tensor
 
@@ -189,7 +190,7 @@ def _checked_weights(weights: Any) -> tuple[_Weights, ...]:
 
 
 def load(directory: FilePath = DIGITS, device: Device = "cpu") -> Model:
-    """The UNet2DModel and the schedule of betas of a diffusers pipeline directory (unet/, scheduler/).
+    """The UNet2DModel and the schedule of betas of an unconditional diffusers pipeline's directory (unet/, scheduler/).
 
     Of the scheduler's configuration all is heeded that says what the network has learned, and where the samplers ddpm, ddim,
     euler, euler_ancestral, heun and unipc call it; what is of its own solver alone (its order, Karras' sigmas) is not: the
@@ -200,13 +201,18 @@ def load(directory: FilePath = DIGITS, device: Device = "cpu") -> Model:
     from diffusers.utils import logging
 
     directory = pathlib.Path(directory)
-    _, said = (_config(directory, part) for part in ("unet/config.json", "scheduler/scheduler_config.json"))
+    of_unet, said = (_config(directory, part) for part in ("unet/config.json", "scheduler/scheduler_config.json"))
+    kind: Any = getattr(diffusers, str(of_unet.get("_class_name")), None)
+    if isinstance(kind, type) and not issubclass(kind, diffusers.UNet2DModel):
+        raise ValueError(
+            f"model: expected a network (x, t) -> f, a UNet2DModel, in {directory}, got a {kind.__name__}{_ELSEWHERE}"
+        )
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         network = diffusers.UNet2DModel.from_pretrained(directory / "unet").eval().requires_grad_(False).to(device)
         named = said.get("_class_name", "DDPMScheduler")
-        kind: Any = getattr(diffusers, str(named), None)
+        kind = getattr(diffusers, str(named), None)
         if lacks := getattr(kind, "_backends", None):  # diffusers' stand-in for a class
             raise ValueError(f"model: {named} of {directory} needs {', '.join(lacks)}: pip install {' '.join(lacks)}")
         is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
@@ -244,7 +250,10 @@ def load(directory: FilePath = DIGITS, device: Device = "cpu") -> Model:
 def _config(directory: pathlib.Path, part: str) -> dict[str, Any]:
     path = directory / part
     if not path.exists():
-        raise FileNotFoundError(f"model: expected {part} in {directory}, the directory of a diffusers pipeline")
+        other = (directory / "model_index.json").exists() and not (directory / "unet").exists()
+        raise FileNotFoundError(
+            f"model: expected {part} in {directory}, the directory of a diffusers pipeline{_ELSEWHERE if other else ''}"
+        )
     return read_object(path, "model: expected a configuration of diffusers")
 
 

@@ -5,6 +5,7 @@ above 1 shrinks the predicted noise. i is the 0-based index of the sampler's ste
 schedule by noise level is a function of log(alpha/sigma) instead, and means the same whatever the sampler and its steps.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -345,6 +346,8 @@ def _numbers(value: object) -> np.ndarray | None:
 def _named(text: str) -> EpsilonScaling:
     """The published setting of "SYSTEM/DATASET/STEPS" or with "/KIND"."""
     parts = [part.strip() for part in text.strip().rstrip("/").split("/")]
+    with contextlib.suppress(ValueError):
+        raise TypeError(f"expected a number, got the text {text!r}: pass {float(text):g}")
     if len(parts) not in (3, 4) or not parts[2].isdigit():
         raise ValueError(
             f"expected 'SYSTEM/DATASET/STEPS', or with '/KIND', or a file that ends in .json, got {text!r}"

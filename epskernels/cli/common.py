@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import inspect
@@ -211,7 +212,7 @@ def read_correction(text: str, option: str = "--correction") -> Correction:
         )
     made = as_correction(value, option)
     assert made is not None
-    return made
+    return dataclasses.replace(made, sampler=None, steps=None)  # `sample` says itself what the file was fitted for
 
 
 def make_table(

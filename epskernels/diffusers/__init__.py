@@ -8,6 +8,7 @@ import of diffusers, and yet a saved pipeline, whose files name this package, fi
 the modules that are imported, and imports none itself.
 """
 
+import difflib
 import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,16 @@ def __getattr__(name: str) -> Any:
     if "." in name or not name.startswith("__"):  # dunders are what tools ask of every module
         if name in _pipelines().__all__:
             return getattr(_pipelines(), name)
-        if "." in name or name.endswith("Scheduler"):  # one without a twin, as a saved pipeline names it
+        schedulers = {
+            each for each in dir(importlib.import_module("diffusers.schedulers")) if each.endswith("Scheduler")
+        }
+        if "." in name or name in schedulers:  # one without a twin, as a saved pipeline names it
             return importlib.import_module(f"{__name__}.scaled").named(name)
+        near = " or ".join(difflib.get_close_matches(name, {*schedulers, *_pipelines().__all__}))
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}{near and f'; did you mean {near}?'}"
+            f"{name.endswith('Scheduler') and ' docs/diffusers.md lists the schedulers' or ''}"
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from collections.abc import Container, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,31 @@ from ..typing import Array
 
 _log = logging.getLogger("epskernels")
 OURS = "eps_scaling", "correction"  # of a scheduler's configuration
+# What these are called elsewhere in this package, or by others.
+_OTHER_NAMES = {
+    "scaling": OURS[0],
+    "epsilon_scaling": OURS[0],
+    "lambda_": OURS[0],
+    "lambda_t": OURS[0],
+    "corrections": OURS[1],
+}
+
+# What a scheduler's method is called among `epskernels.samplers`, by its class's name (docs/samplers.md).
+SAMPLERS = {
+    "CMStochasticIterativeScheduler": ("consistency",), "DDIMInverseScheduler": ("ddim_inverse",),
+    "DDIMParallelScheduler": ("ddim",), "DDIMScheduler": ("ddim",),
+    "DDPMParallelScheduler": ("ddpm",), "DDPMScheduler": ("ddpm",), "DEISMultistepScheduler": ("deis",),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde"),
+    "DPMSolverSDEScheduler": ("dpmpp_sde",), "DPMSolverSinglestepScheduler": ("dpmpp_2s", "dpmpp_3s", "dpm_solver"),
+    "EDMDPMSolverMultistepScheduler": ("dpmpp_2m", "dpmpp_3m"), "EDMEulerScheduler": ("edm_euler",),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral",), "EulerDiscreteScheduler": ("euler", "edm_euler"),
+    "FlowMatchEulerDiscreteScheduler": ("flow_euler",), "FlowMatchLCMScheduler": ("flow_euler",),
+    "HeunDiscreteScheduler": ("heun", "edm_heun"), "IPNDMScheduler": ("ipndm",),
+    "KDPM2AncestralDiscreteScheduler": ("dpm_2_ancestral",), "KDPM2DiscreteScheduler": ("dpm_2",), "LCMScheduler": ("lcm",),
+    "LMSDiscreteScheduler": ("lms",), "LTXEulerAncestralRFScheduler": ("flow_euler",), "PNDMScheduler": ("plms",),
+    "SASolverScheduler": ("sa_solver",), "TCDScheduler": ("tcd",), "UnCLIPScheduler": ("ddpm",),
+    "UniPCMultistepScheduler": ("unipc",),
+}  # fmt: skip
 
 Columns = dict[str, Any]  # of rows, by name: float64, (R,), or one number for all
 Draws = bool | NDArray[np.bool_]  # whether a step draws noise, or which rows do, (R,)
@@ -45,6 +71,13 @@ def ends_of(alpha: Array, sigma: Array, last: NDArray[np.bool_] | None = None) -
     last = np.ones(len(sigma), dtype=bool) if last is None else last
     begins = np.append(True, last[:-1])
     return Ends(alpha, sigma, last, np.flatnonzero(begins)[np.cumsum(begins) - 1])
+
+
+def refuse_other_names(of: str, given: Iterable[str], known: Container[str] = ()) -> None:
+    """Raises TypeError for an argument of `of` that has another name here, if it is not one of `known`."""
+    for name in given:
+        if name in _OTHER_NAMES and name not in known:
+            raise TypeError(f"{name}: {of} has no such argument; it is {_OTHER_NAMES[name]}= here")
 
 
 def say(scheduler: object, message: str) -> None:
@@ -94,6 +127,22 @@ def as_dtype_of(m: Tensor | None, x: Tensor) -> Any:
 
 
 # ---- what the model's output says ----
+
+
+def check_output(f: Tensor, x: Tensor) -> None:
+    """Raises ValueError for an output of another shape or device than the state's, by the names of step's arguments."""
+    if f.device != x.device:
+        raise ValueError(f"model_output: expected a tensor on {x.device} as sample is, got one on {f.device}")
+    if f.shape == x.shape:
+        return
+    hint = ""
+    if f.dim() == x.dim() > 1 and f.shape[1] == 2 * x.shape[1]:
+        hint = (
+            "; twice its channels: the model predicts a variance too, as DDPMScheduler takes it with "
+            'variance_type="learned_range"'
+        )
+    raise ValueError(f"model_output: expected shape {tuple(x.shape)} as sample has, got {tuple(f.shape)}{hint}")
+
 
 _KNOWN = ("epsilon", "sample", "v_prediction", "flow_prediction")
 

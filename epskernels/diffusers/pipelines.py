@@ -4,7 +4,8 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from types import EllipsisType
+from typing import Any, Never, TypeVar, overload
 
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
@@ -15,7 +16,7 @@ from .. import scaling
 from ..corrections import CorrectionLike, as_correction
 from ..scaling import ScalingLike
 from ..typing import SeedsLike
-from .common import OURS
+from .common import OURS, refuse_other_names
 from .consistency import (
     CMStochasticIterativeScheduler,
     ConsistencyDecoderScheduler,
@@ -92,20 +93,22 @@ if is_torchsde_available():
     FUSED |= {twin._theirs: twin for twin in (CosineDPMSolverMultistepScheduler, DPMSolverSDEScheduler)}
 
 
+# An argument that was not passed, `...`, leaves what a fused scheduler has; None takes it off.
+_Scaling = ScalingLike | EllipsisType | None
+_Correction = CorrectionLike | EllipsisType | None
+_Seeds = SeedsLike | EllipsisType | None
+
+
 @overload
-def fused(
-    scheduler: _Twin, eps_scaling: ScalingLike | None = None, correction: CorrectionLike | None = None
-) -> _Twin: ...
+def fused(scheduler: _Twin, eps_scaling: _Scaling = ..., correction: _Correction = ...) -> _Twin: ...
 @overload
-def fused(
-    scheduler: object, eps_scaling: ScalingLike | None = None, correction: CorrectionLike | None = None
-) -> Any: ...
-def fused(scheduler: Any, eps_scaling: ScalingLike | None = None, correction: CorrectionLike | None = None) -> Any:
+def fused(scheduler: object, eps_scaling: _Scaling = ..., correction: _Correction = ...) -> Any: ...
+def fused(scheduler: Any, eps_scaling: _Scaling = ..., correction: _Correction = ...) -> Any:
     """The fused twin of a diffusers scheduler, with its configuration and what else it carries.
 
     Of any other scheduler, a user's own too, a subclass of its class that scales its model's output, and then runs its own step.
-    eps_scaling: lambda, as `scaling.as_scaling` takes it; default a fused scheduler's own, or 1, which is diffusers' numbers.
-    correction: of x' after each step, as `corrections.as_correction` takes it; default a fused scheduler's own, or none.
+    eps_scaling: lambda, as `scaling.as_scaling` takes it; None is 1: diffusers' numbers, within rounding. correction: of x' after
+    each step, as `corrections.as_correction` takes it; None is none. What is not passed stays as a fused scheduler has it.
     Raises TypeError for a scheduler of tokens; ValueError for a lambda other than 1 where it is not known how much of the model's
     output is noise, and for a correction of a scheduler that takes none; as scaling.as_scaling and corrections.as_correction.
     """
@@ -114,13 +117,13 @@ def fused(scheduler: Any, eps_scaling: ScalingLike | None = None, correction: Co
     kept: dict[str, Any] = {}
     for name, value, default in (("eps_scaling", eps_scaling, 1.0), ("correction", correction, None)):
         left = getattr(scheduler, "_internal_dict", {}).get(name, default)
-        if value is None and kind is not twin and left != default:
+        if value is ... and kind is not twin and left != default:
             _log.warning(
                 "epskernels.diffusers: %s %s stands in the configuration of diffusers' own %s, which does not know it: it is "
                 "left out; pass %s= to have it", name, left, kind.__name__, name,
             )  # fmt: skip
             left = default
-        kept[name] = left if value is None else value
+        kept[name] = left if value is ... else default if value is None else value
     eps_scaling, correction = scaling.as_json(kept["eps_scaling"], "eps_scaling"), as_correction(kept["correction"])
     result = twin.__new__(twin)
     result.__dict__.update(copy.deepcopy(scheduler.__dict__))
@@ -129,24 +132,28 @@ def fused(scheduler: Any, eps_scaling: ScalingLike | None = None, correction: Co
 
 
 def fuse(
-    pipe: _Pipeline, eps_scaling: ScalingLike | None = None, seeds: SeedsLike | None = None,
-    correction: CorrectionLike | None = None,
-) -> _Pipeline:  # fmt: skip
+    pipe: _Pipeline, eps_scaling: _Scaling = ..., seeds: _Seeds = ..., correction: _Correction = ..., **unknown: Never
+) -> _Pipeline:
     """Replaces all schedulers of a pipeline by their fused twins, and returns the pipeline; of a scheduler, returns the twin.
 
-    eps_scaling: lambda of every scheduler, as `scaling.as_scaling` takes it; default a fused scheduler's own, or 1, which is
-    diffusers' numbers. correction: of x' after each step, as `corrections.as_correction` takes it; default a fused scheduler's
-    own, or none. seeds: a sample's each, for noise made in the kernel where the pipeline is given no generator; the first
-    latents are the pipeline's (docs/diffusers.md shows how to make those by seeds too).
-    Raises as `fused`; ValueError for seeds of a pipeline with several schedulers. Where anything raises, the pipeline stays as it
-    was.
+    eps_scaling: lambda of every scheduler, as `scaling.as_scaling` takes it; None is 1: diffusers' numbers, within rounding.
+    correction: of x' after each step, as `corrections.as_correction` takes it; None is none. seeds: a sample's each, for noise
+    made in the kernel where the pipeline is given no generator; the first latents are the pipeline's (docs/diffusers.md shows how
+    to make those by seeds too); None is none. What is not passed stays as a fused scheduler has it, or is as with None.
+    Raises as `fused`; TypeError for an unknown argument; ValueError for seeds of a pipeline with several schedulers. Where
+    anything raises, the pipeline stays as it was.
     """
+    refuse_other_names("fuse", unknown)
+    if unknown:
+        raise TypeError(f"fuse() got an unexpected keyword argument {next(iter(unknown))!r}")
     if isinstance(pipe, SchedulerMixin):
         scheduler = fused(pipe, eps_scaling, correction)
-        scheduler.seeds = seeds
+        if seeds is not ...:
+            scheduler.seeds = seeds
         return scheduler
-    change = functools.partial(fuse, eps_scaling=eps_scaling, seeds=seeds, correction=as_correction(correction))
-    return _replace(pipe, change, one=seeds is not None)
+    correction = correction if correction is ... else as_correction(correction)  # a file is read once
+    change = functools.partial(fuse, eps_scaling=eps_scaling, seeds=seeds, correction=correction)
+    return _replace(pipe, change, one=seeds is not ... and seeds is not None)
 
 
 @overload

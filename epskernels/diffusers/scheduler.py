@@ -28,6 +28,7 @@ from ..spec import BAND_COLUMNS, COLUMNS, STREAM_STEP
 from ..typing import Array, SeedsLike
 from .common import (
     OURS,
+    SAMPLERS,
     Columns,
     Draws,
     Ends,
@@ -38,7 +39,9 @@ from .common import (
     Result,
     Timestep,
     as_dtype_of,
+    check_output,
     draw_noise,
+    refuse_other_names,
     say,
     widest,
 )
@@ -60,6 +63,7 @@ class Configured(Theirs):
     def __init__(
         self, *args: Any, eps_scaling: ScalingLike = 1.0, correction: CorrectionLike | None = None, **theirs: Any
     ) -> None:
+        refuse_other_names(type(self).__name__, theirs, self._get_init_keys(type(self)))
         eps_scaling, correction = scaling.as_json(eps_scaling, "eps_scaling"), as_correction(correction)
         super().__init__(*args, **theirs)
         self._adopt(eps_scaling, correction)
@@ -74,6 +78,14 @@ class Configured(Theirs):
             *inspect.signature(vars(own)["__init__"]).parameters,
             *(OURS if issubclass(input_class, Configured) else []),
         }
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """What from_config reads: diffusers leaves out an argument that it does not know, and says nothing."""
+        refuse_other_names(f"{cls.__name__}.from_config", kwargs, cls._get_init_keys(cls))
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def register_to_config(self, **kwargs: Any) -> None:
         """diffusers' own, with a configuration that counts its changes."""
@@ -219,6 +231,8 @@ class Fused(Configured):
         """The weights (low, high) of the step of each row, by where the step begins."""
         alpha, sigma = self._per_step(alpha), self._per_step(sigma)
         at, steps = self._lambda_steps(len(sigma))
+        name = self._theirs.__name__
+        correction.warn_of_transfer(steps, name, *SAMPLERS.get(name, ()))
         levels, sigmas = np.zeros(steps), np.zeros(steps)
         levels[at[::-1]], sigmas[at[::-1]] = (
             scaling.log_snr(alpha, sigma)[::-1],
@@ -473,18 +487,22 @@ class Fused(Configured):
             computed = torch.promote_types(computed, noise.dtype)
             m1, m2, y = as_dtype_of(m1, x), as_dtype_of(m2, x), as_dtype_of(y, x)  # the history is of the state's dtype
             x, noise = x.to(computed), noise.to(computed)
-        if row.prepares or m1 is not None or y is not None or v is not None:
-            threshold = self._threshold(row, f, x) if row.thresholds else None
-            check_bands("sample", x, row.band_dims)
-            m1, m2, y = as_dtype_of(m1, x), as_dtype_of(m2, x), as_dtype_of(y, x)
-            more = m1, m2, v, None, noise, seeds, y, None, threshold
-            made = step_results(results)(x, f, row.table, row.index, None, *more)
-        elif noise is not None:
-            made = step_results(results)(x, f, row.table, row.index, noise=noise)
-        elif seeds is not None:
-            made = step_results(results)(x, f, row.table, row.index, seeds=seeds)
-        else:
-            made = step_results(results, True)(x, f, row.table, row.index)
+        try:
+            if row.prepares or m1 is not None or y is not None or v is not None:
+                threshold = self._threshold(row, f, x) if row.thresholds else None
+                check_bands("sample", x, row.band_dims)
+                m1, m2, y = as_dtype_of(m1, x), as_dtype_of(m2, x), as_dtype_of(y, x)
+                more = m1, m2, v, None, noise, seeds, y, None, threshold
+                made = step_results(results)(x, f, row.table, row.index, None, *more)
+            elif noise is not None:
+                made = step_results(results)(x, f, row.table, row.index, noise=noise)
+            elif seeds is not None:
+                made = step_results(results)(x, f, row.table, row.index, seeds=seeds)
+            else:
+                made = step_results(results, True)(x, f, row.table, row.index)
+        except (RuntimeError, ValueError):
+            check_output(f, x)  # in diffusers' words, and only here: a step has no time for it
+            raise
         if dtype is not computed:
             made = (made[0].to(dtype), *made[1:]) if results > 1 else made.to(dtype)
         return made

@@ -36,6 +36,7 @@ def of_any_step(correction: CorrectionLike | None, x: Tensor) -> Correction | No
         raise ValueError(
             "correction: expected numbers, or weights by noise level, since the steps are not known, got a list of weights"
         )
+    made.warn_of_transfer(None, "sample_dpm_adaptive", "dpm_adaptive")
     check_bands("x", x, 0 if made.kind == "dc" else made.dims)
     return made
 

@@ -170,6 +170,9 @@ class Sampling:
             raise ValueError(
                 "s_churn: expected 0 beside a correction: the state that a step leaves has the next one's churn in it"
             )
+        sampler = table.name.partition("[")[0]
+        own = sampler.removeprefix("edm_")
+        made.warn_of_transfer(len(self.hats), f"sample_{own}", own, sampler)
         weights = made.weights(scaling.log_snr(self.alpha, self.hats), self.hats, float(self.hats.max()))
         low, high = np.zeros(len(table)), np.zeros(len(table))
         for i in np.flatnonzero(self.moves & (self.levels[1:] > 0)).tolist():

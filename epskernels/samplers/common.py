@@ -286,7 +286,7 @@ def make_table(
     """The table, each row with a noise of its own. initial_sigma: default the grid's. Raises as corrections.corrected."""
     calls = len(columns["t"])
     made = as_correction(correction)
-    columns = columns if made is None else corrected(columns, made)
+    columns = columns if made is None else corrected(columns, made, name)
     columns["draw"] = np.arange(calls)
     sigma = grid.initial_sigma if initial_sigma is None else initial_sigma
     return Table(columns, name=f"{name}[{calls}]", initial_sigma=float(sigma), discrete=grid.discrete)

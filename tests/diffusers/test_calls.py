@@ -176,8 +176,10 @@ def test_a_call_gives_what_diffusers_gives(case):
 
 REFUSED = {
     "x as an array": (DDPM, lambda s: go(s, x=lambda x: x.numpy()), TypeError, "unsupported operand"),
-    "f on another device": (DDPM, lambda s: go(s, f=lambda f: f.to("meta")), RuntimeError, "f: expected a tensor on cpu"),
-    "f of another batch": (DDPM, lambda s: go(s, f=lambda f: f[:1]), RuntimeError, "f: expected"),
+    "f on another device": (
+        DDPM, lambda s: go(s, f=lambda f: f.to("meta")), ValueError, "^model_output: .* on cpu as sample is, got one on meta$",
+    ),
+    "f of another batch": (DDPM, lambda s: go(s, f=lambda f: f[:1]), ValueError, r"^model_output: expected shape \(2, "),
     "no generator": (DDPM, lambda s: go(s, generator=5), AttributeError, "device"),
     "no timestep": (DDPM, lambda s: go(s, t=lambda t: s.timesteps[1:1]), RuntimeError, "size of tensor"),
     "seeds of another length": (DDPM, lambda s: go(s, seeds=[3]), RuntimeError, "seeds: expected"),

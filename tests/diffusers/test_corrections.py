@@ -409,6 +409,26 @@ def test_saved_and_loaded(form, tmp_path):
     assert "correction" not in theirs.config and type(theirs) is diffusers.DDIMScheduler
 
 
+def test_use_by_another_scheduler_or_with_other_steps_is_said(tmp_path, caplog):
+    corrections._say.cache_clear()
+    corrections.dc(-0.1).save(tmp_path / "best.json", sampler="ddim", steps=10)
+    scheduler = fused.DDIMScheduler(correction=tmp_path / "best.json")
+    assert (scheduler.correction["sampler"], scheduler.correction["steps"]) == ("ddim", 10)
+    scheduler.save_pretrained(tmp_path)
+    scheduler = fused.DDIMScheduler.from_pretrained(tmp_path)
+    scheduler.set_timesteps(10)
+    scheduler.timesteps = scheduler.timesteps[4:]  # as pipelines that begin at an image
+    x = torch.ones(1, 1, 4, 4)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    assert not caplog.records
+    for other, steps in ((scheduler, 20), (fused.EulerDiscreteScheduler.from_config(scheduler.config), 10)):
+        caplog.clear()
+        other.set_timesteps(steps), other.set_timesteps(steps)
+        (record,) = caplog.records
+        used = f"correction: dc was fitted for ddim with 10 steps, used by {type(other).__name__} with {steps} steps"
+        assert record.getMessage() == f"{used}: a weight need not transfer"
+
+
 def test_what_is_not_corrected_is_diffusers_to_the_bit(caplog):
     """None is not written where diffusers' own class would warn of it."""
     scheduler = fused.DDIMScheduler()

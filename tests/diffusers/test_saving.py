@@ -228,6 +228,43 @@ def test_a_stale_key_does_not_come_back(caplog):
     assert fused.EulerDiscreteScheduler.from_config(ours.config).eps_scaling == 1.01 and not caplog.records
 
 
+def test_fused_again_only_what_is_passed_changes():
+    ours = fused.fuse(diffusers.DDIMScheduler(), eps_scaling=1.01, seeds=[3], correction=corrections.dc(0.1))
+    for passed in ({}, {"eps_scaling": 1.02}, {"correction": corrections.dc(0.2)}, {"seeds": [4, 5]},
+                   {"eps_scaling": None}, {"correction": None}, {"seeds": None}):  # fmt: skip
+        again, expected = (
+            fused.fuse(ours, **passed),
+            {"eps_scaling": 1.01, "seeds": [3], "correction": corrections.dc(0.1)},
+        )
+        expected |= passed
+        assert again.eps_scaling == (1.0 if expected["eps_scaling"] is None else expected["eps_scaling"])
+        assert corrections.as_correction(again.correction) == expected["correction"]
+        assert (None if again.seeds is None else again.seeds.tolist()) == expected["seeds"]
+    theirs = fused.fuse(diffusers.DDIMScheduler(), None, None, None)
+    assert (theirs.eps_scaling, theirs.seeds, theirs.correction) == (1.0, None, None)
+
+
+@pytest.mark.parametrize("name", ["scaling", "lambda_t", "corrections"])
+def test_names_of_elsewhere_are_refused(name):
+    """from_config too, where diffusers would leave them out and say nothing."""
+    right = "correction" if name == "corrections" else "eps_scaling"
+    theirs = diffusers.DDIMScheduler()
+    for make in (fused.DDIMScheduler, lambda **given: fused.DDIMScheduler.from_config(theirs.config, **given),
+                 lambda **given: fused.fuse(theirs, **given)):  # fmt: skip
+        with pytest.raises(TypeError, match=f"^{name}: .* has no such argument; it is {right}= here$"):
+            make(**{name: 1.01})
+
+    class Own(diffusers.DDIMScheduler):
+        @diffusers.configuration_utils.register_to_config
+        def __init__(self, scaling=2.0):
+            pass
+
+    kept = fused.fuse(Own())
+    assert type(kept).from_config(kept.config, scaling=3.0).config.scaling == 3.0
+    with pytest.raises(TypeError, match="^fuse.. got an unexpected keyword argument 'eps_scalng'"):
+        fused.fuse(theirs, eps_scalng=1.01)
+
+
 def test_other_steps_than_published_for_are_said(caplog):
     scaling._say.cache_clear()
     scheduler = fused.DDPMScheduler(eps_scaling="ADM/CIFAR-10/20/linear")

@@ -424,6 +424,13 @@ def test_names_that_are_none():
         getattr(fused, "nowhere.Mine")
     for name in ("NoScheduler", "SchedulerMixin.x", "json.JSONDecoder", "fusee"):
         assert not hasattr(fused, name)
+    for name, said in (
+        ("DDIMSchduler", "did you mean DDIMScheduler"),
+        ("fuses", "did you mean fuse"),
+        ("xyz", "'xyz'$"),
+    ):
+        with pytest.raises(AttributeError, match=said):
+            getattr(fused, name)
     for name in LEFT:
         assert getattr(fused, name) is scaled_class(getattr(diffusers.schedulers, name))
 

@@ -1184,6 +1184,7 @@ def test_no_change_of_path_where_the_histories_differ():
     ("value", "error", "message"),
     [
         ("ADM", ValueError, "eps_scaling: expected 'SYSTEM/DATASET/STEPS'"),
+        (" 1.005", ValueError, "^eps_scaling: expected a number, got the text ' 1.005': pass 1.005$"),
         ("ADM/CIFAR-10/21", ValueError, "eps_scaling: no published setting"),
         ({"k": 1.0}, ValueError, r"eps_scaling: expected the keys k, b and perhaps origin, .*, got \['k'\]"),
         ({"k": 0.1, "b": 1.0, "origin": "middle"}, ValueError, "origin: expected 'cleanest' or 'noisiest'"),
@@ -1553,6 +1554,23 @@ def test_per_token_lambda_needs_a_flow(made):
         )
 
 
+@pytest.mark.parametrize("name", ["DDPM", "Euler", "DPMSolverMultistep", "UniPC"])
+def test_an_output_of_another_shape(name):
+    """In the words of step's arguments; twice the channels are a variance, which few schedulers take."""
+    scheduler = getattr(fused, {"Euler": "EulerDiscrete", "UniPC": "UniPCMultistep"}.get(name, name) + "Scheduler")()
+    scheduler.set_timesteps(4)
+    x, t = torch.ones(2, 1, 4, 4), scheduler.timesteps[0]
+    scheduler.scale_model_input(x, t)
+    with pytest.raises(
+        ValueError, match=r"^model_output: expected shape \(2, 1, 4, 4\) as sample has, got \(2, 3, 4, 4\)$"
+    ):
+        scheduler.step(torch.ones(2, 3, 4, 4), t, x)
+    with pytest.raises(
+        ValueError, match=r"^model_output: .*; twice its channels: the model predicts a variance too, as DDPM"
+    ):
+        scheduler.step(torch.ones(2, 2, 4, 4), t, x)
+
+
 def test_learned_variance_as_it_is():
     """variance_type "learned": the variance itself, whose root scales the noise in an operation of its own."""
     x, f = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
@@ -1664,7 +1682,7 @@ def test_the_page(tmp_path):
     names = markdown_examples.run("docs/diffusers.md", tmp_path)
     pipe = names["pipe"]
     images = pipe(batch_size=2, num_inference_steps=3, output_type="np").images
-    assert type(pipe.scheduler) is fused.DDPMScheduler and pipe.scheduler.path == "fused"
+    assert type(pipe.scheduler) is fused.DDPMParallelScheduler and pipe.scheduler.path == "fused"
     assert pipe.scheduler.config.eps_scaling == {"k": 0.0002, "b": 1.004} and len(pipe.scheduler.timesteps) == 3
     assert images.shape == (2, 28, 28, 1) and 0.1 < images.std() and names["x"].isfinite().all()
 

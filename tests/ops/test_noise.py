@@ -185,7 +185,7 @@ def test_which_words_make_which_normal(backend, seed, draw, stream):
 
 
 @pytest.mark.executed(cuda=2, triton=1)
-@pytest.mark.parametrize("shape", [(), (1,), (3,), (1000,), (63,), (3, 32, 32), (65537,)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (63,), (1000,), (3, 32, 32), (65537,)], ids=str)
 @each_dtype
 def test_normal_has_the_bits_of_the_reference(backend, dtype, shape):
     seeds = [0, 5, 2**64 - 1]

@@ -35,6 +35,11 @@ def test_examples_run_and_agree():
 
 # ---- docs/samplers.md: its lines, run ----
 
+
+def test_samplers_page(tmp_path):
+    assert len(markdown_examples.run("docs/samplers.md", tmp_path)["table"]) == 6
+
+
 SEEDS, STEPS, SHAPE = [3, 4], 6, (1, 4, 4)
 
 
@@ -74,10 +79,12 @@ def test_every_sampler_is_named():
 @pytest.mark.parametrize("scheduler, sampler, within", lines("From diffusers", 3), ids=lambda cell: cell[:45])
 def test_a_scheduler_is_the_sampler_beside_it(scheduler, sampler, within):
     from epskernels import diffusers
+    from epskernels.diffusers.common import SAMPLERS
 
     def model(x, t):
         return torch.tanh(0.7 * x + 0.3 * torch.cos(t.float() / 300).reshape(-1, 1, 1, 1))
 
+    assert code(sampler).split("(")[0] in SAMPLERS[code(scheduler).split("(")[0]]
     theirs = eval(code(scheduler), {name: getattr(diffusers, name) for name in [code(scheduler).split("(")[0]]})
     flow = {"sigmas": np.linspace(1, 1 / STEPS, STEPS)} if "FlowMatch" in scheduler else {}
     theirs.seeds = SEEDS
@@ -113,6 +120,20 @@ def test_a_function_of_k_diffusion_has_the_bits_of_the_sampler_beside_it(name, s
 def same_bits(name):
     page = (ROOT / "docs/samplers.md").read_text()
     return page.index(f"| {name} |") < page.index("Not the same bits:")
+
+
+def test_names_of_user_interfaces():
+    from epskernels import diffusers
+
+    (part,) = re.findall(
+        r"^## By the names of user interfaces\n(.*?)^## ", (ROOT / "docs/diffusers.md").read_text(), re.M | re.S
+    )
+    named = re.findall(r"`([^`]+)`", part)
+    schedulers = [eval(each, {}, {name: getattr(diffusers, name)}) for each in named
+                  if (name := each.partition("(")[0]).endswith("Scheduler")]  # fmt: skip
+    assert len(schedulers) == 14 and all(getattr(k_diffusion, each) for each in named if each.startswith("sample_"))
+    for option in re.findall(r"`(use_\w+)=True`", part):
+        assert diffusers.EulerDiscreteScheduler(**{option: True}).config[option]
 
 
 def test_every_scheduler_and_function_is_on_the_page():
@@ -170,6 +191,21 @@ def test_exposure_page(tmp_path):
     np.testing.assert_array_equal(exposure.Exposure.load(tmp_path / "exposure.json").norm_gap, names["found"].norm_gap)
     assert scaling.load(tmp_path / "lambda.json")[0].values(3).tolist() == names["matched"].lambda_t.tolist()
     assert (tmp_path / "exposure.png").stat().st_size > 1000 and (tmp_path / "trials.json").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_choosing_page(tmp_path):
+    names = markdown_examples.run("docs/choosing_lambda.md", tmp_path)
+    saved = names["DDPMPipeline"].from_pretrained(tmp_path / "corrected").scheduler
+    kept = {"sampler": "DDPMScheduler", "steps": 3}
+    assert saved.correction == names["found"].best.to_dict() | kept and len(names["found"].trials) == 3
+
+
+def test_every_page_with_examples_is_run_by_a_test():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    run = {page for page in re.findall(r'(?:run|blocks)\("([\w/]+\.md)"', tests)}
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} | {"README.md"}
+    assert {page for page in pages if blocks(page, "python")} == run
 
 
 @pytest.mark.usefixtures("one_thread")

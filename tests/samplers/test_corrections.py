@@ -9,7 +9,7 @@ import pywt
 import torch
 
 import epskernels
-from epskernels import corrections, exposure, samplers, schedule
+from epskernels import corrections, exposure, k_diffusion, samplers, schedule
 from epskernels.table import COLUMNS, VALUES
 
 VP, KARRAS, FLOW = schedule.linear(), schedule.KarrasSchedule(), schedule.FlowSchedule(shift=2.0)
@@ -192,6 +192,52 @@ def test_saved_and_loaded(kind, tmp_path):
     assert other != made and made != "dc"
 
 
+def test_use_by_another_sampler_or_with_other_steps_is_said_once(tmp_path, caplog):
+    corrections._say.cache_clear()
+    corrections.dc(0.1).save(tmp_path / "a.json", sampler="ddim", steps=4, score=2.0)
+    loaded, notes = corrections.load(tmp_path / "a.json")
+    assert loaded.to_dict() == corrections.dc(0.1).to_dict() | {"sampler": "ddim", "steps": 4} and notes["score"] == 2.0
+    assert corrections.as_correction(loaded.to_dict()).steps == 4 and loaded.with_numbers(low=0.2).steps is None
+    assert loaded == corrections.dc(0.1)
+    assert loaded.with_numbers(low=0.1, high=0.1).to_dict() == corrections.dc(0.1).to_dict()
+    loaded.save(tmp_path / "b.json", by="me")
+    assert corrections.load(tmp_path / "b.json")[1] == {"by": "me", "sampler": "ddim", "steps": 4}
+    edm, sigmas = dataclasses.replace(loaded, sampler="edm_euler"), torch.tensor([9.0, 3.0, 2.0, 1.0, 0.0])
+
+    def run(name, *sigmas, **more):
+        getattr(k_diffusion, name)(lambda x, _: 0.5 * x, torch.ones(1, 1, 4, 4), *sigmas, disable=True, **more)
+
+    make("ddim", correction=loaded)
+    run("sample_euler", sigmas, correction=edm)
+    assert not caplog.records
+    for uses, said in (
+        (
+            lambda: samplers.ddim(schedule.linear(), 5, correction=loaded),
+            "ddim with 4 steps, used by ddim with 5 steps",
+        ),
+        (
+            lambda: samplers.ddpm(schedule.linear(), 4, correction=loaded),
+            "ddim with 4 steps, used by ddpm with 4 steps",
+        ),
+        (
+            lambda: run("sample_euler", sigmas[1:], correction=edm),
+            "edm_euler with 4 steps, used by sample_euler with 3",
+        ),
+        (
+            lambda: run("sample_dpm_adaptive", 0.1, 1.0, correction=edm),
+            "used by sample_dpm_adaptive: a weight need not",
+        ),
+    ):
+        caplog.clear()
+        uses(), uses()
+        (record,) = caplog.records
+        assert record.getMessage().startswith("correction: dc was fitted for ") and said in record.getMessage()
+    for fitted in ({"steps": "4"}, {"steps": True}, {"sampler": 4}):
+        with pytest.raises(TypeError, match=f"^{next(iter(fitted))}: expected"):
+            corrections.dc(0.1).save(tmp_path / "c.json", **fitted)
+    assert not (tmp_path / "c.json").exists()
+
+
 def test_short_forms():
     assert corrections.as_correction({"kind": "dc", "s": 0.1}) == corrections.dc(0.1)
     assert corrections.as_correction({"kind": "dcw", "low": np.float32(0.5)}) == corrections.dcw(0.5)
@@ -236,6 +282,11 @@ def test_what_is_no_correction():
         FileNotFoundError, match="correction: expected a file saved by Correction.save, and there is no"
     ):
         make("ddim", correction="nowhere.json")
+    for text in ("dc", "dc:-0.1"):  # the command line's
+        with pytest.raises(
+            ValueError, match=rf"correction: expected a .json file, .* corrections.dc\(-0.1\), .*, got '{text}'"
+        ):
+            make("ddim", correction=text)
     with pytest.raises(ValueError, match="S_churn: expected 0 beside a correction"):
         samplers.edm_euler(KARRAS, 5, S_churn=10, correction=corrections.dc(0.1))
 

@@ -271,7 +271,6 @@ def triton_functions():
 
     patches = {
         "INTERPRETED": tl.constexpr(False),
-        "_warp_size": lambda: 32,  # of the machine; nothing asks a driver
         "_launcher": lambda kernel, device: functools.partial(launch_triton, kernel.__name__),
     }
 
