@@ -136,7 +136,12 @@ def pages() -> dict[str, str]:
 
 
 def write_sources(to: pathlib.Path) -> None:
-    """All pages, with the files that they show, and the reference."""
+    """All pages, with the files that they show, and the reference. What an earlier build wrote there is deleted first; raises
+    ValueError for a folder that holds something else, such as docs/ itself."""
+    if to.is_dir() and any(to.iterdir()) and not (to / "reference").is_dir():
+        raise ValueError(
+            f"{to}: expected a folder of this build's own, such as build/docs: its content is deleted. Use make docs"
+        )
     shutil.rmtree(to, ignore_errors=True)
     (to / "reference").mkdir(parents=True)
     for page, name in pages().items():

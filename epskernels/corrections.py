@@ -28,7 +28,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .files import read_object, reading, write_whole
+from .files import argument, read_object, reading, write_whole
 from .scaling import log_snr
 from .spec import BAND_COLUMNS, BAND_SHAPES, COLUMNS, band_dims_of
 from .table import PROVENANCE, Table, check_one_sampler, describe
@@ -281,16 +281,13 @@ def as_correction(value: CorrectionLike | None, name: str = "correction") -> Cor
         if isinstance(value, Mapping):
             return _from_dict(value)
         if isinstance(value, (str, os.PathLike)):
-            return load(value)[0]
-    except FileNotFoundError:
-        if isinstance(value, str) and not value.endswith(".json"):
-            raise ValueError(
-                f"{name}: expected a .json file, a Correction such as corrections.dc(-0.1), or a dict such as "
-                f'{{"kind": "dc", "s": -0.1}}, got {value!r}'
-            ) from None
-        raise FileNotFoundError(f"{name}: expected a file saved by Correction.save, and there is no {value}") from None
-    except OSError as error:
-        raise type(error)(f"{name}: {error}") from None
+            if isinstance(value, str) and not value.endswith(".json") and not os.path.exists(value):
+                raise ValueError(
+                    "expected a .json file, a Correction such as corrections.dc(-0.1), or a dict such as "
+                    f'{{"kind": "dc", "s": -0.1}}, got {value!r}'
+                )
+            with argument(name, "a file saved by Correction.save"):
+                return load(value)[0]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: {error}") from None
     raise TypeError(f"{name}: expected a Correction, a dict or a .json file, got {describe(value)}")

@@ -175,6 +175,13 @@ class Exposure:
             return np.full(len(rows["t"]), np.nan)
         raise AttributeError(f"Exposure has no {name!r}, expected one of {sorted(rows)}")
 
+    def __repr__(self) -> str:
+        gap, delta = self.norm_gap, self.delta_chain[-1]
+        said = [f"{self.sampler}, {self.images} images"]
+        said += [] if np.isnan(gap).all() else [f"norm gap {np.nanmin(gap):.4g} to {np.nanmax(gap):.4g}"]
+        said += [] if np.isnan(delta) else [f"delta_t at the end {delta:.2g}"]
+        return f"Exposure({'; '.join(said)})"
+
     norm_gap, norm_gap_se = _gap("norm", "DeltaN(t)")
     state_gap_low, state_gap_low_se = _gap("state_low", "||L(x_t)||, sampling over training")
     state_gap_high, state_gap_high_se = _gap("state_high", "||x_t - L(x_t)||, sampling over training")

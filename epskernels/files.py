@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and files that may be damaged: one way to write, one to read.
 
 reading            whatever a parser raises is one ValueError, which names the file
+argument           what the system raises for a file that an argument names, names the argument too
 write_whole        under another name, NAME.HOST.PID.tmp, synchronised, then renamed
 write_new          the same for a file that must not be there yet, of any number of processes that try
 check_writable     before the work, by beginning to
@@ -19,7 +20,7 @@ from typing import IO, Any
 
 from .typing import FilePath
 
-__all__ = ["check_writable", "read_object", "reading", "remove_leftovers", "write_new", "write_whole"]
+__all__ = ["argument", "check_writable", "read_object", "reading", "remove_leftovers", "write_new", "write_whole"]
 
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -41,6 +42,17 @@ def reading(path: FilePath, expected: str) -> Iterator[None]:
         if isinstance(error, KeyError):
             said = f"{said} is missing"
         raise ValueError(f"{expected} in {path}: {said or type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def argument(name: str, expected: str) -> Iterator[None]:
+    """Around the reading of the file that an argument names. expected: what the file is, for the error where there is none."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: expected {expected}, and there is no {error.filename}") from None
+    except OSError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def read_object(path: FilePath, expected: str) -> dict[str, Any]:

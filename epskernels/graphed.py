@@ -16,7 +16,7 @@ from .ops import DTYPES, as_seeds, normal
 from .sample import check_callables
 from .table import Table
 from .time_shift import ShiftedTable, on_device
-from .trajectory import Trajectory, f_and_u, outputs
+from .trajectory import Trajectory, ask, f_and_u, outputs
 from .typing import Device, ModelCall, SeedsLike, Shape
 
 __all__ = ["GraphedSampler"]
@@ -134,7 +134,7 @@ class GraphedSampler:
         if self._shifted:
             index, t = self._shifted.choose(i, self._x)
             t = t.repeat(len(self._model_input) // len(self._x))
-        output = self.model(self._model_input, t)
+        output = ask(self.model, self._model_input, t)
         if self.doubled:
             both, beside = f_and_u(output)
             if beside is not None or len(both) != len(self._model_input):

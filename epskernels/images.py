@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import reading
+from .files import argument, reading
 from .typing import FilePath, Shape
 
 __all__ = ["SUFFIXES", "load", "to_bytes"]
@@ -40,9 +40,11 @@ def load(
         images = _of_label(source, *_mnist(), label)
         images = images[_spaced(len(images), count)]
     elif source.is_dir():
-        images = _directory(source, shape, count, label)
+        with argument("data", "images"):
+            images = _directory(source, shape, count, label)
     elif source.suffix in (".npy", ".npz"):
-        images = _of_label(source, *_numpy(source), label)
+        with argument("data", "a file of images"):
+            images = _of_label(source, *_numpy(source), label)
         images = _channels_first(images[:count] if images.ndim else images, shape)
     else:
         raise FileNotFoundError(f"data: expected mnist, a .npy, a .npz or a directory of images, got {source}")

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from .ops import DTYPES, as_seeds, normal
 from .table import Table, describe
 from .time_shift import ShiftedTable, on_device
-from .trajectory import Trajectory, outputs
+from .trajectory import Trajectory, ask, outputs
 from .typing import Device, ModelCall, SeedsLike, Shape
 
 __all__ = ["check_callables", "pfgmpp_prior", "sample"]
@@ -37,15 +37,17 @@ def sample(
     model: any callable (x, t) -> f, or -> (f, u) for guidance, u the unconditional output; what has f as `.sample`, as
     diffusers' networks return it, counts as f. x is c_in times the state, t a tensor (B,), int64 timesteps or float32 noise
     levels. f has x's shape, or twice its channels where the variance is learned: the second half is then v, which tables without
-    learned variance ignore.
+    learned variance ignore. x comes in `dtype`; f may have float32, float16 or bfloat16: a network in double is called as
+    lambda x, t: net(x.double(), t).float().
     table: one sampler's Table, or a ShiftedTable (`time_shift`). seeds: int64 (B,), or a list or range of integers. shape: of one
     sample. dtype: of the state. device: default the table's. start: the state to start from, (B, *shape); default initial_sigma
     times the seeds' normals.
     cond_fn: (x, t) -> gradient of log p(y | x), for tables with classifier guidance. progress: show a bar.
     callback: called as callback(i, x, m0) after row i; m0 estimates x_0, or eps where table.keeps_x0 is False.
-    Raises ValueError for a table of several samplers, another dtype, a start of another shape, a model output without the second
-    half that the table needs, or a cond_fn that the table cannot use; TypeError for an argument, or an output of the model or of
-    cond_fn, that is no such thing at all; RuntimeError from the step for other mismatches.
+    Raises ValueError for a table of several samplers, another dtype, a start of another shape, an output of the model or of
+    cond_fn of another shape, dtype or device, a model output without the second half that the table needs, or a cond_fn that the
+    table cannot use; TypeError for an argument, or an output of the model or of cond_fn, that is no such thing at all. What the
+    model raises goes through, with a note of what it was called with.
     """
     table, shifted = on_device(table, device)
     check_callables(model=model, cond_fn=cond_fn, callback=callback)
@@ -72,8 +74,8 @@ def sample(
     for i in tqdm(rows, desc=table.name) if progress and not is_dynamo_compiling() else rows:
         x, c_in = trajectory.x, table.calls[i][1]
         index, t = shifted.choose(i, x) if shifted else (i, timesteps[i].expand(len(seeds)))
-        f, u, v = outputs(model(x if c_in == 1 else c_in * x, t), x, table)
-        grad = None if cond_fn is None else _gradient(cond_fn(x, t)).to(dtype)
+        f, u, v = outputs(ask(model, x if c_in == 1 else c_in * x, t), x, table)
+        grad = None if cond_fn is None else _gradient(cond_fn(x, t), x).to(dtype)
         m0 = trajectory.step(index, f, u, v, grad=grad, seeds=seeds, returns_m0=callback is not None)
         if callback is not None and m0 is not None:
             callback(i, trajectory.x, m0)
@@ -87,9 +89,11 @@ def check_callables(**functions: object) -> None:
             raise TypeError(f"{name}: expected a callable, got {describe(function)}")
 
 
-def _gradient(value: object) -> Tensor:
+def _gradient(value: object, x: Tensor) -> Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"cond_fn: expected it to return a tensor, as x, got {describe(value)}")
+    if value.shape != x.shape:
+        raise ValueError(f"cond_fn: expected a gradient of shape {tuple(x.shape)}, as x has, got {tuple(value.shape)}")
     return value
 
 

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from . import solvers
-from .files import read_object, reading, write_whole
+from .files import argument, read_object, reading, write_whole
 from .typing import Array, FilePath, Floats
 
 __all__ = [
@@ -287,7 +287,8 @@ def as_scaling(value: ScalingLike, name: str = "scaling") -> EpsilonScaling:
         return value
     try:
         if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(".json")):
-            return load(value)[0]
+            with argument(name, "a file saved by EpsilonScaling.save"):
+                return load(value)[0]
         if isinstance(value, str):
             return _named(value)
         if isinstance(value, Mapping):
@@ -297,12 +298,6 @@ def as_scaling(value: ScalingLike, name: str = "scaling") -> EpsilonScaling:
         found = _numbers(value)
         if found is not None:
             return constant(float(found)) if found.ndim == 0 else array(found, origin="noisiest")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{name}: expected a file saved by EpsilonScaling.save, and there is no {value}"
-        ) from None
-    except OSError as error:
-        raise type(error)(f"{name}: {error}") from None
     except (ValueError, TypeError) as error:
         said = str(error)
         for inner in ("lambda", "values", "b") if not isinstance(value, Mapping) else ():

@@ -68,7 +68,8 @@ def _positive_int(name: str, value: object) -> int:
 class DiscreteSchedule:
     """T timesteps with alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t), abar_t = prod(1 - beta).
 
-    betas: (T,) in [0, 1], the first above 0. Raises ValueError for others. Source: Ho et al., arXiv 2006.11239, eq. 4.
+    betas: (T,) in [0, 1], the first above 0. Raises ValueError for others, such as alphas_cumprod.
+    Source: Ho et al., arXiv 2006.11239, eq. 4.
     """
 
     def __init__(self, betas: ArrayLike, name: str = "betas"):
@@ -78,6 +79,11 @@ class DiscreteSchedule:
         bad = np.flatnonzero(~((betas >= 0) & (betas <= 1)))
         if bad.size:
             raise ValueError(f"betas: expected values in [0, 1], got {betas[bad[0]]} at {bad[0]}")
+        if len(betas) > 1 and betas[0] > 0.5 and (np.diff(betas) < 0).all():
+            raise ValueError(
+                f"betas: expected small ones first, got values that fall from {betas[0]:.6g} to {betas[-1]:.6g}, as alphas and "
+                "alphas_cumprod do; a beta is 1 - alphas[t], or 1 - alphas_cumprod[t]/alphas_cumprod[t - 1]"
+            )
         if betas[0] == 0:
             raise ValueError("betas: expected the first above 0, got 0: its timestep would have no noise to remove")
         self.betas, self.name = betas, name
@@ -101,10 +107,16 @@ class DiscreteSchedule:
 
         steps: a count, spaced by `spacing` ("leading", "trailing" or "linspace", as in diffusers; steps_offset is added to
         "leading"); ADM's section counts as a string ("100", "10,10,20" from the cleanest section up, "ddim25"); or the
-        timesteps themselves, strictly decreasing. Raises ValueError for anything else.
+        timesteps themselves, strictly decreasing. A string or a list says its timesteps itself: spacing and steps_offset have no
+        part in it. Raises ValueError for anything else.
         """
         T = len(self)
         t: np.ndarray
+        if (isinstance(steps, str) or np.ndim(steps) == 1) and (spacing, steps_offset) != ("leading", 0):
+            raise ValueError(
+                f"spacing, steps_offset: expected none where steps tells the timesteps, as {reprlib.repr(steps)} does, got "
+                f"{spacing!r}, {steps_offset!r}"
+            )
         if isinstance(steps, str):
             t = _section_timesteps(T, steps)[::-1]
         elif np.ndim(steps) == 1:

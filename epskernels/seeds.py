@@ -2,13 +2,13 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["Seeds", "parse"]
+__all__ = ["Seeds", "parse", "spelled"]
 
 _BLOCK = 2**16
 
@@ -71,3 +71,15 @@ def parse(text: str) -> Seeds:
     if (total := sum(each.stop - each.start for each in ranges)) >= 2**63:
         raise ValueError(f"expected fewer than 2^63 seeds, got {total}")
     return Seeds(ranges)
+
+
+def spelled(seeds: Iterable[int], most: int = 8) -> str:
+    """Integers as ranges, such as "0-3, 7": the first `most` of these, then "..."."""
+    ranges: list[list[int]] = []
+    for seed in seeds:
+        if ranges and seed == ranges[-1][1] + 1:
+            ranges[-1][1] = seed
+        else:
+            ranges.append([seed, seed])
+    said = [str(first) if first == last else f"{first}-{last}" for first, last in ranges[:most]]
+    return ", ".join([*said, "..."] if len(ranges) > most else said)

@@ -159,7 +159,11 @@ def _compare(begun: Mapping[str, Any], settings: Mapping[str, Any], where: objec
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed := [key for key in changed if key != "tables"] or changed:  # digests, of settings that are said already
         said = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
-        raise ValueError(f"{where}: begun with other settings, and its samples would not go together: {said}")
+        said = re.sub("([0-9a-f]{8})[0-9a-f]{56}", r"\1...", said)  # of digests, the beginnings
+        raise ValueError(
+            f"{where}: begun with other settings, and its samples would not go together: {said}; take another directory, or "
+            "delete this one"
+        )
 
 
 def _save(path: pathlib.Path, array: np.ndarray, settings: Mapping[str, Any], seeds: ArrayLike = ()) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import samplers
 from .ops import moments
+from .samplers.common import GRID_OPTIONS
 from .schedule import DiscreteSchedule, Grid, KarrasSchedule
 from .spec import COLUMNS
 from .table import VALUES, Table, check_one_sampler, describe
@@ -34,7 +35,6 @@ FORMS: dict[Callable[..., Table], tuple[str, ...]] = {
     samplers.plms: ("target", "network"),
     samplers.ipndm: ("target", "network"),
 }
-_GRID_OPTIONS = ("spacing", "steps_offset", "final")
 # The level of a candidate that may not be chosen: further from every variance than any other. (inf - inf would be NaN.)
 UNUSED = torch.finfo(torch.float64).max
 
@@ -274,7 +274,7 @@ def _between(
         )
     last = float(ends[0][-1]), float(ends[1][-1])
     grid = _Steps(t, *start, table["c_in"], table.initial_sigma, *last, ends=ends)
-    own = {key: value for key, value in options.items() if key not in _GRID_OPTIONS}
+    own = {key: value for key, value in options.items() if key not in GRID_OPTIONS}
     return sampler(grid, len(grid), **own)
 
 

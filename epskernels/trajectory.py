@@ -1,15 +1,16 @@
 """A sampler's state between two model calls, and the one place where it moves on: x, the estimates of the calls before, y."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ops import step
+from .ops import DTYPES, step
 from .table import Table, describe
 from .typing import Index, ModelCall, Outputs
 
-__all__ = ["Trajectory", "f_and_u", "outputs"]
+__all__ = ["Trajectory", "ask", "f_and_u", "outputs"]
 
 
 class Trajectory:
@@ -40,7 +41,7 @@ class Trajectory:
         kind = torch.int64 if self.table.discrete else torch.float32
         t = torch.full((len(self.x),), self.table["t"][i], dtype=kind, device=self.x.device)
         c_in = self.table.calls[i][1]
-        return outputs(model(self.x if c_in == 1 else c_in * self.x, t), self.x, self.table)
+        return outputs(ask(model, self.x if c_in == 1 else c_in * self.x, t), self.x, self.table)
 
     def step(
         self,
@@ -77,6 +78,19 @@ class Trajectory:
         return m0
 
 
+def ask(model: ModelCall, x: Tensor, t: Tensor) -> Any:
+    """model(x, t). A note on what it raises says what it was given, where torch names neither."""
+    try:
+        return model(x, t)
+    except Exception as error:
+        error.add_note(f"epskernels: the model was called with x, {_described(x)}, and t, {_described(t)}")
+        raise
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
 def f_and_u(output: Any) -> tuple[Tensor, Tensor | None]:
     """f, and u or None, of what a model returned: a tensor, a pair of them, or what has the tensor as `.sample`.
 
@@ -94,7 +108,8 @@ def f_and_u(output: Any) -> tuple[Tensor, Tensor | None]:
 def outputs(output: Any, x: Tensor, table: Table) -> Outputs:
     """f, u and v of what the model returned for the state x; u and v are None where there are none.
 
-    Raises TypeError for an output that is no such thing, ValueError for one without the variance that the table needs.
+    Raises TypeError for an output that is no such thing, ValueError for one of another shape, dtype or device, or without the
+    variance that the table needs.
     """
     f, u = f_and_u(output)
     doubled = f.dim() > 1 and x.dim() > 1 and f.shape[1] == 2 * x.shape[1]
@@ -103,7 +118,25 @@ def outputs(output: Any, x: Tensor, table: Table) -> Outputs:
             f"model: {table.name} needs the learned variance, twice the channels of x {tuple(x.shape)}, "
             f"got {tuple(f.shape)}"
         )
+    if doubled:
+        _check_output("an output", f, (x.shape[0], 2 * x.shape[1], *x.shape[2:]), "twice the channels of x", x)
+    else:
+        _check_output("an output", f, x.shape, "as x has", x)
+    if u is not None:
+        _check_output("an unconditional output", u, f.shape, "as the conditional one has", x)
     if not doubled:
         return f, u, None
     f, v = f.chunk(2, dim=1)
     return f, u if u is None else u.chunk(2, dim=1)[0], v if table.learned_variance else None
+
+
+def _check_output(what: str, output: Tensor, shape: Sequence[int], why: str, x: Tensor) -> None:
+    if output.shape != tuple(shape):
+        raise ValueError(f"model: expected {what} of shape {tuple(shape)}, {why}, got {tuple(output.shape)}")
+    if output.dtype not in DTYPES:
+        raise ValueError(
+            f"model: expected {what} of float32, float16 or bfloat16, got {_described(output)}; a network in double is called "
+            "as lambda x, t: net(x.double(), t).float()"
+        )
+    if output.device != x.device:
+        raise ValueError(f"model: expected {what} on {x.device}, as x is, got one on {output.device}")

@@ -96,6 +96,10 @@ class Matched:
     norm_sampling: Array
     levels: Array
 
+    def __repr__(self) -> str:
+        low, high = self.lambda_t.min(), self.lambda_t.max()
+        return f"Matched({self.sampler}, {self.images} images; lambda_t {low:.4g} to {high:.4g}, {len(self.lambda_t)} steps)"
+
     @property
     def skip(self) -> int:
         """How many of the cleanest steps are left out where nothing else is said: a quarter, as the paper leaves out 5 of 20."""

@@ -9,19 +9,22 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from .. import scaling
 from ..files import check_writable, read_object, reading, write_whole
+from ..table import describe
 from ..typing import Array, FilePath
 
-__all__ = ["Found", "downhill", "search", "search_weights"]
+__all__ = ["Found", "downhill", "number_of", "search", "search_weights", "shown"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +85,8 @@ def search(
 ) -> Found:
     """The lambda that makes a score smallest, in a handful of trials: a Found. No scaling is always one of them.
 
-    score: a function of an EpsilonScaling that returns a number, small where it is good; the same for the same scaling: fix its
-    seeds. One that is not finite counts as infinitely bad.
+    score: a function of an EpsilonScaling that returns a number, or a tensor of one, small where it is good; the same for the
+    same scaling: fix its seeds. One that is not finite counts as infinitely bad.
     bounds: (low, high) of b, the uniform lambda; or ((low, high) of k, (low, high) of lambda in the middle) of
     lambda_i = k*i + b, i from the cleanest of `steps`: first k, then the middle beside the best k. The first step is a sixth of
     the bounds' distance. trials: calls of score, at most. cache: a JSON file; trials
@@ -103,7 +106,7 @@ def search(
     def as_lambda(k: float, b: float) -> scaling.EpsilonScaling:
         return scaling.linear(k, b, origin="cleanest") if linear else scaling.constant(b)
 
-    k_limits, middle_limits = limits if linear else ([0.0, 0.0], limits)
+    k_limits, middle_limits = limits.tolist() if linear else ([0.0, 0.0], limits.tolist())
     axes = [
         _Axis(start, (high - low) / 6, (low, high)) for start, (low, high) in ((0.0, k_limits), (1.0, middle_limits))
     ]
@@ -162,6 +165,20 @@ class _Axis(NamedTuple):
     limits: tuple[float, float]
 
 
+class _Along:
+    """The scores along one axis, by place. Two places nearer than `apart`, which rounding makes of one, have one trial."""
+
+    def __init__(self, score: Callable[[float], float], apart: float):
+        self.score, self.apart, self.scores = score, apart, dict[float, float]()
+
+    def at(self, x: float) -> float:
+        known = min(self.scores, key=lambda place: abs(place - x), default=math.inf)
+        if abs(known - x) > self.apart:
+            known = x
+            self.scores[x] = self.score(x)
+        return self.scores[known]
+
+
 class _EnoughError(Exception):
     """All trials are made."""
 
@@ -193,31 +210,29 @@ def _coordinate_wise(
             bar.set_postfix(**point, score=made[at])
         return made[at]
 
+    def value_along(n: int, fixed: tuple[float, ...], x: float) -> float:
+        return value((*fixed[:n], x, *fixed[n + 1 :]))
+
     start = tuple(axis.start for axis in axes)
     baseline = value(start)
     best = tuple(min(max(axis.start, axis.limits[0]), axis.limits[1]) for axis in axes)
     searched = [n for n, axis in enumerate(axes) if axis.step > 0]
     for n, left in zip(searched, range(len(searched), 0, -1), strict=True):
-        along: dict[float, float] = {}
-
-        def at(x: float, n: int = n, fixed: tuple[float, ...] = best, along: dict[float, float] = along) -> float:
-            along[x] = value((*fixed[:n], x, *fixed[n + 1 :]))
-            return along[x]
-
         axis, share = axes[n], len(made) + (trials - len(made)) // left
+        along = _Along(functools.partial(value_along, n, best), axis.step / 800)
         descend = functools.partial(
-            downhill, at, best[n], axis.step, smallest=axis.step / 8, growth=2.0, limits=axis.limits
+            downhill, along.at, best[n], axis.step, smallest=axis.step / 8, growth=2.0, limits=axis.limits
         )
         with contextlib.suppress(_EnoughError):
             allowed = share - 1  # one is for the parabola
             descend()
         with contextlib.suppress(_EnoughError):
             allowed = share
-            if (lowest := _vertex(along)) is not None:
-                at(min(max(lowest, axis.limits[0]), axis.limits[1]))
+            if (lowest := _vertex(along.scores)) is not None:
+                along.at(min(max(lowest, axis.limits[0]), axis.limits[1]))
             descend()
-        if along:
-            best = (*best[:n], min(along, key=along.__getitem__), *best[n + 1 :])
+        if along.scores:
+            best = (*best[:n], min(along.scores, key=along.scores.__getitem__), *best[n + 1 :])
     bar.close()
     lowest_at = min(made, key=made.__getitem__)
     if not math.isfinite(made[lowest_at]):
@@ -225,6 +240,21 @@ def _coordinate_wise(
     weights = dict(zip(named(*start), lowest_at, strict=True))
     found = tuple((*at, each) for at, each in made.items())
     return Found(make(**weights), weights, made[lowest_at], baseline, found)
+
+
+def number_of(value: Any, expected: str) -> float:
+    """What a score returned, as a float: a number, or a tensor or array of one. Raises ValueError that begins with `expected`."""
+    found = value.item() if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1 else value
+    if isinstance(found, bool) or not isinstance(found, numbers.Real):
+        raise ValueError(f"{expected} a number, got {shown(value)}")
+    return float(found)
+
+
+def shown(value: Any) -> str:
+    """What a function of the user's returned, in short: for messages."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return describe(value)
 
 
 def _vertex(along: Mapping[float, float]) -> float | None:
@@ -271,7 +301,7 @@ class _Trials:
 
     def score(self, at: tuple[float, ...], make: Callable[[], float]) -> float:
         if at not in self.scores:
-            score = float(make())
+            score = number_of(make(), "score: expected a function that returns")
             trial = dict(zip(self.names, at, strict=True)) | {"score": score if math.isfinite(score) else None}
             self.saved["trials"].append(trial)
             self.scores |= self._by_weights([trial])

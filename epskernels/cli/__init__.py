@@ -59,11 +59,19 @@ def _run(args: argparse.Namespace) -> int:
         print(f"epskernels {args.command}: interrupted", file=sys.stderr)
         return 130
     except (UsageError, RuntimeError, ValueError, OSError, MemoryError, ImportError) as error:
-        print(f"epskernels {args.command}: {first_line(error)}", file=sys.stderr)
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        print(f"epskernels {args.command}: {_as_option(first_line(error), args)}{notes}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:
         sys.path[:] = path  # load_function puts the current folder there
     return 0
+
+
+def _as_option(said: str, args: argparse.Namespace) -> str:
+    """An error that begins with the name of an argument: with that of the option, where there is one, and it has a value."""
+    name, colon, _ = said.partition(":")
+    value = getattr(args, "label" if name == "class" else name, None)
+    return f"--{said}" if colon and value is not None else said
 
 
 class _Stream:

@@ -20,6 +20,7 @@ from ..typing import ModelCall
 from .common import (
     UsageError,
     add_sampler_arguments,
+    beyond_defaults,
     fitted_for,
     json_digest,
     lambda_value,
@@ -35,7 +36,7 @@ from .measures import Measure, add_measure_arguments, measure_of, own_function
 
 TEXTS = {
     "help": "find lambda_t, or a correction, for a model and a sampler",
-    "description": "Find lambda_t for a model and a sampler, from real images; write it for `epskernels sample --scaling`. With "
+    "description": "Find lambda_t for a model and a sampler, from real images; write it for `epskernels sample --lambda`. With "
     "--correction: the weights of a correction of the sampler's states.",
     "epilog": "examples:\n"
     "  epskernels calibrate --sampler ddim --steps 20 --data mnist --out lambda.json --plots exposure\n"
@@ -43,7 +44,7 @@ TEXTS = {
     "  epskernels calibrate --method search --score mymodule:myfunction --out lambda.json\n"
     "  epskernels calibrate --correction dcw --sampler ddim --steps 20 --data mnist --out correction.json\n"
     "  epskernels sample --sampler ddim --steps 20 --correction correction.json --compare --out both.png\n"
-    "  epskernels sample --sampler ddim --steps 20 --scaling lambda.json --compare --out both.png",
+    "  epskernels sample --sampler ddim --steps 20 --lambda lambda.json --compare --out both.png",
 }
 _LOWEST = {"steps": 1, "images": 2, "batch": 1, "trials": 2, "samples": 2, "seed": 0}
 _METHOD_OF = {
@@ -171,7 +172,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--out: expected a .json file, got {args.out}")
     for name, method in _METHOD_OF.items():
         if method != args.method and getattr(args, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')}: not an option of --method {args.method}")
+            instead = "; a search for a line takes --k-bounds" if name == "fit" else ""
+            raise UsageError(f"--{name.replace('_', '-')}: not an option of --method {args.method}{instead}")
     if args.data is None and (args.score is None or args.plots is not None):
         raise UsageError(
             "--data: expected real images, such as a directory of them; a search by --score alone does without"
@@ -243,7 +245,7 @@ def run(args: argparse.Namespace) -> None:
         result = _match_norms(task)
     result.best.save(
         args.out,
-        **fitted_for(args),
+        **fitted_for(args, task.model),
         weights=weights,
         method=args.method,
         images=len(task.data),
@@ -404,7 +406,8 @@ def _cache_key(task: _Task, measure: Measure, config: str, weights: str | None) 
     args = task.args
     return json_digest(
         {
-            **fitted_for(args),
+            **{name: getattr(args, name) for name in ("sampler", "steps", "label", "guidance")},
+            **beyond_defaults(args, task.model),
             "samples": args.samples,
             "seed": args.seed,
             "network": config,

@@ -30,7 +30,9 @@ _FOR_OTHERS = {"pfgmpp", "ddim_inverse"}  # samplers that do not go from a seed'
 _DEFAULT_SAMPLERS = {
     schedule.DiscreteSchedule: "ddpm", schedule.KarrasSchedule: "edm_heun", schedule.FlowSchedule: "flow_euler",
 }  # fmt: skip
+_OWN_OPTIONS = ("eta", "direction", "variance")  # of some samplers
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_FILE = re.compile(r"(?:.*/)?(?P<module>[\w.]*)\.py:(?P<function>[\w.]+)")  # what is taken for a function's name
 
 
 # ---- messages ----
@@ -62,6 +64,9 @@ def load_function(option: str, text: str, names: Iterable[str] = ()) -> Callable
 
     names: what else the option takes. Raises UsageError.
     """
+    if file := _FILE.fullmatch(text):
+        said = "{module}:{function}".format(**file.groupdict())
+        raise UsageError(f"{option}: expected a module's name, such as {said}, without .py, got {text!r}")
     if not _FUNCTION.fullmatch(text):
         others = f"one of {', '.join(names)}, or " if names else ""
         raise UsageError(f"{option}: expected {others}MODULE:FUNCTION, such as mymodule:myfunction, got {text!r}")
@@ -146,7 +151,7 @@ def load_model(args: argparse.Namespace, device: str | torch.device) -> tuple[mo
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
         raise UsageError(f"--device: {str(device)!r} cannot be used: {first_line(error)}") from error
     try:
-        if _FUNCTION.fullmatch(args.model) and not os.path.isdir(args.model):
+        if (_FUNCTION.fullmatch(args.model) or _FILE.fullmatch(args.model)) and not os.path.isdir(args.model):
             model = _own_model(args.model, torch.device(device))
         else:
             model = models.load(args.model, device)
@@ -227,27 +232,17 @@ def make_table(
     make: what is called with the sampler and its arguments, such as time_shift.ShiftedTable; by default the sampler itself.
     Raises UsageError for an option that the sampler does not take, ValueError and TypeError as the sampler does.
     """
-    sampler = samplers.SAMPLERS[args.sampler]
-    takes = inspect.signature(sampler).parameters
+    sampler, takes = samplers.SAMPLERS[args.sampler], _takes(args)
     options: dict[str, Any] = {"scaling": scaling, "prediction": model.prediction, "guidance": args.guidance}
     if "clip" in takes:  # what keeps eps from call to call has no x_0 to hold to a range
         options["clip"] = model.clip
     if correction is not None:
         options["correction"] = correction
-    for name in ("eta", "direction", "variance"):
-        if getattr(args, name) is not None:
-            if name not in takes:
-                raise UsageError(f"--{name}: not an option of --sampler {args.sampler}")
-            options[name] = getattr(args, name)
-    if "variance" in takes:
-        options.setdefault("variance", model.variance)
-    grid: dict[str, Any] = {}
-    accepts_grid = inspect.Parameter.VAR_KEYWORD in {each.kind for each in takes.values()}
-    discrete = isinstance(model.schedule, schedule.DiscreteSchedule)
-    if accepts_grid and discrete:  # the options of DiscreteSchedule.grid
-        grid = {"spacing": "trailing"} if args.sampler.startswith("dpmpp_") else dict(model.grid)
-        if args.sampler == "ddim":
-            grid["final"] = model.final
+    for name in _OWN_OPTIONS:
+        if getattr(args, name) is not None and name not in takes:
+            raise UsageError(f"--{name}: not an option of --sampler {args.sampler}")
+    options |= _own_options(args, model)
+    grid, discrete = _grid_options(args, model), isinstance(model.schedule, schedule.DiscreteSchedule)
     try:
         return make(sampler, model.schedule, args.steps, **options, **grid)
     except (TypeError, ValueError) as error:
@@ -260,10 +255,58 @@ def make_table(
     return make(sampler, schedule.KarrasSchedule(model=model.schedule), args.steps, **options)
 
 
-def fitted_for(args: argparse.Namespace) -> dict[str, Any]:
-    """What lambda_t depends on: it does not transfer to another sampler, or to another number of steps."""
-    names = ("sampler", "steps", "eta", "direction", "variance", "label", "guidance")
-    return {name: getattr(args, name) for name in names}
+def _takes(args: argparse.Namespace) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(samplers.SAMPLERS[args.sampler]).parameters
+
+
+def _defaults(args: argparse.Namespace, model: models.Model) -> dict[str, Any]:
+    """Of the options of its own that the sampler takes."""
+    defaults = {name: each.default for name, each in _takes(args).items() if name in _OWN_OPTIONS}
+    return defaults | ({"variance": model.variance} if "variance" in defaults else {})
+
+
+def _own_options(args: argparse.Namespace, model: models.Model) -> dict[str, Any]:
+    """Those as they hold, given or not."""
+    given = {name: getattr(args, name) for name in _OWN_OPTIONS}
+    defaults = _defaults(args, model)
+    return {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+
+
+def _grid_options(args: argparse.Namespace, model: models.Model) -> dict[str, Any]:
+    """Those of DiscreteSchedule.grid."""
+    accepts_grid = inspect.Parameter.VAR_KEYWORD in {each.kind for each in _takes(args).values()}
+    if not (accepts_grid and isinstance(model.schedule, schedule.DiscreteSchedule)):
+        return {}
+    grid = {"spacing": "trailing"} if args.sampler.startswith("dpmpp_") else dict(model.grid)
+    return grid | ({"final": model.final} if args.sampler == "ddim" else {})
+
+
+def beyond_defaults(args: argparse.Namespace, model: models.Model) -> dict[str, Any]:
+    """The sampler's own options that were given and are not what holds anyway; None for the others."""
+    defaults = _defaults(args, model)
+    return {name: None if (given := getattr(args, name)) == defaults.get(name) else given for name in _OWN_OPTIONS}
+
+
+def fitted_for(args: argparse.Namespace, model: models.Model) -> dict[str, Any]:
+    """What lambda_t depends on, as it holds, given or not: it does not transfer to another sampler, or number of steps."""
+    own = dict.fromkeys(_OWN_OPTIONS) | _own_options(args, model)
+    asked = {"sampler": args.sampler, "steps": args.steps, **own, "label": args.label, "guidance": args.guidance}
+    return asked | _grid_options(args, model)
+
+
+def fitted_for_another(
+    notes: Mapping[str, Any], args: argparse.Namespace, model: models.Model
+) -> dict[str, tuple[Any, Any]]:
+    """What differs between the notes of a file and what is asked here: (there, here) by name. None says nothing of an option of
+    the sampler's own in older files: its default held. With another sampler, its options are others anyway."""
+    here = fitted_for(args, model)
+    there = {name: notes[name] for name in here if name in notes}
+    if there.get("sampler", args.sampler) == args.sampler:
+        defaults = _defaults(args, model)
+        there = {name: defaults.get(name) if value is None else value for name, value in there.items()}
+    else:
+        there = {name: there[name] for name in ("sampler", "steps", "label", "guidance") if name in there}
+    return {name: (value, here[name]) for name, value in there.items() if value != here[name]}
 
 
 # ---- files ----

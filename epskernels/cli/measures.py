@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import inspect
 import math
-import numbers
 import pathlib
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from .. import features, quality
-from ..table import describe
+from ..calibrate.trials import number_of, shown
 from ..typing import Array
 from .common import UsageError, calling, first_line, load_function
 
@@ -105,15 +104,12 @@ def _called(option: str, text: str, function: Function, images: torch.Tensor) ->
 
 
 def _score(text: str, value: Any) -> float:
-    if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise UsageError(f"--score: expected {text} to return a number, got {_described(value)}")
-    if math.isnan(value) or value == -math.inf:
+    found = number_of(value, f"--score: expected {text} to return")
+    if math.isnan(found) or found == -math.inf:
         raise UsageError(
-            f"--score: expected {text} to return a finite number, or inf for samples that are of no use, got {value}"
+            f"--score: expected {text} to return a finite number, or inf for samples that are of no use, got {found}"
         )
-    return float(value)
+    return found
 
 
 def _checked(text: str, images: torch.Tensor, value: Any) -> Array:
@@ -122,17 +118,11 @@ def _checked(text: str, images: torch.Tensor, value: Any) -> Array:
     if not numeric or found.ndim != 2 or len(found) != len(images) or not found.size:
         raise UsageError(
             f"--features: expected {text} to return numbers of shape ({len(images)}, D) for {len(images)} images, "
-            f"got {_described(value)}"
+            f"got {shown(value)}"
         )
     if wrong := np.count_nonzero(~np.isfinite(found)):
         raise UsageError(f"--features: expected finite features from {text}, got {wrong} of {found.size} that are not")
     return found.astype(np.float64)
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return f"{value.dtype} {tuple(value.shape)}"
-    return describe(value)
 
 
 def _identity(own: tuple[str, str, Function]) -> list[str]:

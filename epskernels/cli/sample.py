@@ -22,15 +22,16 @@ from ..models import Model
 from ..ranks import Ranks
 from ..sample import sample
 from ..schedule import DiscreteSchedule
-from ..seeds import Seeds
+from ..seeds import Seeds, spelled
 from ..seeds import parse as parse_ranges
 from ..time_shift import ShiftedTable
 from . import picture
 from .common import (
     UsageError,
     add_sampler_arguments,
+    beyond_defaults,
     first_line,
-    fitted_for,
+    fitted_for_another,
     lambda_value,
     load_model,
     make_table,
@@ -268,7 +269,7 @@ class _Sampling:
         cpu = f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         return {
             "names": list(self.tables), "sampler": args.sampler, "steps": args.steps, "scaling": str(self.scaling),
-            "eta": args.eta, "direction": args.direction, "variance": args.variance, "class": args.label,
+            **beyond_defaults(args, self.model), "class": args.label,
             "guidance": args.guidance, "dtype": args.dtype, "batch": args.batch, "shape": list(self.model.shape),
             "seeds": f"{len(seeds)} from {seeds[0]} to {seeds[-1]}, {seeds.digest()}",
             "model": " ".join(map(str, model_digests(self.model))),
@@ -304,12 +305,12 @@ def _sample_in_memory(args: argparse.Namespace, sampling: _Sampling) -> None:
     batches = [args.seeds[first : first + args.batch] for first in firsts]
     runs = {name: torch.cat([sampling(name, seeds, not args.quiet) for seeds in batches]) for name in sampling.tables}
     noise = (ops.normal(seeds.tolist(), sampling.model.shape, device=sampling.device) for seeds in batches)
-    if not all(samples.isfinite().all() for samples in runs.values()):
-        _warn_of_not_finite()
+    not_finite = {name: _not_finite(samples, args.seeds[:]) for name, samples in runs.items()}
     lines = [sampling.headline(), _times(sampling.model_seconds, sampling.seconds)]
     lines.append(f"sha256 of the initial noise {tensors_digest(noise)}")
     lines += [f"sha256 of the {name} {tensors_digest([samples])}" for name, samples in runs.items()]
     _write_and_print(args, sampling, lines, lambda: runs)
+    _say_what_is_not_finite(args, not_finite)
 
 
 def _sample_into_directory(
@@ -338,18 +339,18 @@ def _sample_into_directory(
         f"{chunks} chunks of up to {args.batch} seeds in {directory}, {chunks - made} of them before; by rank: {by}",
         _times(model_seconds, seconds),
     ]
-    finite = []
+    not_finite: dict[str, list[int]] = {name: [] for name in run.names}
 
     def stored(name: str) -> Iterator[torch.Tensor]:
         """The state's dtype holds them exactly: the hash is that of the same samples in memory."""
-        for _, array in run.chunks(name):
-            yield torch.from_numpy(array).to(DTYPES[args.dtype])
-            finite.append(np.isfinite(array).all())
+        for seeds, array in run.chunks(name):
+            samples = torch.from_numpy(array)
+            yield samples.to(DTYPES[args.dtype])
+            not_finite[name] += _not_finite(samples, seeds)
 
     lines += [f"sha256 of the {name} {tensors_digest(stored(name))}" for name in run.names]
-    if not all(finite):
-        _warn_of_not_finite()
     _write_and_print(args, sampling, lines, lambda: {name: torch.from_numpy(run.load(name)) for name in run.names})
+    _say_what_is_not_finite(args, not_finite)
 
 
 def _write_pngs(sampling: _Sampling, run: shards.Shards, name: str, chunk: int) -> None:
@@ -422,8 +423,8 @@ def _check_arguments(args: argparse.Namespace) -> pathlib.Path | None:
     scaled = args.lambda_ is not None or args.lambda_linear or args.published or args.scaling
     if args.compare and not (scaled or args.correction or args.time_shift):
         raise UsageError(
-            "--compare: expected a scaling, a correction or a time shift, to compare with none: --lambda, --lambda-linear, "
-            "--published, --scaling, --correction or --time-shift"
+            "--compare: expected a scaling, a correction or a time shift, to compare with none: --lambda, --correction or "
+            "--time-shift"
         )
     return directories[0] if directories else None
 
@@ -482,9 +483,9 @@ def _warn_of_transfer(args: argparse.Namespace, model: Model) -> None:
     for what, path, load in (("lambda", scalings, scaling.load), ("the correction", corrected, corrections.load)):
         if path is None:
             continue
-        notes, asked = load(path)[1], fitted_for(args)
-        if changed := [name for name in asked if name in notes and notes[name] != asked[name]]:
-            differences = "; ".join(f"{name} {notes[name]}, here {asked[name]}" for name in changed)
+        notes = load(path)[1]
+        if changed := fitted_for_another(notes, args, model):
+            differences = "; ".join(f"{name} {there}, here {here}" for name, (there, here) in changed.items())
             print(f"warning: {path} was fitted for {differences}: {what} need not transfer", file=sys.stderr)
         if "weights" in notes and notes["weights"] != (digest := model_digests(model)[1]):
             others = (
@@ -496,8 +497,22 @@ def _warn_of_transfer(args: argparse.Namespace, model: Model) -> None:
 # ---- what is written and printed ----
 
 
-def _warn_of_not_finite() -> None:
-    print("warning: some samples are not finite", file=sys.stderr)
+def _not_finite(samples: torch.Tensor, seeds: np.ndarray) -> list[int]:
+    """The seeds whose samples hold NaN or an infinity."""
+    return seeds[~samples.flatten(1).isfinite().all(1).numpy()].tolist()
+
+
+def _say_what_is_not_finite(args: argparse.Namespace, not_finite: Mapping[str, list[int]]) -> None:
+    """A warning. With --uint8, whose bytes look like images, a ValueError after all is written."""
+    total, said = len(args.seeds), []
+    for name, seeds in not_finite.items():
+        if seeds:
+            of = "samples" if name == "samples" else f"samples of the {name}"
+            said.append(f"{len(seeds)} of {total} {of} are not finite (seeds {spelled(seeds)})")
+    if said and args.uint8:
+        raise ValueError(f"--uint8: expected finite samples, got others: {', '.join(said)}; NaN was written as grey")
+    if said:
+        print(f"warning: {', '.join(said)}", file=sys.stderr)
 
 
 def _times(model_seconds: float, seconds: float) -> str:

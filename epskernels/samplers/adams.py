@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import solvers
-from ..docstrings import described
 from ..scaling import array
 from ..schedule import Grid
 from ..table import Table
@@ -33,6 +32,7 @@ from .common import (
     one_of,
     points,
     require_alpha,
+    sampler,
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def _table(
     return make_table(name, grid, columns | solvers.delay_line(by_call), correction=correction)
 
 
-@described(ON_A_PATH, IN_EPS)
+@sampler(ON_A_PATH, IN_EPS)
 def lms(
     schedule: Schedule,
     steps: Steps,
@@ -108,7 +108,7 @@ def lms(
     return _table("lms", grid, _by_call(grid.alpha_next * weights), scaling, correction, prediction, guidance)
 
 
-@described(ON_A_PATH, IN_EPS)
+@sampler(ON_A_PATH, IN_EPS)
 def ipndm(
     schedule: Schedule,
     steps: Steps,
@@ -132,7 +132,7 @@ def ipndm(
     return _table("ipndm", grid, _by_call(grid.alpha_next * weights), scaling, correction, prediction, guidance)
 
 
-@described(ON_A_PATH, IN_EPS)
+@sampler(ON_A_PATH, IN_EPS)
 def ipndm_v(
     schedule: Schedule,
     steps: Steps,
@@ -163,7 +163,7 @@ def ipndm_v(
     return _table("ipndm_v", grid, _by_call(grid.alpha_next * made), scaling, correction, prediction, guidance, misses)
 
 
-@described(ON_A_PATH, IN_EPS)
+@sampler(ON_A_PATH, IN_EPS)
 def deis(
     schedule: Schedule,
     steps: Steps,
@@ -203,7 +203,7 @@ def deis(
     return _table("deis", grid, _by_call(grid.alpha_next * weights), scaling, correction, prediction, guidance)
 
 
-@described(ON_A_PATH, IN_EPS)
+@sampler(ON_A_PATH, IN_EPS)
 def gradient_estimation(
     schedule: Schedule,
     steps: Steps,
@@ -234,7 +234,7 @@ def gradient_estimation(
     )
 
 
-@described(ON_A_PATH, IN_EPS)
+@sampler(ON_A_PATH, IN_EPS)
 def plms(
     schedule: Schedule,
     steps: Steps,

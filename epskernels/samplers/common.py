@@ -1,14 +1,17 @@
 """What all samplers share: the grid, lambda_t, the columns of the model calls, and the table."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
 from ..corrections import CorrectionLike, as_correction, corrected
+from ..docstrings import described
 from ..scaling import ScalingLike as Scaling
 from ..scaling import as_scaling, lambdas, log_snr, noise_alone, scale
 from ..schedule import DiscreteSchedule, FlowSchedule, Grid, KarrasSchedule
@@ -21,12 +24,15 @@ Columns = dict[str, Any]  # a table's columns and provenance by name: arrays, or
 # Where the network is asked, in which steps, and the columns that the rows have of their own.
 Calls = tuple[Grid, NDArray[np.int64], Columns]
 ANY_SCHEDULE = (DiscreteSchedule, KarrasSchedule, FlowSchedule)
+GRID_OPTIONS = ("spacing", "steps_offset", "final")  # of DiscreteSchedule.grid
+F = TypeVar("F", bound=Callable[..., Table])
 
 # ---- what the samplers' docstrings say of the arguments that they share (docstrings.described) ----
 
 EVERY = {
     "steps": 'how many; for a DiscreteSchedule also ADM\'s section counts as a string ("100", "10,10,20" from the cleanest '
-    'section up, "ddim25"), or the timesteps themselves, decreasing.',
+    'section up, "ddim25"), or the timesteps themselves, decreasing. The number 20 and the string "20" are two chains: the first '
+    "is spaced by `spacing` (950, 900, ..., 0 of 1,000), the second as ADM does it (999, 946, ..., 0).",
     "scaling": "lambda_t, by which the predicted noise is divided: a number; numbers for each step, the noisiest first; an "
     "EpsilonScaling; or another form that `scaling.as_scaling` takes. 1 changes nothing; where x is noise alone it is 1.",
     "correction": "of x' after each step that leaves noise in it: a Correction, or another form that "
@@ -35,7 +41,8 @@ EVERY = {
     "clip": "the estimate of x_0 is held to [-clip, clip]; None leaves it as it is.",
     "guidance": "the scale g of classifier-free guidance, u + g*(f - u); 1 takes the conditional output f alone.",
     "S_noise": "a factor of the noise that is added.",
-    "grid_options": "of `DiscreteSchedule.grid`: spacing, steps_offset, final. None for another schedule or a Grid.",
+    "grid_options": 'of `DiscreteSchedule.grid`: spacing ("leading", "trailing" or "linspace"), steps_offset, final ("clean" or '
+    '"first"); their defaults are "leading", 0 and "clean". None for another schedule or a Grid.',
 }
 ON_A_PATH = EVERY | {
     "schedule": "a DiscreteSchedule, a KarrasSchedule, a FlowSchedule, or a Grid.",
@@ -64,6 +71,34 @@ DISTILLED = EVERY | {
 
 
 # ---- arguments ----
+
+
+def sampler(*texts: Mapping[str, str], options_of: Callable[..., Table] | None = None) -> Callable[[F], F]:
+    """A decorator of samplers: `described` by the texts, and an argument that it does not take is a TypeError that names it.
+
+    options_of: the sampler that its further options go to; by default they are those of a grid.
+    """
+
+    def decorate(function: F) -> F:
+        own = inspect.signature(function).parameters.values()
+        takes = [each.name for each in own if each.kind is each.KEYWORD_ONLY]
+        if options_of is not None:
+            further = inspect.signature(options_of).parameters.values()
+            takes += [each.name for each in further if each.kind is each.KEYWORD_ONLY and each.name not in takes]
+        if any(each.kind is each.VAR_KEYWORD for each in own):
+            takes += GRID_OPTIONS
+        known = {each.name for each in own if each.kind is each.POSITIONAL_OR_KEYWORD}.union(takes)
+
+        @functools.wraps(described(*texts)(function))
+        def checked(*arguments: Any, **options: Any) -> Table:
+            for name in options:
+                if name not in known:
+                    raise TypeError(f"{function.__name__}: expected arguments among {', '.join(takes)}, got {name!r}")
+            return function(*arguments, **options)
+
+        return cast(F, checked)
+
+    return decorate
 
 
 def clip_value(clip: float | None) -> float:
@@ -95,17 +130,19 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def grid_of(schedule: Schedule, steps: Any, allowed: tuple[type, ...], grid_options: Mapping[str, Any]) -> Grid:
     """The grid of so many steps; a Grid is taken as it is.
 
-    Raises TypeError for a schedule that is none of `allowed`, ValueError for a Grid with options or another length.
+    Raises TypeError for a schedule that is none of `allowed`, ValueError for a Grid of another length, and for options of a grid
+    of timesteps where there are none.
     """
-    if isinstance(schedule, Grid):
-        if grid_options or steps != len(schedule):
-            raise ValueError(
-                f"steps: expected {len(schedule)}, the length of the grid given, and no options; got {steps}"
-            )
-        return schedule
-    if not isinstance(schedule, allowed):
+    if not isinstance(schedule, (Grid, *allowed)):
         names = ", ".join(kind.__name__ for kind in allowed)
         raise TypeError(f"schedule: expected a Grid or one of {names}, got {type(schedule).__name__}")
+    if grid_options and not isinstance(schedule, DiscreteSchedule):
+        said = ", ".join(f"{name}={value!r}" for name, value in grid_options.items())
+        raise ValueError(f"{', '.join(grid_options)}: expected none with a {type(schedule).__name__}, got {said}")
+    if isinstance(schedule, Grid):
+        if steps != len(schedule):
+            raise ValueError(f"steps: expected {len(schedule)}, the length of the grid given, got {steps!r}")
+        return schedule
     return schedule.grid(steps, **grid_options)
 
 

@@ -4,14 +4,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
-from ..docstrings import described
 from ..schedule import DiscreteSchedule
 from ..table import Table
 from ..typing import Steps
-from .common import BETWEEN, DISTILLED, Correction, Scaling, Schedule, karras, make_table, number, one_call
+from .common import BETWEEN, DISTILLED, Correction, Scaling, Schedule, karras, make_table, number, one_call, sampler
 
 
-@described(BETWEEN)
+@sampler(BETWEEN)
 def consistency(
     schedule: Schedule,
     steps: Steps,
@@ -54,7 +53,7 @@ def _distilled(schedule: Schedule, steps: Steps, original_steps: int) -> tuple[D
     return schedule, distilled[np.floor(np.linspace(0, original_steps, steps, endpoint=False)).astype(np.int64)]
 
 
-@described(DISTILLED)
+@sampler(DISTILLED)
 def lcm(
     schedule: Schedule,
     steps: Steps,
@@ -86,7 +85,7 @@ def lcm(
     return make_table("lcm", grid, columns, correction=correction)
 
 
-@described(DISTILLED)
+@sampler(DISTILLED)
 def tcd(
     schedule: Schedule,
     steps: Steps,

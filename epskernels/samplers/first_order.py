@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 
 from .. import solvers
-from ..docstrings import described
 from ..schedule import DiscreteSchedule, FlowSchedule, Grid, linear
 from ..table import VALUES, Table
 from ..typing import Steps
@@ -22,12 +21,13 @@ from .common import (
     noise_columns,
     number,
     one_call,
+    sampler,
 )
 
 _TRAINED = (DiscreteSchedule, FlowSchedule)
 
 
-@described(EVERY)
+@sampler(EVERY)
 def ddpm(
     schedule: Schedule,
     steps: Steps,
@@ -77,7 +77,7 @@ def ddpm(
     return make_table("ddpm", grid, columns, correction=correction)
 
 
-@described(EVERY)
+@sampler(EVERY, options_of=ddpm)
 def dit(
     steps: Steps = 250,
     *,
@@ -103,7 +103,7 @@ def dit(
     return Table(values, name=f"dit[{len(table)}]", initial_sigma=table.initial_sigma, discrete=True)
 
 
-@described(EVERY)
+@sampler(EVERY)
 def ddim(
     schedule: Schedule,
     steps: Steps,
@@ -151,7 +151,7 @@ def ddim(
     return make_table("ddim", grid, columns, correction=correction)
 
 
-@described(EVERY)
+@sampler(EVERY)
 def ddim_inverse(
     schedule: Schedule,
     steps: Steps,
@@ -184,7 +184,7 @@ def ddim_inverse(
     return make_table("ddim_inverse", ends, columns)
 
 
-@described(ON_A_PATH)
+@sampler(ON_A_PATH)
 def euler(
     schedule: Schedule,
     steps: Steps,
@@ -208,7 +208,7 @@ def euler(
     return make_table("euler", grid, columns, correction=correction)
 
 
-@described(ON_A_PATH)
+@sampler(ON_A_PATH)
 def euler_ancestral(
     schedule: Schedule,
     steps: Steps,
@@ -237,7 +237,7 @@ def euler_ancestral(
     return make_table("euler_ancestral", grid, columns | noise_columns(up, S_noise), correction=correction)
 
 
-@described(EVERY)
+@sampler(EVERY)
 def flow_euler(
     schedule: Schedule,
     steps: Steps,
@@ -250,22 +250,18 @@ def flow_euler(
     stochastic: bool = False,
     eta: float = 0.0,
     S_noise: float = 1.0,
-    **grid_options: Any,
 ) -> Table:
     """Rectified flow's sampler: Euler on x_t = (1 - sigma)*x_0 + sigma*eps, or, stochastic, m0 with fresh noise in each step.
 
     schedule: a FlowSchedule; or a Grid, of a flow where eta is above 0.
     stochastic: each step leads to m0 with fresh noise, instead of along the flow.
     eta: in [0, 1]; above 0 a step leads down to sigma_down, then noise up, which is ComfyUI's euler_ancestral for flows.
-    grid_options: none.
     Raises ValueError naming the argument.
     """
     eta, S_noise = number("eta", eta, 0), number("S_noise", S_noise, 0)
     if eta > 1 or (eta and stochastic):
         raise ValueError(f"eta: expected a value in [0, 1], and 0 where stochastic, got {eta:g}")
-    grid, columns = one_call(
-        schedule, steps, scaling, prediction, clip, guidance, grid_options, allowed=(FlowSchedule,)
-    )
+    grid, columns = one_call(schedule, steps, scaling, prediction, clip, guidance, {}, allowed=(FlowSchedule,))
     if eta:
         columns["c_x"], columns["c_m0"], noise = solvers.flow_ancestral(grid.sigma, grid.sigma_next, eta, True)
     else:

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
-from ..docstrings import described
 from ..schedule import Grid
 from ..table import Table
 from ..typing import Array, Steps
@@ -24,6 +23,7 @@ from .common import (
     one_call,
     one_of,
     require_alpha,
+    sampler,
 )
 
 
@@ -77,7 +77,7 @@ def _weights(of_m: Array) -> Columns:
     return dict(zip(("c_m0", "c_m1", "c_m2"), of_m, strict=True))
 
 
-@described(ON_A_PATH)
+@sampler(ON_A_PATH)
 def dpmpp_2m(
     schedule: Schedule,
     steps: Steps,
@@ -106,7 +106,7 @@ def dpmpp_2m(
     )
 
 
-@described(ON_A_PATH)
+@sampler(ON_A_PATH)
 def dpmpp_2m_sde(
     schedule: Schedule,
     steps: Steps,
@@ -137,7 +137,7 @@ def dpmpp_2m_sde(
     return make_table("dpmpp_2m_sde", grid, columns | own, correction=correction)
 
 
-@described(ON_A_PATH)
+@sampler(ON_A_PATH)
 def dpmpp_3m(
     schedule: Schedule,
     steps: Steps,
@@ -167,7 +167,7 @@ def dpmpp_3m(
     )
 
 
-@described(ON_A_PATH)
+@sampler(ON_A_PATH)
 def dpmpp_3m_sde(
     schedule: Schedule,
     steps: Steps,
@@ -200,7 +200,7 @@ def dpmpp_3m_sde(
     )
 
 
-@described(ON_A_PATH)
+@sampler(ON_A_PATH)
 def res_multistep(
     schedule: Schedule,
     steps: Steps,
@@ -235,7 +235,7 @@ def res_multistep(
     return make_table("res_multistep", grid, columns | noise_columns(up, S_noise), correction=correction)
 
 
-@described(ON_A_PATH)
+@sampler(ON_A_PATH)
 def er_sde(
     schedule: Schedule,
     steps: Steps,
@@ -279,7 +279,7 @@ def er_sde(
     )
 
 
-@described(ON_A_PATH)
+@sampler(ON_A_PATH)
 def unipc(
     schedule: Schedule,
     steps: Steps,
@@ -334,7 +334,7 @@ def unipc(
     return make_table("unipc", grid, columns, correction=correction)
 
 
-@described(ON_A_PATH)
+@sampler(ON_A_PATH)
 def sa_solver(
     schedule: Schedule,
     steps: Steps,

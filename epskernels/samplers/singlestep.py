@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import solvers
-from ..docstrings import described
 from ..schedule import Grid, KarrasSchedule
 from ..table import Table
 from ..typing import Array
@@ -25,6 +24,7 @@ from .common import (
     number,
     one_of,
     points,
+    sampler,
     several_calls,
 )
 
@@ -78,7 +78,7 @@ def _singlestep(
     return several_calls(name, grid, sum(calls, []), scaling, prediction, clip, guidance, correction=correction)
 
 
-@described(BETWEEN)
+@sampler(BETWEEN)
 def dpmpp_2s(
     schedule: Schedule,
     steps: int,
@@ -108,7 +108,7 @@ def dpmpp_2s(
     )  # fmt: skip
 
 
-@described(BETWEEN)
+@sampler(BETWEEN)
 def dpmpp_3s(
     schedule: Schedule,
     steps: int,
@@ -133,7 +133,7 @@ def dpmpp_3s(
     )  # fmt: skip
 
 
-@described(BETWEEN)
+@sampler(BETWEEN)
 def dpm_solver(
     schedule: Schedule,
     steps: int,
@@ -174,7 +174,7 @@ def dpm_solver(
     )  # fmt: skip
 
 
-@described(BETWEEN)
+@sampler(BETWEEN)
 def seeds_2(
     schedule: Schedule,
     steps: int,
@@ -209,7 +209,7 @@ def seeds_2(
     )  # fmt: skip
 
 
-@described(BETWEEN)
+@sampler(BETWEEN)
 def seeds_3(
     schedule: Schedule,
     steps: int,

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from .. import solvers
-from ..docstrings import described
 from ..schedule import Grid
 from ..table import Table
 from ..typing import Array, Steps
@@ -31,6 +30,7 @@ from .common import (
     number,
     points,
     require_alpha,
+    sampler,
     several_calls,
 )  # fmt: skip
 
@@ -91,7 +91,7 @@ def _edm(
     return several_calls(name, at_hat, calls, scaling, prediction, clip, guidance, initial_sigma, correction=correction)
 
 
-@described(BETWEEN, CHURN)
+@sampler(BETWEEN, CHURN)
 def edm_euler(
     schedule: Schedule,
     steps: int,
@@ -117,7 +117,7 @@ def edm_euler(
     return _edm("edm_euler", schedule, steps, scaling, correction, prediction, clip, guidance, churn, None)
 
 
-@described(BETWEEN, CHURN)
+@sampler(BETWEEN, CHURN)
 def edm_heun(
     schedule: Schedule,
     steps: int,
@@ -142,7 +142,7 @@ def edm_heun(
     return _edm("edm_heun", schedule, steps, scaling, correction, prediction, clip, guidance, churn, "end")
 
 
-@described(BETWEEN)
+@sampler(BETWEEN)
 def pfgmpp(
     schedule: Schedule,
     steps: int,
@@ -162,7 +162,7 @@ def pfgmpp(
     return _edm("pfgmpp", schedule, steps, scaling, correction, prediction, clip, guidance, _NO_CHURN, "end")
 
 
-@described(BETWEEN, CHURN)
+@sampler(BETWEEN, CHURN)
 def dpm_2(
     schedule: Schedule,
     steps: int,
@@ -187,7 +187,7 @@ def dpm_2(
     return _edm("dpm_2", schedule, steps, scaling, correction, prediction, clip, guidance, churn, "middle")
 
 
-@described(BETWEEN)
+@sampler(BETWEEN)
 def dpm_2_ancestral(
     schedule: Schedule,
     steps: int,
@@ -224,7 +224,7 @@ def dpm_2_ancestral(
     return several_calls("dpm_2_ancestral", grid, calls, scaling, prediction, clip, guidance, correction=correction)
 
 
-@described(BETWEEN)
+@sampler(BETWEEN)
 def dpmpp_sde(
     schedule: Schedule,
     steps: int,
@@ -266,7 +266,7 @@ def dpmpp_sde(
     return several_calls("dpmpp_sde", grid, calls, scaling, prediction, clip, guidance, correction=correction)
 
 
-@described(ON_A_PATH)
+@sampler(ON_A_PATH)
 def heun(
     schedule: Schedule,
     steps: Steps,

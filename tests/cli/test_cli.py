@@ -178,9 +178,16 @@ def test_one_grammar_for_lambda(tiny, tmp_path, capsys):
         (["--lambda", "1,1", "--steps", "3"], "expected one value for each of 3 steps, got 2"),
         (["--lambda", "{"], "--lambda: expected JSON, got '{'"),
         (["--lambda", '{"k": 1}'], "--lambda: expected the keys k, b"),
-        (["--lambda", "ADM/MNIST/20"], "--lambda: no published setting.*CIFAR-10"),
+        (
+            ["--lambda", "ADM/MNIST/20"],
+            "--lambda: no published setting ADM/MNIST/20/uniform; dataset of ADM: .*CIFAR-10",
+        ),
         (["--lambda", "/nonexistent.json"], "--lambda: expected a file.*/nonexistent.json"),
         (["--scaling", "/nonexistent"], "--scaling: .*/nonexistent"),
+        (
+            ["--correction", "/nonexistent.json"],
+            "--correction: expected a file saved by .*there is no /nonexistent.json",
+        ),
         (["--scaling", "/"], "--scaling: .*'/'"),
         (["--published", "ADM", "MNIST", "20"], "--published: no published setting.*CIFAR-10"),
         (["--lambda-linear", "nan", "1"], "--lambda-linear: .*nan"),
@@ -196,7 +203,7 @@ def test_one_grammar_for_lambda(tiny, tmp_path, capsys):
         (["--out", f"/tmp/{'x' * 250}.npz"], "--out: .* cannot be written: .*File name too long"),
         (["--out", f"/tmp/{'x' * 256}"], "--out: .*File name too long"),
         (["--steps", "0"], "--steps, --batch: expected at least 1"),
-        (["--steps", "2000"], "steps: expected at most T = 1000"),
+        (["--steps", "2000"], "--steps: expected at most T = 1000"),
         (["--sampler", "nope"], "invalid choice: 'nope'"),
         (["--seeds", "a-b"], "expected seeds such as"),
         (["--seeds", "18446744073709551616"], r"expected seeds below 2\^64"),
@@ -211,7 +218,7 @@ def test_one_grammar_for_lambda(tiny, tmp_path, capsys):
         (["--device", "nope"], "--device: 'nope' cannot be used"),
         (["--device", f"cuda:{torch.cuda.device_count()}"], "--device: 'cuda:.' cannot be used"),
         (["--device", "meta"], "--device: 'meta' cannot be used"),
-        (["--model", "/nonexistent"], "model: expected unet/config.json"),
+        (["--model", "/nonexistent"], "--model: expected unet/config.json"),
         (["--out", "/dev/null/a.png"], "--out: /dev/null/a.png cannot be written: "),
         (["--out", "/dev/null/a"], "--out: .*Not a directory: '/dev/null/a'"),
         ([], "required: COMMAND"),
@@ -701,6 +708,65 @@ def test_says_that_lambda_was_fitted_for_another_sampler(tiny, tmp_path, capsys)
     )
 
 
+@pytest.mark.parametrize(
+    "there, here, warning",
+    [
+        ([], ["--direction", "scaled"], ""),  # the default, by its name
+        (["--direction", "scaled", "--eta", "0"], [], ""),
+        (["--direction", "unscaled"], ["--direction", "unscaled"], ""),
+        ([], ["--direction", "unscaled"], "direction scaled, here unscaled"),
+        (["--direction", "unscaled"], [], "direction unscaled, here scaled"),
+        ([], ["--eta", "0.5"], "eta 0.0, here 0.5"),
+        ([], ["--sampler", "ddpm"], "sampler ddim, here ddpm"),  # and nothing of what only one of them has
+    ],
+    ids=str,
+)
+def test_says_what_else_lambda_was_fitted_for(tiny, data, there, here, warning, tmp_path, capsys):
+    """What holds is compared, whether it was said or not: in the file, where an older one has null, and here."""
+    out = tmp_path / "lambda.json"
+    settings = ["--model", tiny["plain"], "--sampler", "ddim", "--steps", "2"]
+    assert calibrate(*settings, *there, "--data", data, "--images", "2", "--out", str(out)) == 0
+    saved, notes = scaling.load(out)
+    assert notes["direction"] == (there[1] if there else "scaled") and notes["spacing"] == "leading"
+    older = {name: None if f"--{name}" not in there else notes[name] for name in ("eta", "direction", "variance")}
+    saved.save(tmp_path / "older.json", **notes | older)
+    for name in ("lambda.json", "older.json"):
+        capsys.readouterr()
+        assert run(*settings, *here, "--seeds", "0", "--lambda", str(tmp_path / name)) == 0
+        said = f"warning: {tmp_path / name} was fitted for {warning}: lambda need not transfer\n" if warning else ""
+        assert capsys.readouterr().err == said
+
+
+def test_says_that_lambda_was_fitted_for_another_spacing(tiny, tmp_path, capsys):
+    scaling.constant(1.01).save(tmp_path / "lambda.json", sampler="ddim", steps=2, spacing="trailing")
+    arguments = ["--model", tiny["plain"], "--sampler", "ddim", "--steps", "2", "--seeds", "0"]
+    assert run(*arguments, "--lambda", str(tmp_path / "lambda.json")) == 0
+    assert "was fitted for spacing trailing, here leading: lambda need not transfer" in capsys.readouterr().err
+
+
+def test_a_default_by_its_name_is_no_other_setting(tiny, data, tmp_path, capsys):
+    """Neither of a directory that is continued, nor of a cache."""
+    model = ["--model", tiny["plain"], "--sampler", "ddim", "--steps", "2"]
+    search = [
+        "--method",
+        "search",
+        "--data",
+        data,
+        "--images",
+        "2",
+        "--samples",
+        "2",
+        "--trials",
+        "2",
+        "--score",
+        "builtins:len",
+    ]
+    for said in ([], ["--direction", "scaled", "--eta", "0"]):
+        assert run(*model, *said, "--seeds", "0-2", "--out", str(tmp_path / "samples")) == 0, capsys.readouterr().err
+        files = ["--cache", str(tmp_path / "cache.json"), "--out", str(tmp_path / "lambda.json")]
+        assert calibrate(*model, *said, *search, *files) == 0, capsys.readouterr().err
+
+
 def test_says_that_lambda_was_fitted_for_other_weights(tiny, data, tmp_path, capsys):
     out = str(tmp_path / "lambda.json")
     settings = ["--sampler", "ddim", "--steps", "2"]
@@ -877,6 +943,7 @@ def test_searches_by_a_distance_in_features(name, measures, tiny, data, capsys):
     [
         (["--score", "cli_measures"], "--score: expected MODULE:FUNCTION, such as mymodule:myfunction, got 'cli_measures'"),
         (["--score", ":score"], "--score: expected MODULE:FUNCTION, such as mymodule:myfunction, got ':score'"),
+        (["--score", "cli_measures.py:score"], "--score: expected a module's name, such as cli_measures:score, without .py"),
         (["--features", "resnet"], "inception, or MODULE:FUNCTION, such as mymodule:myfunction, got 'resnet'"),
         (["--score", "no_such_module:f"], "--score: no module 'no_such_module' in "),
         (["--score", "cli_measures.part:f"], "--score: no module 'cli_measures.part' in "),
@@ -891,7 +958,7 @@ def test_searches_by_a_distance_in_features(name, measures, tiny, data, capsys):
         (["--score", "cli_measures:text"], "--score: expected cli_measures:text to return a number, got '1'"),
         (["--score", "cli_measures:whole"], "--score: expected cli_measures:whole to return a number, got None"),
         (["--score", "cli_measures:many"], "--score: expected cli_measures:many to return a number, got float64 (4,)"),
-        (["--score", "cli_measures:inf"], "score: expected a finite number from at least one trial, got none from 3"),
+        (["--score", "cli_measures:inf"], "--score: expected a finite number from at least one trial, got none from 3"),
         (["--score", "cli_measures:fails"], "--score: cli_measures:fails raised KeyError: 'no such thing' ("),
         (["--features", "cli_measures:scalar"], "--features: expected cli_measures:scalar to return numbers of shape (8, D) for "
          "8 images, got float64 (8,)"),
@@ -932,7 +999,10 @@ def test_a_score_and_features_are_not_both(measures, capsys):
         (["--data", "nowhere"], "data: expected mnist, a .npy"),
         (["--out", "lambda.txt"], "--out: expected a .json"),
         (["--bounds", "0.9", "1.1"], "--bounds: not an option of --method norms"),
-        (["--method", "search", "--fit", "linear"], "--fit: not an option of --method search"),
+        (
+            ["--method", "search", "--fit", "linear"],
+            "--fit: not an option of --method search; a search for a line takes --k-bounds",
+        ),
         (["--method", "search", "--features", "digits"], "--features: digits: images: expected floats (N, 1, 28, 28)"),
         (
             ["--method", "search", "--features", "nothing"],
@@ -1031,7 +1101,7 @@ def test_data_that_cannot_be_read_is_refused(kind, suffix, tiny, data, tmp_path,
         == 2
     )
     error = capsys.readouterr().err
-    assert re.fullmatch(f"epskernels calibrate: data: expected .* in {path}.*\\n", error) and "unsafely" not in error
+    assert re.fullmatch(f"epskernels calibrate: --data: expected .* in {path}.*\\n", error) and "unsafely" not in error
 
 
 def test_out_through_a_link(tiny, tmp_path, capsys):
@@ -1092,7 +1162,7 @@ def test_images_of_more_than_8_bits_are_refused(mode, tiny, tmp_path, capsys):
     assert f"data: expected 8 bits a channel in {tmp_path / 'a.png'}, got mode {mode};" in capsys.readouterr().err
     (tmp_path / "a.png").write_bytes(b"no image")
     assert calibrate(*given) == 2
-    assert f"epskernels calibrate: data: expected an image in {tmp_path / 'a.png'}: " in capsys.readouterr().err
+    assert f"epskernels calibrate: --data: expected an image in {tmp_path / 'a.png'}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "{}", '{"trials": [{"k": 0, "score": 1}]}', '{"trials": [0]}'])
@@ -1103,7 +1173,7 @@ def test_a_damaged_cache_is_refused(text, tmp_path, capsys):
     arguments = ["--steps", "2", "--data", digits, "--images", "4", "--out", str(tmp_path / "l.json"), "--samples", "2"]
     assert calibrate(*arguments, "--method", "search", "--cache", str(cache)) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"epskernels calibrate: cache: expected what search has saved in {cache}: ")
+    assert error.startswith(f"epskernels calibrate: --cache: expected what search has saved in {cache}: ")
     assert len(error.splitlines()) == 1 and cache.read_text() == text
 
 
@@ -1125,7 +1195,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(file, text, message, tiny, tmp
     path.write_text(json.dumps(json.loads(path.read_text()) | text) if isinstance(text, dict) else text)
     assert run("--model", str(tmp_path / "model"), "--seeds", "0") == 2
     error = capsys.readouterr().err
-    assert error.startswith("epskernels sample: model: ") and message in error and len(error.splitlines()) == 1
+    assert error.startswith("epskernels sample: --model: ") and message in error and len(error.splitlines()) == 1
 
 
 def test_an_error_that_announces_its_reason_says_it(tiny, tmp_path, capsys):

@@ -13,6 +13,7 @@ from PIL import Image
 import epskernels
 from epskernels import cli, images, models, samplers, scaling, schedule
 from epskernels.cli import common
+from epskernels.seeds import parse, spelled
 
 from ..support.markdown_examples import environment
 
@@ -94,6 +95,17 @@ def fails(device):
 
 def nothing(device):
     pass
+
+
+def some_nan(device):
+    """Where the mean of x is above 0."""
+    model = lambda x, t: torch.where(x.mean((1, 2, 3), keepdim=True) > 0, torch.nan, 0.1 * x)
+    return Model(model, schedule.linear(100), (1, 8, 8), weights=torch.ones(1))
+
+
+def double(device):
+    network = torch.nn.Linear(8, 8, dtype=torch.float64)
+    return Model(lambda x, t: network(x), schedule.linear(100), (1, 8, 8), weights=torch.ones(1))
 
 
 def two(device, more):
@@ -304,8 +316,10 @@ def test_the_samplers_that_a_schedule_allows(function, refused, own, capsys):
         ("own_broken:model", "--model: own_broken cannot be imported: AttributeError: "),
         ("own_needs:model", "--model: own_needs cannot be imported: ModuleNotFoundError: No module named 'no_such_package' ({}"),
         ("own_typo:model", "--model: own_typo cannot be imported: SyntaxError: expected ':' (own_typo.py, line 1)"),
-        ("own_networks", "model: expected unet/config.json in own_networks, the directory of a diffusers pipeline"),
-        ("own_networks:", "model: expected unet/config.json in own_networks:"),
+        ("own_networks.py:ddpm", "--model: expected a module's name, such as own_networks:ddpm, without .py, got 'own_"),
+        ("a/own_networks.py:ddpm", "--model: expected a module's name, such as own_networks:ddpm, without .py, got 'a/own_"),
+        ("own_networks", "--model: expected unet/config.json in own_networks, the directory of a diffusers pipeline"),
+        ("own_networks:", "--model: expected unet/config.json in own_networks:"),
     ],
 )  # fmt: skip
 def test_a_function_that_gives_no_model(text, message, own, capsys):
@@ -543,3 +557,58 @@ def test_a_class_of_the_data_is_what_calibrate_takes(own, capsys):
     assert scaling.load("l.json")[1]["images"] == 3
     assert run("rgb", *given, "--images", "4", command="calibrate") == 2
     assert "data: expected 4 images of class 1 in data, got 3" in capsys.readouterr().err
+
+
+# ---- what goes wrong, in one line ----
+
+
+@pytest.mark.parametrize("out", ["images.npz", "folder"])
+def test_says_which_samples_are_not_finite(out, own, capsys):
+    """With --uint8 NaN looks like an image: grey. Then the exit status says so too, after all is written."""
+    assert run("some_nan", "--out", "raw.npz", seeds="3-9,20") == 0
+    saved = np.load("raw.npz")
+    bad = [int(seed) for seed, x in zip(saved["seeds"], saved["samples"], strict=True) if not np.isfinite(x).all()]
+    assert 0 < len(bad) < 8
+    said = f"{len(bad)} of 8 samples are not finite (seeds {spelled(bad)})"
+    assert capsys.readouterr().err == f"warning: {said}\n"
+    for _ in range(2):  # also of a directory that is there
+        assert run("some_nan", "--out", out, "--uint8", "--batch", "3", seeds="3-9,20") == 1
+        error = f"epskernels sample: --uint8: expected finite samples, got others: {said}; NaN was written as grey\n"
+        assert capsys.readouterr().err == error
+    if out == "folder":
+        assert len(list((own / "folder/samples").glob("*.png"))) == 8
+    else:
+        assert np.load(out)["arr_0"].shape == (8, 8, 8, 3)
+
+
+def test_seeds_are_spelled_as_ranges():
+    assert spelled([0, 1, 2, 3, 7, 9, 8]) == "0-3, 7, 9, 8" and spelled([5]) == "5" and spelled([]) == ""
+    assert spelled(range(0, 100, 2), most=3) == "0, 2, 4, ..."
+    assert list(parse(spelled([1, 2, 5]).replace(" ", ""))) == [1, 2, 5]
+
+
+def test_what_a_network_raises_says_what_it_was_called_with(own, capsys):
+    assert run("double", "--out", "s.npz") == 1
+    said = capsys.readouterr().err
+    assert (
+        "dtype" in said and "(epskernels: the model was called with x, float32 (5, 1, 8, 8), and t, int64 (5,))" in said
+    )
+
+
+@pytest.mark.parametrize("name", ["absent.npy", "absent.npz"])
+def test_real_images_that_are_not_there(name, own, capsys):
+    assert run("ddpm", "--data", name, "--out", "lambda.json", command="calibrate") == 2
+    assert (
+        capsys.readouterr().err == f"epskernels calibrate: --data: expected a file of images, and there is no {name}\n"
+    )
+
+
+def test_another_run_s_directory_is_told_shortly(own, capsys):
+    assert run("ddpm", "--out", "folder") == 0
+    capsys.readouterr()
+    assert run("other", "--out", "folder") == 2
+    error = capsys.readouterr().err
+    assert re.search(r"model was '[0-9a-f]{8}\.\.\. [0-9a-f]{8}\.\.\.', is ", error) and not re.search(
+        "[0-9a-f]{20}", error
+    )
+    assert error.endswith("; take another directory, or delete this one\n")

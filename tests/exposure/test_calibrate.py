@@ -176,6 +176,39 @@ def test_search_recovers_a_planted_uniform_lambda():
     assert found.baseline == score(scaling.constant(1.0)) and found.score < 1e-6
 
 
+def test_the_text_of_matched_norms_is_a_line():
+    matched = calibrate.match_norms(linear_model, SAMPLERS["ddpm"], data(4))
+    low, high = matched.lambda_t.min(), matched.lambda_t.max()
+    assert repr(matched) == f"Matched(ddpm[6], 4 images; lambda_t {low:.4g} to {high:.4g}, 6 steps)"
+
+
+@pytest.mark.parametrize("planted", [0.95, 1.0, 1.07])
+def test_no_trial_is_made_twice(planted):
+    """Thirds are rounded to 7 digits, one way going up and the other coming down."""
+    found = calibrate.search(lambda s: (s.values(1)[0] - planted) ** 2, (0.9, 1.1))
+    tried = sorted(b for _, b, _ in found.trials)
+    assert len(tried) == 8 and min(np.diff(tried)) > 1e-3
+    assert {type(each) for trial in found.trials for each in trial} == {float} and "np." not in repr(found)
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [("a", "'a'"), (None, "None"), (True, "True"), (torch.ones(2), r"torch.float32 \(2,\)"), ([1.0], "list of 1")],
+    ids=str,
+)
+def test_a_score_that_is_no_number_is_refused(value, shown):
+    message = f"^score: expected a function that returns a number, got {shown}$"
+    with pytest.raises(ValueError, match=message):
+        calibrate.search(lambda s: value, (0.9, 1.1))
+    with pytest.raises(ValueError, match=message):
+        calibrate.search_weights(lambda s: value, corrections.dc, {"s": 0.0})
+
+
+def test_a_score_may_be_a_tensor_of_one_number():
+    found = calibrate.search(lambda s: torch.tensor([(s.values(1)[0] - 1.01) ** 2]), (0.97, 1.03), trials=3)
+    assert type(found.score) is float
+
+
 def test_search_recovers_a_planted_line():
     planted = np.polyval([0.0025, 1.001], np.arange(12))[::-1]
     found = calibrate.search(distance(planted), ((-0.005, 0.005), (0.98, 1.04)), steps=12, trials=40)

@@ -540,6 +540,16 @@ def test_a_damaged_state_is_refused(kind, tmp_path):
 # ---- the result ----
 
 
+@pytest.mark.parametrize("parts", [exposure.PARTS, ("training", "samples"), ("training",), ("samples",)], ids="-".join)
+def test_its_text_is_a_line(parts):
+    found = exposure.measure(wavy_for(TABLES["ddim"]), TABLES["ddim"], images(4), parts=parts)
+    said = repr(found)
+    assert said.startswith(f"Exposure({TABLES['ddim'].name}, 4 images") and said.endswith(")") and len(said) < 100
+    gap = f"norm gap {found.norm_gap.min():.4g} to {found.norm_gap.max():.4g}"
+    assert (gap in said) == ({"training", "samples"} <= set(parts)) and "nan" not in said
+    assert (f"delta_t at the end {found.delta_chain[-1]:.2g}" in said) == ("chain" in parts)
+
+
 def test_saved_and_loaded(tmp_path):
     found = exposure.measure(wavy_for(TABLES["edm_heun"]), TABLES["edm_heun"], images(4), seed=9)
     found.save(tmp_path / "exposure.json")

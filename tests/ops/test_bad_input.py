@@ -1247,6 +1247,12 @@ BAD_CONSTRUCTORS = {
     "betas: above 1": (lambda: schedule.from_betas([0.1, 1.1]), ValueError, r"betas: .*\[0, 1\], got 1.1 at 1"),
     "betas: negative": (lambda: schedule.from_betas([-0.1]), ValueError, r"betas: .*\[0, 1\], got -0.1 at 0"),
     "betas: NaN": (lambda: schedule.from_betas([0.1, np.nan]), ValueError, r"betas: .*\[0, 1\], got nan at 1"),
+    "betas: alphas_cumprod": (
+        lambda: schedule.from_betas(LINEAR.abar),
+        ValueError,
+        "betas: expected small ones first, got values that fall from 0.9999 to 4.03.*, as alphas and alphas_cumprod do",
+    ),
+    "betas: alphas": (lambda: schedule.from_betas(1 - LINEAR.betas), ValueError, "betas: .* fall from 0.9999 to 0.98"),
     "linear: beta_end": (lambda: schedule.linear(beta_end=1.5), ValueError, "betas: expected values"),
     "steps: more than T": (lambda: LINEAR.grid(1001), ValueError, "steps: expected at most T = 1000, got 1001"),
     "steps: decreasing": (
@@ -1324,9 +1330,63 @@ BAD_CONSTRUCTORS = {
     "published: unknown": (
         lambda: epskernels.published("ADM", "CIFAR-10", 7),
         KeyError,
-        r"no published setting \('ADM', 'CIFAR-10', 7, 'uniform'\); known .*: ADM, CIFAR-10, 100, uniform; .*EDM, CIFAR",
+        "no published setting ADM/CIFAR-10/7/uniform; steps of ADM, CIFAR-10: expected one of 100, 50, 20, got 7",
     ),
-    "published: kind": (lambda: epskernels.published("EDM", "CIFAR-10", 35, "rk4"), KeyError, "no published .*heun"),
+    "published: system": (
+        lambda: epskernels.published("DDPM", "CIFAR-10", 20),
+        KeyError,
+        "no published setting DDPM/CIFAR-10/20/uniform; system: expected one of 'ADM', 'EDM', 'DDIM', got 'DDPM'",
+    ),
+    "published: dataset": (
+        lambda: epskernels.published("EDM", "CIFAR10", 35),
+        KeyError,
+        "; dataset of EDM: expected one of 'CIFAR-10', 'CIFAR-10 conditional', got 'CIFAR10'",
+    ),
+    "published: kind": (
+        lambda: epskernels.published("EDM", "CIFAR-10", 35, "rk4"),
+        KeyError,
+        "; kind of EDM, CIFAR-10, 35: expected one of 'heun', 'euler', got 'rk4'",
+    ),
+    "sampler: argument": (
+        lambda: samplers.ddpm(LINEAR, 5, clp=1.0),
+        TypeError,
+        "ddpm: expected arguments among scaling, .*, clip, guidance, spacing, steps_offset, final, got 'clp'",
+    ),
+    "sampler: argument of one without a grid of timesteps": (
+        lambda: samplers.edm_heun(KARRAS, 5, spacing="trailing"),
+        TypeError,
+        "edm_heun: expected arguments among scaling, .* S_noise, got 'spacing'",
+    ),
+    "sampler: argument through another": (
+        lambda: samplers.dit(5, clp=1.0),
+        TypeError,
+        "dit: expected arguments among scaling, .*guided_channels, T, .*variance, clip, spacing, .*, got 'clp'",
+    ),
+    "sampler: an argument of what it calls": (
+        lambda: samplers.dit(5, schedule=LINEAR),
+        TypeError,
+        "dit: expected arguments among .*, got 'schedule'",
+    ),
+    "sampler: spacing of noise levels": (
+        lambda: samplers.euler(KARRAS, 5, spacing="trailing"),
+        ValueError,
+        "spacing: expected none with a KarrasSchedule, got spacing='trailing'",
+    ),
+    "sampler: options of a grid that is made": (
+        lambda: samplers.ddim(LINEAR.grid(5), 5, spacing="trailing", final="first"),
+        ValueError,
+        "spacing, final: expected none with a Grid, got spacing='trailing', final='first'",
+    ),
+    "sampler: spacing of ADM's chain": (
+        lambda: samplers.ddpm(LINEAR, "20", spacing="trailing"),
+        ValueError,
+        "spacing, steps_offset: expected none where steps tells the timesteps, as '20' does, got 'trailing', 0",
+    ),
+    "sampler: an offset of given timesteps": (
+        lambda: samplers.ddim(LINEAR, [900, 500, 100], steps_offset=1),
+        ValueError,
+        r"spacing, steps_offset: expected none .* as \[900, 500, 100\] does, got 'leading', 1",
+    ),
     "ddpm: variance": (
         lambda: samplers.ddpm(LINEAR, 5, variance="learned"),
         ValueError,

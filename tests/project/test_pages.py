@@ -10,6 +10,7 @@ import torch
 
 import epskernels
 from epskernels import exposure, k_diffusion, samplers, scaling, schedule
+from epskernels.published_settings import SETTINGS
 
 from ..support import markdown_examples
 from ..support.markdown_examples import ROOT, blocks, environment
@@ -31,6 +32,29 @@ def test_examples_run_and_agree():
     row = type("Row", (), dict(zip(COLUMNS, table.rows[4].tolist(), strict=True)))
     z = epskernels.normal(seeds, (3, 32, 32), stream=0, draw=4)
     torch.testing.assert_close(names["step"](x, f, row, z), epskernels.step(x, f, table, 4, seeds=seeds))
+
+
+def test_the_papers_settings_are_those_of_the_package():
+    """docs/choosing_lambda.md: each number of its tables, and no other setting."""
+    page = (ROOT / "docs/choosing_lambda.md").read_text()
+    (part,) = re.findall(r"^## The paper's settings\n(.*?)(?=^## )", page, re.M | re.S)
+    rows = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in part.splitlines() if line.startswith("| ")]
+    told = {("DDIM", "CelebA", 100, "uniform"): [float(re.findall(r'"CelebA", 100 steps, ([0-9.]+[0-9])', part)[0])]}
+    for name, _, *uniform, line in (row for row in rows if row[0].startswith('"')):
+        dataset = name.strip('"')
+        told |= {("ADM", dataset, n, "uniform"): [float(b)] for n, b in zip((100, 50, 20), uniform, strict=True)}
+        told["ADM", dataset, 20, "linear"] = [float(number) for number in line.split(", ")]
+    for calls, steps, *numbers in (row for row in rows if row[0].isdigit()):
+        assert steps == f"{(int(calls) + 1) // 2}; {calls}"
+        columns = [
+            (dataset, solver) for dataset in ("CIFAR-10", "CIFAR-10 conditional") for solver in ("heun", "euler")
+        ]
+        told |= {
+            ("EDM", dataset, int(calls), solver): [float(b)]
+            for (dataset, solver), b in zip(columns, numbers, strict=True)
+        }
+    specs = {key: setting.scaling.to_dict() for key, setting in SETTINGS.items()}
+    assert told == {key: [spec[name] for name in ("k", "b") if name in spec] for key, spec in specs.items()}
 
 
 # ---- docs/samplers.md: its lines, run ----

@@ -108,6 +108,14 @@ def test_each_link_of_the_pages_leads_to_a_file(tmp_path):
     assert home.count("{toctree}") == len(conf.PAGES) + 1 and (tmp_path / "reference" / "samplers.rst").exists()
 
 
+def test_a_folder_of_something_else_is_kept(tmp_path):
+    """`sphinx-build docs site` names docs/ as the folder that the sources are written to."""
+    (tmp_path / "conf.py").write_text("")
+    with pytest.raises(ValueError, match="expected a folder of this build's own, such as build/docs"):
+        conf.write_sources(tmp_path)
+    assert (tmp_path / "conf.py").exists()
+
+
 def test_pictures_are_small():
     sizes = {path: path.stat().st_size for path in (ROOT / "docs").rglob("*.svg")}
     assert len(sizes) > 5 and max(sizes.values()) < 200_000, sizes

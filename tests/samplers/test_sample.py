@@ -156,6 +156,10 @@ def test_progress_bar_goes_to_stderr(capsys):
         ({"seeds": torch.zeros(2)}, "seeds: expected an int64 tensor"),
         ({"dtype": torch.float64}, "dtype: expected float32, float16 or bfloat16, got torch.float64"),
         ({"dtype": "cuda"}, "dtype: expected float32, float16 or bfloat16, got cuda"),
+        (
+            {"cond_fn": lambda x, t: x[:, :1], "table": TABLES["ddpm"]},
+            r"cond_fn: expected a gradient of shape .*\(1, 1, 5, 3\)",
+        ),
     ],
     ids=[
         "several samplers",
@@ -165,12 +169,56 @@ def test_progress_bar_goes_to_stderr(capsys):
         "float seeds",
         "dtype",
         "no dtype",
+        "gradient of another shape",
     ],
 )
 def test_refused(kwargs, message):
     arguments = {"model": model, "table": TABLES["ddim"], "seeds": [1], "shape": SHAPE} | kwargs
     with pytest.raises(ValueError, match=message):
         epskernels.sample(**arguments)
+
+
+OUTPUTS = {
+    "shape": (lambda x, t: x.flatten(1), r"an output of shape \(2, 2, 5, 3\), as x has, got \(2, 30\)"),
+    "twice the channels": (
+        lambda x, t: torch.cat([x, x], 1)[..., :2],
+        r"an output of shape \(2, 4, 5, 3\), twice the channels of x, got \(2, 4, 5, 2\)",
+    ),
+    "unconditional": (
+        lambda x, t: (x, x[:1]),
+        r"an unconditional output of shape \(2, 2, 5, 3\), as the conditional one has, got \(1, 2, 5, 3\)",
+    ),
+    "dtype": (
+        lambda x, t: x.double(),
+        r"an output of float32, float16 or bfloat16, got float64 \(2, 2, 5, 3\); a network in double is called as lambda",
+    ),
+    "device": (lambda x, t: x.to("meta"), "an output on cpu, as x is, got one on meta"),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_an_output_of_the_model_that_does_not_fit_is_refused(case):
+    """Wherever a model is called: all calls are made by `ask` and judged by `outputs`."""
+    broken, message = OUTPUTS[case]
+    with pytest.raises(ValueError, match=f"^model: expected {message}"):
+        epskernels.sample(broken, TABLES["ddim"], [1, 2], SHAPE)
+    with pytest.raises(ValueError, match=f"^model: expected {message}"):
+        epskernels.exposure.measure(broken, TABLES["ddim"], torch.zeros(2, *SHAPE))
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match=f"^model: expected {message}"):
+        epskernels.GraphedSampler(broken, TABLES["ddim"], 2, SHAPE)([1, 2])
+
+
+def test_what_a_model_raises_says_what_it_was_called_with():
+    """torch says neither that x has one dtype and the network another, nor that t is a fraction."""
+    double = torch.nn.Linear(3, 3, dtype=torch.float64)
+    embedding = torch.nn.Embedding(1000, 3)
+    karras = samplers.edm_euler(schedule.KarrasSchedule(model=LINEAR), 5, prediction="epsilon")
+    for broken, table, t in ((double, TABLES["ddim"], "int64"), (embedding, karras, "float32")):
+        call = (lambda x, t: double(x)) if broken is double else (lambda x, t: x * embedding(t)[:, None, None])
+        with pytest.raises(RuntimeError) as caught:
+            epskernels.sample(call, table, [1, 2], SHAPE)
+        said = f"epskernels: the model was called with x, float32 (2, 2, 5, 3), and t, {t} (2,)"
+        assert caught.value.__notes__ == [said]
 
 
 OUTPUT = "model: expected it to return a tensor f, a pair .f, u., or what has f as .sample, got "

@@ -48,6 +48,13 @@ def values(table):
     return {key: table[key].copy() for key in VALUES}
 
 
+def test_every_sampler_names_itself_where_an_argument_is_unknown():
+    for name, sampler in samplers.SAMPLERS.items():
+        with pytest.raises(TypeError, match=f"^{name}: expected arguments among scaling, .*, got 'clp'$"):
+            sampler(VP, 5, clp=1.0)
+        assert sampler.__doc__.endswith(".") and sampler.__wrapped__.__doc__ == sampler.__doc__
+
+
 # ---- immutable ----
 
 
