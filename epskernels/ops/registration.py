@@ -10,9 +10,11 @@ moments      (f, u, rows, index) -> sums over each sample
 normal       (seeds, shape, dtype, draw, stream) -> the generator's normals
 
 The compiled kernels register themselves, for CPU and for CUDA tensors. Where one is missing, CUDA tensors run on the Triton
-kernel; failing that the reference stands in, and says so once.
+kernel; failing that the reference stands in, and says so once, or raises where EPSKERNELS_FALLBACK=error. That is so of every
+call that reaches the ops: of `step`, of torch.ops.epskernels.*, of compiled graphs and exported programs.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from .. import build
 from ..spec import SCHEMAS, STREAM_INITIAL
-from .checks import check_moments, check_normal, check_outputs_like, check_step
+from .checks import check_moments, check_normal, check_outputs_like, check_step, fail
 from .log import log
 from .reference_backend import REFERENCE
 
@@ -38,9 +40,8 @@ for _schema in SCHEMAS:
 
 # ---- where no kernel was compiled ----
 
-stand_ins: dict[
-    str, dict[str, Callable[..., Any]]
-] = {}  # for each kind of device without a compiled kernel, the functions by op
+# For each kind of device without a compiled kernel that has been used, the functions by op.
+_stand_ins: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
 def _stand_in(name: str) -> Callable[..., Any]:
@@ -48,25 +49,30 @@ def _stand_in(name: str) -> Callable[..., Any]:
 
     def stand_in(first: Any, *args: Any, **kwargs: Any) -> Any:
         kind = first.device.type if isinstance(first, torch.Tensor) else "cpu"
-        if kind in stand_ins:
-            return stand_ins[kind][name](first, *args, **kwargs)
-        missing = build.why_missing(kind) if kind in ("cpu", "cuda") else None
-        missing = missing or "this version has no kernel for it"
-        without_triton = build.why_missing("triton") if kind == "cuda" else ""
-        functions = triton_functions() if without_triton is None else REFERENCE
-        result = functions[name](first, *args, **kwargs)
-        stand_ins[kind] = functions
-        if without_triton is None:
-            log.debug("%s tensors run on the Triton kernel: %s", kind, missing)
-        else:
-            missing += f"; nor is there Triton: {without_triton}" if without_triton else ""
-            warnings.warn(
-                f"epskernels runs its pure PyTorch reference, slower, on {kind} tensors: {missing}", stacklevel=3
-            )
-        return result
+        if kind not in _stand_ins:
+            _stand_ins[kind] = _functions_for(kind)
+        return _stand_ins[kind][name](first, *args, **kwargs)
 
     stand_in.__name__ = f"stand_in_{name}"
     return stand_in
+
+
+def _functions_for(kind: str) -> dict[str, Callable[..., Any]]:
+    """What stands in on this kind of device. Raises where the environment, or a filter of warnings, does not let it."""
+    if FAULTS:
+        fail("; ".join(FAULTS))
+    missing = build.why_missing(kind) if kind in ("cpu", "cuda") else None
+    missing = missing or "this version has no kernel for it"
+    if build.default_for(kind) == "triton":
+        log.debug("%s tensors run on the Triton kernel: %s", kind, missing)
+        return triton_functions()
+    if kind == "cuda":
+        missing += f"; nor is there Triton: {build.why_missing('triton')}"
+    if _REFUSES_REFERENCE:
+        fail(f"EPSKERNELS_FALLBACK=error, and only the pure PyTorch reference could run on {kind} tensors: {missing}")
+    said = f"epskernels runs its pure PyTorch reference, slower, on {kind} tensors: {missing}"
+    warnings.warn(said, build.FallbackWarning, stacklevel=4)
+    return REFERENCE
 
 
 def triton_functions() -> dict[str, Callable[..., Any]]:
@@ -123,6 +129,12 @@ def _(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype, draw: int = 0, st
 
 
 build.load_kernels()
+# An import never fails by the environment, so that `epskernels info` can say what is wrong: the calls do.
+FAULTS = build.environment_faults()
+# Who has asked for the reference gets it.
+_REFUSES_REFERENCE = (
+    os.environ.get("EPSKERNELS_FALLBACK") == "error" and os.environ.get("EPSKERNELS_BACKEND") != "reference"
+)
 
 
 # ---- outputs that are views with the negative bit, such as x.conj().imag: their memory holds the negated values ----
