@@ -1,7 +1,8 @@
 """Builds csrc with CMake and Ninja. EPSKERNELS_BUILD=0 leaves it out, 1 makes a missing tool an error; by default a missing
-tool leaves it out and says so: the package then runs on its pure PyTorch reference, and its wheel is py3-none-any. EPSKERNELS_CUDA is the same for the CUDA
-kernel, which needs nvcc but no GPU; by default it is left out beside a torch without CUDA too, where it could not run and would
-take minutes. EPSKERNELS_CUDA_ARCHITECTURES says what to compile it for, as CMake spells it."""
+tool leaves it out and says so: the package then runs on its pure PyTorch reference, and its wheel is py3-none-any.
+EPSKERNELS_CUDA is the same for the CUDA kernel, which needs nvcc but no GPU; by default it is left out beside a torch without
+CUDA too, where it could not run and would take minutes. EPSKERNELS_CUDA_ARCHITECTURES says what to compile it for, as CMake
+spells it."""
 
 import importlib.util
 import os

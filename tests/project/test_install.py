@@ -158,7 +158,9 @@ def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment
     assert result.stderr.count("FallbackWarning: epskernels runs its pure PyTorch reference") == 1
     assert "pip install --force-reinstall --no-deps PATH_OF_THE_CHECKOUT\n" in result.stderr
     checked = use(environment, "from epskernels.cli import main; exit(main(['info', '--require', 'cpu']))", tmp_path)
-    assert checked.returncode == 1 and checked.stderr.startswith("epskernels info: epskernels: cpu: the compiled kernels")
+    assert checked.returncode == 1 and checked.stderr.startswith(
+        "epskernels info: epskernels: cpu: the compiled kernels"
+    )
 
     shutil.unpack_archive(sdist, tmp_path)
     (sources,) = tmp_path.glob("epskernels-*/")
