@@ -1,7 +1,9 @@
 """The step beside what users would pick instead, on this machine.
 
-    make bench            # a few minutes; or: python benchmarks/bench.py [--full] [--only REGEX] [--json FILE]
+    make bench            # some twenty minutes; or: python benchmarks/bench.py [--full] [--only REGEX] [--json FILE]
     make bench-full       # more sizes, more rounds
+    python benchmarks/bench.py --list                                 # the names of all comparisons
+    python benchmarks/bench.py --passes 1 --only 'feature: plain'     # one part of it, in seconds
 
 Three questions: how close to the limit (a copy of the same bytes), how much faster than the alternatives, how cost grows.
 Correctness is asserted before anything is timed. With a GPU, bench_gpu.py runs too and its results are part of the file.

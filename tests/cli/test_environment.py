@@ -199,6 +199,13 @@ def test_a_missing_kernel_is_an_error_where_the_environment_says_so(run):
     assert said[len(UNASKED) :] == RAN and out == "[7.0]" and "FallbackWarning" not in done.stderr
 
 
+def test_a_bad_argument_is_told_before_a_missing_kernel(run):
+    code = "try:\n    epskernels.step(x, x[:1], row, 0)\nexcept RuntimeError as error:\n    print(error)\n"
+    done = run(WITHOUT + code)
+    assert done.stdout.startswith("epskernels: f: expected shape (2, 3, 4, 4)") and done.stderr == ""
+    assert run(WITHOUT + code, EPSKERNELS_FALLBACK="error") == done
+
+
 def test_a_missing_kernel_is_an_error_where_a_filter_says_so(run):
     """At each call, and before anything is written."""
     code = "import warnings\nwarnings.simplefilter('error', epskernels.FallbackWarning)\n"
