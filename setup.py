@@ -1,7 +1,8 @@
 """Builds csrc with CMake and Ninja. EPSKERNELS_BUILD=0 leaves it out, 1 makes a missing tool an error; by default a missing
-tool leaves it out and says so: the package then runs on its pure PyTorch reference. EPSKERNELS_CUDA is the same for the CUDA
-kernel, which needs nvcc but no GPU; by default it is left out beside a torch without CUDA too, where it could not run and would
-take minutes. EPSKERNELS_CUDA_ARCHITECTURES says what to compile it for, as CMake spells it."""
+tool leaves it out and says so: the package then runs on its pure PyTorch reference, and its wheel is py3-none-any.
+EPSKERNELS_CUDA is the same for the CUDA kernel, which needs nvcc but no GPU; by default it is left out beside a torch without
+CUDA too, where it could not run and would take minutes. EPSKERNELS_CUDA_ARCHITECTURES says what to compile it for, as CMake
+spells it."""
 
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import sys
 import sysconfig
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
@@ -160,4 +162,14 @@ class CMakeBuild(build_ext):
         pass
 
 
-setup(ext_modules=[Extension("epskernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        """Without kernels it is for any machine, and no one takes it for one that has them."""
+        without = (self.get_finalized_command("build_ext").package_path() / NOTE).exists()
+        return ("py3", "none", "any") if without else super().get_tag()
+
+
+setup(
+    ext_modules=[Extension("epskernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)

@@ -1,7 +1,8 @@
 """The step beside what users would pick instead, on this machine.
 
-    make bench            # a few minutes; or: python benchmarks/bench.py [--full] [--only REGEX] [--json FILE]
+    make bench            # six passes; or: python benchmarks/bench.py [--full] [--only REGEX] [--json FILE]
     make bench-full       # more sizes, more rounds
+    python benchmarks/bench.py --passes 1 --only '^feature: plain'     # a part of it; on a busy machine its intervals are wide
 
 Three questions: how close to the limit (a copy of the same bytes), how much faster than the alternatives, how cost grows.
 Correctness is asserted before anything is timed. With a GPU, bench_gpu.py runs too and its results are part of the file.
@@ -11,7 +12,6 @@ import argparse
 import json
 import math
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -470,21 +470,18 @@ def gpu_results():
         return results | {"exit status": done.returncode}
 
 
-def comparisons(full, only):
-    everything = [
+def comparisons(full):
+    return [
         *by_limit(), *by_size(full), *by_feature(), *by_band(),
         *by_dtype(), *by_scheduler(), *by_formula(), *by_batch(), *by_growth(full),
         *by_rows(),
         *by_threads(), *by_loop(full), *by_real_model(), *by_call(),
     ]  # fmt: skip
-    return [c for c in everything if re.search(only, f"{c.group} {c.name}")]
 
 
 def one_pass(wanted, path, rounds, seconds):
-    """One block of every comparison: {"GROUP NAME": {contender: seconds by round}}."""
-    blocks = {}
-    for comparison in wanted:
-        blocks[f"{comparison.group} {comparison.name}"] = harness.time_block(comparison, rounds, seconds)
+    """One block of every comparison: {title: {contender: seconds by round}}."""
+    blocks = {comparison.title: harness.time_block(comparison, rounds, seconds) for comparison in wanted}
     path.write_text(json.dumps(blocks))
 
 
@@ -502,7 +499,12 @@ def passes(count, arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--full", action="store_true", help="more sizes, more rounds")
-    parser.add_argument("--only", default="", help="only comparisons whose 'GROUP NAME' holds this expression")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="only comparisons whose 'GROUP: NAME', as the results print it, holds this expression, such as '^feature: plain'; "
+        "'^memory' counts memory alone",
+    )
     parser.add_argument("--json", default="benchmarks/results/latest.json")
     parser.add_argument(
         "--passes", type=int, help="processes to measure in, one after the other; default 6, or 8 with --full"
@@ -513,7 +515,9 @@ def main():
         raise SystemExit(f"bench: {build.why_missing()}")
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
-    wanted = comparisons(args.full, args.only)
+    everything = comparisons(args.full)
+    titles = harness.asked(parser, args.only, [*(comparison.title for comparison in everything), "memory"])
+    wanted = [comparison for comparison in everything if comparison.title in titles]
     if args.one_pass:
         one_pass(wanted, args.one_pass, *((9, 0.02) if args.full else (5, 0.006)))
         return
@@ -529,14 +533,14 @@ def main():
     blocks = list(passes(args.passes or (8 if args.full else 6), ["--only", args.only] + ["--full"] * args.full))
     print(f"{'time of epskernels / time of the peer':<90} {'ratio':>8}  {'interval of 95 %':<18} target")
     for comparison in wanted:
-        for row in harness.rows_of(comparison, [block[f"{comparison.group} {comparison.name}"] for block in blocks]):
+        for row in harness.rows_of(comparison, [block[comparison.title] for block in blocks]):
             results["rows"].append(row)
             low, high = row["interval"]
             verdict = {True: "met", False: "NOT MET", None: ""}[row["met"]]
             target = "" if row["target"] is None else f"{row['target']:.3g} {verdict}"
-            title = f"{row['group']}: {row['name']} / {row['peer']}"
+            title = f"{comparison.title} / {row['peer']}"
             print(f"{title:<90} {row['ratio']:8.3f}  [{low:.3f}, {high:.3f}]".ljust(120) + target)
-    if re.search(args.only, "memory"):
+    if "memory" in titles:
         results["memory"] = list(memory())
         for row in results["memory"]:
             counted = f"{row['allocations']} allocations, peak {row['peak_over_state']:.2f} states"

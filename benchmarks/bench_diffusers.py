@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -214,13 +213,13 @@ def made(kind):
     return {OURS: ours, THEIRS: theirs}
 
 
-def comparisons(only):
+def comparisons(names):
     return [
         Comparison(
             "scheduler", name, lambda kind=kind: made(kind), targets={THEIRS: 1 / kind.times} if kind.times else {}
         )
         for name, kind in KINDS.items()
-        if re.search(only, name)
+        if name in names
     ]
 
 
@@ -234,7 +233,7 @@ def main():
     if build.why_missing():
         raise SystemExit(f"bench: {build.why_missing()}")
     torch.set_grad_enabled(False)
-    wanted = comparisons(args.only)
+    wanted = comparisons(harness.asked(parser, args.only, list(KINDS)))
     if args.one_pass:
         found = {comparison.name: harness.time_block(comparison, 7, 0.02) for comparison in wanted}
         args.one_pass.write_text(json.dumps(found))

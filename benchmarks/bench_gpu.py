@@ -630,6 +630,12 @@ def main():
         device == "cuda" and build.interprets_triton() and not DRY
     ):
         sys.exit("bench_gpu: unset EPSKERNELS_BACKEND and TRITON_INTERPRET, which change what is measured")
+    wanted = [case for case in all_cases(device) if re.search(args.only, case.name)]
+    if not wanted:
+        names = "; ".join(case.name for case in all_cases(device))
+        parser.error(
+            f"--only: expected an expression that is in the name of a case, got {args.only!r}; there are: {names}"
+        )
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
 
@@ -654,7 +660,7 @@ def main():
     one, how = torch.zeros(1, device=device), "node" if device == "cuda" else "call"
     prepared = {"": sampler("", how, REPLAY_BYTES / 256, [lambda: one.fill_(1.0)], device)}
     smallest = statistics.median(interleaved(prepared, args.seconds, {})[""])
-    cases = left(rows, [case for case in all_cases(device) if re.search(args.only, case.name)])
+    cases = left(rows, wanted)
     for i, case in enumerate(cases):
         if time.perf_counter() - begin > args.stop_after:
             say(f"--stop-after: {len(cases) - i} cases are left; --resume goes on with them")

@@ -38,6 +38,21 @@ class Comparison:
     targets: dict = dataclasses.field(default_factory=dict)  # {peer: the ratio that must not be exceeded}
     before: dict = dataclasses.field(default_factory=dict)  # {contender: what runs, untimed, before each of its rounds}
 
+    @property
+    def title(self):
+        return f"{self.group}: {self.name}"
+
+
+def asked(parser, only, names):
+    """The names that hold --only's expression; where none does, the parser says what there is, with exit status 2."""
+    found = [name for name in names if re.search(only, name)]
+    if not found:
+        parts = dict.fromkeys(name.partition(": ")[0] for name in names)
+        parser.error(
+            f"--only: expected an expression that is in the name of a comparison, got {only!r}; there are: {'; '.join(parts)}"
+        )
+    return found
+
 
 def twice(run):
     def both():

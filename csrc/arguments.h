@@ -39,6 +39,8 @@ inline const char* dtype_name(int32_t dtype) {
       {aoti_torch_dtype_int64(), "int64"},         {aoti_torch_dtype_int32(), "int32"},
       {aoti_torch_dtype_int16(), "int16"},         {aoti_torch_dtype_int8(), "int8"},
       {aoti_torch_dtype_uint8(), "uint8"},         {aoti_torch_dtype_bool(), "bool"},
+      {aoti_torch_dtype_uint16(), "uint16"},       {aoti_torch_dtype_uint32(), "uint32"},
+      {aoti_torch_dtype_uint64(), "uint64"},       {aoti_torch_dtype_complex32(), "complex32"},
       {aoti_torch_dtype_complex64(), "complex64"}, {aoti_torch_dtype_complex128(), "complex128"}};
   for (const auto& [known, name] : names)
     if (dtype == known) return name;

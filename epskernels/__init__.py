@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import corrections, diffusers, samplers, scaling, schedule, time_shift
+from .build import FallbackWarning
 from .corrections import Correction
 from .graphed import GraphedSampler
 from .guidance import dynamic_threshold, guidance_rescale
@@ -17,9 +18,9 @@ from .table import Table, concat
 
 __version__ = "0.1.0"
 __all__ = [
-    "Correction", "EpsilonScaling", "GraphedSampler", "Table", "as_seeds", "concat", "corrections", "diffusers",
-    "dynamic_threshold", "guidance_rescale", "moments", "normal", "pfgmpp_prior", "published", "sample", "samplers",
-    "scaling", "schedule", "step", "time_shift", "use_backend",
+    "Correction", "EpsilonScaling", "FallbackWarning", "GraphedSampler", "Table", "as_seeds", "concat", "corrections",
+    "diffusers", "dynamic_threshold", "guidance_rescale", "moments", "normal", "pfgmpp_prior", "published", "sample",
+    "samplers", "scaling", "schedule", "step", "time_shift", "use_backend",
 ]  # fmt: skip
 
 # Imported at first use: they are there without an import of their own, and what they need is read by those who use them. Of

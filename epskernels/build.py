@@ -14,20 +14,28 @@ import torch
 from .typing import Backend
 
 __all__ = [
-    "BACKENDS", "cmake_dir", "cuda_targets", "environment_faults", "extension", "interprets_triton", "library", "load_kernels",
-    "why_missing",
+    "BACKENDS", "KERNELS", "FallbackWarning", "cmake_dir", "cuda_targets", "default_for", "environment_faults", "extension",
+    "interprets_triton", "library", "load_kernels", "require", "why_missing",
 ]  # fmt: skip
 
 # What runs: "auto" is the fastest that is there for the tensors' device.
 BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "cuda", "triton", "reference")
+KERNELS: tuple[Backend, ...] = ("cpu", "cuda", "triton")  # those that an installation may lack
 _FOLDER = pathlib.Path(__file__).parent
 _NOTES = {"cpu": _FOLDER / "not_built.txt", "cuda": _FOLDER / "not_built_cuda.txt"}
 _LIBRARY = _FOLDER / "libepskernels.so"
 _CUDA_LIBRARY = _FOLDER / "libepskernels_cuda.so"
-_MEND = "install {}, then the package again: pip install --force-reinstall --no-deps ..."
+_MEND = "install {}, then the package again: pip install --force-reinstall --no-deps PATH_OF_THE_CHECKOUT"
 _log = logging.getLogger("epskernels")
 _extension: ModuleType | None = None
 _why: dict[str, str] = {}
+
+
+class FallbackWarning(UserWarning):
+    """The pure PyTorch reference runs, many times slower, because the kernel for such tensors is missing.
+
+    warnings.simplefilter("error", epskernels.FallbackWarning) makes it an error, as EPSKERNELS_FALLBACK=error does.
+    """
 
 
 def load_kernels() -> None:
@@ -106,12 +114,13 @@ def extension() -> ModuleType | None:
 
 
 def environment_faults() -> list[str]:
-    """What is wrong with the variables EPSKERNELS_*, a line each, such as "EPSKERNELS_LOG: expected one of ('debug',), got 'x'".
+    """What is wrong with the variables EPSKERNELS_*, a line each, such as "EPSKERNELS_LOG: expected one of (...), got 'x'".
 
     An empty variable is one that is not set. The public functions raise these lines as RuntimeError; an import does not.
     """
     expected: dict[str, tuple[str, ...]] = {
-        "EPSKERNELS_BACKEND": BACKENDS, "EPSKERNELS_LOG": ("debug",), "EPSKERNELS_CHECK_ROWS": ("0", "1"),
+        "EPSKERNELS_BACKEND": BACKENDS, "EPSKERNELS_FALLBACK": ("warn", "error"), "EPSKERNELS_LOG": ("debug", "0", "1"),
+        "EPSKERNELS_CHECK_ROWS": ("0", "1"),
     }  # fmt: skip
     if _extension:
         expected["EPSKERNELS_CPU_CAPABILITY"] = tuple(_extension.cpu_capabilities())
@@ -119,7 +128,7 @@ def environment_faults() -> list[str]:
     faults = [f"{name}: expected one of {expected[name]}, got {value!r}" for name, value in given.items()
               if value not in expected[name]]  # fmt: skip
     backend = given.get("EPSKERNELS_BACKEND")
-    if backend in ("cpu", "cuda", "triton") and (missing := why_missing(backend)):
+    if backend in KERNELS and (missing := why_missing(backend)):
         faults.append(f"EPSKERNELS_BACKEND: backend {backend!r} is missing: {missing}")
     return faults
 
@@ -141,10 +150,37 @@ def interprets_triton() -> bool:
 
 
 def why_missing(backend: str = "cpu") -> str | None:
-    """None where the backend, "cpu", "cuda" or "triton", can run; else the reason, and the mend where there is one."""
+    """None where the backend, "cpu", "cuda" or "triton", can run; else the reason, and the mend where there is one.
+
+    Raises ValueError for another name.
+    """
+    if backend not in KERNELS:
+        raise ValueError(f"backend: expected one of {KERNELS}, got {backend!r}")
     if backend != "triton":
         return _why.get(backend) or (_no_gpu() if backend == "cuda" else None)
     if importlib.util.find_spec("triton") is None:
         wanted = "pip install triton" if torch.version.hip is None else "it comes with torch's own wheels for ROCm"
         return f"triton is not installed; {wanted}"
     return None if interprets_triton() else _no_gpu()
+
+
+def require(*backends: str) -> None:
+    """For the start of a service: returns where each of these backends can run, "cpu" where none is named.
+
+    backends: of "cpu", "cuda" and "triton". Raises RuntimeError with all reasons: a backend that is missing, a variable
+    EPSKERNELS_* with a wrong value, an EPSKERNELS_BACKEND that forces another backend. ValueError for another name.
+    """
+    wanted = backends or ("cpu",)
+    reasons = [f"{name}: {missing}" for name in wanted if (missing := why_missing(name))]
+    reasons += environment_faults()
+    forced = os.environ.get("EPSKERNELS_BACKEND")
+    if forced in BACKENDS and forced not in ("auto", *wanted):
+        reasons.append(f"EPSKERNELS_BACKEND: expected one of {('auto', *wanted)}, got {forced!r}")
+    if reasons:
+        raise RuntimeError(f"epskernels: {'; '.join(reasons)}")
+
+
+def default_for(kind: str) -> str:
+    """The backend that runs where none is asked for, on tensors of this kind of device ("cpu", "cuda", ...)."""
+    of_kind = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(kind, ())
+    return next((name for name in of_kind if not why_missing(name)), "reference")

@@ -26,8 +26,8 @@ from .files import argument, read_object, reading, write_whole
 from .typing import Array, FilePath, Floats
 
 __all__ = [
-    "EpsilonScaling", "ScalingLike", "array", "as_json", "as_scaling", "by_level", "constant", "exponential", "lambdas", "linear",
-    "load", "log_snr", "noise_alone", "quadratic", "scale", "tsr",
+    "NOISE_ALONE", "EpsilonScaling", "ScalingLike", "array", "as_json", "as_scaling", "by_level", "constant", "exponential",
+    "lambdas", "linear", "load", "log_snr", "noise_alone", "quadratic", "scale", "tsr",
 ]  # fmt: skip
 
 _log = logging.getLogger("epskernels")

@@ -22,10 +22,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .scaling import noise_alone, scale
-from .spec import BAND_COLUMNS, COLUMNS, SECOND_STATE
+from .spec import BAND_COLUMNS, COLUMNS, SECOND_STATE, band_dims_of
 from .typing import Array, Device
 
-__all__ = ["COLUMNS", "PROVENANCE", "VALUES", "Table", "check_one_sampler", "concat", "denoising_rows", "describe"]
+__all__ = [
+    "BAND_COLUMNS", "COLUMNS", "PROVENANCE", "VALUES", "Table", "band_dims_of", "check_one_sampler", "concat",
+    "denoising_rows", "describe",
+]  # fmt: skip
 
 # Where a row comes from: the path's two ends, lambda_t, what the model's output is made of, the variance that the sampler adds on
 # purpose beyond sigma_out^2 (fixed_large, S_noise), what the second state is made of, before and after, what m0 estimates, what a

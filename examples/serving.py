@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import epskernels
-from epskernels.spec import BAND_COLUMNS, COLUMNS, band_dims_of
+from epskernels.table import BAND_COLUMNS, COLUMNS, band_dims_of
 from epskernels.time_shift import UNUSED, ShiftedTable, nearest, on_device, variance
 from epskernels.trajectory import f_and_u
 from epskernels.typing import Backend, Device, ModelOutput, Shape
@@ -196,17 +196,18 @@ class Batch:
         if shape is not None and (not isinstance(shape, (tuple, list)) or tuple(shape) != self.shape):
             raise ValueError(f"shape: this engine makes samples of {self.shape}, got {shape!r}")
         epskernels.as_seeds([request.seed])
-        limits = (
-            (len(table) * candidates, len(self.rows.buffer), "rows, max_rows"),
-            (candidates, len(self._all_candidates), f"candidates, window, now {self.window},"),
-            (table.history, len(self.history), "earlier m0, history"),
-            (table.second_state, bool(self.y), "the second state, second_state"),
-            (table.guided, self.guided, "the unconditional output, guided"),
-            (table.learned_variance, self.learned_variance, "the learned variance, learned_variance"),
-        )
-        for asked, limit, what in limits:
+        limits = {
+            "max_rows": (len(table) * candidates, len(self.rows.buffer)),
+            "window": (candidates - 1, self.window),
+            "history": (table.history, len(self.history)),
+            "second_state": (table.second_state, bool(self.y)),
+            "guided": (table.guided, self.guided),
+            "learned_variance": (table.learned_variance, self.learned_variance),
+        }
+        for option, (asked, limit) in limits.items():
             if asked > limit:
-                raise ValueError(f"table: {table.name} needs {asked} ({what} is {limit} in this engine)")
+                least = "" if isinstance(limit, bool) else " or more"
+                raise ValueError(f"table: {table.name} needs {option}={asked}{least} in Batch, which has {limit}")
         if table.band_dims not in (0, band_dims_of(1 + len(self.shape))):
             expected = f"bands in {band_dims_of(1 + len(self.shape))} dimensions for samples of {self.shape}"
             raise ValueError(f"table: expected {expected}, got {table.name}, which corrects them in {table.band_dims}")

@@ -11,24 +11,44 @@ import torch
 from .. import __version__, build
 from .common import first_line
 
-TEXTS = {"help": "versions, compiled parts, backends, and why one is missing"}
+TEXTS = {
+    "help": "versions, compiled parts, backends, and why one is missing",
+    "epilog": "example, at the start of a service:\n  epskernels info --require cpu,cuda",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `epskernels info`."""
     parser.add_argument("--cmakedir", action="store_true", help="print only the folder for CMake's -Depskernels_DIR")
+    parser.add_argument(
+        "--require",
+        type=_backends,
+        default=(),
+        metavar="BACKENDS",
+        help="of cpu, cuda and triton, with commas between: exit status 1 where one of them cannot run, a variable "
+        "EPSKERNELS_* is wrong, or EPSKERNELS_BACKEND forces another",
+    )
+
+
+def _backends(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in build.KERNELS]:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(build.KERNELS)}, got {','.join(unknown)!r}")
+    return names
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints what is installed and what is wrong with it. Works in any environment, also a wrong one."""
     if args.cmakedir:
         print(build.cmake_dir())
-        return
-    _print_versions()
-    _print_compiled_parts()
-    _print_gpus()
-    _print_backends()
-    _print_environment()
+    else:
+        _print_versions()
+        _print_compiled_parts()
+        _print_gpus()
+        _print_backends()
+        _print_environment()
+    if args.require:
+        build.require(*args.require)
 
 
 def _print_versions() -> None:
@@ -75,11 +95,12 @@ def _print_gpus() -> None:
 
 def _print_backends() -> None:
     print("backends:")
-    for name in ("cpu", "cuda", "triton"):
+    for name in build.KERNELS:
         print(f"  {name:<10} {build.why_missing(name) or 'available'}")
     print("  reference  pure PyTorch, any device: the specification")
-    on_cpu = "reference" if build.why_missing("cpu") else "cpu"
-    on_gpu = next((name for name in ("cuda", "triton") if not build.why_missing(name)), "reference")
+    on_cpu, on_gpu = build.default_for("cpu"), build.default_for("cuda")
+    if os.environ.get("EPSKERNELS_FALLBACK") == "error":
+        on_cpu, on_gpu = (name.replace("reference", "nothing") for name in (on_cpu, on_gpu))
     of_amd = "" if torch.version.hip is None else ", which ROCm's are"
     print(f"by default: {on_cpu} for CPU tensors, {on_gpu} for CUDA tensors{of_amd}")
 

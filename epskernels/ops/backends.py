@@ -17,7 +17,7 @@ from ..typing import Backend
 from .checks import ELEMENTWISE, fail
 from .log import log
 from .reference_backend import REFERENCE
-from .registration import stand_ins, triton_functions
+from .registration import FAULTS, triton_functions
 
 
 class Functions(typing.NamedTuple):
@@ -42,24 +42,25 @@ BY_NAME: dict[str, tuple[Callable[[], Functions], str | None]] = {
     "triton": (lambda: Functions(*(triton_functions()[name] for name in Functions._fields)), None),
     "reference": (lambda: REFERENCE_FUNCTIONS, None),
 }
+KERNEL_NAMES = {
+    "cpu": "the CPU kernel", "cuda": "the CUDA kernel", "triton": "the Triton kernel", "reference": "the reference",
+}  # fmt: skip
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("epskernels_backend", default=None)
 
 
 def _check_backend(name: str) -> str | None:
     if name not in BY_NAME:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {name!r}")
-    missing = build.why_missing(name) if name in ("cpu", "cuda", "triton") else None
+    missing = build.why_missing(name) if name in build.KERNELS else None
     if missing:
         raise RuntimeError(f"epskernels: backend {name!r} is missing: {missing}")
     return None if name == "auto" else name
 
 
-# An import never fails by the environment, so that `epskernels info` can say what is wrong: the calls do.
-_FAULTS = build.environment_faults()
-DEFAULT_BACKEND = None if _FAULTS else _check_backend(os.environ.get("EPSKERNELS_BACKEND") or "auto")
+DEFAULT_BACKEND = None if FAULTS else _check_backend(os.environ.get("EPSKERNELS_BACKEND") or "auto")
 _lock = threading.Lock()
 # Contexts open in any thread, the process's own choice counted in: while there are none, nothing is looked up.
-open_choices = 1 if _FAULTS or DEFAULT_BACKEND else 0
+open_choices = 1 if FAULTS or DEFAULT_BACKEND else 0
 
 
 @contextlib.contextmanager
@@ -92,8 +93,8 @@ def chosen_name(backend: str | None) -> str:
 
 def chosen(tensor: Any, backend: str | None) -> Functions:
     """The functions of the backend that was asked for: by the call, else by the context, else for the process."""
-    if _FAULTS:
-        fail("; ".join(_FAULTS))
+    if FAULTS:
+        fail("; ".join(FAULTS))
     if is_compiling() and backend in (None, *BY_NAME):
         return BY_NAME[backend or "auto"][0]()
     if backend is not None:
@@ -119,14 +120,11 @@ def log_call(name: str, functions: Functions, backend: str | None, tensors: Mapp
         (backend, "as asked"),
     ):
         why = said if choice else why
-    if functions is REFERENCE_FUNCTIONS or stand_ins.get(kind) is REFERENCE:
-        kernel = "the reference"
-    elif functions is not DISPATCHED or (kind == "cuda" and build.why_missing("cuda")):
-        kernel = "the Triton kernel"
-    elif kind == "cpu" and (extension := build.extension()):
-        kernel = f"the CPU kernel ({extension.cpu_capability()})"
-    else:
-        kernel = "the CUDA kernel"
+    runs = "reference" if functions is REFERENCE_FUNCTIONS else "triton"
+    runs = build.default_for(kind) if functions is DISPATCHED else runs
+    extension = build.extension()
+    capability = f" ({extension.cpu_capability()})" if runs == "cpu" and extension else ""
+    kernel = KERNEL_NAMES[runs] + capability
     slower = []
     for key, tensor in tensors.items():
         if key not in (*ELEMENTWISE, "rows", "out", "m0", "y_out", "model_input") or not tensor.dim():

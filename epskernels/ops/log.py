@@ -1,11 +1,11 @@
-"""The package's logger; EPSKERNELS_LOG=debug gives it a handler."""
+"""The package's logger; EPSKERNELS_LOG=debug, or 1, gives it a handler."""
 
 import logging
 import os
 
 log = logging.getLogger("epskernels")
 is_logged, DEBUG = log.isEnabledFor, logging.DEBUG  # logging keeps the answer until some level changes: 40 ns a call
-if os.environ.get("EPSKERNELS_LOG") == "debug":
+if os.environ.get("EPSKERNELS_LOG") in ("debug", "1"):
     _handler = logging.StreamHandler()
     _handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
     # What the program's own handlers print is not printed twice.

@@ -10,9 +10,11 @@ moments      (f, u, rows, index) -> sums over each sample
 normal       (seeds, shape, dtype, draw, stream) -> the generator's normals
 
 The compiled kernels register themselves, for CPU and for CUDA tensors. Where one is missing, CUDA tensors run on the Triton
-kernel; failing that the reference stands in, and says so once.
+kernel; failing that the reference stands in, and says so once, or raises where EPSKERNELS_FALLBACK=error. That is so of every
+call that reaches the ops: of `step`, of torch.ops.epskernels.*, of compiled graphs and exported programs.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from .. import build
 from ..spec import SCHEMAS, STREAM_INITIAL
-from .checks import check_moments, check_normal, check_outputs_like, check_step
+from .checks import check_moments, check_normal, check_outputs_like, check_step, fail
 from .log import log
 from .reference_backend import REFERENCE
 
@@ -36,37 +38,90 @@ for _schema in SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
 
 
+# ---- the fake kernels: they check the arguments, and return tensors of the right kind ----
+
+
+def _fake_step(results: int) -> Callable[..., Any]:
+    def fake(x: Tensor, *inputs: Any, **named: Any) -> Tensor | tuple[Tensor, ...]:
+        check_step(x, *inputs, **named)
+        made = tuple(torch.empty_like(x) for _ in range(results))
+        return made if results > 1 else made[0]
+
+    return fake
+
+
+def _fake_step_out(
+    x: Tensor, f: Tensor, *inputs: Any, out: Tensor, m0: Tensor | None = None, y_out: Tensor | None = None,
+    model_input: Tensor | None = None, **named: Any,
+) -> None:  # fmt: skip
+    check_step(x, f, *inputs, **named)
+    check_outputs_like(x, f, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input})
+
+
+def _fake_step_(
+    x: Tensor, f: Tensor, *inputs: Any, m0: Tensor | None = None, y_out: Tensor | None = None,
+    model_input: Tensor | None = None, **named: Any,
+) -> None:  # fmt: skip
+    check_step(x, f, *inputs, **named)
+    check_outputs_like(x, f, {"m0": m0, "y_out": y_out, "model_input": model_input})
+
+
+def _fake_moments(
+    f: Tensor, u: Tensor | None = None, rows: Tensor | None = None, index: Tensor | None = None
+) -> Tensor:
+    check_moments(f, u, rows, index)
+    return f.new_empty((f.shape[0], 2 if u is None else 4), dtype=torch.float64)
+
+
+def _fake_normal(
+    seeds: Tensor, shape: Sequence[int], dtype: torch.dtype, draw: int = 0, stream: int = STREAM_INITIAL
+) -> Tensor:
+    check_normal(seeds, shape, dtype, draw, stream)
+    return torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "step": _fake_step(1), "step_plain": _fake_step(1), "step_m0": _fake_step(2), "step_y": _fake_step(3),
+    "step_out": _fake_step_out, "step_": _fake_step_, "moments": _fake_moments, "normal": _fake_normal,
+}  # fmt: skip
+
+
 # ---- where no kernel was compiled ----
 
-stand_ins: dict[
-    str, dict[str, Callable[..., Any]]
-] = {}  # for each kind of device without a compiled kernel, the functions by op
+# For each kind of device without a compiled kernel that has been used, the functions by op.
+_stand_ins: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
 def _stand_in(name: str) -> Callable[..., Any]:
-    """Where no compiled kernel is registered for a kind of device: Triton's on a GPU, else the reference."""
+    """Where no compiled kernel is registered for a kind of tensor: Triton's on a GPU, else the reference."""
 
     def stand_in(first: Any, *args: Any, **kwargs: Any) -> Any:
         kind = first.device.type if isinstance(first, torch.Tensor) else "cpu"
-        if kind in stand_ins:
-            return stand_ins[kind][name](first, *args, **kwargs)
-        missing = build.why_missing(kind) if kind in ("cpu", "cuda") else None
-        missing = missing or "this version has no kernel for it"
-        without_triton = build.why_missing("triton") if kind == "cuda" else ""
-        functions = triton_functions() if without_triton is None else REFERENCE
-        result = functions[name](first, *args, **kwargs)
-        stand_ins[kind] = functions
-        if without_triton is None:
-            log.debug("%s tensors run on the Triton kernel: %s", kind, missing)
-        else:
-            missing += f"; nor is there Triton: {without_triton}" if without_triton else ""
-            warnings.warn(
-                f"epskernels runs its pure PyTorch reference, slower, on {kind} tensors: {missing}", stacklevel=3
-            )
-        return result
+        if kind not in _stand_ins:
+            _FAKES[name](first, *args, **kwargs)  # what no kernel takes comes here too, such as a sparse tensor
+            _stand_ins[kind] = _functions_for(kind)
+        return _stand_ins[kind][name](first, *args, **kwargs)
 
     stand_in.__name__ = f"stand_in_{name}"
     return stand_in
+
+
+def _functions_for(kind: str) -> dict[str, Callable[..., Any]]:
+    """What stands in on this kind of device. Raises where the environment, or a filter of warnings, does not let it."""
+    if FAULTS:
+        fail("; ".join(FAULTS))
+    missing = build.why_missing(kind) if kind in ("cpu", "cuda") else None
+    missing = missing or "this version has no kernel for it"
+    if build.default_for(kind) == "triton":
+        log.debug("%s tensors run on the Triton kernel: %s", kind, missing)
+        return triton_functions()
+    if kind == "cuda":
+        missing += f"; nor is there Triton: {build.why_missing('triton')}"
+    if _REFUSES_REFERENCE:
+        fail(f"EPSKERNELS_FALLBACK=error, and only the pure PyTorch reference could run on {kind} tensors: {missing}")
+    said = f"epskernels runs its pure PyTorch reference, slower, on {kind} tensors: {missing}"
+    warnings.warn(said, build.FallbackWarning, stacklevel=4)
+    return REFERENCE
 
 
 def triton_functions() -> dict[str, Callable[..., Any]]:
@@ -76,53 +131,18 @@ def triton_functions() -> dict[str, Callable[..., Any]]:
     return TRITON
 
 
-for _name in REFERENCE:
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"epskernels::{_name}", _fake, lib=library)
     library.impl(_name, _stand_in(_name), "CompositeExplicitAutograd")
 
 
-def _register_fake_step(name: str, results: int) -> None:
-    @torch.library.register_fake(f"epskernels::{name}", lib=library)
-    def _(x: Tensor, *inputs: Any, **named: Any) -> Tensor | tuple[Tensor, ...]:
-        check_step(x, *inputs, **named)
-        made = tuple(torch.empty_like(x) for _ in range(results))
-        return made if results > 1 else made[0]
-
-
-for _name, _results in (("step", 1), ("step_plain", 1), ("step_m0", 2), ("step_y", 3)):
-    _register_fake_step(_name, _results)
-
-
-@torch.library.register_fake("epskernels::step_out", lib=library)
-def _(
-    x: Tensor, f: Tensor, *inputs: Any, out: Tensor, m0: Tensor | None = None, y_out: Tensor | None = None,
-    model_input: Tensor | None = None, **named: Any,
-) -> None:  # fmt: skip
-    check_step(x, f, *inputs, **named)
-    check_outputs_like(x, f, {"out": out, "m0": m0, "y_out": y_out, "model_input": model_input})
-
-
-@torch.library.register_fake("epskernels::step_", lib=library)
-def _(
-    x: Tensor, f: Tensor, *inputs: Any, m0: Tensor | None = None, y_out: Tensor | None = None,
-    model_input: Tensor | None = None, **named: Any,
-) -> None:  # fmt: skip
-    check_step(x, f, *inputs, **named)
-    check_outputs_like(x, f, {"m0": m0, "y_out": y_out, "model_input": model_input})
-
-
-@torch.library.register_fake("epskernels::moments", lib=library)
-def _(f: Tensor, u: Tensor | None = None, rows: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-    check_moments(f, u, rows, index)
-    return f.new_empty((f.shape[0], 2 if u is None else 4), dtype=torch.float64)
-
-
-@torch.library.register_fake("epskernels::normal", lib=library)
-def _(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype, draw: int = 0, stream: int = STREAM_INITIAL) -> Tensor:
-    check_normal(seeds, shape, dtype, draw, stream)
-    return torch.empty((seeds.shape[0], *shape), dtype=dtype, device=seeds.device)
-
-
 build.load_kernels()
+# An import never fails by the environment, so that `epskernels info` can say what is wrong: the calls do.
+FAULTS = build.environment_faults()
+# Who has asked for the reference gets it.
+_REFUSES_REFERENCE = (
+    os.environ.get("EPSKERNELS_FALLBACK") == "error" and os.environ.get("EPSKERNELS_BACKEND") != "reference"
+)
 
 
 # ---- outputs that are views with the negative bit, such as x.conj().imag: their memory holds the negated values ----

@@ -305,6 +305,22 @@ def test_info_runs_in_a_strange_environment():
         assert f"wrong: {name}: expected one of " in result.stdout and f"{name}={strange[name]}\n" in result.stdout
 
 
+def test_info_requires_backends(monkeypatch, capsys):
+    monkeypatch.delenv("EPSKERNELS_BACKEND", raising=False)
+    assert cli.main(["info", "--require", "cpu"]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setitem(build._why, "cpu", "not built")
+    monkeypatch.setitem(build._why, "cuda", "no nvcc")
+    assert cli.main(["info", "--require", "cpu,cuda"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "epskernels info: epskernels: cpu: not built; cuda: no nvcc\n" and "backends:" in printed.out
+    assert "by default: reference for CPU tensors, " in printed.out
+    monkeypatch.setenv("EPSKERNELS_FALLBACK", "error")
+    assert cli.main(["info"]) == 0 and "by default: nothing for CPU tensors, " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info", "--require", "cpu, gpu"])
+    assert stop.value.code == 2 and "--require: expected some of cpu,cuda,triton, got ' gpu'" in capsys.readouterr().err
+
+
 def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", "--help"])

@@ -338,7 +338,7 @@ for title, shape in {"a scalar": (), "one too many": (4,), "of one": (1,), "a co
         lambda shape=shape: good(seeds=torch.zeros(shape, dtype=torch.int64)),
         rf"seeds: expected shape \(3,\), got {R(str(shape))}",
     )
-for dtype in dtypes("int32", "float64", "bool"):
+for dtype in dtypes("int32", "float64", "bool", "uint16", "uint32", "uint64"):
     text = str(dtype).removeprefix("torch.")
     BAD[f"seeds: {text}"] = (
         lambda dtype=dtype: good(seeds=torch.zeros(BATCH, dtype=dtype)),

@@ -1,5 +1,6 @@
 """The benchmarks' own programs: their statistics, comparison of runs, page; on a GPU; the load test. No speed is asserted."""
 
+import argparse
 import functools
 import importlib.util
 import json
@@ -38,7 +39,7 @@ deep = pytest.mark.deep  # the run measures for half a minute
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "run.json"
-    done = bench(path, r"^(call|memory|batch|growth 10\^[456]|size plain into out, 10\^[34])")
+    done = bench(path, r"^(call|memory|batch|growth: 10\^[456]|size: plain into out, 10\^[34])")
     assert done.returncode == 0, done.stderr
     return path
 
@@ -109,6 +110,27 @@ def test_the_planted_slowdown_runs_ours_twice_and_the_peer_once(monkeypatch):
 
     block = harness.time_block(harness.Comparison("g", "n", make), rounds=1, seconds=0)
     assert calls == {"ours": 2 * 9, "peer": 9} and set(block) == set(calls)
+
+
+def test_a_part_that_is_not_there_is_refused(capsys):
+    names, parser = ["size: plain", "size: noise", "real model: ddim", "memory"], argparse.ArgumentParser()
+    assert harness.asked(parser, "^size", names) == names[:2] and harness.asked(parser, "", names) == names
+    with pytest.raises(SystemExit) as stop:
+        harness.asked(parser, "By size", names)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.endswith("got 'By size'; there are: size; real model; memory\n")
+
+
+@deep
+@pytest.mark.parametrize(
+    "program, name", [("bench.py", "; real model; "), ("bench_diffusers.py", "; DDIM; "), ("bench_gpu.py", " float32 noise; ")]
+)  # fmt: skip
+def test_a_program_refuses_it_before_anything_is_measured(program, name, tmp_path):
+    path, here = tmp_path / "run.json", ["--device", "cpu"] if program == "bench_gpu.py" else []
+    command = [sys.executable, str(FOLDER / program), "--only", "By feature", "--json", str(path), *here]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and not path.exists() and done.stdout == ""
+    assert "got 'By feature'; there are: " in done.stderr and name in done.stderr
 
 
 def row(ratio, low, high):

@@ -80,9 +80,11 @@ def test_wheel_works_away_from_the_source_tree(environment, tmp_path, cuda):
     made = make_wheel(tmp_path, EPSKERNELS_BUILD="1", EPSKERNELS_CUDA=cuda)
     assert made.returncode == 0, made.stdout + made.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert wheel.name.startswith(f"epskernels-0.1.0-{python}-{python}-linux_"), wheel.name
     result = install_and_use(environment, wheel, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "why None" in result.stdout and "UserWarning" not in result.stderr
+    assert "why None" in result.stdout and "FallbackWarning" not in result.stderr
     library = (environment[1] / "epskernels" / "libepskernels_cuda.so").exists()
     if cuda == "0":
         assert "cuda the CUDA kernel is missing (EPSKERNELS_CUDA=0 was set when it was installed)" in result.stdout
@@ -149,11 +151,16 @@ def test_without_the_build_it_runs_on_the_reference_and_says_so_once(environment
     made = make_wheel(tmp_path, sdist, EPSKERNELS_BUILD="0")
     assert made.returncode == 0, made.stdout + made.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == "epskernels-0.1.0-py3-none-any.whl"  # for any machine, and never taken for one with kernels
     result = install_and_use(environment, wheel, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "EPSKERNELS_BUILD=0 was set when it was installed" in result.stdout
-    assert result.stderr.count("runs its pure PyTorch reference") == 1
-    assert "pip install --force-reinstall" in result.stderr
+    assert result.stderr.count("FallbackWarning: epskernels runs its pure PyTorch reference") == 1
+    assert "pip install --force-reinstall --no-deps PATH_OF_THE_CHECKOUT\n" in result.stderr
+    checked = use(environment, "from epskernels.cli import main; exit(main(['info', '--require', 'cpu']))", tmp_path)
+    assert checked.returncode == 1 and checked.stderr.startswith(
+        "epskernels info: epskernels: cpu: the compiled kernels"
+    )
 
     shutil.unpack_archive(sdist, tmp_path)
     (sources,) = tmp_path.glob("epskernels-*/")

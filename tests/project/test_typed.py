@@ -5,10 +5,13 @@ import ast
 import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 
 import pytest
+
+from epskernels import diffusers
 
 from ..support.markdown_examples import ROOT, as_module
 
@@ -155,6 +158,27 @@ def test_the_names_that_a_module_lists_are_there(name):
     # Whatever the module defines for others is among them: each public function and class.
     defined = {key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
     assert not {key for key in defined if not key.startswith("_")} - set(module.__all__)
+
+
+TO_COPY = [
+    *PAGES,
+    *(path.relative_to(ROOT) for folder in ("examples", "integrations") for path in (ROOT / folder).rglob("*.py")),
+]
+
+
+@pytest.mark.parametrize("path", TO_COPY, ids=str)
+def test_what_users_copy_imports_public_names_alone(path):
+    """Anything else may change at any time, says docs/platforms.md."""
+    text = as_module(path) if path.suffix == ".md" else (ROOT / path).read_text()
+    private = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "epskernels":
+            module = importlib.import_module(node.module)
+            modules = [name for _, name, _ in pkgutil.iter_modules(getattr(module, "__path__", []))]
+            listed = importlib.import_module("epskernels.diffusers.pipelines" if module is diffusers else node.module)
+            public = {*getattr(listed, "__all__", ()), *modules}
+            private += [f"{node.module}.{alias.name}" for alias in node.names if alias.name not in public]
+    assert not private
 
 
 def test_every_fused_scheduler_is_listed():
