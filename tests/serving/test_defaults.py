@@ -145,5 +145,5 @@ def test_what_is_made_on_the_default_device_is_told_apart(default):
     assert epskernels.step(x, x, table.to("meta"), 1).is_meta
     with pytest.raises(RuntimeError, match="seeds: expected a tensor on meta, as x is, got one on cpu"):
         epskernels.step(x, x, table.to("meta"), 1, seeds=epskernels.as_seeds([1, 2]))
-    with pytest.raises(RuntimeError, match="f: expected a tensor on cpu, as x is, got one on meta"):
+    with pytest.raises(ValueError, match="model: expected an output on cpu, as x is, got one on meta"):
         epskernels.sample(lambda x, t: torch.zeros(x.shape), table, [1], SHAPE)
