@@ -1318,7 +1318,7 @@ BAD_CONSTRUCTORS = {
     "scaling: a string": (
         lambda: samplers.ddim(LINEAR, 5, scaling="1.005"),
         ValueError,
-        "scaling: expected .SYSTEM/DATASET/STEPS., .* got .1.005.",
+        r"scaling: expected a number, got the text .1\.005.: pass 1\.005",
     ),
     "scaling: True": (lambda: samplers.ddim(LINEAR, 5, scaling=True), TypeError, "scaling: expected .* got bool"),
     "scaling: NaN": (

@@ -422,9 +422,9 @@ def test_requests_with_and_without_it_share_a_batch(slots, padded):
 
 
 def test_requests_that_an_engine_cannot_run():
-    with pytest.raises(ValueError, match=r"needs 31 \(candidates, window, now 28, is 29 in this engine\)"):
+    with pytest.raises(ValueError, match=r"table: ddim\[5\] needs window=30 or more in Batch, which has 28"):
         Batch(model, SHAPE, window=28, **ALL | {"max_rows": 700}).check(Request(SERVED["ddim"], 1))
-    with pytest.raises(ValueError, match=r"ddim\[5\] needs 155 \(rows, max_rows is 154 in this engine\)"):
+    with pytest.raises(ValueError, match=r"table: ddim\[5\] needs max_rows=155 or more in Batch, which has 154"):
         Batch(model, SHAPE, window=30, **ALL | {"max_rows": 154}).check(Request(SERVED["ddim"], 1))
     Batch(model, SHAPE, window=30, **ALL | {"max_rows": 155}).check(Request(SERVED["ddim"], 1))
 
